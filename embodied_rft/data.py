@@ -1,0 +1,194 @@
+"""The types that cross room boundaries. Imports nothing of ours and knows no algorithm.
+
+Legend of all shapes: N environments stepped together, B rows (decisions) of a batch, T decisions of an episode,
+U units of a decision (whatever has one log-probability), G siblings of a group, A action dimensions.
+A `Tree` is a flat dict; nesting is written in the key: {"observation": [N, 25], "image/front": [N, 128, 128, 3]}.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Tree = Mapping[str, Any]
+TensorTree = dict[str, Tensor]
+
+
+class Source(enum.IntEnum):
+    """Where a decision came from."""
+
+    DEMONSTRATION = 0
+    OFFLINE = 1
+    ONLINE = 2
+    INTERVENTION = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """What one row of a column holds.
+
+    Field((25,), "float32") is a dense vector, Field((), "int64", "ragged") a list of token ids of any length,
+    Field((), "uint8", "images") a list of images of any number and size, stored once each (see `blobs`).
+    """
+
+    shape: tuple[int, ...] = ()
+    dtype: str = "float32"
+    kind: Literal["dense", "ragged", "images"] = "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Rows of different length, never padded at rest.
+
+    Ragged.of([[7, 8], [], [9]]) has values [7, 8, 9] and offsets [0, 2, 2, 3].
+    """
+
+    values: np.ndarray  # [sum of lengths, ...]
+    offsets: np.ndarray  # [rows + 1] int64, offsets[0] == 0
+
+    @classmethod
+    def of(cls, rows: Sequence[Any], dtype: Any = None, shape: tuple[int, ...] = ()) -> Ragged:
+        """From a list of arrays; `dtype` and trailing `shape` matter only when there is no value at all."""
+        arrays = [np.asarray(row, dtype=dtype).reshape(-1, *shape) for row in rows]
+        offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
+        np.cumsum([len(a) for a in arrays], out=offsets[1:])
+        values = np.concatenate(arrays) if arrays else np.zeros((0, *shape), dtype=dtype or np.float32)
+        return cls(values, offsets)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[rows] int64."""
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, index: int) -> np.ndarray:
+        """The values of one row (a view)."""
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """Some rows, in the order given, repeats allowed."""
+        rows = np.asarray(rows, dtype=np.int64)
+        lengths = self.lengths[rows]
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        flat = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Ragged(self.values[flat], offsets)
+
+    def pad(self, value: float = 0, side: Literal["left", "right"] = "right") -> tuple[np.ndarray, np.ndarray]:
+        """(values [rows, longest, ...], mask [rows, longest] bool), made only when a batch needs it."""
+        lengths = self.lengths
+        width = int(lengths.max(initial=0))
+        position = np.arange(width)[None, :]
+        mask = position < lengths[:, None] if side == "right" else position >= width - lengths[:, None]
+        padded = np.full((len(self), width, *self.values.shape[1:]), value, dtype=self.values.dtype)
+        padded[mask] = self.values
+        return padded, mask
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self.row(i) for i in range(len(self)))
+
+
+@dataclass(slots=True)
+class Decisions:
+    """N decisions as they were taken: one call of the policy.
+
+    A Gaussian arm policy: Decisions(action=[N, 4], log_prob=[N, 1]). A flow head with K steps: log_prob [N, K], trace
+    {"chain": [N, K + 1, A]}. A language policy: action is a list of N strings, log_prob a `Ragged` over reply tokens,
+    trace {"prompt": Ragged, "reply": Ragged}.
+    """
+
+    action: Any  # what env.step receives: [N, A] array, [N] int array, or a list of N strings
+    log_prob: np.ndarray | Ragged  # behaviour log-probability of each unit, [N, U] or ragged
+    trace: dict[str, Any] = field(default_factory=dict)  # what is needed to score the same decision again
+
+
+End = Literal["terminated", "truncated", "cut"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """Consecutive decisions of one episode: a view for people and tests, and how offline data comes in.
+
+    A 2-step episode that ran into its time limit has 3 observations, 2 actions, rewards [0, 0] and end "truncated".
+    """
+
+    observation: Tree  # each [T + 1, ...]; the last one only bootstraps
+    action: Any  # [T, ...] or a list of T strings
+    reward: np.ndarray  # [T] float32
+    end: End
+    log_prob: np.ndarray | Ragged | None = None  # [T, U]; None when unknown (demonstrations)
+    trace: Tree = field(default_factory=dict)  # each [T, ...]
+    rewards: Tree = field(default_factory=dict)  # further reward streams, each [T]
+    source: Source = Source.ONLINE
+    version: int = 0
+    group: int = -1
+    seed: int = -1  # initial state
+    success: bool | None = None
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+
+@dataclass(slots=True)
+class Batch:
+    """B decisions as tensors: all that a loss may read.
+
+    `reward` is the discounted sum of the next n rewards, `discount` the factor on the bootstrap value of
+    `next_observation`: gamma**n, 0 if the window ended by termination, unchanged if by truncation.
+    """
+
+    observation: TensorTree  # each [B, ...]
+    action: Any  # [B, A] or [B]
+    reward: Tensor  # [B]
+    discount: Tensor  # [B]
+    next_observation: TensorTree  # each [B, ...]; empty when not asked for
+    log_prob: Tensor  # [B, U] behaviour log-probability
+    mask: Tensor  # [B, U] bool, False where U is padding
+    trace: dict[str, Any] = field(default_factory=dict)
+    next_trace: dict[str, Any] = field(default_factory=dict)
+    notes: TensorTree = field(default_factory=dict)  # columns written by annotate: advantage, mc_return, ...
+    rows: np.ndarray | None = None  # [B] where these decisions live in the buffer
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # group, episode, step, version, source: each [B]
+    num_decisions: int = 0  # of the whole batch; kept by split(), so that micro-batches sum up exactly
+    num_units: int = 0
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+    def take(self, index: slice | np.ndarray) -> Batch:
+        """Some decisions of this batch; the normalisers stay those of the whole batch."""
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, Ragged):
+                rows = np.arange(len(self))[index]
+                return value.take(rows)
+            if isinstance(value, list):
+                return [value[i] for i in np.arange(len(self))[index]]
+            if isinstance(value, Tensor) and isinstance(index, np.ndarray):
+                return value[torch.from_numpy(index)]
+            return value[index]
+
+        names = ("observation", "next_observation", "trace", "next_trace", "notes", "columns")
+        trees = {name: {k: pick(v) for k, v in getattr(self, name).items()} for name in names}
+        return replace(
+            self,
+            **trees,
+            action=pick(self.action),
+            reward=pick(self.reward),
+            discount=pick(self.discount),
+            log_prob=pick(self.log_prob),
+            mask=pick(self.mask),
+            rows=None if self.rows is None else self.rows[index],
+        )
+
+    def split(self, max_decisions: int) -> list[Batch]:
+        """Micro-batches of at most `max_decisions`; their losses and gradients add up to those of the whole."""
+        return [self.take(slice(i, i + max_decisions)) for i in range(0, len(self), max_decisions)]

@@ -1,0 +1,73 @@
+"""Ids to plug-ins: how the engine finds environments, agents, objectives, demonstrators and stages it does not import.
+
+A plug-in package registers its parts when it is imported, and is imported because it declares the entry point group
+`embodied_rft.plugins` (our own `embodied_rft.envs` and `embodied_rft.agents` use the same door):
+
+    @register("agent", "my_policy")
+    class MyPolicy: ...
+
+    # pyproject.toml of the plug-in
+    [project.entry-points."embodied_rft.plugins"]
+    mine = "my_package"
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+KINDS = ("agent", "adapter", "objective", "demonstrator", "stage", "credit", "reward", "logger")
+_tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+
+
+def register(kind: str, id: str) -> Callable[[T], T]:
+    """Class or function decorator: make `target` known under `id`. Registering another target under a known id raises."""
+    if kind not in _tables:
+        raise ValueError(f"unknown kind of plug-in {kind!r}; {nearest(kind, KINDS)}")
+
+    def add(target: T) -> T:
+        known = _tables[kind].get(id)
+        if known is not None and (known.__module__, known.__qualname__) != (target.__module__, target.__qualname__):
+            raise ValueError(f"{kind} {id!r} is registered twice: {known!r} and {target!r}. Choose another id.")
+        _tables[kind][id] = target
+        return target
+
+    return add
+
+
+def find(kind: str, id: str) -> Any:
+    """The target registered under `id`. Raises ValueError with the nearest known id."""
+    load_plugins()
+    try:
+        return _tables[kind][id]
+    except KeyError:
+        raise ValueError(f"unknown {kind} {id!r}; {nearest(id, _tables[kind])}") from None
+
+
+def known(kind: str) -> list[str]:
+    """All ids of a kind, sorted."""
+    load_plugins()
+    return sorted(_tables[kind])
+
+
+def nearest(given: str, names: Iterable[str]) -> str:
+    """A sentence that helps after a wrong name: the closest known one, else all of them."""
+    names = sorted(names)
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or '(none)'}"
+
+
+@cache
+def load_plugins() -> None:
+    """Import every package that declares the entry point group, once."""
+    importlib.import_module("embodied_rft.objectives")
+    importlib.import_module("embodied_rft.stages")
+    modules = {"embodied_rft.agents", "embodied_rft.envs"} | {e.value for e in entry_points(group="embodied_rft.plugins")}
+    for module in sorted(modules):
+        importlib.import_module(module)

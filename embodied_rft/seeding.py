@@ -1,0 +1,40 @@
+"""Who may start from which initial state: training and evaluation seeds never meet.
+
+A Gymnasium seed fixes an episode's initial state. Seeds in [0, 2**31) are for training, seeds in [2**31, 2**32) for
+evaluation, by contract: a training pool refuses an evaluation seed and the other way round, so an evaluation state can
+never be trained on by accident.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+FIRST_EVALUATION_SEED = 2**31
+
+
+def evaluation_seed(index: int, *, sheet: int = 0) -> int:
+    """Seed of episode `index` (0 <= index < 100_000) on evaluation sheet `sheet` (0 <= sheet < 20_000)."""
+    if not (0 <= index < 100_000 and 0 <= sheet < 20_000):
+        raise ValueError(f"evaluation episode {index} of sheet {sheet} does not exist: index < 100000, sheet < 20000")
+    return FIRST_EVALUATION_SEED + sheet * 100_000 + index
+
+
+def training_seed(run_seed: int, stream: int, episode: int) -> int:
+    """Seed of the `episode`-th episode of environment `stream` in a run: a hash, so that runs and streams do not overlap."""
+    state = np.random.SeedSequence(entropy=run_seed, spawn_key=(stream, episode)).generate_state(1, np.uint32)
+    return int(state[0]) % FIRST_EVALUATION_SEED
+
+
+def check_training_seeds(seeds: np.ndarray) -> None:
+    """Raise ValueError if any seed belongs to evaluation."""
+    bad = np.asarray(seeds)[np.asarray(seeds) >= FIRST_EVALUATION_SEED]
+    if bad.size:
+        raise ValueError(
+            f"seed {int(bad[0])} is reserved for evaluation (>= 2**31): training on an evaluation state would make every "
+            "success rate meaningless. Use a seed below 2**31."
+        )
+
+
+def spawn_generator(run_seed: int, *key: int) -> np.random.Generator:
+    """An independent NumPy generator for one purpose of a run, named by integers."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy=run_seed, spawn_key=key)))
