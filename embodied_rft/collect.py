@@ -1,0 +1,223 @@
+"""Runs a policy in a pool of environments and records what happened as rows for the buffer.
+
+Knows pools and decisions, not algorithms. A `Recording` is written into the buffer by its owner, so that physics may run
+on one thread while the learner samples on another and the rows arrive between two updates, never during one.
+Legend: N environments of the pool, K of them active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from embodied_rft.buffer import Buffer
+from embodied_rft.data import Decisions, Ragged, Source, Tree
+from embodied_rft.pool import Pool
+from embodied_rft.seeding import training_seed
+
+Act = Callable[[Tree], Decisions]
+
+
+@dataclass(slots=True)
+class Recording:
+    """Rows in the order they happened, and what became of the episodes that ended.
+
+    After 64 environments ran one 50-step episode each: decisions 3200, successes [64] bool, returns [64].
+    """
+
+    decisions: int = 0
+    successes: list[bool] = field(default_factory=list)  # of each ended episode, in order
+    returns: list[float] = field(default_factory=list)  # undiscounted sum of the environment's reward
+    lengths: list[int] = field(default_factory=list)
+    invalid: int = 0  # episodes thrown away because their environment failed
+    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def write(self, buffer: Buffer) -> np.ndarray:
+        """Put the rows into the buffer; returns the row numbers of the decisions [decisions]."""
+        rows = []
+        for name, arguments in self.calls:
+            result = getattr(buffer, name)(**arguments)
+            if name == "add":
+                rows.append(result)
+        self.calls.clear()
+        return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the episodes that ended while recording."""
+        if not self.returns:
+            return {}
+        return {
+            "collect/success": float(np.mean(self.successes)),
+            "collect/return": float(np.mean(self.returns)),
+            "collect/length": float(np.mean(self.lengths)),
+            "collect/episodes": float(len(self.returns)),
+            "collect/invalid_episodes": float(self.invalid),
+        }
+
+
+class Collector:
+    """Keeps the environments of a pool running from episode to episode.
+
+    Episode e of a run starts from `training_seed(run_seed, 0, e // group_size)`: every episode can be repeated alone, and
+    the `group_size` siblings of a group share their initial state.
+    """
+
+    def __init__(
+        self, pool: Pool, *, run_seed: int, first_episode: int = 0, group_size: int = 1, source: Source = Source.ONLINE
+    ) -> None:
+        self.pool, self.run_seed, self.group_size, self.source = pool, run_seed, group_size, source
+        self.next_episode = first_episode
+        count = pool.num_envs
+        self.episode = np.full(count, -1, dtype=np.int64)  # -1: idle
+        self.seed = np.zeros(count, dtype=np.int64)
+        self.step = np.zeros(count, dtype=np.int64)
+        self.returned = np.zeros(count, dtype=np.float64)
+        self.observation: Tree | None = None
+
+    def collect(
+        self, act: Act, *, decisions: int | None = None, episodes: int | None = None, version: int = 0
+    ) -> Recording:
+        """Run until at least `decisions` rows are recorded, or until exactly `episodes` more episodes have ended.
+
+        With `episodes`, environments whose turn does not come stay idle, so that no episode is favoured for being short.
+        """
+        if (decisions is None) == (episodes is None):
+            raise ValueError("give either decisions or episodes")
+        recording = Recording()
+        self._last_episode = None if episodes is None else self.next_episode + episodes
+        if episodes is not None and (self.episode >= 0).any():
+            raise ValueError("episodes can only be counted from a fresh start; call cut() first")
+        self._begin(np.flatnonzero(self.episode < 0))
+        while (self.episode >= 0).any() and (decisions is None or recording.decisions < decisions):
+            self._advance(act, recording, version)
+        return recording
+
+    def cut(self) -> Recording:
+        """End all running episodes here: their last observation only bootstraps."""
+        recording = Recording()
+        running = np.flatnonzero(self.episode >= 0)
+        started = running[self.step[running] > 0]
+        if len(started):
+            self._close(recording, started)
+        self.episode[:] = -1
+        return recording
+
+    def _begin(self, idle: np.ndarray) -> None:
+        if self._last_episode is not None:
+            idle = idle[: max(0, self._last_episode - self.next_episode)]
+        if not len(idle):
+            return
+        mask = np.zeros(self.pool.num_envs, dtype=bool)
+        mask[idle] = True
+        self.episode[idle] = self.next_episode + np.arange(len(idle))
+        self.next_episode += len(idle)
+        self.seed[idle] = [training_seed(self.run_seed, 0, int(e) // self.group_size) for e in self.episode[idle]]
+        self.step[idle] = 0
+        self.returned[idle] = 0.0
+        first = self.observation is None  # the pool has never been reset: all of it must be, once
+        self.observation = self.pool.reset(self.seed, None if first else mask)
+
+    def _advance(self, act: Act, recording: Recording, version: int) -> None:
+        """One decision in every environment."""
+        assert self.observation is not None
+        taken = act(self.observation)
+        result = self.pool.step(taken.action)
+        active = self.episode >= 0
+        valid = active & result.valid
+        if not valid.all():
+            chosen = np.flatnonzero(valid)
+            observation, kept = take_rows(self.observation, chosen), take_decisions(taken, chosen)
+        else:
+            chosen, observation, kept = np.arange(self.pool.num_envs), self.observation, taken
+        recording.calls.append(
+            (
+                "add",
+                {
+                    "streams": chosen,
+                    "observation": observation,
+                    "decisions": kept,
+                    "reward": result.reward[chosen],
+                    "terminated": result.terminated[chosen],
+                    "truncated": result.truncated[chosen],
+                    "group": self.episode[chosen] // self.group_size,
+                    "seed": self.seed[chosen],
+                    "step": self.step[chosen],
+                    "version": version,
+                    "source": self.source,
+                },
+            )
+        )
+        recording.decisions += len(chosen)
+        self.returned[chosen] += result.reward[chosen]
+        self.step[chosen] += 1
+        self.observation = result.observation
+        self._finish(recording, active & ~result.valid, valid & (result.terminated | result.truncated), result.info)
+
+    def _finish(self, recording: Recording, broken: np.ndarray, ended: np.ndarray, info: Mapping[str, Any]) -> None:
+        """Close ended episodes, throw broken ones away, start the next ones."""
+        if broken.any():
+            failed = np.flatnonzero(broken)
+            recording.calls.append(("invalidate", {"streams": failed}))
+            recording.invalid += len(failed)
+            if self._last_episode is not None:  # a counted episode that failed is run again, from another state
+                self._last_episode += len(failed)
+            self.episode[failed] = -1
+        if ended.any():
+            done = np.flatnonzero(ended)
+            self._close(recording, done)
+            success = info.get("success")
+            recording.successes += [False] * len(done) if success is None else [bool(s) for s in success[done]]
+            recording.returns += self.returned[done].tolist()
+            recording.lengths += self.step[done].tolist()
+            self.episode[done] = -1
+        if broken.any() or ended.any():
+            self._begin(np.flatnonzero(self.episode < 0))
+
+    def _close(self, recording: Recording, streams: np.ndarray) -> None:
+        assert self.observation is not None
+        recording.calls.append(("close", {"streams": streams, "observation": take_rows(self.observation, streams)}))
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Everything needed to go on exactly here; None when the pool cannot be saved (then cut() and start afresh)."""
+        pool = self.pool.get_state()
+        if pool is None or self.observation is None:
+            return None
+        return {
+            "pool": pool,
+            "next_episode": self.next_episode,
+            "episode": self.episode.copy(),
+            "seed": self.seed.copy(),
+            "step": self.step.copy(),
+            "returned": self.returned.copy(),
+            "observation": {k: np.asarray(v) if not isinstance(v, list) else list(v) for k, v in self.observation.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.pool.reset(np.asarray(state["seed"]))  # builds what is built lazily; the state below replaces its effect
+        self.pool.set_state(state["pool"])
+        self.next_episode = int(state["next_episode"])
+        self.episode[:], self.seed[:], self.step[:] = state["episode"], state["seed"], state["step"]
+        self.returned[:] = state["returned"]
+        self.observation = dict(state["observation"])
+
+
+def take_rows(tree: Tree, rows: np.ndarray) -> dict[str, Any]:
+    """Some rows of every leaf: arrays, ragged values or lists."""
+    return {key: _take(value, rows) for key, value in tree.items()}
+
+
+def take_decisions(decisions: Decisions, rows: np.ndarray) -> Decisions:
+    """The decisions of some environments."""
+    return Decisions(_take(decisions.action, rows), _take(decisions.log_prob, rows), take_rows(decisions.trace, rows))
+
+
+def _take(value: Any, rows: np.ndarray) -> Any:
+    if isinstance(value, Ragged):
+        return value.take(rows)
+    if isinstance(value, (list, tuple)):
+        return [value[i] for i in rows]
+    return value[rows]

@@ -1,0 +1,59 @@
+"""Finds demonstrators by environment id and writes their episodes to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embodied_rft import registry
+
+
+def make_demonstrator(env_id: str, id: str = "scripted", **options: Any) -> Any:
+    """The demonstrator `id`; "scripted" means the one registered for the environment."""
+    known = registry.known("demonstrator")
+    if id == "scripted":
+        if env_id not in known:
+            raise ValueError(f"no scripted demonstrator for {env_id!r}; {registry.nearest(env_id, known)}")
+        id = env_id
+    return registry.find("demonstrator", id)(**options)
+
+
+def write_demos(
+    env_id: str,
+    out: str | Path,
+    *,
+    episodes: int = 100,
+    noise: float = 0.0,
+    seed: int = 0,
+    num_envs: int = 64,
+    with_: str = "scripted",
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run a demonstrator and write its episodes to `out`, atomically. Returns {"episodes", "decisions", "success"}."""
+    from embodied_rft.buffer import Buffer, Schema, write_trajectories
+    from embodied_rft.collect import Collector
+    from embodied_rft.data import Source
+    from embodied_rft.pool import make_pool
+    from embodied_rft.seeding import spawn_generator
+    from embodied_rft.stages.experience import demonstrator_act
+
+    pool = make_pool(env_id, min(num_envs, episodes), options=options or {}, purpose="training")
+    try:
+        demonstrator = make_demonstrator(env_id, with_, noise=noise)
+        collector = Collector(pool, run_seed=seed, source=Source.DEMONSTRATION)
+        recording = collector.collect(demonstrator_act(demonstrator, spawn_generator(seed, 1), 1), episodes=episodes)
+        metrics = recording.metrics()
+        schema = Schema(observation=dict(pool.fields), action=pool.action_field, trace={}, units=1)
+        buffer = Buffer(schema, recording.decisions + 2 * episodes + pool.num_envs)
+        recording.write(buffer)
+        write_trajectories(Path(out), list(buffer.trajectories()))
+    finally:
+        pool.close()
+    return {
+        "episodes": episodes,
+        "decisions": recording.decisions,
+        "success": metrics["collect/success"],
+        "return": float(np.round(metrics["collect/return"], 3)),
+    }

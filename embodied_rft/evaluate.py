@@ -1,0 +1,137 @@
+"""Success on a fixed list of held-out initial states, with an interval. Never touches the buffer or a learner.
+
+Episode i of sheet k always starts from `evaluation_seed(i, sheet=k)`: the same state in the batched, the single and (where
+there is one) the official environment. Training pools refuse these seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from embodied_rft.collect import Act
+from embodied_rft.pool import Pool
+from embodied_rft.seeding import evaluation_seed
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """What happened on each episode of the list. 150 successes of 200: success 0.75, low 0.686, high 0.805."""
+
+    seeds: list[int]
+    results: list[bool]  # success at the episode's end, in the order of `seeds`
+    returns: list[float]
+    lengths: list[int]
+    invalid: int = 0  # episodes that had to be started again because their environment failed
+    seconds: float = 0.0
+    name: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def episodes(self) -> int:
+        """Number of episodes."""
+        return len(self.results)
+
+    @property
+    def success(self) -> float:
+        """Share of episodes that succeeded."""
+        return float(np.mean(self.results)) if self.results else float("nan")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the success rate."""
+        return wilson_interval(sum(self.results), self.episodes)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `evaluations/*.json` in a run folder."""
+        low, high = self.interval
+        summary = {"episodes": self.episodes, "successes": int(sum(self.results)), "success": self.success}
+        mean_return = float(np.mean(self.returns)) if self.returns else float("nan")
+        return asdict(self) | summary | {"low": low, "high": high, "mean_return": mean_return}
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"success {self.success:.3f} [{low:.3f}, {high:.3f}] on {self.episodes} held-out initial states"
+
+
+def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """Score interval of a binomial proportion (Wilson 1927); never leaves [0, 1], honest at 0 and at all successes."""
+    if trials == 0:
+        return 0.0, 1.0
+    p, square = successes / trials, z * z
+    centre = (p + square / (2 * trials)) / (1 + square / trials)
+    half = z / (1 + square / trials) * math.sqrt(p * (1 - p) / trials + square / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluation_seeds(episodes: int, *, sheet: int = 0) -> list[int]:
+    """The first `episodes` seeds of a sheet."""
+    return [evaluation_seed(i, sheet=sheet) for i in range(episodes)]
+
+
+def evaluate(
+    act: Act,
+    pool: Pool,
+    seeds: Sequence[int],
+    *,
+    name: str = "",
+    progress: Callable[[int, int], None] | None = None,
+    max_retries: int = 3,
+) -> Evaluation:
+    """Run one episode from every seed; an environment that is done takes the next seed at once.
+
+    Args:
+        act: observation tree [N, ...] -> Decisions; usually the greedy policy.
+        pool: made with purpose="evaluation".
+        seeds: evaluation seeds (>= 2**31).
+        name: what the report calls this evaluation.
+        progress: called with (episodes ended, successes so far).
+        max_retries: how often the same episode may be broken by its environment before this raises RuntimeError.
+    """
+    started = time.perf_counter()
+    count = len(seeds)
+    outcome = Evaluation([int(s) for s in seeds], [False] * count, [0.0] * count, [0] * count, name=name)
+    waiting = list(range(count))[::-1]
+    tries = np.zeros(count, dtype=np.int64)
+    running = np.full(pool.num_envs, -1, dtype=np.int64)  # index of the episode in each environment
+    current = np.full(pool.num_envs, seeds[0] if count else evaluation_seed(0), dtype=np.int64)
+    observation: Any = None
+    ended = 0
+    while ended < count:
+        idle = np.flatnonzero(running < 0)
+        fresh = idle[: len(waiting)]
+        if len(fresh):
+            running[fresh] = [waiting.pop() for _ in fresh]
+            current[fresh] = [seeds[i] for i in running[fresh]]
+            mask = np.zeros(pool.num_envs, dtype=bool)
+            mask[fresh] = True
+            observation = pool.reset(current, None if observation is None else mask)
+        result = pool.step(act(observation).action)
+        observation = result.observation
+        for env in np.flatnonzero(running >= 0):
+            episode = int(running[env])
+            if not result.valid[env]:
+                tries[episode] += 1
+                outcome.invalid += 1
+                if tries[episode] > max_retries:
+                    raise RuntimeError(f"the environment failed {tries[episode]} times on evaluation seed {seeds[episode]}")
+                outcome.returns[episode], outcome.lengths[episode] = 0.0, 0
+                waiting.append(episode)
+                running[env] = -1
+                continue
+            outcome.returns[episode] += float(result.reward[env])
+            outcome.lengths[episode] += 1
+            if result.terminated[env] or result.truncated[env]:
+                success = result.info.get("success")
+                outcome.results[episode] = bool(success[env]) if success is not None else False
+                running[env] = -1
+                ended += 1
+        if progress is not None:
+            progress(ended, sum(outcome.results))
+    outcome.seconds = time.perf_counter() - started
+    return outcome

@@ -1,0 +1,61 @@
+"""Films single episodes of a policy for the report. A machine that cannot render gets a sentence, never a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+import numpy as np
+
+from embodied_rft.collect import Act
+from embodied_rft.log import write_json
+from embodied_rft.pool import VectorPool
+
+if TYPE_CHECKING:
+    from embodied_rft.session import Session
+
+
+def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tries: int = 4) -> str:
+    """Film one episode that ends in success (or failure) from one of `seeds`; returns what to tell the user."""
+    from embodied_rft.video import write_video
+
+    wanted = "success" if success else "failure"
+    if not seeds:
+        return f"no {wanted} to film"
+    env = session.recipe.env
+    act = session.actor(greedy=True, rng="film")
+    try:
+        for seed in seeds[:tries]:
+            frames, won = roll_out(act, env.id, env.options, seed)
+            if won == success:
+                path = write_video(session.folder / "videos" / f"{name}.mp4", frames, fps=25)
+                write_json(Path(path).with_suffix(".json"), {"seed": int(seed), "success": won, "stage": list(session.path)})
+                return f"filmed a {wanted}: {path.name}"
+        return f"none of {min(tries, len(seeds))} episodes ended in {wanted} again in the single environment; nothing filmed"
+    except Exception as error:  # a picture is never worth a run
+        write_json(session.folder / "videos" / "unavailable.json", {"reason": str(error)})
+        return f"no video: {error}"
+
+
+def roll_out(act: Act, env_id: str, options: dict[str, Any], seed: int) -> tuple[np.ndarray, bool]:
+    """(frames [T + 1, H, W, 3] uint8, success) of one episode in the single environment."""
+    options = {k: v for k, v in options.items() if k not in ("num_threads", "engine")}
+    vector = gymnasium.vector.SyncVectorEnv(
+        [lambda: gymnasium.make(env_id, render_mode="rgb_array", **options)],
+        autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
+    )
+    pool = VectorPool(vector, purpose="evaluation")
+    try:
+        observation = pool.reset(np.array([seed]))
+        frames = [vector.envs[0].render()]
+        while True:
+            result = pool.step(act(observation).action)
+            observation = result.observation
+            frames.append(vector.envs[0].render())
+            if result.terminated[0] or result.truncated[0] or not result.valid[0]:
+                success = result.info.get("success")
+                return np.stack(frames).astype(np.uint8), bool(success is not None and success[0])
+    finally:
+        pool.close()

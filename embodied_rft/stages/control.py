@@ -1,0 +1,35 @@
+"""Stages that hold stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from pydantic.dataclasses import dataclass
+
+from embodied_rft.config import StageSpec, parse_stages
+from embodied_rft.registry import register
+from embodied_rft.stages.experience import STRICT
+
+
+@register("stage", "repeat")
+class Repeat:
+    """Runs its stages `times` times in a row."""
+
+    holds_stages: ClassVar[bool] = True
+    word: str = ""
+
+    @dataclass(config=STRICT, kw_only=True)
+    class Config:
+        """How often, and what."""
+
+        times: int
+        stages: list[dict[str, Any]]
+
+    def __init__(self, config: Any, path: tuple[int, ...]) -> None:
+        self.config, self.path = config, path
+
+    def expand(self) -> Iterator[tuple[tuple[int, ...], list[StageSpec]]]:
+        """The body once for every round, each round under a path of its own."""
+        for round in range(self.config.times):
+            yield (*self.path, round), parse_stages(self.config.stages)

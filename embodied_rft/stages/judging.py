@@ -1,0 +1,46 @@
+"""The stage that measures and changes nothing: evaluate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic.dataclasses import dataclass
+
+from embodied_rft.registry import register
+from embodied_rft.stages.base import Stage
+from embodied_rft.stages.experience import STRICT
+
+if TYPE_CHECKING:
+    from embodied_rft.session import Session
+
+
+@register("stage", "evaluate")
+class Evaluate(Stage):
+    """Greedy success of the current policy on held-out initial states, with a Wilson interval and a video."""
+
+    @dataclass(config=STRICT, kw_only=True)
+    class Config:
+        """On how many states of which sheet."""
+
+        episodes: int = 200
+        name: str = ""
+        sheet: int = 0  # learning curves use sheet 1, so that stopping by them does not select on these states
+        video: str | None = None  # "failure" or "success": film one such episode
+
+    @property
+    def title(self) -> str:
+        """How the report names this stage."""
+        return f"evaluate {self.config.name}".strip()
+
+    def run(self, session: Session) -> dict[str, Any]:
+        """Evaluate, film, log."""
+        config = self.config
+        outcome = session.evaluate(config.episodes, sheet=config.sheet, name=config.name or "policy")
+        low, high = outcome.interval
+        if config.video:
+            from embodied_rft.film import film
+
+            wanted = [s for s, won in zip(outcome.seeds, outcome.results, strict=True) if won == (config.video == "success")]
+            name = f"{'-'.join(map(str, self.path))}-{config.video}"
+            session.logger.message(film(session, wanted, success=config.video == "success", name=name))
+        return {"success": outcome.success, "low": low, "high": high, "episodes": outcome.episodes}

@@ -1,0 +1,289 @@
+"""Stages that change the policy: pretrain (from the buffer), finetune (with new experience), adapt (another structure)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import Field as Option
+from pydantic.dataclasses import dataclass
+
+from embodied_rft.agent import wrap_policy
+from embodied_rft.collect import Recording
+from embodied_rft.data import Decisions, Tree
+from embodied_rft.learner import LearnerConfig
+from embodied_rft.plans import Replay
+from embodied_rft.registry import register
+from embodied_rft.stages.base import Stage
+from embodied_rft.stages.experience import STRICT
+
+if TYPE_CHECKING:
+    from embodied_rft.session import Session
+
+
+def name_of(objective: str | dict[str, Any]) -> str:
+    """The id in `objective: sac` or `objective: {id: sac, ...}`."""
+    return objective if isinstance(objective, str) else str(objective.get("id", ""))
+
+
+@register("stage", "pretrain")
+class Pretrain(Stage):
+    """Gradient steps on what the buffer holds, without new experience."""
+
+    @dataclass(config=STRICT, kw_only=True)
+    class Config:
+        """What to learn, and for how long."""
+
+        objective: str | dict[str, Any]
+        updates: int = 1_000
+        batch_size: int = 256
+        offline_share: float | None = None  # share of each batch from demonstrations and offline data; None: uniform
+        only: list[str] | None = None  # losses to step, e.g. [critic]; None: all
+        log_every: int = 100
+        evaluate_every: int | None = None  # updates between points of the learning curve
+        evaluate_episodes: int = 100
+        learner: LearnerConfig = field(default_factory=LearnerConfig)
+
+    @property
+    def title(self) -> str:
+        """How the report names this stage."""
+        parts = f" ({', '.join(self.config.only)} only)" if self.config.only else ""
+        return f"pretrain: {name_of(self.config.objective)}{parts}"
+
+    def prepare(self, session: Session) -> None:
+        """The objective's networks."""
+        session.make_objective(self.config.objective)
+
+    def run(self, session: Session) -> dict[str, Any]:
+        """Annotate once, then update in blocks of `log_every`."""
+        config, progress = self.config, session.progress
+        learner = session.make_learner(config.learner)
+        if not progress.get("annotated"):
+            session.objective.annotate(session.agent, session.buffer, session.buffer.rows(), session.generator("annotate"))
+            progress["annotated"] = True
+        rng, sampler = session.generator("learn"), session.numpy_generator("sample")
+        metrics: dict[str, float] = {}
+        with session.logger.progress(self.title, config.updates) as bar:
+            while (done := progress.setdefault("updates", 0)) < config.updates:
+                count = min(config.log_every, config.updates - done)
+                plan = off_policy_plan(session.objective, count, config.batch_size, config.offline_share)
+                for batch in plan.batches(session.buffer, sampler, learner.version):
+                    learner.update(batch, rng, only=config.only)
+                metrics = learner.metrics()
+                progress["updates"] += count
+                session.counters["updates"] += count
+                session.log(metrics)
+                bar.update(progress["updates"], **headline(metrics))
+                if config.evaluate_every and progress["updates"] % config.evaluate_every < count:
+                    session.evaluate(config.evaluate_episodes, sheet=1, name="curve")
+                session.tick()
+        return headline(metrics)
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Until:
+    """When to stop early: as soon as one holds."""
+
+    success: float | None = Option(default=None, ge=0, le=1)  # on the learning curve's states (sheet 1)
+    minutes: float | None = None  # wall time of this stage; a run stopped by it is not repeatable to the bit
+
+
+@register("stage", "finetune")
+class Finetune(Stage):
+    """Collect, learn, repeat: online reinforcement learning."""
+
+    @dataclass(config=STRICT, kw_only=True)
+    class Config:
+        """What to learn, from how much experience."""
+
+        objective: str | dict[str, Any]
+        decisions: int = 100_000
+        decisions_per_iteration: int | None = None  # None: 50 for each environment
+        updates_per_decision: float = 1 / 16  # replayed objectives only
+        batch_size: int = 256
+        offline_share: float | None = None  # e.g. 0.5 (RLPD), 0 (WSRL); None: uniform over everything
+        group_size: int = 1  # episodes that share an initial state (group credit)
+        overlap: bool = False  # collect on one thread with the previous weights while learning on another
+        evaluate_every: int | None = None  # decisions between points of the learning curve
+        evaluate_episodes: int = 100
+        until: Until | None = None
+        learner: LearnerConfig = field(default_factory=LearnerConfig)
+
+    @property
+    def title(self) -> str:
+        """How the report names this stage."""
+        return f"finetune: {name_of(self.config.objective)}"
+
+    def prepare(self, session: Session) -> None:
+        """The objective's networks."""
+        session.make_objective(self.config.objective)
+
+    def run(self, session: Session) -> dict[str, Any]:
+        """One iteration: record, write, annotate, update, log, evaluate."""
+        config, progress = self.config, session.progress
+        learner = session.make_learner(config.learner)
+        collector = session.make_collector(group_size=config.group_size)
+        pool = session.pool("training")
+        amount = config.decisions_per_iteration or 50 * pool.num_envs
+        progress.setdefault("decisions", 0)
+        with self._recorder(session, amount) as record, session.logger.progress(self.title, config.decisions) as bar:
+            while progress["decisions"] < config.decisions and not self._reached(session):
+                recording, updates = record(lambda: self._learn_replay(session, amount))
+                rows = recording.write(session.buffer)
+                progress["decisions"] += recording.decisions
+                session.counters["decisions"] += recording.decisions
+                if not updates:
+                    updates = self._learn_fresh(session, rows)
+                session.counters["updates"] += updates
+                metrics = learner.metrics() | recording.metrics()
+                session.log(metrics)
+                bar.update(progress["decisions"], **headline(metrics))
+                self._evaluate(session, recording.decisions)
+                if not pool.can_save:  # nothing can be saved inside an episode: end them all, at the same place in every run
+                    collector.cut().write(session.buffer)
+                session.tick()
+        collector.cut().write(session.buffer)
+        return headline(learner.metrics()) | {"last success on the curve": progress.get("success")}
+
+    # --- collecting ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _recorder(self, session: Session, amount: int) -> Iterator[Callable[..., tuple[Recording, int]]]:
+        """`record(learn)` gives new experience and the number of updates made: one after the other, or overlapped."""
+        collector, learner = session.collector, session.learner
+        assert collector is not None and learner is not None
+        if not self.config.overlap:
+            act = session.actor()
+            yield lambda learn: (collector.collect(act, decisions=amount, version=learner.version), learn())
+            return
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+            act, refresh = delayed_actor(session)
+
+            def record(learn: Callable[[], int]) -> tuple[Recording, int]:
+                refresh()
+                future: Future[Recording] = executor.submit(collector.collect, act, decisions=amount, version=learner.version)
+                try:
+                    updates = learn()
+                finally:
+                    recording = future.result()
+                return recording, updates
+
+            try:
+                yield record
+            finally:
+                torch.set_num_threads(threads)
+
+    # --- learning ------------------------------------------------------------------------------------------------
+
+    def _learn_replay(self, session: Session, amount: int) -> int:
+        """Updates from replay; 0 for objectives that read fresh data only."""
+        if not isinstance(session.objective.reading, Replay):
+            return 0
+        if not session.progress.get("annotated"):
+            session.objective.annotate(session.agent, session.buffer, session.buffer.rows(), session.generator("annotate"))
+            session.progress["annotated"] = True
+        owed = session.progress.get("owed", 0.0) + amount * self.config.updates_per_decision
+        session.progress["owed"] = owed - int(owed)
+        plan = off_policy_plan(session.objective, int(owed), self.config.batch_size, self.config.offline_share)
+        learner, rng = session.learner, session.generator("learn")
+        assert learner is not None
+        for batch in plan.batches(session.buffer, session.numpy_generator("sample"), learner.version):
+            learner.update(batch, rng)
+        return int(owed)
+
+    def _learn_fresh(self, session: Session, rows: np.ndarray) -> int:
+        """Updates from the rows just written."""
+        learner, rng = session.learner, session.generator("learn")
+        assert learner is not None
+        session.objective.annotate(session.agent, session.buffer, rows, rng)
+        updates = 0
+        for batch in session.objective.reading.batches(session.buffer, session.numpy_generator("sample"), learner.version):
+            learner.update(batch, rng)
+            updates += 1
+        return updates
+
+    # --- judging -------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, session: Session, new: int) -> None:
+        every, progress = self.config.evaluate_every, session.progress
+        if every and progress["decisions"] // every > (progress["decisions"] - new) // every:
+            outcome = session.evaluate(self.config.evaluate_episodes, sheet=1, name="curve")
+            progress["success"] = outcome.success
+
+    def _reached(self, session: Session) -> bool:
+        until, progress = self.config.until, session.progress
+        if until is None:
+            return False
+        if until.minutes is not None and session.seconds() - progress["before"]["seconds"] > 60 * until.minutes:
+            return True
+        return until.success is not None and progress.get("success", -1.0) >= until.success
+
+
+@register("stage", "adapt")
+class Adapt(Stage):
+    """Puts a new policy around the current one, which is frozen: `with: residual` and its options."""
+
+    @dataclass(config=STRICT, kw_only=True)
+    class Config:
+        """Which adapter."""
+
+        with_: str = field(default="residual", metadata={"alias": "with"})
+        options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """How the report names this stage."""
+        return f"adapt: {self.config.with_} on the frozen policy"
+
+    def prepare(self, session: Session) -> None:
+        """Wrap the policy."""
+        policy = wrap_policy(self.config.with_, session.agent, session.generator("setup"), **self.config.options)
+        session.replace_policy(policy)
+
+    def run(self, session: Session) -> dict[str, Any]:
+        """The structure is all there is to it."""
+        policy = session.agent.policy
+        return {
+            "trainable parameters": sum(p.numel() for p in policy.parameters() if p.requires_grad),
+            "frozen parameters": sum(p.numel() for p in policy.parameters() if not p.requires_grad),
+        }
+
+
+def off_policy_plan(objective: Any, updates: int, batch_size: int, offline_share: float | None) -> Replay:
+    """The objective's reading plan with the stage's numbers; a plan for fresh data is refused."""
+    if not isinstance(objective.reading, Replay):
+        raise ValueError(
+            f"objective {type(objective).__name__} learns from fresh experience only; use it in a finetune stage, not in pretrain"
+        )
+    share = objective.reading.offline_share if offline_share is None else offline_share
+    return replace(objective.reading, num_updates=updates, batch_size=batch_size, offline_share=share)
+
+
+def delayed_actor(session: Session) -> tuple[Callable[[Tree], Decisions], Callable[[], None]]:
+    """(act, refresh): acts with a copy of the agent that `refresh` brings up to date, safe beside a learning thread."""
+    copied = copy.deepcopy(session.agent)
+    generator, objective = session.generator("act"), session.objective
+    explore = getattr(objective, "explore", None)
+
+    def act(observation: Tree) -> Decisions:
+        if explore is not None:
+            return explore(copied, observation, rng=generator)
+        return copied.policy.act(observation, greedy=False, rng=generator)
+
+    return act, lambda: copied.load_state_dict(session.agent.state_dict())
+
+
+def headline(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers worth a progress bar."""
+    wanted = ("collect/success", "critic/loss", "policy/loss", "critic/q_mean")
+    return {k: metrics[k] for k in wanted if k in metrics}
+
+
