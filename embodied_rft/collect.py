@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import gymnasium
 import numpy as np
 
 from embodied_rft.buffer import Buffer
-from embodied_rft.data import Decisions, Ragged, Source, Tree
-from embodied_rft.pool import Pool
+from embodied_rft.data import Decisions, Field, Ragged, Source, Tree
+from embodied_rft.pool import Pool, fields_of
 from embodied_rft.seeding import training_seed
 
 Act = Callable[[Tree], Decisions]
@@ -76,6 +77,8 @@ class Collector:
         self.step = np.zeros(count, dtype=np.int64)
         self.returned = np.zeros(count, dtype=np.float64)
         self.observation: Tree | None = None
+        self._last_episode: int | None = None
+        self._can_save: bool | None = None
 
     def collect(
         self, act: Act, *, decisions: int | None = None, episodes: int | None = None, version: int = 0
@@ -95,6 +98,13 @@ class Collector:
             self._advance(act, recording, version)
         return recording
 
+    @property
+    def can_save(self) -> bool:
+        """Whether the environments can be saved in the middle of an episode."""
+        if self._can_save is None:
+            self._can_save = self.pool.get_state() is not None
+        return self._can_save
+
     def cut(self) -> Recording:
         """End all running episodes here: their last observation only bootstraps."""
         recording = Recording()
@@ -106,12 +116,12 @@ class Collector:
         return recording
 
     def _begin(self, idle: np.ndarray) -> None:
-        if self._last_episode is not None:
-            idle = idle[: max(0, self._last_episode - self.next_episode)]
         if not len(idle):
             return
         mask = np.zeros(self.pool.num_envs, dtype=bool)
-        mask[idle] = True
+        mask[idle] = True  # those that stay idle start an old episode again, which nobody records
+        if self._last_episode is not None:
+            idle = idle[: max(0, self._last_episode - self.next_episode)]
         self.episode[idle] = self.next_episode + np.arange(len(idle))
         self.next_episode += len(idle)
         self.seed[idle] = [training_seed(self.run_seed, 0, int(e) // self.group_size) for e in self.episode[idle]]
@@ -180,11 +190,11 @@ class Collector:
         assert self.observation is not None
         recording.calls.append(("close", {"streams": streams, "observation": take_rows(self.observation, streams)}))
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """Everything needed to go on exactly here; None when the pool cannot be saved (then cut() and start afresh)."""
-        pool = self.pool.get_state()
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on exactly here; of environments that cannot be saved only how many episodes there were."""
+        pool = self.pool.get_state() if self.observation is not None else None
         if pool is None or self.observation is None:
-            return None
+            return {"next_episode": self.next_episode}
         return {
             "pool": pool,
             "next_episode": self.next_episode,
@@ -197,9 +207,11 @@ class Collector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
+        self.next_episode = int(state["next_episode"])
+        if "pool" not in state:
+            return
         self.pool.reset(np.asarray(state["seed"]))  # builds what is built lazily; the state below replaces its effect
         self.pool.set_state(state["pool"])
-        self.next_episode = int(state["next_episode"])
         self.episode[:], self.seed[:], self.step[:] = state["episode"], state["seed"], state["step"]
         self.returned[:] = state["returned"]
         self.observation = dict(state["observation"])
@@ -221,3 +233,8 @@ def _take(value: Any, rows: np.ndarray) -> Any:
     if isinstance(value, (list, tuple)):
         return [value[i] for i in rows]
     return value[rows]
+
+
+def action_field(space: gymnasium.Space) -> Field:
+    """The buffer column for actions of a space."""
+    return fields_of(space)["observation"]

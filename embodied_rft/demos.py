@@ -33,19 +33,19 @@ def write_demos(
 ) -> dict[str, Any]:
     """Run a demonstrator and write its episodes to `out`, atomically. Returns {"episodes", "decisions", "success"}."""
     from embodied_rft.buffer import Buffer, Schema, write_trajectories
-    from embodied_rft.collect import Collector
+    from embodied_rft.collect import Collector, action_field
     from embodied_rft.data import Source
     from embodied_rft.pool import make_pool
     from embodied_rft.seeding import spawn_generator
     from embodied_rft.stages.experience import demonstrator_act
 
-    pool = make_pool(env_id, min(num_envs, episodes), options=options or {}, purpose="training")
+    pool = make_pool(env_id, num_envs=min(num_envs, episodes), options=options or {}, purpose="training")
     try:
         demonstrator = make_demonstrator(env_id, with_, noise=noise)
         collector = Collector(pool, run_seed=seed, source=Source.DEMONSTRATION)
         recording = collector.collect(demonstrator_act(demonstrator, spawn_generator(seed, 1), 1), episodes=episodes)
         metrics = recording.metrics()
-        schema = Schema(observation=dict(pool.fields), action=pool.action_field, trace={}, units=1)
+        schema = Schema(observation=dict(pool.fields), action=action_field(pool.action_space), trace={}, units=1)
         buffer = Buffer(schema, recording.decisions + 2 * episodes + pool.num_envs)
         recording.write(buffer)
         write_trajectories(Path(out), list(buffer.trajectories()))

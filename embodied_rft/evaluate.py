@@ -108,11 +108,13 @@ def evaluate(
         if len(fresh):
             running[fresh] = [waiting.pop() for _ in fresh]
             current[fresh] = [seeds[i] for i in running[fresh]]
+        if len(idle):  # those without an episode left start an old one again, which nobody looks at
             mask = np.zeros(pool.num_envs, dtype=bool)
-            mask[fresh] = True
+            mask[idle] = True
             observation = pool.reset(current, None if observation is None else mask)
         result = pool.step(act(observation).action)
         observation = result.observation
+        over = result.terminated | result.truncated | ~result.valid
         for env in np.flatnonzero(running >= 0):
             episode = int(running[env])
             if not result.valid[env]:

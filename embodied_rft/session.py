@@ -23,7 +23,7 @@ from embodied_rft import registry
 from embodied_rft.agent import Agent, build_agent
 from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.checkpoint import Checkpoints, RunLock
-from embodied_rft.collect import Act, Collector
+from embodied_rft.collect import Act, Collector, action_field
 from embodied_rft.config import Recipe, StageSpec, dump_recipe, parse_stages, validate_plugin_config, write_atomically
 from embodied_rft.data import Decisions, Source, Tree
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
@@ -72,7 +72,7 @@ class Session:
         if purpose not in self._pools:
             env = self.recipe.env
             self._pools[purpose] = make_pool(
-                env.id, env.num_envs, options=env.options, kind=env.pool, num_workers=env.num_workers, purpose=purpose
+                env.id, num_envs=env.num_envs, options=env.options, kind=env.pool, num_workers=env.num_workers, purpose=purpose
             )
         return self._pools[purpose]
 
@@ -103,7 +103,7 @@ class Session:
         pool, policy = self.pool("training"), self.agent.policy
         return Schema(
             observation=dict(pool.fields),
-            action=pool.action_field,
+            action=action_field(pool.action_space),
             trace=dict(policy.trace_fields),
             units=policy.num_units,
         )
@@ -209,10 +209,6 @@ class Session:
             self.save()
         if self.stopping:
             raise Interrupted(f"stopped after a checkpoint; the same command continues {self.folder}")
-
-    def can_save_midway(self) -> bool:
-        """Whether the running collector's environments can be saved in the middle of an episode."""
-        return self.collector is None or self.collector.state_dict() is not None
 
     def save(self, *, finished: bool = False) -> None:
         """Write a checkpoint; `finished`: the stage at `path` is over."""

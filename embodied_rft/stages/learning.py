@@ -145,7 +145,7 @@ class Finetune(Stage):
                 session.log(metrics)
                 bar.update(progress["decisions"], **headline(metrics))
                 self._evaluate(session, recording.decisions)
-                if not pool.can_save:  # nothing can be saved inside an episode: end them all, at the same place in every run
+                if not collector.can_save:  # nothing can be saved inside an episode: end them all, at the same place in every run
                     collector.cut().write(session.buffer)
                 session.tick()
         collector.cut().write(session.buffer)
