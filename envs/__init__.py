@@ -1,4 +1,20 @@
-"""TODO."""
+"""Environments: importing this package registers them with Gymnasium and their demonstrators with our registry.
+
+    import gymnasium, embodied_rft.envs
+    gymnasium.make("embodied_rft/FetchPickAndPlace-v0")                     # one environment
+    gymnasium.make_vec("embodied_rft/FetchPickAndPlace-v0", num_envs=64)    # a native batch
+"""
 
 if __name__ != "embodied_rft.envs":  # one module must have one name
     raise ImportError("import embodied_rft.envs, not envs")
+
+import gymnasium
+
+for _name in ("Reach", "Push", "Slide", "PickAndPlace"):
+    gymnasium.register(
+        id=f"embodied_rft/Fetch{_name}-v0",
+        entry_point="embodied_rft.envs.fetch:FetchEnv",
+        vector_entry_point="embodied_rft.envs.fetch:FetchVectorEnv",
+        max_episode_steps=50,
+        kwargs={"name": _name},
+    )

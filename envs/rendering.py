@@ -1,0 +1,160 @@
+"""Offscreen camera images of a MuJoCo model, headless by default: EGL, else OSMesa. Knows no task."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes.util
+import importlib
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import mujoco
+import numpy as np
+
+if TYPE_CHECKING:
+    from embodied_rft.envs.task import Camera
+
+_BACKENDS = {"egl": "EGL", "osmesa": "OSMesa"}  # backend: the shared library it needs
+
+
+def gl_available() -> tuple[bool, str]:
+    """Whether images can be drawn here, and a sentence: the library that will be used, or what to install."""
+    try:
+        name, _ = _backend()
+    except RuntimeError as error:
+        return False, str(error)
+    return True, f"images are drawn with {name.upper() if name == 'egl' else 'OSMesa'}"
+
+
+class Renderer:
+    """Draws a model into uint8 arrays. Nothing is allocated and no GL library is touched before the first image.
+
+    Each thread that draws gets a GL context of its own.
+
+    Args:
+        model: what to draw; copied, never modified.
+        height: pixels.
+        width: pixels.
+        fast: no shadows, no reflections, no multisampling, a tiny shadow map.
+    """
+
+    def __init__(self, model: mujoco.MjModel, *, height: int, width: int, fast: bool = True) -> None:
+        self._source, self._height, self._width, self._fast = model, height, width, fast
+        self._local = threading.local()
+
+    def render(self, place: Callable[[mujoco.MjData], None], camera: Camera) -> np.ndarray:
+        """One image [height, width, 3] uint8; `place` puts the state into the MjData that it is given."""
+        if not hasattr(self._local, "canvas"):
+            self._local.canvas = _Canvas(self._source, self._height, self._width, self._fast)
+        return self._local.canvas.draw(place, camera)
+
+    def close(self) -> None:
+        """Free the GL context of the calling thread."""
+        if hasattr(self._local, "canvas"):
+            self._local.canvas.close()
+            del self._local.canvas
+
+
+class _Canvas:
+    """One GL context with a scene: belongs to one thread."""
+
+    def __init__(self, model: mujoco.MjModel, height: int, width: int, fast: bool) -> None:
+        _, make_context = _backend()
+        self._model = copy.copy(model)
+        self._model.vis.global_.offheight, self._model.vis.global_.offwidth = height, width
+        if fast:
+            self._model.vis.quality.shadowsize = 16
+            self._model.vis.quality.offsamples = 0
+        self._hide_mocap_markers()
+        self._data = mujoco.MjData(self._model)
+        self._context: Any = make_context(width, height)
+        self._context.make_current()
+        self._mjr = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._mjr)
+        self._scene = mujoco.MjvScene(self._model, maxgeom=2000)
+        if fast:
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self._option, self._rect = mujoco.MjvOption(), mujoco.MjrRect(0, 0, width, height)
+        self._pixels = np.empty((height, width, 3), dtype=np.uint8)
+        weakref.finalize(self, lambda: None)
+
+    def _hide_mocap_markers(self) -> None:
+        """The handle that pulls a gripper is not part of the world: a real camera would not see it."""
+        for geom in range(self._model.ngeom):
+            body = self._model.geom_bodyid[geom]
+            free = self._model.geom_contype[geom] == 0 and self._model.geom_conaffinity[geom] == 0
+            if free and self._model.body_mocapid[body] >= 0:
+                self._model.geom_rgba[geom, 3] = 0.0
+
+    def draw(self, place: Callable[[mujoco.MjData], None], camera: Camera) -> np.ndarray:
+        place(self._data)
+        self._context.make_current()
+        mujoco.mjv_updateScene(
+            self._model, self._data, self._option, None, self._view(camera), mujoco.mjtCatBit.mjCAT_ALL.value, self._scene
+        )
+        mujoco.mjr_render(self._rect, self._scene, self._mjr)
+        mujoco.mjr_readPixels(self._pixels, None, self._rect, self._mjr)
+        return self._pixels[::-1].copy()
+
+    def _view(self, camera: Camera) -> mujoco.MjvCamera:
+        view = mujoco.MjvCamera()
+        if camera.name is not None:
+            view.type = mujoco.mjtCamera.mjCAMERA_FIXED.value
+            view.fixedcamid = self._model.camera(camera.name).id
+        else:
+            view.type = mujoco.mjtCamera.mjCAMERA_FREE.value
+            view.lookat[:] = camera.lookat
+            view.distance, view.azimuth, view.elevation = camera.distance, camera.azimuth, camera.elevation
+        return view
+
+    def close(self) -> None:
+        self._mjr.free()
+        self._context.free()
+
+
+@cache
+def _backend() -> tuple[str, Callable[[int, int], Any]]:
+    """The first GL backend that makes a context, and its context class. Raises RuntimeError that says what to install."""
+    chosen = os.environ.get("MUJOCO_GL", "").lower().strip()
+    names = [chosen] if chosen in _BACKENDS else list(_BACKENDS)
+    reasons = []
+    for name in names:
+        if ctypes.util.find_library(_BACKENDS[name]) is None:
+            reasons.append(f"{name}: lib{_BACKENDS[name]} is not installed")
+            continue
+        try:
+            return name, _context_class(name)
+        except Exception as error:
+            reasons.append(f"{name}: {error}")
+    raise RuntimeError(
+        f"no GL library works, so no image can be drawn ({'; '.join(reasons)}). Install one without a display: "
+        "apt-get install libegl1 libgl1 libglx-mesa0 libgl1-mesa-dri (or libosmesa6), then try again."
+    )
+
+
+def _context_class(name: str) -> Callable[[int, int], Any]:
+    """Load a backend of MuJoCo directly (`mujoco.gl_context` fixes its choice when mujoco is imported) and try it."""
+    if sys.modules.get(f"mujoco.{name}") is None:
+        with _platform(name):
+            importlib.import_module(f"mujoco.{name}")
+    context_class = sys.modules[f"mujoco.{name}"].GLContext
+    context = context_class(8, 8)
+    context.make_current()
+    context.free()
+    return context_class
+
+
+@contextlib.contextmanager
+def _platform(name: str) -> Any:
+    """PyOpenGL picks its platform once, when it is first imported: forget an earlier try that failed."""
+    for module in [m for m in sys.modules if m.split(".")[0] == "OpenGL" or m.startswith("mujoco.egl")]:
+        del sys.modules[module]
+    os.environ["PYOPENGL_PLATFORM"] = name
+    yield
