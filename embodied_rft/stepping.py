@@ -55,8 +55,8 @@ class Incidents:
 class Pool(Protocol):
     """N environments that step together. There is no autoreset: who steps a pool resets what has ended.
 
-    An environment that has ended (or broke) and was not reset is idle: its row of the action is ignored, its observation
-    stays, its steps come back with valid False.
+    An environment that has ended (or broke) and was not reset is idle: its row of the action is ignored, its
+    observation stays, its steps come back with valid False.
     """
 
     num_envs: int
@@ -64,8 +64,11 @@ class Pool(Protocol):
     action_space: spaces.Space
     fields: dict[str, Field]  # observation columns as a buffer stores them
     action_field: Field
-    can_save: bool  # whether get_state works inside an episode
     incidents: Incidents
+
+    @property
+    def can_save(self) -> bool:
+        """Whether `get_state` works inside an episode."""
 
     def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """Start new episodes from `seeds` [N] where `mask` [N] (default: all); returns the observation of all N."""
@@ -162,7 +165,7 @@ def check_action(action: Any, space: spaces.Space, *, num_envs: int) -> Any:
             )
     elif not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"action has dtype {array.dtype}; expected integers for the action space {space}")
-    if isinstance(space, spaces.Discrete) and not all(space.contains(np.int64(a)) for a in array):
+    if isinstance(space, spaces.Discrete) and ((array < space.start) | (array >= space.start + space.n)).any():
         raise ValueError(f"actions {array.tolist()} are not all in {space}")
     return array.astype(space.dtype, copy=False)
 
