@@ -1,0 +1,160 @@
+"""`residual`: a bounded correction on top of a frozen base policy (Silver et al. 2018; Johannink et al. 2019).
+
+action = clip(base action + scale * y); y in [-1, 1]^A comes from a small network that sees the observation and the
+base's action, and starts near zero. The base is never trained; it is any policy with `mode` (tensors) or `act` (arrays).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from embodied_rft import networks
+from embodied_rft.agent import ActionScale, build_policy, observe, require_rng
+from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.registry import register
+
+
+@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+class ResidualConfig:
+    """Options of a `residual` agent."""
+
+    base: dict[str, Any]  # spec of the frozen base
+    scale: float = 0.4  # largest correction, in [-1, 1] units of the action
+    hidden: tuple[int, ...] = (256, 256)
+    keys: tuple[str, ...] | None = None  # observation keys that the correction reads
+    normalize: bool = False
+    num_image_features: int = 64
+    deterministic: bool = False  # a TD3 actor
+    exploration_noise: float = 0.1  # standard deviation in [-1, 1] units of the action, deterministic only
+    std: Literal["state", "free"] = "state"
+    initial_log_std: float = -1.0  # of the correction before tanh, before `scale`
+    log_std_range: tuple[float, float] = (-5.0, 2.0)
+    last_gain: float = 0.01  # the correction starts near zero
+    layer_norm: bool = False
+
+
+@register("agent", "residual")
+class ResidualPolicy(nn.Module):
+    """One unit a decision. The trace keeps the base's action, so an expensive base is asked once when it matters.
+
+    `load_base` takes over the weights of a base that was trained in an earlier stage.
+    """
+
+    Config = ResidualConfig
+    num_units = 1
+    spec: dict[str, Any]
+    base: Any  # a policy
+
+    def __init__(
+        self, config: ResidualConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+    ) -> None:
+        super().__init__()
+        if not 0 < config.scale <= 2:
+            raise ValueError(f"scale {config.scale} of a residual: in (0, 2] is expected (2 reaches every action)")
+        self.config = config
+        self.scale = ActionScale(action_space)
+        self.base = build_policy(config.base, observation_space, action_space, rng)
+        self.freeze_base()
+        self.encoder = networks.Encoder(
+            observation_space,
+            keys=config.keys,
+            num_image_features=config.num_image_features,
+            normalize=config.normalize,
+            rng=rng,
+        )
+        self.head = networks.ActorHead(
+            self.encoder.size + self.scale.action_dim,
+            self.scale.action_dim,
+            hidden=config.hidden,
+            noise=config.exploration_noise / config.scale if config.deterministic else None,
+            std=config.std,
+            initial_log_std=config.initial_log_std,
+            log_std_range=config.log_std_range,
+            last_gain=config.last_gain,
+            layer_norm=config.layer_norm,
+            rng=rng,
+        )
+        self.stochastic = not config.deterministic
+        self.trace_fields = {"u": Field((self.scale.action_dim,)), "base_action": Field((self.scale.action_dim,))}
+
+    def load_base(self, policy: nn.Module) -> None:
+        """Take the weights of a trained policy of the same spec as the frozen base."""
+        self.base.load_state_dict(policy.state_dict())
+        self.freeze_base()
+
+    def freeze_base(self) -> None:
+        """No gradient, evaluation mode, and statistics that stay as they are."""
+        self.base.requires_grad_(False)
+        self.base.eval()
+        for module in self.base.modules():
+            if isinstance(module, networks.Encoder):
+                module.frozen = True
+
+    def train(self, mode: bool = True) -> ResidualPolicy:
+        """As nn.Module.train, but the base stays in evaluation mode."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    @torch.no_grad()
+    def base_action(self, observation: Tree) -> Tensor:
+        """The base's greedy action [B, A] in [-1, 1] units."""
+        if hasattr(self.base, "mode"):
+            action = self.base.mode(observation)
+        else:
+            arrays = {k: v.cpu().numpy() for k, v in observation.items()}
+            action = torch.as_tensor(self.base.act(arrays, greedy=True).action, device=self.scale.half_range.device)
+        return self.scale.from_env(action.float())
+
+    def _features(self, observation: Tree, base: Tensor) -> Tensor:
+        return torch.cat([self.encoder(observation), base], -1)
+
+    def _combine(self, base: Tensor, correction: Tensor) -> Tensor:
+        return self.scale.to_env(torch.add(base, correction, alpha=self.config.scale).clamp(-1, 1))
+
+    @torch.no_grad()
+    def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
+        """N decisions for observation arrays [N, ...]."""
+        tensors = observe(observation, self)
+        base = self.base_action(tensors)
+        features = self._features(tensors, base)
+        if greedy:
+            u, _ = self.head(features)
+            correction, (log_prob, _) = self.head.squash(u), self.head.log_prob(features, u)
+        else:
+            correction, log_prob, u = self.head.rsample(features, require_rng(rng))
+        action = self._combine(base, correction).cpu().numpy()
+        trace = {"u": u.cpu().numpy(), "base_action": base.cpu().numpy()}
+        return Decisions(action, log_prob[:, None].cpu().numpy(), trace)
+
+    def log_prob(self, observation: Tree, action: Tensor, trace: Tree) -> tuple[Tensor, Tensor]:
+        """Log-probability of the correction and its entropy, [B, 1] each; without a trace it is read off the action."""
+        base = trace["base_action"] if "base_action" in trace else self.base_action(observation)
+        u = trace["u"] if "u" in trace else self._raw_of(action, base)
+        log_prob, entropy = self.head.log_prob(self._features(observation, base), u)
+        return log_prob[:, None], entropy[:, None]
+
+    def _raw_of(self, action: Tensor, base: Tensor) -> Tensor:
+        correction = (self.scale.from_env(action) - base) / self.config.scale
+        return self.head.unsquash(correction.clamp(-1, 1))
+
+    def rsample(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Reparametrised action [B, A] and the log-probability [B] of its correction."""
+        base = self.base_action(observation)
+        correction, log_prob, _ = self.head.rsample(self._features(observation, base), require_rng(rng))
+        return self._combine(base, correction), log_prob
+
+    def mode(self, observation: Tree) -> Tensor:
+        """Deterministic action [B, A], differentiable in the correction's weights."""
+        base = self.base_action(observation)
+        return self._combine(base, self.head.mode(self._features(observation, base)))
+
+    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+        """[B]: mean squared error of the corrected action in [-1, 1] units."""
+        return (self.scale.from_env(self.mode(observation)) - self.scale.from_env(action)).square().mean(-1)

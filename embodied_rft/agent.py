@@ -1,0 +1,256 @@
+"""An agent: a policy plus the parts that objectives train beside it (critic, value, temperature, density).
+
+Policies are found by id. A class registered as an "agent" has a `Config` dataclass and is called as
+`cls(config, observation_space=..., action_space=..., rng=...)`; an adapter has a field `base` that holds another spec.
+This file knows neither losses nor environments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from embodied_rft import networks, registry
+from embodied_rft.data import Tree
+
+Spec = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spaces:
+    """Of a single environment."""
+
+    observation: gym.Space
+    action: gym.Space
+
+
+class Agent(nn.Module):
+    """`policy` acts, `parts` help to train it, `version` counts the policy's updates over all stages.
+
+    Args:
+        policy: see docs/architecture.md.
+        spaces: of a single environment.
+        rng: draws the weights of parts that objectives ask for later.
+    """
+
+    policy: Any  # an nn.Module with the methods of a policy
+    parts: Any  # an nn.ModuleDict
+    version: Tensor
+
+    def __init__(self, policy: nn.Module, spaces: Spaces, *, rng: torch.Generator) -> None:
+        super().__init__()
+        self.policy = policy
+        self.spaces = spaces
+        self.parts = nn.ModuleDict()
+        self.part_specs: dict[str, dict[str, Any]] = {}  # JSON: enough to rebuild the parts before loading weights
+        self.rng = rng
+        self.register_buffer("version", torch.ones((), dtype=torch.int64))  # of the policy; 0 is experience from before
+
+    @property
+    def action_dim(self) -> int:
+        """A, the length of an action vector."""
+        if not isinstance(self.spaces.action, gym.spaces.Box):
+            raise ValueError(f"action space {self.spaces.action}: this objective needs action vectors (a Box)")
+        return int(np.prod(self.spaces.action.shape))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy's weights live."""
+        return next((p.device for p in self.policy.parameters()), torch.device("cpu"))
+
+    def module(self, name: str) -> nn.Module:
+        """The part that a loss of this name trains: "policy" or one of `parts`."""
+        if name == "policy":
+            return self.policy
+        if name not in self.parts:
+            raise ValueError(f"the agent has no part {name!r}; {registry.nearest(name, ['policy', *self.parts])}")
+        return self.parts[name]
+
+    def trainable(self, name: str) -> list[nn.Parameter]:
+        """The weights of a part that may change (a frozen base is none of them)."""
+        return [p for p in self.module(name).parameters() if p.requires_grad]
+
+    def ensure(self, name: str, kind: str, *, fresh: bool = False, **options: Any) -> nn.Module:
+        """The part `name`; made if there is none, kept if there is one (so a critic survives a change of objective).
+
+        Options that are None are open: an existing part keeps its own, a new one takes the default of its kind.
+
+        Args:
+            name: key in `parts`.
+            kind: "critic", "value", "temperature" or "density".
+            fresh: replace an existing part by a new one.
+            options: of the kind's constructor, as JSON.
+
+        Raises:
+            ValueError: an existing part was made with other options.
+        """
+        options = {k: v for k, v in options.items() if v is not None}
+        known = self.part_specs.get(name)
+        if known is not None and not fresh:
+            for key, value in options.items():
+                if known.get(key, value) != value:
+                    raise ValueError(
+                        f"part {name!r} was made with {key}={known[key]!r}, but the objective asks for {value!r}. "
+                        "Leave the option out to keep the part, or start it anew (warm_start: false)."
+                    )
+            return self.parts[name]
+        self.part_specs[name] = {"kind": kind, **options}
+        self.parts[name] = _make_part(self, kind, options).to(self.device)
+        return self.parts[name]
+
+    def ensure_target(self, name: str, *, fresh: bool = False) -> nn.Module:
+        """The slowly moving copy "target_<name>" of a part, without gradients."""
+        target = f"target_{name}"
+        if target not in self.parts or fresh:
+            spec = self.part_specs[name]
+            self.part_specs[target] = {"copy_of": name}
+            self.parts[target] = _make_part(self, spec["kind"], {k: v for k, v in spec.items() if k != "kind"})
+            self.parts[target].to(self.device).load_state_dict(self.parts[name].state_dict())
+            self.parts[target].requires_grad_(False)
+        return self.parts[target]
+
+    def rebuild_parts(self, part_specs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Make the parts of a saved agent (its `part_specs`), so that its state_dict fits."""
+        for name, spec in part_specs.items():
+            if "copy_of" in spec:
+                self.ensure_target(spec["copy_of"])
+            else:
+                self.ensure(name, **spec)
+
+    def encoder(self) -> networks.Encoder:
+        """A fresh encoder that reads what the policy reads, for a new part."""
+        own = getattr(self.policy, "encoder", None)
+        if isinstance(own, networks.Encoder):
+            return own.like(self.rng)
+        return networks.Encoder(self.spaces.observation, rng=self.rng)
+
+    def normalizers(self) -> list[networks.Encoder]:
+        """Encoders that still wait for statistics of the data."""
+        encoders = [m for m in self.modules() if isinstance(m, networks.Encoder) and m.normalize and not m.frozen]
+        return [m for m in encoders if not bool(m.fitted)]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """JSON that rebuilds policy and parts from the spaces."""
+        return {"policy": self.policy.spec, "parts": self.part_specs}
+
+
+def _make_part(agent: Agent, kind: str, options: Mapping[str, Any]) -> nn.Module:
+    makers: dict[str, Callable[..., nn.Module]] = {
+        "critic": lambda **o: networks.Critic(agent.encoder(), agent.action_dim, rng=agent.rng, **o),
+        "value": lambda **o: networks.Value(agent.encoder(), rng=agent.rng, **o),
+        "density": lambda **o: networks.Density(agent.encoder(), agent.action_dim, rng=agent.rng, **o),
+        "temperature": networks.Temperature,
+    }
+    if kind not in makers:
+        raise ValueError(f"unknown kind of part {kind!r}; {registry.nearest(kind, makers)}")
+    return makers[kind](**options)
+
+
+def parse_options(cls: type, options: Mapping[str, Any], *, what: str) -> Any:
+    """An instance of a Config dataclass from a mapping.
+
+    Raises:
+        ValueError: names every wrong key or value and the nearest known key.
+    """
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = [key for key in options if key not in names]
+    if unknown:
+        raise ValueError(f"{what} has no option {unknown[0]!r}; {registry.nearest(unknown[0], names)}")
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(dict(options))
+    except pydantic.ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})" for e in error.errors()]
+        raise ValueError(f"{what}: " + "; ".join(lines)) from None
+
+
+def build_policy(spec: Spec, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator) -> nn.Module:
+    """The policy that {"id": ..., **options} describes, with weights drawn from `rng`."""
+    if "id" not in spec:
+        raise ValueError(f"agent {dict(spec)!r} has no id; known: {', '.join(registry.known('agent'))}")
+    options = {k: v for k, v in spec.items() if k != "id"}
+    cls = registry.find("agent", spec["id"])
+    config = parse_options(cls.Config, options, what=f"agent {spec['id']!r}")
+    policy = cls(config, observation_space=observation_space, action_space=action_space, rng=rng)
+    policy.spec = dict(spec)
+    return policy
+
+
+def build_agent(spec: Spec, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator) -> Agent:
+    """The agent of a recipe: {"id": "gaussian", "hidden": [256, 256]}, or an adapter {"id": "residual", "base": {...}}.
+
+    Raises:
+        ValueError: unknown id or option (with the nearest known one), or spaces that the policy cannot serve.
+    """
+    policy = build_policy(spec, observation_space, action_space, rng)
+    return Agent(policy, Spaces(observation_space, action_space), rng=rng)
+
+
+def wrap_policy(id: str, agent: Agent, rng: torch.Generator, **options: Any) -> nn.Module:
+    """A new adapter policy around a copy of the agent's trained policy, which becomes its base.
+
+    Args:
+        id: of an adapter that has `load_base`, e.g. "residual".
+        agent: whose policy becomes the base.
+        rng: draws the adapter's new weights.
+        options: of the adapter, without `base`.
+    """
+    spec = {"id": id, "base": agent.policy.spec, **options}
+    policy = build_policy(spec, agent.spaces.observation, agent.spaces.action, rng)
+    load_base = getattr(policy, "load_base", None)
+    if load_base is None:
+        raise ValueError(f"agent {id!r} cannot be put around another policy: it has no load_base (residual has)")
+    load_base(agent.policy)
+    return policy.to(agent.device)
+
+
+class ActionScale(nn.Module):
+    """Between an action space's units and [-1, 1]^A.
+
+    Raises:
+        ValueError: the space is no bounded Box of one dimension.
+    """
+
+    center: Tensor
+    half_range: Tensor
+
+    def __init__(self, space: gym.Space) -> None:
+        super().__init__()
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
+            raise ValueError(f"action space {space}: a bounded Box of shape (A,) is expected")
+        low, high = torch.from_numpy(space.low).float(), torch.from_numpy(space.high).float()
+        self.register_buffer("center", (high + low) / 2, persistent=False)
+        self.register_buffer("half_range", (high - low) / 2, persistent=False)
+        self.identity = bool((low == -1).all() and (high == 1).all())
+        self.action_dim = space.shape[0]
+
+    def to_env(self, action: Tensor) -> Tensor:
+        """[-1, 1]^A to the environment's units."""
+        return action if self.identity else torch.addcmul(self.center, action, self.half_range)
+
+    def clip(self, action: Tensor) -> Tensor:
+        """Into the bounds of the space."""
+        return torch.minimum(torch.maximum(action, self.center - self.half_range), self.center + self.half_range)
+
+    def from_env(self, action: Tensor) -> Tensor:
+        """The environment's units to [-1, 1]^A."""
+        return action if self.identity else (action - self.center) / self.half_range
+
+
+def require_rng(rng: torch.Generator | None) -> torch.Generator:
+    """The generator, or a ValueError: randomness never comes from the global one."""
+    if rng is None:
+        raise ValueError("a random decision needs rng=torch.Generator(...); pass one, or greedy=True")
+    return rng
+
+
+def observe(tree: Tree, policy: nn.Module) -> dict[str, Tensor]:
+    """Observation arrays [N, ...] as tensors on the policy's device."""
+    return networks.as_tensors(tree, next(policy.parameters()).device)

@@ -1,0 +1,235 @@
+"""The one learner: turns batches into weight changes. It knows parts and named losses, no algorithm.
+
+One optimiser per part; losses in the objective's order, each stepping before the next is computed; micro-batches that
+add up to one batch; a loss that is not finite stops the run before a weight has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from embodied_rft.agent import Agent
+from embodied_rft.data import Batch
+from embodied_rft.networks import polyak
+from embodied_rft.registry import nearest
+
+Metrics = dict[str, float]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss or gradient was NaN or infinite; no weight has been changed by it."""
+
+
+@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+class LearnerConfig:
+    """How gradients are taken, the same for every objective."""
+
+    learning_rate: float = 3e-4
+    learning_rates: dict[str, float] = field(default_factory=dict)  # for single parts: {"critic": 1e-3}
+    weight_decay: float = 0.0  # decoupled (AdamW)
+    clip_norm: float | None = None  # largest gradient norm of a part
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: matrix products under autocast, weights stay fp32
+    micro_batch: int | None = None  # decisions per backward pass; None: the whole batch
+    ema: float | None = None  # decay of an averaged copy of the policy, e.g. 0.999
+
+
+class Learner:
+    """Trains the parts of an agent with an objective's losses.
+
+    Args:
+        agent: whose parts are trained; the objective must have been set up on it.
+        objective: see docs/architecture.md; an optional `every` maps a loss to how many updates lie between its steps.
+        config: how to take gradients.
+    """
+
+    def __init__(self, agent: Agent, objective: Any, config: LearnerConfig | None = None) -> None:
+        self.agent, self.objective, self.config = agent, objective, config or LearnerConfig()
+        for name in self.config.learning_rates:
+            if name not in objective.losses:
+                raise ValueError(f"learning rate for {name!r}, which is not trained; {nearest(name, objective.losses)}")
+        self.updates = 0
+        self.parameters = {name: agent.trainable(name) for name in objective.losses}
+        for name, parameters in self.parameters.items():
+            if not parameters:
+                raise ValueError(f"part {name!r} has no trainable weights: it is frozen, or cannot be trained")
+        self.optimizers = {name: self._optimizer(name) for name in objective.losses}
+        self.averaged: nn.Module | None = None  # the EMA of the policy
+        if self.config.ema is not None:
+            self.averaged = copy.deepcopy(agent.policy).requires_grad_(False)
+        self._every: Mapping[str, int] = getattr(objective, "every", {})
+        self._metrics: dict[str, list[Tensor]] = {}
+
+    def _optimizer(self, name: str) -> torch.optim.Optimizer:
+        rate = self.config.learning_rates.get(name, self.config.learning_rate)
+        return torch.optim.AdamW(self.parameters[name], lr=rate, weight_decay=self.config.weight_decay, fused=True)
+
+    @property
+    def version(self) -> int:
+        """How many updates the agent's policy has seen, over all stages (starts at 1; 0 is older experience)."""
+        return int(self.agent.version)
+
+    def update(self, batch: Batch, rng: torch.Generator, *, only: Sequence[str] | None = None) -> None:
+        """One step of every loss that is due, in order. The numbers are kept for `metrics`.
+
+        Args:
+            batch: B decisions.
+            rng: for the losses' random numbers.
+            only: names of the losses to step; None: all.
+
+        Raises:
+            NonFiniteLossError: names the loss; its part and the following ones are unchanged.
+        """
+        unknown = set(only or ()) - set(self.parameters)
+        if unknown:
+            name = min(unknown)
+            raise ValueError(f"there is no loss {name!r}; {nearest(name, self.parameters)}")
+        pieces = self._pieces(batch)
+        for name, loss in self.objective.losses.items():
+            due = (self.updates + 1) % self._every.get(name, 1) == 0
+            if due and (only is None or name in only):
+                self._step(name, loss, pieces, rng)
+        self.updates += 1
+        self.objective.after_update(self.agent, self.updates)
+
+    def _pieces(self, batch: Batch) -> list[Batch]:
+        """The batch as micro-batches on the agent's device, with the normalisers of the whole."""
+        if not batch.num_decisions:
+            batch = replace(batch, num_decisions=len(batch), num_units=int(batch.mask.sum()))
+        if self.agent.device.type != "cpu":
+            batch = to_device(batch, self.agent.device)
+        size = self.config.micro_batch
+        # A copy of the notes: losses of one update may leave each other intermediate results there.
+        return [replace(b, notes=dict(b.notes)) for b in ([batch] if size is None else batch.split(size))]
+
+    def _step(self, name: str, loss: Any, pieces: list[Batch], rng: torch.Generator) -> None:
+        parameters = self.parameters[name]
+        for piece in pieces:
+            with self._autocast():
+                value, metrics = loss(self.agent, piece, rng)
+            if not math.isfinite(value.item()):
+                self._clear(name)
+                raise NonFiniteLossError(
+                    f"loss {name!r} of update {self.updates} is {value.item()}; no weight of {name!r} was changed. "
+                    "Look for extreme rewards or observations, or lower its learning rate."
+                )
+            torch.autograd.backward(value, inputs=parameters)  # only this part: other parts' weights cost nothing
+            for key, number in metrics.items():
+                self._metrics.setdefault(key, []).append(number)
+        if self.config.clip_norm is not None:
+            norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+            if not math.isfinite(norm.item()):
+                self._clear(name)
+                raise NonFiniteLossError(f"the gradient of loss {name!r} of update {self.updates} is not finite")
+        self.optimizers[name].step()
+        self._clear(name)
+        if name == "policy":
+            self.agent.version += 1
+            if self.averaged is not None:
+                self._average()
+
+    def _clear(self, name: str) -> None:
+        for parameter in self.parameters[name]:
+            parameter.grad = None
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.agent.device.type, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        assert self.averaged is not None and self.config.ema is not None
+        polyak(self.averaged, self.agent.policy, 1 - self.config.ema)
+
+    def learn(self, buffer: Any, rng: np.random.Generator, *, num_updates: int | None = None) -> Metrics:
+        """Read the buffer after the objective's plan: annotate, update, report.
+
+        Args:
+            buffer: the experience.
+            rng: draws the rows; a torch generator for the losses is seeded from it.
+            num_updates: overrides the plan's number (replayed objectives).
+
+        Returns:
+            Mean of each metric.
+        """
+        generator = torch.Generator(self.agent.device).manual_seed(int(rng.integers(2**62)))
+        reading = self.objective.reading
+        fresh = not hasattr(reading, "num_updates")
+        if num_updates is not None:
+            if fresh:
+                raise ValueError("num_updates has no effect on an objective that reads fresh data: set its num_epochs")
+            reading = replace(reading, num_updates=num_updates)
+        rows = buffer.rows(min_version=self.version - reading.max_lag) if fresh else buffer.rows()
+        self.objective.annotate(self.agent, buffer, rows, generator)
+        for batch in reading.batches(buffer, rng, self.version):
+            self.update(batch, generator)
+        return self.metrics()
+
+    def metrics(self) -> Metrics:
+        """Means of all numbers since the last call, as floats; asking is what waits for the device."""
+        means = {key: float(torch.stack(numbers).float().mean()) for key, numbers in self._metrics.items()}
+        self._metrics = {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the agent's weights: optimisers, counters, averaged policy. Tensors and JSON scalars only."""
+        return {
+            "updates": self.updates,
+            "optimizers": {n: _optimizer_state(o, self.parameters[n]) for n, o in self.optimizers.items()},
+            "averaged": None if self.averaged is None else dict(self.averaged.state_dict()),
+            "metrics": {k: torch.stack(v).float() for k, v in self._metrics.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        if set(state["optimizers"]) != set(self.optimizers):
+            raise ValueError(
+                f"this state trains {sorted(state['optimizers'])}, the objective trains {sorted(self.optimizers)}: "
+                "continue with the objective that the state was saved from"
+            )
+        self.updates = int(state["updates"])
+        for name, saved in state["optimizers"].items():
+            _load_optimizer_state(self.optimizers[name], self.parameters[name], saved)
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+        self._metrics = {k: list(v.unbind()) for k, v in state["metrics"].items()}
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """{"0": {"step", "exp_avg", "exp_avg_sq"}, ...}, empty before the first step."""
+    return {str(i): dict(optimizer.state[p]) for i, p in enumerate(parameters) if optimizer.state[p]}
+
+
+def _load_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], state: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    optimizer.state.clear()
+    for index, tensors in state.items():
+        parameter = parameters[int(index)]
+        optimizer.state[parameter] = {k: torch.as_tensor(v).clone().to(parameter.device) for k, v in tensors.items()}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on `device`."""
+
+    def move(value: Any) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    def moved() -> Iterator[tuple[str, Any]]:
+        for name in ("observation", "next_observation", "trace", "next_trace", "notes"):
+            yield name, {k: move(v) for k, v in getattr(batch, name).items()}
+        for name in ("action", "reward", "discount", "log_prob", "mask"):
+            yield name, move(getattr(batch, name))
+
+    return replace(batch, **dict(moved()))

@@ -1,0 +1,27 @@
+"""What to learn: each objective is a short composition of `losses` with a config of its own, found by id.
+
+Importing this package registers them. An objective never owns a loop: the `Learner` steps its losses in order.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from embodied_rft.agent import parse_options
+from embodied_rft.registry import find
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def build_objective(spec: str | Mapping[str, Any]) -> Any:
+    """The objective that "sac" or {"id": "sac", "gamma": 0.98} describes.
+
+    Raises:
+        ValueError: unknown id or option, with the nearest known one.
+    """
+    options = {"id": spec} if isinstance(spec, str) else dict(spec)
+    id = str(options.pop("id", ""))
+    cls = find("objective", id)
+    return cls(parse_options(cls.Config, options, what=f"objective {id!r}"))
