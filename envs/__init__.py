@@ -10,6 +10,8 @@ if __name__ != "embodied_rft.envs":  # one module must have one name
 
 import gymnasium
 
+from embodied_rft.envs import demonstrators  # noqa: F401
+
 for _name in ("Reach", "Push", "Slide", "PickAndPlace"):
     gymnasium.register(
         id=f"embodied_rft/Fetch{_name}-v0",

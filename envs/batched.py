@@ -120,7 +120,7 @@ class Simulation:
             if name not in state or np.shape(state[name]) != target.shape:
                 given = np.shape(state[name]) if name in state else "nothing"
                 raise ValueError(f"state[{name!r}] has shape {given}, expected {target.shape}: of another environment?")
-        self.engine.load(np.asarray(state["physics"]), state.get("warmstart"))
+        self.engine.set_warmstart(state.get("warmstart"))
         for name in ("physics", "sensors", "goal", "elapsed"):
             getattr(self, name)[:] = state[name]
         for generator, packed in zip(self.generators, state["rng"], strict=True):
@@ -187,7 +187,8 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
     Args:
         task: what to simulate.
         num_envs: N.
-        engine: "rollout" (fast, batch on native threads) or "exact" (what N single environments compute, bit by bit).
+        engine: "exact" (what N single environments compute, bit by bit) or "rollout" (`mujoco.rollout`: no Python between
+            the rows, for many cores; the solver starts cold in every step). See envs/physics.py.
         num_threads: threads of the engine; None takes one a core.
         autoreset_mode: NEXT_STEP (the step after an episode's end resets it: reward 0, action ignored) or DISABLED (the
             caller resets with `options={"reset_mask": mask}`).
@@ -206,7 +207,7 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
         task: Task,
         *,
         num_envs: int,
-        engine: str = "rollout",
+        engine: str = "exact",
         num_threads: int | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         max_episode_steps: int | None = None,

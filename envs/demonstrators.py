@@ -1,0 +1,97 @@
+"""Scripted demonstrators: memoryless closed-loop controllers over a batch of observations, with a noise knob.
+
+They read nothing but the policy's own observation, so they can label any state. Found by id: `registry.find("demonstrator",
+"fetch_pick_and_place")`, or under the id of the environment that they solve (`demonstrator_for`).
+
+Shapes: N environments; observations as in `FetchTask`; lengths in metres.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from embodied_rft import registry
+
+
+class FetchDemonstrator:
+    """What the four share: clip to [-1, 1], add Gaussian noise, clip again.
+
+    Args:
+        noise: standard deviation of the noise on every action dimension (an action spans [-1, 1]); 0 is deterministic.
+    """
+
+    for_env: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, *, noise: float = 0.0) -> None:
+        if not noise >= 0.0:
+            raise ValueError(f"noise is {noise}, expected a standard deviation >= 0 (0.4 makes most episodes fail)")
+        self.noise = noise
+
+    def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        """Actions [N, 4] float32 for observations [N, ...]; `rng` is drawn from only if there is noise."""
+        action = np.clip(self.command(observation), -1.0, 1.0)
+        if self.noise:
+            action = np.clip(action + rng.normal(0.0, self.noise, size=action.shape), -1.0, 1.0)
+        return action.astype(np.float32)
+
+    def command(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The intended actions [N, 4], before clipping and noise."""
+        raise NotImplementedError
+
+
+@registry.register("demonstrator", "fetch_reach")
+class FetchReachDemonstrator(FetchDemonstrator):
+    """Straight to the goal; `gain` is action per metre (20 would cover the distance in one decision)."""
+
+    for_env = ("embodied_rft/FetchReach-v0",)
+
+    def __init__(self, *, noise: float = 0.0, gain: float = 10.0) -> None:
+        super().__init__(noise=noise)
+        self.gain = gain
+
+    def command(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Proportional control of the gripper."""
+        error = observation["desired_goal"] - observation["achieved_goal"]
+        return np.concatenate([self.gain * error, np.zeros((len(error), 1))], axis=1)
+
+
+@registry.register("demonstrator", "fetch_pick_and_place")
+class FetchPickAndPlaceDemonstrator(FetchDemonstrator):
+    """Hover over the block with open fingers, descend, shut, carry it to the goal.
+
+    Args:
+        noise: as in `FetchDemonstrator`.
+        gain: action per metre.
+        close_within: shut the fingers when the block's centre is this near to the grip point, metres.
+    """
+
+    for_env = ("embodied_rft/FetchPickAndPlace-v0",)
+
+    def __init__(self, *, noise: float = 0.0, gain: float = 6.0, close_within: float = 0.022) -> None:
+        super().__init__(noise=noise)
+        self.gain, self.close_within = gain, close_within
+
+    def command(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """See the class."""
+        state, goal = observation["observation"], observation["desired_goal"]
+        to_block, fingers = state[:, 6:9], state[:, 9:11].sum(axis=1)
+        beside = np.linalg.norm(to_block[:, :2], axis=1)
+        near = np.linalg.norm(to_block, axis=1) < self.close_within
+        holds = near & (fingers < 0.055)  # the block is 50 mm wide, open fingers 100 mm apart
+        hover = to_block + np.array([0.0, 0.0, 0.06])
+        target = np.where((beside < 0.015)[:, None] | near[:, None], to_block, hover)
+        target = np.where(holds[:, None], goal - observation["achieved_goal"], target)
+        return np.concatenate([self.gain * target, np.where(near, -1.0, 1.0)[:, None]], axis=1)
+
+
+def demonstrator_for(env_id: str) -> Any:
+    """The demonstrator class of an environment. Raises ValueError with the nearest id that has one."""
+    return registry.find("demonstrator", env_id)
+
+
+for _cls in (FetchReachDemonstrator, FetchPickAndPlaceDemonstrator):
+    for _env_id in _cls.for_env:
+        registry.register("demonstrator", _env_id)(_cls)
