@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -278,6 +279,23 @@ def _cannot_write(folder: Path, needed: int, error: OSError) -> CheckpointError:
         free = ""
     hint = f"It needs {needed / 1e9:.2f} GB{free}. Make room and run the same command again. " if full else ""
     return CheckpointError(f"could not write checkpoint {folder}: {error.strerror}. {hint}Earlier ones are untouched.")
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a file so that readers see either the old or the new content, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 # --- the checkpoints of a run ---------------------------------------------------------------------
