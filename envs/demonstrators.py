@@ -81,8 +81,8 @@ class FetchPickAndPlaceDemonstrator(FetchDemonstrator):
         beside = np.linalg.norm(to_block[:, :2], axis=1)
         near = np.linalg.norm(to_block, axis=1) < self.close_within
         holds = near & (fingers < 0.055)  # the block is 50 mm wide, open fingers 100 mm apart
-        hover = to_block + np.array([0.0, 0.0, 0.06])
-        target = np.where((beside < 0.015)[:, None] | near[:, None], to_block, hover)
+        hover = to_block + np.array([0.0, 0.0, 0.05])
+        target = np.where((beside < self.close_within)[:, None], to_block, hover)
         target = np.where(holds[:, None], goal - observation["achieved_goal"], target)
         return np.concatenate([self.gain * target, np.where(near, -1.0, 1.0)[:, None]], axis=1)
 
