@@ -1,7 +1,7 @@
 """`residual`: a bounded correction on top of a frozen base policy (Silver et al. 2018; Johannink et al. 2019).
 
 action = clip(base action + scale * y); y in [-1, 1]^A comes from a small network that sees the observation and the
-base's action, and starts near zero. The base is never trained; it is any policy with `mode` (tensors) or `act` (arrays).
+base's action, and starts near zero. The base is never trained: any policy with `mode` (tensors) or `act` (arrays).
 """
 
 from __future__ import annotations

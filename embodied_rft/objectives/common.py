@@ -1,4 +1,4 @@
-"""What several objectives share: the type of a loss table, statistics of the data."""
+"""What several objectives share: the type of a loss table, statistics and returns of the data."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
+from embodied_rft.returns import monte_carlo, pad_segments
 
 LossFunction = Callable[[Agent, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 Losses = dict[str, LossFunction]
+STRICT = ConfigDict(extra="forbid")  # of every config: an unknown key is an error
 
 
 def fit_normalizers(agent: Agent, buffer: Any, rows: np.ndarray, *, limit: int = 20_000) -> None:
@@ -24,3 +27,24 @@ def fit_normalizers(agent: Agent, buffer: Any, rows: np.ndarray, *, limit: int =
         observation = buffer.batch(spread, next_observation=False).observation
         for encoder in waiting:
             encoder.fit({key: value.to(agent.device) for key, value in observation.items()})
+
+
+def annotate_returns(
+    buffer: Any, rows: np.ndarray, *, gamma: float, reward_weights: dict[str, float] | None = None
+) -> dict[str, float]:
+    """Write the note "mc_return": the discounted return of each decision.
+
+    Where an episode did not terminate, its last reward is taken to go on for ever: exact for goals that stay reached
+    (or missed), and a lower bound on the value for rewards that are never negative.
+    """
+    segments = buffer.segments(rows)
+    if not segments:
+        return {}
+    order = np.concatenate(segments)
+    batch = buffer.batch(order, gamma=gamma, reward_weights=reward_weights, next_observation=False)
+    index, mask = (torch.from_numpy(a) for a in pad_segments([len(s) for s in segments]))
+    last = mask.sum(1) - 1
+    tail = batch.reward[index.gather(1, last[:, None])[:, 0]] / (1 - gamma)
+    returns = monte_carlo(batch.reward[index], batch.discount[index], mask, tail)[mask]
+    buffer.annotate("mc_return", order, returns.numpy())
+    return {"data/mc_return": float(returns.mean())}

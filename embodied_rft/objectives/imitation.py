@@ -6,18 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
-from embodied_rft.objectives.common import Losses, fit_normalizers
+from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers
 from embodied_rft.plans import Replay
 from embodied_rft.registry import register
 
 
-@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class BehaviorCloningConfig:
     """Options of `bc`."""
 

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -18,11 +17,9 @@ from embodied_rft import losses
 from embodied_rft.agent import ActionScale, Agent
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Tree
 from embodied_rft.networks import as_tensors, polyak
-from embodied_rft.objectives.common import Losses, fit_normalizers
+from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers
 from embodied_rft.plans import Replay
 from embodied_rft.registry import register
-
-STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -1,0 +1,118 @@
+"""`density` and `spot`: learn where the data has actions, then keep the policy's actions there.
+
+Fit `density` first (a conditional VAE); `spot` is TD3 plus a penalty on actions the density finds unlikely. Online the
+penalty cools, so that the policy may leave the data once it knows better.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from embodied_rft.agent import ActionScale, Agent
+from embodied_rft.data import Batch
+from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers
+from embodied_rft.objectives.soft_actor_critic import SAC, TD3Config, require_deterministic
+from embodied_rft.plans import Replay
+from embodied_rft.registry import register
+
+
+@dataclass(config=STRICT, kw_only=True)
+class DensityConfig:
+    """Options of `density`."""
+
+    num_updates: int = 1_000  # per learn call
+    batch_size: int = 256
+    offline_share: float | None = None
+    hidden: tuple[int, ...] = (256, 256)
+    beta: float = 0.5  # weight of the KL term
+
+
+@register("objective", "density")
+class DensityObjective:
+    """Fits the part "density" to the data's actions (Wu et al. 2022, SPOT, eq. 8)."""
+
+    Config = DensityConfig
+
+    def __init__(self, config: DensityConfig) -> None:
+        self.config = config
+        self.losses: Losses = {"density": self.density_loss}
+        self.reading = Replay(
+            num_updates=config.num_updates, batch_size=config.batch_size, offline_share=config.offline_share
+        )
+
+    def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
+        """The density."""
+        self.scale = ActionScale(agent.spaces.action).to(agent.device)
+        agent.ensure("density", "density", hidden=list(self.config.hidden))
+
+    def density_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean negative evidence bound."""
+        action = self.scale.from_env(batch.action)
+        each = agent.parts["density"].negative_elbo(batch.observation, action, beta=self.config.beta, rng=rng)
+        loss = each.sum() / batch.num_decisions
+        return loss, {"density/negative_elbo": loss.detach()}
+
+    def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
+        """Take the statistics of the observations, once."""
+        fit_normalizers(agent, buffer, rows)
+        return {}
+
+    def after_update(self, agent: Agent, update: int) -> None:
+        """Nothing."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class SPOTConfig(TD3Config):
+    """Options of `spot`: those of `td3` and these."""
+
+    support_weight: float = 0.1  # lambda, in units of the mean |Q|
+    final_support_weight: float | None = None  # None: lambda stays; else it cools to this
+    cooling_updates: int = 10_000  # linearly over this many updates
+    beta: float = 0.5  # as in `density`
+
+
+@register("objective", "spot")
+class SPOT(SAC):
+    """Supported policy optimisation (Wu et al. 2022): TD3 + lambda * negative log-density of the policy's action."""
+
+    Config = SPOTConfig
+
+    def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
+        """As TD3; the density must exist."""
+        require_deterministic(agent, "spot")
+        if "density" not in agent.parts:
+            raise ValueError(
+                "spot needs a density of the data: put the stage `pretrain: {objective: density}` before it"
+            )
+        super().setup(agent, rng)
+        agent.parts["density"].weight.fill_(self.config.support_weight)
+        self._size = 0.0  # mean |Q| of this update, summed over its micro-batches
+
+    def critic_penalty(self, agent: Agent, batch: Batch, q: Tensor, rng: torch.Generator) -> Tensor | None:
+        """None; but keeps the size of Q, against which lambda is measured."""
+        self._size += float(q.detach().abs().sum()) / (len(q) * batch.num_decisions)
+        return None
+
+    def policy_penalty(self, agent: Agent, batch: Batch, action: Tensor, rng: torch.Generator) -> Tensor:
+        """Lambda * size of Q * negative evidence bound of the action."""
+        density = agent.parts["density"]
+        each = density.negative_elbo(batch.observation, self.scale.from_env(action), beta=self.config.beta, rng=rng)
+        penalty = density.weight * agent.parts["critic"].scale * each.sum() / batch.num_decisions
+        imitation = super().policy_penalty(agent, batch, action, rng)
+        return penalty if imitation is None else penalty + imitation
+
+    def after_update(self, agent: Agent, update: int) -> None:
+        """Move the target critic and the size of Q, cool lambda."""
+        super().after_update(agent, update)
+        scale = agent.parts["critic"].scale
+        scale.fill_(self._size if not scale else torch.lerp(scale, torch.tensor(self._size), 0.01))
+        self._size = 0.0
+        c = self.config
+        if c.final_support_weight is not None:
+            done = min(1.0, update / c.cooling_updates)
+            agent.parts["density"].weight.fill_(c.support_weight + done * (c.final_support_weight - c.support_weight))

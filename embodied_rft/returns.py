@@ -1,0 +1,124 @@
+"""Returns and advantages as pure functions: credit of decisions from rewards, values and groups.
+
+Shapes: S segments (consecutive decisions of one episode) padded to T decisions with a mask, B decisions, U units.
+`discount` is the factor on the bootstrap value of the next observation: gamma, and 0 after termination.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def n_step_return(reward: Tensor, discount: Tensor, value: Tensor, *, num_steps: int) -> Tensor:
+    """Sum of up to n discounted rewards plus the discounted value after them (Sutton and Barto 2018, eq. 7.1).
+
+    Args:
+        reward: [T] of one segment.
+        discount: [T], 0 where the episode terminated.
+        value: [T + 1]; value[t] belongs to the observation before decision t.
+        num_steps: n; windows are shorter at the end of the segment.
+
+    Returns:
+        [T].
+    """
+    length = len(reward)
+    returns = torch.empty_like(reward)
+    for t in range(length):
+        end = min(t + num_steps, length)
+        total = value[end]
+        for i in reversed(range(t, end)):
+            total = reward[i] + discount[i] * total
+        returns[t] = total
+    return returns
+
+
+def gae(
+    reward: Tensor, discount: Tensor, value: Tensor, next_value: Tensor, mask: Tensor, *, trace_decay: float
+) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), per decision.
+
+    A_t = delta_t + discount_t * lambda * A_{t+1}, delta_t = r_t + discount_t * V(o_{t+1}) - V(o_t). A segment that was cut
+    or truncated bootstraps from its last `next_value`; one that terminated has discount 0 there.
+
+    Args:
+        reward: [S, T].
+        discount: [S, T].
+        value: [S, T] of the observation before each decision.
+        next_value: [S, T] of the observation after it.
+        mask: [S, T] bool, False is padding and gives 0.
+        trace_decay: lambda; 0 is the one-step advantage, 1 the return minus value.
+
+    Returns:
+        [S, T].
+    """
+    delta = torch.where(mask, reward + discount * next_value - value, 0.0)
+    decay = torch.where(mask, trace_decay * discount, 0.0)
+    advantage = torch.zeros_like(delta)
+    following = torch.zeros_like(delta[:, 0])
+    for t in reversed(range(delta.shape[1])):
+        following = delta[:, t] + decay[:, t] * following
+        advantage[:, t] = following
+    return advantage
+
+
+def monte_carlo(reward: Tensor, discount: Tensor, mask: Tensor, tail: Tensor | None = None) -> Tensor:
+    """Discounted sum of the rewards that follow (Sutton and Barto 2018, eq. 3.8) [S, T].
+
+    Args:
+        reward: [S, T].
+        discount: [S, T], 0 where the episode terminated.
+        mask: [S, T] bool.
+        tail: [S] what is assumed to follow the last decision of a segment that did not terminate; default 0.
+    """
+    following = torch.zeros_like(reward[:, 0]) if tail is None else tail
+    returns = torch.zeros_like(reward)
+    for t in reversed(range(reward.shape[1])):
+        total = reward[:, t] + discount[:, t] * following
+        following = torch.where(mask[:, t], total, following)
+        returns[:, t] = torch.where(mask[:, t], total, 0.0)
+    return returns
+
+
+def group_advantages(
+    returns: Tensor, group: np.ndarray, *, baseline: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+) -> Tensor:
+    """Advantage of each episode over its siblings [B]; those of a group sum to zero.
+
+    "grpo": (R - mean) / (std + 1e-6) (Shao et al. 2024, section 4.1.2); "dr_grpo": R - mean (Liu et al. 2025, sec. 3.2);
+    "rloo": R - mean of the others (Ahmadian et al. 2024, eq. 7). A group of one, or of equal returns, gets 0.
+
+    Args:
+        returns: [B] of whole episodes.
+        group: [B] integer group of each.
+        baseline: what is subtracted.
+    """
+    _, index = np.unique(group, return_inverse=True)
+    group_of = torch.from_numpy(index)
+    count = torch.bincount(group_of).to(returns)
+    mean = torch.zeros_like(count).index_add_(0, group_of, returns) / count
+    advantage = returns - mean[group_of]
+    if baseline == "dr_grpo":
+        return advantage
+    if baseline == "rloo":
+        return advantage * (count / (count - 1).clamp_min(1))[group_of]
+    variance = torch.zeros_like(count).index_add_(0, group_of, advantage.square()) / (count - 1).clamp_min(1)
+    return advantage / (variance.sqrt()[group_of] + 1e-6)
+
+
+def pad_segments(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the decisions of segments that lie one after the other go in a padded table.
+
+    pad_segments([2, 1]) is (index [[0, 1], [2, 0]], mask [[True, True], [True, False]]).
+
+    Returns:
+        (index [S, T] int64 into the flat decisions, mask [S, T] bool).
+    """
+    count = np.asarray(lengths, dtype=np.int64)
+    start = np.cumsum(count) - count
+    position = np.arange(count.max(initial=0))[None, :]
+    mask = position < count[:, None]
+    return np.where(mask, start[:, None] + position, 0), mask
