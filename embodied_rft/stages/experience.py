@@ -32,7 +32,7 @@ class Demonstrate(Stage):
         """Whose demonstrations, and how many."""
 
         episodes: int = 200
-        with_: str = field(default="scripted", metadata={"alias": "with"})  # a demonstrator id; scripted: the environment's own
+        with_: str = "scripted"  # written `with`: a demonstrator id; scripted: the environment's own
         noise: float = 0.0  # standard deviation of Gaussian noise on the action, in action units
         options: dict[str, Any] = field(default_factory=dict)  # of the demonstrator
 

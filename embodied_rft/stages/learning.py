@@ -235,7 +235,7 @@ class Adapt(Stage):
     class Config:
         """Which adapter."""
 
-        with_: str = field(default="residual", metadata={"alias": "with"})
+        with_: str = "residual"  # written `with`: an agent id that takes a base
         options: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+
+from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.collect import Collector, action_field
+from embodied_rft.data import Decisions
+from embodied_rft.seeding import training_seed
+from tests.toys import SeedPool
+
+
+def act(observation):
+    count = len(observation["observation"])
+    action = observation["observation"][:, :1].astype(np.float32) % 7 / 7
+    return Decisions(action, np.zeros((count, 1), np.float32))
+
+
+def make(num_envs, **kwargs):
+    pool = SeedPool(num_envs, **kwargs)
+    schema = Schema(observation=pool.fields, action=action_field(pool.action_space), trace={}, units=1)
+    return pool, Buffer(schema, 2_000)
+
+
+def check(trajectories, run_seed, group_size=1):
+    """Every trajectory is the whole episode of its seed, nothing of another one."""
+    for t in trajectories:
+        assert len(t) == 1 + t.seed % 5 and t.end == "terminated"
+        assert (t.observation["observation"][:, 0] == t.seed % 100_000).all()
+        assert t.observation["observation"][:, 1].tolist() == list(range(len(t) + 1))
+        assert np.allclose(np.asarray(t.action)[:, 0], t.seed % 100_000 % 7 / 7)
+
+
+@pytest.mark.parametrize("num_envs", [1, 4, 9])
+def test_exactly_the_first_episodes_are_counted_none_favoured_for_being_short(num_envs):
+    pool, buffer = make(num_envs)
+    recording = Collector(pool, run_seed=5).collect(act, episodes=13)
+    rows = recording.write(buffer)
+    trajectories = list(buffer.trajectories())
+    assert sorted(t.seed for t in trajectories) == sorted(training_seed(5, 0, e) for e in range(13))
+    assert len(rows) == recording.decisions == sum(map(len, trajectories))
+    assert len(recording.successes) == 13
+    check(trajectories, 5)
+
+
+def test_siblings_share_their_initial_state():
+    pool, buffer = make(6)
+    Collector(pool, run_seed=1, group_size=3).collect(act, episodes=12).write(buffer)
+    groups = {}
+    for t in buffer.trajectories():
+        groups.setdefault(t.group, []).append(t.seed)
+    assert sorted(groups) == [0, 1, 2, 3]
+    assert all(len(seeds) == 3 and len(set(seeds)) == 1 for seeds in groups.values())
+
+
+def test_collecting_in_pieces_is_collecting_at_once():
+    pool, buffer = make(4)
+    collector = Collector(pool, run_seed=2)
+    collector.collect(act, decisions=60).write(buffer)
+    collector.cut().write(buffer)
+    pool, other = make(4)
+    collector = Collector(pool, run_seed=2)
+    for _ in range(15):
+        collector.collect(act, decisions=4).write(other)
+    collector.cut().write(other)
+    for a, b in zip(buffer.trajectories(), other.trajectories(), strict=True):
+        assert a.seed == b.seed and a.end == b.end
+        assert np.array_equal(a.observation["observation"], b.observation["observation"])
+
+
+def test_a_broken_episode_never_reaches_the_learner_and_is_replaced_when_counted():
+    bad = {training_seed(7, 0, 3), training_seed(7, 0, 6)}
+    pool, buffer = make(3, break_always=bad)
+    recording = Collector(pool, run_seed=7).collect(act, episodes=10)
+    recording.write(buffer)
+    trajectories = list(buffer.trajectories())
+    assert recording.invalid == 2 and len(trajectories) == 10
+    assert not bad & {t.seed for t in trajectories}
+    check(trajectories, 7)
+
+
+def test_state_is_restored_in_the_middle_of_an_episode():
+    pool, buffer = make(5)
+    collector = Collector(pool, run_seed=3)
+    collector.collect(act, decisions=35).write(buffer)
+    saved = collector.state_dict()
+    collector.collect(act, decisions=40).write(buffer)
+    pool, other = make(5)
+    again = Collector(pool, run_seed=3)
+    again.load_state_dict(saved)
+    again.collect(act, decisions=40)
+    assert again.next_episode == collector.next_episode
+    assert np.array_equal(again.episode, collector.episode) and np.array_equal(again.step, collector.step)
+    assert np.array_equal(again.observation["observation"], collector.observation["observation"])
+
+
+def test_environments_that_cannot_be_saved_say_so():
+    pool, _ = make(2, can_save=False)
+    collector = Collector(pool, run_seed=3)
+    collector.collect(act, decisions=4)
+    assert not collector.can_save
+    assert collector.state_dict() == {"next_episode": collector.next_episode}

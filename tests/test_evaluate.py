@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embodied_rft.data import Decisions
+from embodied_rft.evaluate import evaluate, evaluation_seeds, wilson_interval
+from embodied_rft.seeding import FIRST_EVALUATION_SEED, check_training_seeds, training_seed
+from tests.toys import SeedPool
+
+
+def act(observation):
+    count = len(observation["observation"])
+    return Decisions(np.zeros((count, 1), np.float32), np.zeros((count, 1), np.float32))
+
+
+def test_wilson_matches_published_values():
+    # Newcombe (1998), table I: 81/263 and 15/148 without continuity correction
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson_interval(0, 20)[0] == 0.0 and wilson_interval(20, 20)[1] == 1.0
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_contains_the_rate_and_mirrors(pair):
+    k, n = pair
+    low, high = wilson_interval(k, n)
+    assert 0 <= low <= k / n <= high <= 1
+    assert wilson_interval(n - k, n) == pytest.approx((1 - high, 1 - low))
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 7, 50])
+def test_every_episode_of_the_list_is_run_once_whatever_the_number_of_environments(num_envs):
+    seeds = evaluation_seeds(23)
+    outcome = evaluate(act, SeedPool(num_envs), seeds)
+    assert outcome.seeds == seeds
+    assert outcome.results == [seed % 3 == 0 for seed in seeds]  # SeedPool succeeds on multiples of three
+    assert outcome.lengths == [1 + seed % 5 for seed in seeds]
+    assert outcome.returns == [float(1 + seed % 5) for seed in seeds]
+
+
+def test_a_broken_environment_is_run_again_and_counted():
+    seeds = evaluation_seeds(6)
+    outcome = evaluate(act, SeedPool(2, break_once={seeds[3]}), seeds)
+    assert outcome.results == [seed % 3 == 0 for seed in seeds]
+    assert outcome.invalid == 1
+    with pytest.raises(RuntimeError, match=str(seeds[3])):
+        evaluate(act, SeedPool(2, break_always={seeds[3]}), seeds)
+
+
+def test_training_never_meets_an_evaluation_state():
+    seeds = [training_seed(run, stream, episode) for run in range(3) for stream in range(3) for episode in range(200)]
+    assert max(seeds) < FIRST_EVALUATION_SEED <= min(evaluation_seeds(3))
+    assert len(set(seeds)) == len(seeds)
+    check_training_seeds(np.array(seeds))
+    with pytest.raises(ValueError, match="reserved for evaluation"):
+        check_training_seeds(np.array([5, FIRST_EVALUATION_SEED]))

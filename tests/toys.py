@@ -1,0 +1,51 @@
+"""Small pools with known answers for tests of collection and evaluation."""
+
+import gymnasium
+import numpy as np
+
+from embodied_rft.data import Field
+from embodied_rft.stepping import Incidents, StepResult
+
+
+class SeedPool:
+    """Episode of seed s: 1 + s % 5 steps, reward 1 each, success if s % 3 == 0; the observation is [seed, step]."""
+
+    def __init__(self, num_envs, *, break_once=(), break_always=(), can_save=True):
+        self.num_envs = num_envs
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+        self.fields = {"observation": Field((2,))}
+        self.incidents = Incidents()
+        self.seeds = np.zeros(num_envs, np.int64)
+        self.steps = np.zeros(num_envs, np.int64)
+        self.over = np.ones(num_envs, bool)
+        self.break_once, self.break_always, self.can_save = set(break_once), set(break_always), can_save
+
+    def _observe(self):
+        return {"observation": np.stack([self.seeds % 100_000, self.steps], 1).astype(np.float64)}
+
+    def reset(self, seeds, mask=None, options=None):
+        mask = np.ones(self.num_envs, bool) if mask is None else mask
+        self.seeds[mask], self.steps[mask], self.over[mask] = np.asarray(seeds)[mask], 0, False
+        return self._observe()
+
+    def step(self, action):
+        assert not self.over.any(), "stepped an environment that has ended"
+        self.steps += 1
+        terminated = self.steps >= 1 + self.seeds % 5
+        broken = np.array([s in self.break_once or s in self.break_always for s in self.seeds])
+        self.break_once -= set(self.seeds[broken].tolist())
+        self.over = terminated | broken
+        success = terminated & (self.seeds % 3 == 0)
+        return StepResult(
+            self._observe(), np.ones(self.num_envs, np.float32), terminated & ~broken, broken, {"success": success}, ~broken
+        )
+
+    def get_state(self):
+        return {"seeds": self.seeds.copy(), "steps": self.steps.copy(), "over": self.over.copy()} if self.can_save else None
+
+    def set_state(self, state):
+        self.seeds, self.steps, self.over = (state[k].copy() for k in ("seeds", "steps", "over"))
+
+    def close(self):
+        pass
