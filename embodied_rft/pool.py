@@ -97,6 +97,11 @@ class VectorPool:
         """Whether `get_state` works inside an episode."""
         return _offers_state(self.vector_env)
 
+    @property
+    def observation(self) -> Tree:
+        """The current observation of all N, as the last call gave it; empty before the first reset."""
+        return dict(self._observation)
+
     def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """Start new episodes where `mask`; `options` go to every environment that is reset.
 
@@ -136,17 +141,19 @@ class VectorPool:
         batch, rewards, terminations, truncations, infos = self.vector_env.step(
             tuple(action) if isinstance(action, list) else action
         )
-        self._ended = np.asarray(terminations, dtype=np.bool_) | np.asarray(truncations, dtype=np.bool_)
-        new = merge(~idle, flatten_observation(self.observation_space, batch), self._observation)
-        reward = np.array(rewards, dtype=np.float32)
-        reward[idle] = 0.0
-        broken = self._clean(new, reward) | self._bad_start
+        terminations, truncations = np.asarray(terminations, dtype=np.bool_), np.asarray(truncations, dtype=np.bool_)
+        self._ended = terminations | truncations
+        muted = idle | self._bad_start
+        new = merge(~muted, flatten_observation(self.observation_space, batch), self._observation)
+        reward = np.where(muted, np.float32(0), np.asarray(rewards, dtype=np.float32))
+        broken = self._clean(new, reward)
         if broken.any():
             new = merge(~broken, new, self._observation)
-        valid = ~(broken | idle)
+        valid = ~(broken | muted)
+        reward = np.where(valid, reward, np.float32(0))
         terminated, truncated = terminations & valid, truncations | ~valid
         self._idle, self._bad_start, self._observation = terminated | truncated, np.zeros_like(idle), new
-        return StepResult(dict(new), reward * valid, terminated, truncated, self._info(infos, valid), valid)
+        return StepResult(dict(new), reward, terminated, truncated, self._info(infos, valid), valid)
 
     def _clean(self, observation: dict[str, Any], reward: np.ndarray) -> np.ndarray:
         """[N] bool of rows with non-finite numbers; they are reported, and set to zero in place."""
@@ -191,7 +198,7 @@ class VectorPool:
         """Continue bit for bit from `get_state` of a pool of the same environments."""
         if len(state["pool/idle"]) != self.num_envs:
             raise ValueError(
-                f"the state is of {len(state['pool/needs_reset'])} environments; this pool has {self.num_envs}. "
+                f"the state is of {len(state['pool/idle'])} environments; this pool has {self.num_envs}. "
                 "Use the same num_envs as the run that wrote it."
             )
         if not self._observation:
@@ -283,10 +290,11 @@ def find_spec(id: str | EnvSpec) -> EnvSpec:
     """
     if isinstance(id, EnvSpec):
         return id
-    load_plugins()
     module, _, name = id.rpartition(":")
     if module:
         importlib.import_module(module)
+    if name not in gymnasium.registry:
+        load_plugins()
     if name not in gymnasium.registry:
         raise ValueError(f"unknown environment {name!r}; {nearest(name, gymnasium.registry)}")
     return gymnasium.spec(name)
@@ -298,7 +306,8 @@ def supports_native(spec: EnvSpec) -> bool:
     if entry is None:
         return False
     creator = load_env_creator(entry) if isinstance(entry, str) else entry
-    return "autoreset_mode" in inspect.signature(creator).parameters
+    parameters = inspect.signature(creator).parameters
+    return "autoreset_mode" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def make_pool(

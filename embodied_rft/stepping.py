@@ -70,6 +70,10 @@ class Pool(Protocol):
     def can_save(self) -> bool:
         """Whether `get_state` works inside an episode."""
 
+    @property
+    def observation(self) -> Tree:
+        """The current observation of all N, as the last call gave it."""
+
     def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """Start new episodes from `seeds` [N] where `mask` [N] (default: all); returns the observation of all N."""
 

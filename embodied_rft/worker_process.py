@@ -163,8 +163,9 @@ class _Host:
     def get_state(self) -> dict[str, np.ndarray] | None:
         return self.pool.get_state()
 
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
+    def set_state(self, state: dict[str, np.ndarray]) -> dict[str, list[str]]:
         self.pool.set_state(state)
+        return self._write(self.pool.observation)
 
     def close(self) -> None:
         self.pool.close()

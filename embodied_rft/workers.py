@@ -125,6 +125,15 @@ class WorkerPool:
         """W."""
         return len(self._workers)
 
+    @property
+    def observation(self) -> Tree:
+        """The current observation of all N (a copy); zeros before the first reset."""
+        arrays = self._shared[0].arrays
+        return {
+            key: list(self._texts[key]) if key in self._texts else arrays[f"observation/{key}"].copy()
+            for key in self.fields
+        }
+
     def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """Start new episodes where `mask`; see `stepping.Pool`. A worker that fails is replaced and asked again."""
         mask = check_mask(mask, num_envs=self.num_envs)
@@ -137,7 +146,7 @@ class WorkerPool:
                 self._hear(w, texts, news)
             pending = [w for w in pending if w not in answers]
         self._idle &= ~mask
-        return self._observation()
+        return self.observation
 
     def step(self, action: Any) -> StepResult:
         """Execute one action in every environment; see `stepping.StepResult`."""
@@ -165,7 +174,7 @@ class WorkerPool:
         self._idle = terminated | truncated
         info = {"success": arrays["success"] & valid} if self._reports_success else {}
         reward = np.where(valid, arrays["reward"], np.float32(0))
-        return StepResult(self._observation(), reward, terminated, truncated, info, valid)
+        return StepResult(self.observation, reward, terminated, truncated, info, valid)
 
     def get_state(self) -> dict[str, np.ndarray] | None:
         """The states of all workers, or None if the environments do not offer theirs."""
@@ -207,14 +216,6 @@ class WorkerPool:
     def close(self) -> None:
         """Stop the workers and remove the shared memory; a second call does nothing."""
         self._finalizer()
-
-    def _observation(self) -> dict[str, Any]:
-        """A copy of the latest observation of all N."""
-        arrays = self._shared[0].arrays
-        return {
-            key: list(self._texts[key]) if key in self._texts else arrays[f"observation/{key}"].copy()
-            for key in self.fields
-        }
 
     def _hear(self, w: int, texts: dict[str, list[str]], news: list[str]) -> None:
         """Take the text observations and the incidents of an answer."""
