@@ -11,7 +11,8 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.shared_memory import SharedMemory
@@ -67,11 +68,23 @@ def layout_of(observation_space: spaces.Space, action_space: spaces.Space, *, nu
     return layout
 
 
-def serve(connection: Connection, make_slice: Callable[[int], Pool], first: int, count: int, patience: float) -> None:
-    """Main function of a worker: make the pool of a slice, then answer commands until the parent hangs up."""
+def serve(
+    connection: Connection, make_slice: Callable[[int], Pool], first: int, count: int, patience: float, cores: set[int]
+) -> None:
+    """Main function of a worker: make the pool of a slice, then answer commands until the parent hangs up.
+
+    Args:
+        connection: this end of the pipe.
+        make_slice: makes the Pool of `count` environments.
+        first: number of the first environment of the slice.
+        count: environments in the slice.
+        patience: seconds after which a command that still runs ends this process, whoever is alive.
+        cores: this worker's share of the processor: what counts its cores to start threads finds these.
+    """
     _follow_parent()
     try:
-        host = _Host(make_slice(count), first, count)
+        with _only(cores):
+            host = _Host(make_slice(count), first, count)
     except BaseException as error:
         connection.send(("failed", (_portable(error), traceback.format_exc())))
         return
@@ -103,6 +116,20 @@ def _follow_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+
+
+@contextmanager
+def _only(cores: set[int]) -> Iterator[None]:
+    """Run on some cores for a while, so that the native threads of all workers together make one for each core."""
+    if not cores:
+        yield
+        return
+    everywhere = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, everywhere)
 
 
 def _portable(error: BaseException) -> BaseException | None:

@@ -90,7 +90,9 @@ class WorkerPool:
         Raises:
             Exception: the environment's own error if it cannot be made.
         """
-        num_workers = min(num_envs, num_workers or len(os.sched_getaffinity(0)))
+        self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        num_workers = min(num_envs, num_workers or len(self._cores) or os.cpu_count() or 1)
+        self._cores_each = len(self._cores) // num_workers
         self.num_envs, self.purpose = num_envs, purpose
         self.deadline, self.start_deadline, self.max_restarts = deadline, start_deadline, max_restarts
         self.incidents = Incidents()
@@ -230,7 +232,9 @@ class WorkerPool:
 
     def _launch(self, envs: slice) -> _Worker:
         ours, theirs = self._context.Pipe()
-        arguments = (theirs, self._make_slice, envs.start, envs.stop - envs.start, 2 * self.deadline)
+        count = envs.stop - envs.start
+        share = self._cores[envs.start * len(self._cores) // self.num_envs :][: max(1, self._cores_each)]
+        arguments = (theirs, self._make_slice, envs.start, count, 2 * self.deadline, set(share))
         process = self._context.Process(target=serve, args=arguments, daemon=True, name=f"environments {envs.start}")
         process.start()
         theirs.close()

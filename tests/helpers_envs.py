@@ -93,6 +93,6 @@ class Chatter(gymnasium.Env):
         return f"you said {action}", float(len(action)), action == "bye", False, {"success": action == "bye"}
 
 
-for name, entry in (("Moody", Moody), ("Chatter", Chatter)):
+for name in ("Moody", "Chatter"):
     if f"{name}-v0" not in gymnasium.registry:
         gymnasium.register(f"{name}-v0", entry_point=f"tests.helpers_envs:{name}", max_episode_steps=50)

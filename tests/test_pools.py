@@ -88,7 +88,7 @@ def test_ended_environments_idle_until_reset():
     with pytest.raises(RuntimeError, match="call reset"):
         pool.step(np.zeros((3, 2)))
     pool.reset(np.arange(3), np.array([True, True, False]))
-    for t in range(8):
+    for _ in range(8):
         result = pool.step(np.zeros((3, 2)))
         assert result.valid.tolist() == [True, True, False]
     assert result.truncated.all() and not result.terminated.any()

@@ -20,8 +20,8 @@ from tests.helpers_envs import TROUBLE_SEED, TROUBLE_STEP
 FETCH = "embodied_rft/FetchPickAndPlace-v0"
 
 
-def worker_pool(num_envs=4, *, num_workers=2, deadline=30.0, max_restarts=3, id="tests.helpers_envs:Moody-v0", **options):
-    make_slice = functools.partial(make_pool, id, options=options)
+def worker_pool(num_envs=4, *, num_workers=2, deadline=30.0, max_restarts=3, **options):
+    make_slice = functools.partial(make_pool, "tests.helpers_envs:Moody-v0", options=options)
     return WorkerPool(
         make_slice, num_envs, num_workers=num_workers, deadline=deadline, start_deadline=60.0, max_restarts=max_restarts
     )
