@@ -15,6 +15,8 @@ import numpy as np
 
 from embodied_rft import registry
 
+TABLE_HEIGHT = 0.42  # of the gripper when its fingers nearly touch the table
+
 
 class FetchDemonstrator:
     """What the four share: clip to [-1, 1], add Gaussian noise, clip again.
@@ -87,11 +89,63 @@ class FetchPickAndPlaceDemonstrator(FetchDemonstrator):
         return np.concatenate([self.gain * target, np.where(near, -1.0, 1.0)[:, None]], axis=1)
 
 
+@registry.register("demonstrator", "fetch_push")
+class FetchPushDemonstrator(FetchDemonstrator):
+    """Go over the block to the side away from the goal, descend, push straight.
+
+    Args:
+        noise: as in `FetchDemonstrator`.
+        gain: action per metre.
+        speed: largest action while pushing.
+    """
+
+    for_env = ("embodied_rft/FetchPush-v0",)
+
+    def __init__(self, *, noise: float = 0.0, gain: float = 15.0, speed: float = 0.7) -> None:
+        super().__init__(noise=noise)
+        self.gain, self.speed = gain, speed
+
+    def command(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """See the class."""
+        view = _Line(observation)
+        behind = view.block[:, :2] - 0.06 * view.along - view.grip[:, :2]
+        far = _norm(behind)
+        low = view.grip[:, 2:3] < TABLE_HEIGHT + 0.025
+        lined = (view.offset < 0.025) & (view.ahead > 0.02)
+        push = np.minimum(self.gain * view.distance, self.speed) * view.along + 2 * self.gain * view.side
+        blocked = low & (_norm(view.to_block) < 0.075)  # rise before anything else
+        xy = np.where(lined & low, push, np.where(blocked, 0.0, self.gain * behind))
+        height = np.where(lined | (far < 0.02), TABLE_HEIGHT, TABLE_HEIGHT + 0.08)
+        z = self.gain * (height - view.grip[:, 2:3])
+        action = np.concatenate([xy, z, np.zeros_like(z)], axis=1)
+        return np.where(view.distance < 0.02, 0.0, action)
+
+
+class _Line:
+    """The line from block to goal in the plane of the table, and where the gripper is beside it; each [N, 1], [N, 2] or [N, 3]."""
+
+    def __init__(self, observation: Mapping[str, np.ndarray]) -> None:
+        state = observation["observation"]
+        self.grip, self.block = state[:, 0:3], state[:, 3:6]
+        to_goal = (observation["desired_goal"] - self.block)[:, :2]
+        self.distance = _norm(to_goal)
+        self.along = to_goal / np.maximum(self.distance, 1e-6)
+        self.to_block = (self.block - self.grip)[:, :2]
+        self.ahead = (self.to_block * self.along).sum(axis=1, keepdims=True)
+        self.side = self.to_block - self.ahead * self.along
+        self.offset = _norm(self.side)
+
+
+def _norm(vectors: np.ndarray) -> np.ndarray:
+    """Lengths [N, 1] of vectors [N, D]."""
+    return np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def demonstrator_for(env_id: str) -> Any:
     """The demonstrator class of an environment. Raises ValueError with the nearest id that has one."""
     return registry.find("demonstrator", env_id)
 
 
-for _cls in (FetchReachDemonstrator, FetchPickAndPlaceDemonstrator):
+for _cls in (FetchReachDemonstrator, FetchPushDemonstrator, FetchPickAndPlaceDemonstrator):
     for _env_id in _cls.for_env:
         registry.register("demonstrator", _env_id)(_cls)
