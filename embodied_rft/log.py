@@ -23,7 +23,7 @@ from embodied_rft import registry
 from embodied_rft.checkpoint import write_atomically
 from embodied_rft.console import Bar, Console, describe
 
-METRICS, TABLE = "metrics.jsonl", "metrics.csv"
+METRICS, TABLE, MESSAGES = "metrics.jsonl", "metrics.csv", "run.log"
 
 
 @dataclass
@@ -65,9 +65,12 @@ class Logger:
 
     # --- for people ---
 
-    def message(self, text: str) -> None:
-        """One line on the terminal."""
-        self.console.message(text)
+    def message(self, text: str, *, style: str = "") -> None:
+        """One line on the terminal and in run.log."""
+        self.console.message(text, style=style)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / MESSAGES, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
     def progress(self, title: str, total: int) -> AbstractContextManager[Bar]:
         """A progress bar: `with logger.progress("pretrain", 3000) as bar: bar.update(100, success=0.4)`."""
@@ -75,14 +78,14 @@ class Logger:
 
     def stage_started(self, path: Sequence[int], title: str) -> None:
         """The heading of a stage."""
-        self.console.message(f"{'.'.join(str(i + 1) for i in path):>3}  {title}", style="bold")
+        self.message(f"{'.'.join(str(i + 1) for i in path):>3}  {title}", style="bold")
 
     def stage_finished(self, record: Mapping[str, Any]) -> None:
         """What the stage did: one entry of stages.json."""
-        done = {f"{unit}": record[unit] for unit in ("decisions", "updates") if record.get(unit)}
+        done = {unit: record[unit] for unit in ("decisions", "updates") if record.get(unit)}
         amounts = [f"{amount:,} {unit}" for unit, amount in done.items()]
         parts = [f"{record['seconds']:.1f} s", *amounts, describe(record.get("metrics") or {})]
-        self.console.message("     " + "  ".join(part for part in parts if part), style="green")
+        self.message("     " + "  ".join(part for part in parts if part), style="green")
 
     # --- for machines ---
 

@@ -1,0 +1,356 @@
+"""One self-contained HTML page, and one JSON file, that say what a run did. Reads the run folder, nothing else.
+
+    recipe.yaml             the resolved recipe
+    run.json                command, commit, machine, versions (`write_run_facts`); optional
+    run.log                 what was said on the terminal; optional
+    metrics.jsonl           see `log`; of it, "collect/success" is drawn
+    stages.json             [{"path", "word", "title", "decisions", "updates", "seconds", "metrics": {}}]
+    evaluations/*.json      {"name", "stage", "sheet", "seeds", "results", "episodes", "successes", "success", "low",
+                            "high", "decisions", "wall_seconds"}; sheet 0 is the verdict, others draw the curve
+    videos/*.mp4, *.gif     with {"seed", "success", "stage"} beside it in .json; or unavailable.json {"reason"}
+
+Writes report.html and summary.json there. Missing parts leave their section out, so a run that was stopped has a report
+too.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import shlex
+import string
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from embodied_rft import doctor, figures, video
+from embodied_rft.checkpoint import write_atomically
+from embodied_rft.console import describe
+from embodied_rft.log import METRICS, read_records, write_json
+
+INSTALL_GL = "Install a GL library (Debian, Ubuntu: apt-get install libegl1 libegl-mesa0) and run erft doctor."
+
+
+def write_run_facts(folder: str | Path, command: list[str] | None = None) -> None:
+    """Write run.json at a run's start: command, commit, machine, versions. A resumed run keeps the first one."""
+    path = Path(folder) / "run.json"
+    if not path.exists():
+        write_json(path, run_facts(command))
+
+
+def run_facts(command: list[str] | None = None) -> dict[str, Any]:
+    """What a number needs beside it to be repeated."""
+    words = command or ["erft", *sys.argv[1:]]
+    started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {"command": shlex.join(words), "commit": doctor.code_version(), "started": started, **doctor.machine_facts()}
+
+
+@dataclass
+class Run:
+    """What the folder holds."""
+
+    folder: Path
+    recipe_text: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    verdicts: list[dict[str, Any]] = field(default_factory=list)  # evaluations on sheet 0, in order
+    curve: list[dict[str, Any]] = field(default_factory=list)  # all other evaluations
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    messages: str = ""
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Everything that is there; ValueError if the folder is not a run's."""
+        text = _text(folder / "recipe.yaml")
+        if not text:
+            raise ValueError(
+                f"{folder} is not a run folder: it has no recipe.yaml. Give the folder that `erft train` named."
+            )
+        evaluations = [json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))]
+        evaluations.sort(key=lambda e: (e.get("wall_seconds", 0), e.get("decisions", 0)))
+        return cls(
+            folder,
+            text,
+            yaml.safe_load(text) or {},
+            json.loads(_text(folder / "run.json") or "{}") or run_facts(),
+            json.loads(_text(folder / "stages.json") or "[]"),
+            [e for e in evaluations if e.get("sheet", 0) == 0 and e.get("episodes")],
+            [e for e in evaluations if e.get("sheet", 0) != 0 and e.get("episodes")],
+            read_records(folder / METRICS),
+            _text(folder / "run.log"),
+        )
+
+    @property
+    def paired(self) -> bool:
+        """Whether the first and the last verdict are on the same initial states."""
+        first, last = self.verdicts[0], self.verdicts[-1]
+        same = first.get("seeds") == last.get("seeds") and first.get("results") and last.get("results")
+        return len(self.verdicts) > 1 and bool(same) and len(first["results"]) == len(last["results"])
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write report.html and summary.json into a run folder; returns the path of the page.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    run = Run.read(Path(run_folder))
+    template = string.Template(importlib.resources.files("embodied_rft").joinpath("report.html").read_text("utf-8"))
+    sections = [_success(run), _curves(run), _videos(run), _stages(run), _recipe(run), _facts(run)]
+    name = str(run.recipe.get("name", run.folder.name))
+    page = template.substitute(
+        title=escape(f"{name}: {_plain_headline(run)}"),
+        recipe=escape(name),
+        seed=escape(str(run.recipe.get("seed", "?"))),
+        headline=_headline(run),
+        verdict=escape(verdict(run)),
+        sections="\n".join(section for section in sections if section),
+    )
+    write_json(run.folder / "summary.json", summary(run))
+    path = run.folder / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The run in a few numbers, for machines."""
+    keys = ("name", "success", "low", "high", "episodes", "successes", "decisions", "wall_seconds")
+    brief = [{key: e[key] for key in keys if key in e} for e in run.verdicts]
+    return {
+        "recipe": run.recipe.get("name"),
+        "seed": run.recipe.get("seed"),
+        "verdict": f"{_plain_headline(run)}. {verdict(run)}",
+        "before": brief[0] if len(brief) > 1 else None,
+        "after": brief[-1] if brief else None,
+        "evaluations": brief,
+        **_totals(run),
+        "stages": run.stages,
+        "commit": run.facts.get("commit"),
+        "command": run.facts.get("command"),
+    }
+
+
+def _totals(run: Run) -> dict[str, Any]:
+    return {key: sum(stage.get(key) or 0 for stage in run.stages) for key in ("decisions", "updates", "seconds")}
+
+
+# --- the verdict -------------------------------------------------------------------------------------
+
+
+def _plain_headline(run: Run) -> str:
+    if not run.verdicts:
+        return "no evaluation yet"
+    first, last = run.verdicts[0], run.verdicts[-1]
+    arrow = f"{first['success']:.3f} -> " if len(run.verdicts) > 1 else ""
+    return f"success {arrow}{last['success']:.3f} on {last['episodes']} held-out initial states"
+
+
+def _headline(run: Run) -> str:
+    if not run.verdicts:
+        return "No evaluation yet"
+    first, last = run.verdicts[0], run.verdicts[-1]
+    css = "bad" if last["success"] < first["success"] else "good"
+    before = f'<span class="number">{first["success"]:.3f}</span><span class="arrow">&rarr;</span>'
+    return f'Success {before if len(run.verdicts) > 1 else ""}<span class="number {css}">{last["success"]:.3f}</span>'
+
+
+def verdict(run: Run) -> str:
+    """One or two sentences that claim no more than the intervals allow."""
+    if not run.verdicts:
+        return "The recipe has no finished evaluate stage, so nothing can be said about success."
+    last = run.verdicts[-1]
+    text = f"Measured greedily on {last['episodes']} initial states that training never saw."
+    if len(run.verdicts) > 1:
+        first = run.verdicts[0]
+        if last["low"] > first["high"]:
+            text += " The 95 % intervals do not overlap: this is an improvement."
+        elif last["high"] < first["low"]:
+            text += " The 95 % intervals do not overlap: the policy became worse."
+        else:
+            text += " The 95 % intervals overlap: more episodes or seeds are needed to tell the two apart."
+    totals = _totals(run)
+    return f"{text} {_duration(totals['seconds'])} and {totals['decisions']:,} environment decisions in all."
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+# --- sections ----------------------------------------------------------------------------------------
+
+
+def _section(title: str, note: str, body: str) -> str:
+    note = f'<p class="note">{note}</p>' if note else ""
+    return f"<section>\n<h2>{title}</h2>\n{note}\n{body}\n</section>"
+
+
+def _success(run: Run) -> str:
+    if not run.verdicts:
+        return ""
+    last = len(run.verdicts) - 1
+    rates = [
+        figures.Rate(e.get("name") or "policy", e["success"], e["low"], e["high"], "after" if i == last else "before")
+        for i, e in enumerate(run.verdicts)
+    ]
+    body = f"<figure>{figures.success_bars(rates)}</figure>"
+    if run.paired:
+        before, after = run.verdicts[0]["results"], run.verdicts[-1]["results"]
+        kinds = {
+            "gained": ("failure became success", [not a and b for a, b in zip(before, after)]),
+            "kept": ("success stayed", [a and b for a, b in zip(before, after)]),
+            "lost": ("success became failure", [a and not b for a, b in zip(before, after)]),
+            "missed": ("failure stayed", [not a and not b for a, b in zip(before, after)]),
+        }
+        entries = [(css, f"{sum(which)} {text}") for css, (text, which) in kinds.items()]
+        body += f'<figure style="margin-top:26px">{figures.outcome_grid(before, after)}{_legend(entries)}</figure>'
+    note = "Bars with 95 % Wilson intervals. Every policy started from the same fixed list of held-out initial states."
+    return _section("Success", note if run.paired else "Bars with 95 % Wilson intervals.", body)
+
+
+def _legend(entries: list[tuple[str, str]]) -> str:
+    items = [
+        f'<li><svg viewBox="0 0 13 13" width="13"><rect class="{css}" x="1" y="1" width="11" height="11" rx="2"/></svg>'
+        f"{escape(text)}</li>"
+        for css, text in entries
+    ]
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _curves(run: Run) -> str:
+    training = [r for r in run.metrics if isinstance(r.get("collect/success"), (int, float))]
+    points = sorted(run.curve + run.verdicts, key=lambda e: e.get("wall_seconds", 0))
+    if len(points) + len(training) < 2:
+        return ""
+    panels = []
+    for x_label, key, record_key, stage_key, form in (
+        ("wall time (s)", "wall_seconds", "wall/seconds", "seconds", lambda x: f"{x:,.0f}"),
+        ("environment decisions", "decisions", "decisions", "decisions", _thousands),
+    ):
+        curves = [
+            figures.Curve(
+                "training", _column(training, record_key), _column(training, "collect/success"), "train", dots=False
+            ),
+            figures.Curve(
+                "held-out",
+                _column(points, key),
+                _column(points, "success"),
+                "after",
+                _column(points, "low"),
+                _column(points, "high"),
+            ),
+        ]
+        ends, marks = 0.0, []
+        for stage in run.stages:
+            ends += stage.get(stage_key) or 0
+            marks.append((ends, f"end of {stage.get('title', stage.get('word'))}"))
+        picture = figures.learning_curves(curves, x_label=x_label, x_format=form, marks=marks[:-1])
+        panels.append(f"<figure>{picture}</figure>")
+    legend = _legend(
+        [("after", "held-out initial states, 95 % interval"), ("train", "episodes collected for training")]
+    )
+    note = "Dotted lines are the ends of stages. Evaluations take wall time but no environment decisions of training."
+    return _section("Learning curve", note, f'<div class="columns">{"".join(panels)}</div>{legend}')
+
+
+def _column(records: list[dict[str, Any]], key: str) -> list[float]:
+    return [float(record.get(key) or 0) for record in records]
+
+
+def _thousands(x: float) -> str:
+    return f"{x / 1000:g}k" if x >= 1000 else f"{x:g}"
+
+
+def _videos(run: Run) -> str:
+    folder = run.folder / "videos"
+    films = sorted([*folder.glob("[!.]*.mp4"), *folder.glob("[!.]*.gif")], key=lambda path: path.name)
+    if not films:
+        reason = json.loads(_text(folder / "unavailable.json") or "{}").get("reason")
+        asked = any(stage.get("word") == "evaluate" for stage in run.stages)
+        text = f"No videos: {escape(str(reason))} {INSTALL_GL}" if reason else "This run filmed no episode."
+        return _section("Videos", text, "") if reason or asked else ""
+    figures_html = []
+    for path in films:
+        about = json.loads(_text(path.with_suffix(".json")) or "{}")
+        outcome = {True: "Success", False: "Failure"}.get(about.get("success"), path.stem)  # type: ignore[arg-type]
+        caption = f"{outcome}, initial state {about['seed']}" if "seed" in about else outcome
+        source = video.data_url(path)
+        player = f'<video src="{source}" controls autoplay loop muted playsinline></video>'
+        if path.suffix == ".gif":
+            player = f'<img class="film" alt="{escape(caption)}" src="{source}">'
+        figures_html.append(f"<figure>{player}<figcaption>{escape(caption)}</figcaption></figure>")
+    return _section("Videos", "", f'<div class="columns">{"".join(figures_html)}</div>')
+
+
+def _stages(run: Run) -> str:
+    if not run.stages:
+        return ""
+    amounts = ("decisions", "updates", "seconds")
+
+    def row(first: str, title: str, values: dict[str, Any], last: str) -> str:
+        numbers = [
+            f"{values.get('decisions') or 0:,}",
+            f"{values.get('updates') or 0:,}",
+            f"{values.get('seconds') or 0:.1f}",
+        ]
+        return f"<tr><td>{first}</td><td>{escape(title)}</td>{_cells(numbers, 'td')}<td>{escape(last)}</td></tr>"
+
+    rows = [
+        row(
+            ".".join(str(i + 1) for i in stage.get("path", [])),
+            str(stage.get("title") or stage.get("word")),
+            stage,
+            describe(stage.get("metrics") or {}),
+        )
+        for stage in run.stages
+    ]
+    head = f"<tr><th></th><th>stage</th>{_cells(amounts, 'th')}<th></th></tr>"
+    foot = row("", "all stages", _totals(run), "")
+    table = f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody><tfoot>{foot}</tfoot></table>"
+    return _section("Stages", "", f'<div class="scroll">{table}</div>')
+
+
+def _cells(texts: Sequence[str], tag: str) -> str:
+    return "".join(f'<{tag} class="n">{escape(text)}</{tag}>' for text in texts)
+
+
+def _recipe(run: Run) -> str:
+    note = "Fully resolved, defaults included: this text alone is the run."
+    return _section(
+        "Recipe", note, f"<details><summary>recipe.yaml</summary><pre>{escape(run.recipe_text)}</pre></details>"
+    )
+
+
+def _facts(run: Run) -> str:
+    facts = run.facts
+    seeds = [f"run {run.recipe.get('seed', '?')}"]
+    seeds += [
+        f"{e.get('name') or 'evaluation'} {e['seeds'][0]} to {e['seeds'][-1]}"
+        for e in run.verdicts[-1:]
+        if e.get("seeds")
+    ]
+    cores = f"{facts.get('cores', '?')} cores, {facts.get('memory_gib', '?')} GiB, {facts.get('gpu') or 'no GPU'}"
+    versions = ", ".join(f"{name} {version}" for name, version in (facts.get("versions") or {}).items() if version)
+    memory = next((line for line in run.messages.splitlines() if "this run needs" in line.lower()), None)
+    rows = {
+        "command": facts.get("command"), "commit": facts.get("commit"), "started": facts.get("started"),
+        "seeds": "; ".join(seeds), "machine": f"{facts.get('processor', '?')}, {cores}", "system": facts.get("system"),
+        "versions": versions, "memory": memory,
+    }  # fmt: skip
+    cells = "".join(f'<tr><td class="key">{k}</td><td>{escape(str(v))}</td></tr>' for k, v in rows.items() if v)
+    log = f"<details><summary>run.log</summary><pre>{escape(run.messages)}</pre></details>" if run.messages else ""
+    return _section("How to repeat this", "", f"<table><tbody>{cells}</tbody></table>{log}")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
