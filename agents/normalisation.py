@@ -1,0 +1,146 @@
+"""Statistics of a robot's data: fitted once, saved with the weights, hashed, refused when they do not belong.
+
+Most silent failures of imitation policies are statistics of another data set or robot. So they travel in the
+state_dict as buffers with two digests: one of the layout (which vectors, how long, with which bounds) and one of the
+numbers. Boundary: knows vectors by name, no policy and no loss. Action-chunk policies and VLAs use it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embodied_rft.registry import nearest
+
+Kind = Literal["min_max", "quantile", "mean_std"]
+SMALLEST_SCALE = 1e-2  # of a dimension that hardly varies in the data
+
+
+class Statistics(nn.Module):
+    """Shift and scale of named vectors, one pair per dimension.
+
+    With kind "min_max", an action dimension that the data moves between 0.2 and 0.6 gets centre 0.4 and scale 0.2, so
+    that `normalise` gives [-1, 1].
+
+    Args:
+        sizes: length of each vector by name, e.g. {"action": 4}.
+        kind: "min_max" (the data's range becomes [-1, 1]), "quantile" (its 1 % to 99 % range does) or "mean_std".
+        layout: JSON that identifies the robot: what must be equal where the statistics are used. Sizes and kind
+            always count.
+    """
+
+    fitted: Tensor  # bool
+    digest: Tensor  # [32] uint8, SHA-256 of the numbers
+    layout: Tensor  # [32] uint8, SHA-256 of what they belong to
+
+    def __init__(self, sizes: Mapping[str, int], *, kind: Kind = "min_max", layout: Mapping[str, Any] | None = None):
+        super().__init__()
+        self.sizes, self.kind = dict(sizes), kind
+        for name, size in self.sizes.items():
+            self.register_buffer(f"center/{name}", torch.zeros(size))
+            self.register_buffer(f"scale/{name}", torch.ones(size))
+        text = json.dumps({"sizes": self.sizes, "kind": kind, **(layout or {})}, sort_keys=True)
+        self.register_buffer("layout", _sha256(text.encode()))
+        self.register_buffer("digest", torch.zeros(32, dtype=torch.uint8))
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def fit(self, data: Mapping[str, Tensor]) -> None:
+        """Take the statistics of data [..., size] by name.
+
+        Raises:
+            ValueError: they were fitted before, a vector is missing, has another size, or holds NaN or infinity.
+        """
+        if bool(self.fitted):
+            raise ValueError("the statistics are fitted already; a policy keeps those that it was trained with")
+        for name, size in self.sizes.items():
+            if name not in data:
+                raise ValueError(f"statistics of {name!r} need its data; {nearest(name, data)}")
+            values = torch.as_tensor(data[name]).float()
+            if values.shape[-1] != size or values.numel() == 0:
+                raise ValueError(
+                    f"data of {name!r} has shape {tuple(values.shape)}; expected at least one [..., {size}]"
+                )
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"data of {name!r} holds NaN or infinity: clean it before taking statistics")
+            center, scale = _shift_and_scale(values.reshape(-1, size), self.kind)
+            self.get_buffer(f"center/{name}").copy_(center)
+            self.get_buffer(f"scale/{name}").copy_(scale)
+        self.fitted.fill_(True)
+        self.digest.copy_(self._compute_digest())
+
+    def normalise(self, name: str, value: Tensor) -> Tensor:
+        """Data units [..., size] to about [-1, 1] (or zero mean, unit variance)."""
+        self._require_fitted()
+        return (value - self.get_buffer(f"center/{name}")) / self.get_buffer(f"scale/{name}")
+
+    def denormalise(self, name: str, value: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        self._require_fitted()
+        return torch.addcmul(self.get_buffer(f"center/{name}"), value, self.get_buffer(f"scale/{name}"))
+
+    @property
+    def hash(self) -> str:
+        """First 16 hexadecimal digits of the digest, for reports."""
+        return bytes(self.digest.cpu().tolist()).hex()[:16]
+
+    def _require_fitted(self) -> None:
+        if not self.fitted:
+            raise ValueError(
+                "the policy has no statistics of its data yet: call policy.fit_statistics(buffer) before imitation, or "
+                "load a checkpoint that has them"
+            )
+
+    def _compute_digest(self) -> Tensor:
+        names = [f"{part}/{name}" for name in sorted(self.sizes) for part in ("center", "scale")]
+        return _sha256(b"".join(self.get_buffer(n).detach().cpu().numpy().astype("<f4").tobytes() for n in names))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        own = {name: state_dict.get(prefix + name) for name in dict(self.named_buffers())}
+        missing = [name for name, value in own.items() if value is None]
+        if missing:
+            raise ValueError(
+                f"the checkpoint has no statistics {missing[0]!r}: it was saved by a policy without them. Load the "
+                "statistics it was trained with, or train it again."
+            )
+        for name, size in self.sizes.items():
+            given = tuple(own[f"center/{name}"].shape)
+            if given != (size,):
+                raise ValueError(
+                    f"the checkpoint's statistics of {name!r} have shape {given}; this robot has ({size},)"
+                )
+        if not torch.equal(own["layout"].cpu(), self.layout.cpu()):
+            raise ValueError(
+                "the checkpoint's statistics belong to another robot or data set: observation keys, action bounds or the "
+                "kind of normalisation differ. Use the checkpoint with the environment that it was trained for."
+            )
+        before = self.digest.clone() if bool(self.fitted) else None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if bool(self.fitted) and not torch.equal(self._compute_digest().cpu(), self.digest.cpu()):
+            raise ValueError("the checkpoint's statistics do not match their own hash: the file was changed or damaged")
+        if before is not None and not torch.equal(before, self.digest):
+            raise ValueError(
+                f"the checkpoint's statistics (hash {self.hash}) differ from those that this policy was trained with: "
+                "the weights would see other units. Load into a fresh policy."
+            )
+
+
+def _shift_and_scale(values: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+    """[rows, size] -> centre and scale [size]."""
+    if kind == "mean_std":
+        return values.mean(0), values.std(0, correction=0).clamp_min(SMALLEST_SCALE)
+    if kind == "min_max":
+        low, high = values.amin(0), values.amax(0)
+    else:
+        low, high = (torch.from_numpy(np.quantile(values.numpy(), q, axis=0)).float() for q in (0.01, 0.99))
+    return (high + low) / 2, ((high - low) / 2).clamp_min(SMALLEST_SCALE)
+
+
+def _sha256(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(hashlib.sha256(data).digest()), dtype=torch.uint8)
