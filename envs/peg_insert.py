@@ -1,11 +1,11 @@
 """`embodied_rft/PegInsert-v0`: a SCARA arm puts a square peg into a square hole whose clearance is about a millimetre.
 
-The pose of the hole (x, y, yaw) is drawn for every episode and observed without noise; what makes the task hard is contact and
-limited control precision: soft servos that lag behind, joint friction in which small commands get lost, and an edge without
-chamfer on which a peg that is half a millimetre off gets stuck. Cloning blurs exactly the small corrections that matter.
+The pose of the hole (x, y, yaw) is drawn for every episode and observed without noise; what makes the task hard is
+contact and limited control precision: soft servos that lag behind, joint friction in which small commands get lost, and
+an edge without chamfer on which a peg that is half a millimetre off gets stuck. Cloning blurs the small corrections.
 
 This file holds the task, its demonstrator and their registration. Serving as environments is `envs/batched.py`.
-Shapes as in `envs/task.py`: K environments, S physics (time, qpos [4], qvel [4]), goal [K, 3] = hole x, y (m) and yaw (rad).
+Shapes as in `envs/task.py`: K environments, S physics (time, qpos [4], qvel [4]), goal [K, 3]: hole x, y (m), yaw.
 A pose is (x, y, z, yaw) of the peg's bottom centre in the world, in metres and radians; the table is z = 0.
 """
 
@@ -47,10 +47,10 @@ ACTION_SCALE = np.array([0.0125, 0.0125, 0.0125, 0.125])  # what 1.0 commands: m
 # What 1.0 means in an observation, so that all numbers are of order one.
 OBSERVATION_UNITS = np.concatenate(
     [
-        [0.025, 0.025, 0.025, 0.25],  # hole minus peg: x, y, z (m; z from the mouth of the hole), yaw (rad)
-        [0.1, 0.1, 0.1, 1.0],  # velocity of the peg: m/s, rad/s
-        [0.05, 0.05, 0.025, 0.25],  # pose of the peg relative to CENTRE
-        [5.0] * 3 + [0.1] * 3,  # wrist force (N) and torque (N m), in the frame of the peg
+        [0.01, 0.01, 0.01, 0.1],  # hole minus peg: x, y, z (m; z from the mouth of the hole), yaw (rad)
+        [0.05, 0.05, 0.05, 0.5],  # velocity of the peg: m/s, rad/s
+        [0.025, 0.025, 0.015, 0.2],  # pose of the peg relative to CENTRE
+        [3.0] * 3 + [0.05] * 3,  # wrist force (N) and torque (N m), in the frame of the peg
     ]
 )
 SENSOR_LIMIT = 5.0  # wrist readings are cut off at +- this many units
@@ -84,7 +84,7 @@ def velocity_of(qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
 
 
 def build_model(clearance: float) -> mujoco.MjModel:
-    """The model with a hole that is `clearance` metres wider than the peg; a negative one makes a hole too small for it."""
+    """The model whose hole is `clearance` metres wider than the peg; a negative one makes a hole too small for it."""
     spec = mujoco.MjSpec.from_file(str(MODEL_PATH))
     half, wall = PEG_HALF_WIDTH + clearance / 2, WALL_HALF_WIDTH
     geoms = {geom.name: geom for geom in spec.geoms}
@@ -99,16 +99,16 @@ def build_model(clearance: float) -> mujoco.MjModel:
 class PegInsertTask(Task):
     """Put the peg at least 80 % of the hole's depth into the hole. An episode ends (terminates) with success.
 
-    Observation, "observation" [K, 18] float64, in OBSERVATION_UNITS: hole minus peg (x, y, z, yaw; z counts from the hole's mouth,
-    so it is positive inside), velocity of the peg, pose of the peg relative to the middle of the workspace, wrist force and torque.
+    Observation, "observation" [K, 18] float64, in OBSERVATION_UNITS: the hole's mouth minus the peg's bottom (x, y, z,
+    yaw; z is positive inside), velocity of the peg, pose of the peg relative to CENTRE, wrist force and torque.
 
-    Action [K, 4] in [-1, 1]: where the peg shall go from where it is (x, y, z, yaw in the world), times ACTION_SCALE; held for
-    20 physics steps of 2 ms (25 decisions a second).
+    Action [K, 4] in [-1, 1]: where the peg shall go from where it is (x, y, z, yaw in the world), times ACTION_SCALE;
+    held for 20 physics steps of 2 ms (25 decisions a second).
 
     Args:
         clearance: width of the hole minus width of the peg, metres, in [0.0005, 0.005].
-        reward_type: "sparse" is 1 on success, else 0. "dense" is minus the distance to the floor of the hole in units of
-            0.1 m, where a wrong yaw counts as the way of the peg's corners.
+        reward_type: "sparse" is 1 on success, else 0. "dense" is minus the distance to the floor of the hole in units
+            of 0.1 m, where a wrong yaw counts as the way of the peg's corners.
 
     Reset options: `hole` (x, y, yaw) and `start` (pose of the peg: x, y, z, yaw), metres and radians.
     """
@@ -119,8 +119,7 @@ class PegInsertTask(Task):
     )
     instruction = "insert the peg into the hole"
     cameras: Mapping[str, Camera] = {
-        "front": Camera(lookat=(0.27, 0.0, 0.08), distance=0.6, azimuth=150.0, elevation=-25.0),
-        "top": Camera(lookat=(0.3, 0.0, 0.0), distance=0.6, azimuth=180.0, elevation=-89.0),
+        "front": Camera(lookat=(0.29, 0.0, 0.06), distance=0.45, azimuth=150.0, elevation=-25.0),
         "wrist": Camera(name="wrist"),
     }
     reset_options: Mapping[str, tuple[int, ...]] = {"hole": (3,), "start": (4,)}
@@ -131,7 +130,8 @@ class PegInsertTask(Task):
                 f"clearance is {clearance!r}; expected metres in [0.0005, 0.005]: 0.001 is hard, 0.003 forgiving"
             )
         if reward_type not in ("sparse", "dense"):
-            raise ValueError(f"unknown reward_type {reward_type!r}; {registry.nearest(str(reward_type), ('sparse', 'dense'))}")
+            hint = registry.nearest(str(reward_type), ("sparse", "dense"))
+            raise ValueError(f"unknown reward_type {reward_type!r}; {hint}")
         self.clearance, self.reward_type = clearance, reward_type
         self.model = build_model(clearance)
         self.action_space = Box(-1.0, 1.0, (4,), np.float32)
@@ -228,8 +228,8 @@ class PegInsertVectorEnv(ManipulationVectorEnv):
 class PegInsertDemonstrator:
     """Scripted insertion over a batch, closed loop and without memory.
 
-    The peg comes down over the hole in a funnel: as long as it is `e` off (metres, a wrong yaw counting as the way of the
-    peg's faces), it stays `funnel * (e - tolerance)` above the block, and goes in once `e` is below `tolerance`.
+    The peg comes down over the hole in a funnel: as long as it is `e` off (metres, a wrong yaw counting as the way of
+    the peg's faces), it stays `funnel * (e - tolerance)` above the block, and goes in once `e` is below `tolerance`.
 
     Args:
         noise: standard deviation of the Gaussian noise added to the action, which is clipped before and after.
@@ -241,14 +241,14 @@ class PegInsertDemonstrator:
     for_env = (ENV_ID,)
 
     def __init__(
-        self, *, noise: float = 0.0, gain: float = 1.5, tolerance: float = 0.0007, funnel: float = 1.0
+        self, *, noise: float = 0.0, gain: float = 1.5, tolerance: float = 0.0008, funnel: float = 1.0
     ) -> None:
         if not noise >= 0:
             raise ValueError(f"noise is {noise!r}; expected a standard deviation >= 0, for example 0.4")
         self.noise, self.gain, self.tolerance, self.funnel = noise, gain, tolerance, funnel
 
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-        """Actions [K, 4] float32 for observations {"observation": [K, 18]}."""
+        """Actions [K, 4] float32 for observations {"observation": [K, 18]}; `rng` is drawn from only if there is noise."""
         delta = np.asarray(observation["observation"], dtype=np.float64)[:, :4] * OBSERVATION_UNITS[:4]
         height = -delta[:, 2]  # of the peg above the block
         error = np.sqrt(delta[:, 0] ** 2 + delta[:, 1] ** 2) + PEG_HALF_WIDTH * np.abs(delta[:, 3])
@@ -256,8 +256,9 @@ class PegInsertDemonstrator:
         inserting = (error <= self.tolerance) | (height < -0.001)
         delta[:, 2] = np.where(inserting, -HOLE_DEPTH - 0.005, hover) - height
         action = np.clip(self.gain * delta / ACTION_SCALE, -1.0, 1.0)
-        noisy = action + self.noise * rng.standard_normal(action.shape)
-        return np.clip(noisy, -1.0, 1.0).astype(np.float32)
+        if self.noise:
+            action = np.clip(action + rng.normal(0.0, self.noise, size=action.shape), -1.0, 1.0)
+        return action.astype(np.float32)
 
 
 gymnasium.register(
