@@ -46,6 +46,7 @@ class FetchVariant:
     target_offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
     object_range: float = 0.15  # the object starts at most this far from the gripper, in x and in y, at least 0.1 in all
     target_range: float = 0.15
+    view: float = 1.3  # of the cameras from the table
 
 
 VARIANTS = {
@@ -61,6 +62,7 @@ VARIANTS = {
         target_offset=(0.4, 0.0, 0.0),
         object_range=0.1,
         target_range=0.3,
+        view=1.9,
     ),
     "PickAndPlace": FetchVariant(
         "pick_and_place.xml",
@@ -92,6 +94,7 @@ def _scene(name: str) -> _Scene:
     path = resources.files("gymnasium_robotics") / "envs" / "assets" / "fetch" / variant.model
     spec = mujoco.MjSpec.from_file(str(path))
     _add_sensors(spec, variant.has_object)
+    _add_wrist_camera(spec)
     model = spec.compile()
     data = mujoco.MjData(model)
     for i, value in enumerate(variant.base):
@@ -133,6 +136,16 @@ def _add_sensors(spec: mujoco.MjSpec, has_object: bool) -> None:
             add(f"object_{axis}", axes[axis], objects.mjOBJ_SITE, "object0")
 
 
+def _add_wrist_camera(spec: mujoco.MjSpec) -> None:
+    """A camera on the hand that looks past the fingers (the official one sits inside the hand and sees its wall)."""
+    position, target = np.array([-0.06, 0.0, 0.1]), np.array([0.1, 0.0, 0.0])  # in the gripper's frame, x towards the fingertips
+    backward = (position - target) / np.linalg.norm(position - target)
+    right = np.array([0.0, -1.0, 0.0])
+    quat = np.empty(4)
+    mujoco.mju_mat2Quat(quat, np.stack([right, np.cross(backward, right), backward], axis=1).reshape(-1))
+    spec.body("robot0:gripper_link").add_camera(name="wrist", pos=position, quat=quat, fovy=75.0)
+
+
 class FetchTask(Task):
     """One of the four tasks.
 
@@ -152,12 +165,6 @@ class FetchTask(Task):
     action_space = spaces.Box(-1.0, 1.0, (4,), np.float32)
     num_substeps = NUM_SUBSTEPS
     control_spec = int(mujoco.mjtState.mjSTATE_CTRL | mujoco.mjtState.mjSTATE_MOCAP_POS | mujoco.mjtState.mjSTATE_MOCAP_QUAT)
-    cameras = {  # noqa: RUF012
-        "front": Camera(lookat=(1.3, 0.75, 0.55), distance=2.5, azimuth=132.0, elevation=-14.0),
-        "table": Camera(lookat=(1.3, 0.75, 0.5), distance=1.1, azimuth=180.0, elevation=-35.0),
-        "wrist": Camera(name="gripper_camera_rgb"),
-        "head": Camera(name="head_camera_rgb"),
-    }
 
     def __init__(self, name: str, *, reward_type: str = "sparse") -> None:
         if name not in VARIANTS:
@@ -167,6 +174,12 @@ class FetchTask(Task):
         self.variant, self.scene, self.reward_type = VARIANTS[name], _scene(name), reward_type
         self.model, self.instruction = self.scene.model, self.variant.instruction
         self.settles = self.variant.block_gripper
+        self.cameras = {
+            "front": Camera(lookat=(1.3, 0.75, 0.5), distance=self.variant.view, azimuth=155.0, elevation=-25.0),
+            "side": Camera(lookat=(1.3, 0.75, 0.5), distance=self.variant.view, azimuth=90.0, elevation=-15.0),
+            "wrist": Camera(name="wrist"),
+            "overview": Camera(lookat=(1.3, 0.75, 0.55), distance=2.5, azimuth=132.0, elevation=-14.0),  # as officially
+        }
         self.reset_options = {"goal": (3,), "object_xy": (2,)} if self.variant.has_object else {"goal": (3,)}
         self._target = self.model.site("target0").id
         layout = self.scene.sensors

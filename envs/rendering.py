@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import copy
-import ctypes.util
 import importlib
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     from embodied_rft.envs.task import Camera
 
-_BACKENDS = {"egl": "EGL", "osmesa": "OSMesa"}  # backend: the shared library it needs
+BACKENDS = ("egl", "osmesa")  # in the order in which they are tried; both work without a display
 
 
 def gl_available() -> tuple[bool, str]:
@@ -29,7 +27,7 @@ def gl_available() -> tuple[bool, str]:
         name, _ = _backend()
     except RuntimeError as error:
         return False, str(error)
-    return True, f"images are drawn with {name.upper() if name == 'egl' else 'OSMesa'}"
+    return True, f"images are drawn with {name}"
 
 
 class Renderer:
@@ -83,7 +81,7 @@ class _Canvas:
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._option, self._rect = mujoco.MjvOption(), mujoco.MjrRect(0, 0, width, height)
         self._pixels = np.empty((height, width, 3), dtype=np.uint8)
-        weakref.finalize(self, lambda: None)
+        atexit.register(self.close)  # before the GL library itself is torn down
 
     def _hide_mocap_markers(self) -> None:
         """The handle that pulls a gripper is not part of the world: a real camera would not see it."""
@@ -94,6 +92,7 @@ class _Canvas:
                 self._model.geom_rgba[geom, 3] = 0.0
 
     def draw(self, place: Callable[[mujoco.MjData], None], camera: Camera) -> np.ndarray:
+        """See `Renderer.render`."""
         place(self._data)
         self._context.make_current()
         mujoco.mjv_updateScene(
@@ -115,46 +114,48 @@ class _Canvas:
         return view
 
     def close(self) -> None:
-        self._mjr.free()
-        self._context.free()
+        """Free what the GL library holds; harmless when repeated."""
+        atexit.unregister(self.close)
+        if self._context is not None:
+            self._context.make_current()
+            self._mjr.free()
+            self._context.free()
+            self._context = None
 
 
 @cache
 def _backend() -> tuple[str, Callable[[int, int], Any]]:
     """The first GL backend that makes a context, and its context class. Raises RuntimeError that says what to install."""
     chosen = os.environ.get("MUJOCO_GL", "").lower().strip()
-    names = [chosen] if chosen in _BACKENDS else list(_BACKENDS)
+    if chosen in ("disable", "disabled", "off", "false", "0"):
+        raise RuntimeError(f"MUJOCO_GL={chosen} switches drawing off; unset it to draw images")
+    # PyOpenGL picks its platform once in a process: who was first, or the user, decides.
+    forced = chosen if chosen in BACKENDS else os.environ.get("PYOPENGL_PLATFORM", "").lower()
     reasons = []
-    for name in names:
-        if ctypes.util.find_library(_BACKENDS[name]) is None:
-            reasons.append(f"{name}: lib{_BACKENDS[name]} is not installed")
-            continue
+    for name in [forced] if forced in BACKENDS else BACKENDS:
         try:
             return name, _context_class(name)
-        except Exception as error:
-            reasons.append(f"{name}: {error}")
+        except Exception as error:  # what a missing library raises depends on the library
+            reasons.append(f"{name}: {type(error).__name__}: {error}")
+            _forget(name)
     raise RuntimeError(
-        f"no GL library works, so no image can be drawn ({'; '.join(reasons)}). Install one without a display: "
-        "apt-get install libegl1 libgl1 libglx-mesa0 libgl1-mesa-dri (or libosmesa6), then try again."
+        f"no GL library works, so no image can be drawn ({'; '.join(reasons)}). Install one that needs no display, on Debian "
+        "or Ubuntu: apt-get install libegl1 libgl1 libgl1-mesa-dri (EGL), or libosmesa6 (OSMesa); then start again."
     )
 
 
 def _context_class(name: str) -> Callable[[int, int], Any]:
-    """Load a backend of MuJoCo directly (`mujoco.gl_context` fixes its choice when mujoco is imported) and try it."""
-    if sys.modules.get(f"mujoco.{name}") is None:
-        with _platform(name):
-            importlib.import_module(f"mujoco.{name}")
-    context_class = sys.modules[f"mujoco.{name}"].GLContext
+    """Load a backend of MuJoCo by name (`mujoco.gl_context` fixes its choice when mujoco is imported) and try it."""
+    os.environ["PYOPENGL_PLATFORM"] = name
+    context_class = importlib.import_module(f"mujoco.{name}").GLContext
     context = context_class(8, 8)
     context.make_current()
     context.free()
     return context_class
 
 
-@contextlib.contextmanager
-def _platform(name: str) -> Any:
-    """PyOpenGL picks its platform once, when it is first imported: forget an earlier try that failed."""
-    for module in [m for m in sys.modules if m.split(".")[0] == "OpenGL" or m.startswith("mujoco.egl")]:
+def _forget(name: str) -> None:
+    """Undo the import of a backend that does not work, so that PyOpenGL can start over with another platform."""
+    os.environ.pop("PYOPENGL_PLATFORM", None)
+    for module in [m for m in sys.modules if m.split(".")[0] == "OpenGL" or m.startswith(f"mujoco.{name}")]:
         del sys.modules[module]
-    os.environ["PYOPENGL_PLATFORM"] = name
-    yield
