@@ -154,6 +154,16 @@ def recipe_names() -> list[str]:
     return sorted(_shipped())
 
 
+def describe_recipes() -> dict[str, str]:
+    """{name: its `description`, else its first comment line} of the shipped recipes."""
+    described = {}
+    for name, path in _shipped().items():
+        text = path.read_text(encoding="utf-8")
+        comment = text.partition("\n")[0].lstrip("# ") if text.startswith("#") else ""
+        described[name] = str((yaml.load(text, Loader=_Loader) or {}).get("description") or comment)
+    return described
+
+
 # --- validation --------------------------------------------------------------------------------------
 
 

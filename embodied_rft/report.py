@@ -204,10 +204,10 @@ def _success(run: Run) -> str:
     if run.paired:
         before, after = run.verdicts[0]["results"], run.verdicts[-1]["results"]
         kinds = {
-            "gained": ("failure became success", [not a and b for a, b in zip(before, after)]),
-            "kept": ("success stayed", [a and b for a, b in zip(before, after)]),
-            "lost": ("success became failure", [a and not b for a, b in zip(before, after)]),
-            "missed": ("failure stayed", [not a and not b for a, b in zip(before, after)]),
+            "gained": ("failures became successes", [not a and b for a, b in zip(before, after)]),
+            "kept": ("successes stayed", [a and b for a, b in zip(before, after)]),
+            "lost": ("successes became failures", [a and not b for a, b in zip(before, after)]),
+            "missed": ("failures stayed", [not a and not b for a, b in zip(before, after)]),
         }
         entries = [(css, f"{sum(which)} {text}") for css, (text, which) in kinds.items()]
         body += f'<figure style="margin-top:26px">{figures.outcome_grid(before, after)}{_legend(entries)}</figure>'
@@ -295,11 +295,8 @@ def _stages(run: Run) -> str:
     amounts = ("decisions", "updates", "seconds")
 
     def row(first: str, title: str, values: dict[str, Any], last: str) -> str:
-        numbers = [
-            f"{values.get('decisions') or 0:,}",
-            f"{values.get('updates') or 0:,}",
-            f"{values.get('seconds') or 0:.1f}",
-        ]
+        counts = [f"{values.get(name) or 0:,}" for name in amounts[:2]]
+        numbers = [*("" if count == "0" else count for count in counts), f"{values.get('seconds') or 0:.1f}"]
         return f"<tr><td>{first}</td><td>{escape(title)}</td>{_cells(numbers, 'td')}<td>{escape(last)}</td></tr>"
 
     rows = [

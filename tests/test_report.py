@@ -124,7 +124,7 @@ def test_it_says_what_happened(run):
     text = Page(write_report(run).read_text()).text
     for expected in (
         "Success 0.450 → 0.975", "do not overlap: this is an improvement", "200 initial states that training never saw",
-        "[0.383, 0.519]", "105 failure became success", "0 success became failure",
+        "[0.383, 0.519]", "110 failures became successes", "5 successes became failures",
         "demonstrate: 200 episodes, noise 0.4", "last success on the curve 0.960", "133,200", "11,200", "110.6",
         "erft train demo --run 'runs/my demo'", "this run needs 0.1 GB of replay", "torch 2.",
         "Failure, initial state 2147483655", "fine-tuned policy 2147483648 to 2147483847",

@@ -1,0 +1,215 @@
+"""The command `erft`: train, eval, demos, report, list, doctor. Parses and prints; the work is done elsewhere.
+
+A mistake of the user is one message on stderr and exit code 2; Ctrl-C is a clean stop and 130; anything else is ours to
+mend and shows its traceback. Everything heavy is imported by the verb that needs it, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg
+
+USER, BROKEN, STOPPED = 2, 1, 130  # exit codes
+
+LISTED = ("recipes", "stages", "agents", "objectives", "envs", "demonstrators")
+
+
+def train(
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")],
+    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE")] = (),
+    *,
+    run: Path | None = None,
+    seed: int | None = None,
+    quiet: bool = False,
+) -> None:
+    """Run a recipe, or continue it where it was stopped.
+
+    Args:
+        recipe: A YAML file, or the name of a shipped recipe (`erft list recipes`).
+        overrides: Dotted changes, as in env.num_envs=8 stages.2.finetune.updates=100.
+        run: Folder of the run; the same folder continues. Default: runs/NAME, with the seed if one is given.
+        seed: Seed of everything; the same as seed=N.
+        quiet: Say nothing but where the report is.
+    """
+    from embodied_rft.config import load_recipe
+    from embodied_rft.report import write_report, write_run_facts
+    from embodied_rft.session import train as train_recipe
+
+    changes = [*overrides, *([] if seed is None else [f"seed={seed}"])]
+    loaded = load_recipe(recipe, changes)
+    folder = run or Path("runs") / (loaded.name if seed is None else f"{loaded.name}-seed{seed}")
+    write_run_facts(folder)
+    train_recipe(loaded, folder, quiet=quiet, report=False)
+    print(f"report: {write_report(folder)}")
+
+
+def evaluate(
+    run: Annotated[Positional[Path], arg(metavar="RUN_FOLDER")],
+    *,
+    episodes: int = 200,
+    sheet: int = 0,
+    env: str | None = None,
+    official: bool = False,
+) -> None:
+    """Measure a run's policy on held-out initial states.
+
+    Args:
+        run: Folder of the run.
+        episodes: How many initial states.
+        sheet: Which list of initial states; 0 is the report's.
+        env: Another environment id with the same spaces.
+        official: The environment that this one reproduces, as its authors ship it.
+    """
+    from embodied_rft.evaluate import evaluate_run  # type: ignore[attr-defined]
+
+    print(evaluate_run(run, episodes=episodes, sheet=sheet, env=env, official=official))
+
+
+def demos(
+    env: Annotated[Positional[str], arg(metavar="ENV_ID")],
+    *,
+    out: Path,
+    episodes: int = 100,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Write episodes of a scripted demonstrator to a file that the stage `load` reads.
+
+    Args:
+        env: Environment id (`erft list demonstrators`).
+        out: The file to write.
+        episodes: How many, failures included.
+        noise: Standard deviation of Gaussian noise on the action, in action units.
+        seed: Fixes initial states and noise.
+    """
+    from embodied_rft.console import describe
+    from embodied_rft.demos import write_demos
+
+    print(f"{out}: {describe(write_demos(env, out, episodes=episodes, noise=noise, seed=seed))}")
+
+
+def report(run: Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]) -> None:
+    """Write report.html and summary.json of a run anew.
+
+    Args:
+        run: Folder of the run, finished or not.
+    """
+    from embodied_rft.report import write_report
+
+    print(f"report: {write_report(run)}")
+
+
+def list_known(kind: Annotated[Positional[str], arg(metavar="KIND")] = "all") -> None:
+    """Show what can be named in a recipe, with one line each.
+
+    Args:
+        kind: recipes, stages, agents, objectives, envs, demonstrators; default all.
+    """
+    from embodied_rft.registry import nearest
+
+    if kind != "all" and kind not in LISTED:
+        raise ValueError(f"erft list {kind}: unknown kind; {nearest(kind, LISTED)}")
+    for name in LISTED if kind == "all" else (kind,):
+        entries = _entries(name)
+        width = max((len(id) for id in entries), default=0)
+        print(f"{name}:" if kind == "all" else "", end="\n" if kind == "all" else "")
+        for id, line in sorted(entries.items()):
+            print(f"  {id:<{width}}  {line}".rstrip())
+
+
+def _entries(kind: str) -> dict[str, str]:
+    """{id: one line} of everything of a kind."""
+    from embodied_rft import registry
+
+    if kind == "recipes":
+        from embodied_rft.config import describe_recipes
+
+        return describe_recipes()
+    if kind == "envs":
+        import gymnasium
+
+        registry.load_plugins()
+        return {
+            id: _first_line(spec.entry_point)
+            for id, spec in gymnasium.registry.items()
+            if id.startswith("embodied_rft/")
+        }
+    singular = kind.removesuffix("s")
+    return {id: _first_line(registry.find(singular, id)) for id in registry.known(singular)}
+
+
+def _first_line(target: Any) -> str:
+    """The first line of the docstring of a class, function or "module:name"."""
+    if isinstance(target, str):
+        from gymnasium.envs.registration import load_env_creator
+
+        target = load_env_creator(target)
+    return (getattr(target, "__doc__", None) or "").strip().partition("\n")[0]
+
+
+def doctor() -> int:
+    """Check this machine and installation."""
+    from embodied_rft.doctor import doctor as examine
+
+    return examine()
+
+
+VERBS: dict[str, Callable[..., int | None]] = {
+    "train": train, "eval": evaluate, "demos": demos, "report": report, "list": list_known, "doctor": doctor,
+}  # fmt: skip
+
+DESCRIPTION = """Makes robot and agent policies reliable with reinforcement learning.
+
+`erft VERB --help` explains a verb; `--debug` with any verb shows where an error came from."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command; always ends with SystemExit."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
+    sys.exit(_run(given, debug=debug))
+
+
+def _run(given: list[str], *, debug: bool) -> int:
+    from embodied_rft.registry import nearest
+
+    if given and not given[0].startswith("-") and given[0] not in VERBS:
+        return _fail(f"unknown verb {given[0]!r}; {nearest(given[0], VERBS)}")
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(
+            VERBS, prog="erft", description=DESCRIPTION, args=given or ["--help"]
+        )
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "stopped at once")
+        print(f"continue with the same command: {shlex.join(['erft', *given])}", file=sys.stderr)
+        return STOPPED
+    except Exception as error:
+        if debug or not _is_users(error):
+            raise
+        return _fail(str(error))
+    return code if isinstance(code, int) else 0
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the message alone tells the user what to do."""
+    from embodied_rft.checkpoint import CheckpointError
+
+    return isinstance(error, (ValueError, CheckpointError, OSError))
+
+
+def _fail(message: str) -> int:
+    print(f"erft: {message}", file=sys.stderr)
+    return USER
+
+
+if __name__ == "__main__":
+    main()
