@@ -1,0 +1,106 @@
+"""Tiny random language models and a tokenizer built on the spot: the code path of real checkpoints without a download.
+
+Boundary: makes Hugging Face objects; knows no policy. transformers is imported when a model is made, because it takes
+seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+PAD, EOS, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+class TinyConfig:
+    """Size of a random model."""
+
+    kind: Literal["qwen2", "llama"] = "qwen2"
+    hidden_size: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    vocab_size: int | None = None  # rows of the embedding; None: as many as the tokenizer knows
+    tie_embeddings: bool = False
+    max_tokens: int = 4096  # longest context
+    merges: int = 0  # pairs of bytes that become one token; 0: every byte is a token
+
+
+def tiny_tokenizer(*, merges: int = 0, corpus: Sequence[str] = ()) -> Any:
+    """A byte-level tokenizer with a chat template: 256 bytes, four special tokens, and `merges` learned pairs.
+
+    Args:
+        merges: how many pairs to learn at most.
+        corpus: texts to learn them from.
+
+    Raises:
+        ValueError: merges without a corpus.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if merges and not corpus:
+        raise ValueError(f"merges is {merges}, but there is no corpus to learn them from; give one, or merges=0")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [PAD, EOS, USER, ASSISTANT]
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + len(special) + merges,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_causal_lm(
+    config: TinyConfig | None = None, *, rng: torch.Generator, corpus: Sequence[str] = ()
+) -> tuple[Any, Any]:
+    """(model, tokenizer): a random decoder with an output layer, float32, on the CPU.
+
+    Args:
+        config: its size.
+        rng: draws the weights.
+        corpus: texts from which the tokenizer learns `config.merges` pairs.
+
+    Raises:
+        ValueError: the vocabulary is smaller than the tokenizer's.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+    config = config or TinyConfig()
+    tokenizer = tiny_tokenizer(merges=config.merges, corpus=corpus)
+    vocab_size = config.vocab_size or len(tokenizer)
+    if vocab_size < len(tokenizer):
+        raise ValueError(f"vocab_size is {vocab_size}: smaller than the tokenizer, which has {len(tokenizer)} tokens")
+    shape: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": 3 * config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "max_position_embeddings": config.max_tokens,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    family = {"qwen2": Qwen2Config, "llama": LlamaConfig}[config.kind]
+    with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
+        model = AutoModelForCausalLM.from_config(family(**shape), dtype=torch.float32)
+    return model, tokenizer
