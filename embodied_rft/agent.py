@@ -202,12 +202,11 @@ def wrap_policy(id: str, agent: Agent, rng: torch.Generator, **options: Any) -> 
         rng: draws the adapter's new weights.
         options: of the adapter, without `base`.
     """
-    spec = {"id": id, "base": agent.policy.spec, **options}
-    policy = build_policy(spec, agent.spaces.observation, agent.spaces.action, rng)
-    load_base = getattr(policy, "load_base", None)
-    if load_base is None:
+    if not hasattr(registry.find("agent", id), "load_base"):
         raise ValueError(f"agent {id!r} cannot be put around another policy: it has no load_base (residual has)")
-    load_base(agent.policy)
+    spec = {"id": id, "base": agent.policy.spec, **options}
+    policy: Any = build_policy(spec, agent.spaces.observation, agent.spaces.action, rng)
+    policy.load_base(agent.policy)
     return policy.to(agent.device)
 
 

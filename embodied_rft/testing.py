@@ -1,4 +1,4 @@
-"""Toy tasks with known answers, thousands of decisions a second: for learning tests, ours and third parties'.
+"""Toy tasks with known answers and made-up batches: for tests, ours and third parties'.
 
 Pools as in docs/architecture.md, without physics. Legend: N environments.
 """
@@ -9,10 +9,54 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
+import torch
 
-from embodied_rft.data import Field, Tree
+from embodied_rft.data import Batch, Field, Tree
 from embodied_rft.seeding import FIRST_EVALUATION_SEED
 from embodied_rft.stepping import Incidents, StepResult
+
+
+def random_batch(observation_space: gym.Space, action_space: gym.spaces.Box, *, size: int = 64, seed: int = 0) -> Batch:
+    """A batch of made-up decisions that fits the spaces; the last tenth of the rows terminated.
+
+    Args:
+        observation_space: a Box, or a Dict whose Boxes are filled.
+        action_space: a Box.
+        size: B.
+        seed: of the numbers.
+    """
+    rng = np.random.default_rng(seed)
+    boxes = (
+        observation_space.spaces
+        if isinstance(observation_space, gym.spaces.Dict)
+        else {"observation": observation_space}
+    )
+
+    def observe() -> dict[str, torch.Tensor]:
+        tree = {}
+        for key, box in boxes.items():
+            if not isinstance(box, gym.spaces.Box):
+                continue
+            image = box.dtype == np.uint8
+            values = rng.integers(0, 256, (size, *box.shape)) if image else rng.standard_normal((size, *box.shape))
+            tree[key] = torch.from_numpy(values.astype(np.uint8 if image else np.float32))
+        return tree
+
+    action = rng.uniform(action_space.low, action_space.high, (size, *action_space.shape))
+    discount = np.where(np.arange(size) < 0.9 * size, 0.97, 0.0)
+    return Batch(
+        observation=observe(),
+        action=torch.from_numpy(action.astype(np.float32)),
+        reward=torch.from_numpy(rng.standard_normal(size).astype(np.float32)),
+        discount=torch.from_numpy(discount.astype(np.float32)),
+        next_observation=observe(),
+        log_prob=torch.zeros(size, 1),
+        mask=torch.ones(size, 1, dtype=torch.bool),
+        notes={"mc_return": torch.from_numpy(rng.standard_normal(size).astype(np.float32))},
+        columns={"source": rng.integers(0, 3, size), "group": np.arange(size) // 4},
+        num_decisions=size,
+        num_units=size,
+    )
 
 
 class PointReach:

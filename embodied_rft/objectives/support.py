@@ -29,7 +29,7 @@ class DensityConfig:
     batch_size: int = 256
     offline_share: float | None = None
     hidden: tuple[int, ...] = (256, 256)
-    beta: float = 0.5  # weight of the KL term
+    beta: float = 0.1  # weight of the KL term: twice the variance of an action around what is decoded
 
 
 @register("objective", "density")
@@ -73,7 +73,7 @@ class SPOTConfig(TD3Config):
     support_weight: float = 0.1  # lambda, in units of the mean |Q|
     final_support_weight: float | None = None  # None: lambda stays; else it cools to this
     cooling_updates: int = 10_000  # linearly over this many updates
-    beta: float = 0.5  # as in `density`
+    beta: float = 0.1  # as in `density`
 
 
 @register("objective", "spot")

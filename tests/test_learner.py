@@ -1,0 +1,258 @@
+"""The learner: micro-batches add up, resume is exact to the bit, a bad loss changes nothing, each part steps alone."""
+
+import copy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from embodied_rft.agent import build_agent
+from embodied_rft.learner import Learner, LearnerConfig, NonFiniteLossError
+from embodied_rft.objectives import build_objective
+from embodied_rft.testing import random_batch
+
+STATE = gym.spaces.Box(-np.inf, np.inf, (6,))
+ACTION = gym.spaces.Box(-1, 1, (4,))
+GAUSSIAN = {"id": "gaussian", "hidden": [32, 32]}
+DETERMINISTIC = GAUSSIAN | {"deterministic": True}
+CRITIC = {"critic_hidden": [32, 32]}
+OBJECTIVES = {
+    "bc": ("bc", GAUSSIAN),
+    "sac": ({"id": "sac", **CRITIC}, GAUSSIAN),
+    "sac without entropy": ({"id": "sac", **CRITIC}, DETERMINISTIC),
+    "td3": ({"id": "td3", "target_noise": 0.0, **CRITIC}, DETERMINISTIC),
+    "td3 with imitation": ({"id": "td3", "target_noise": 0.0, "bc_weight": 2.0, **CRITIC}, DETERMINISTIC),
+    "rlpd": ({"id": "rlpd", "num_critics": 3, **CRITIC}, GAUSSIAN),
+    "iql": ({"id": "iql", **CRITIC}, GAUSSIAN),
+}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def batches(seed=0, size=64):
+    return random_batch(STATE, ACTION, size=size, seed=seed)
+
+
+def make(objective, agent, config=None, seed=0):
+    agent = build_agent(agent, STATE, ACTION, generator(seed))
+    objective = build_objective(objective)
+    objective.setup(agent, generator(1))
+    return agent, Learner(agent, objective, config)
+
+
+def weights(agent):
+    return {k: v.clone() for k, v in agent.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("objective, agent", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("size", [16, 48])
+def test_micro_batches_add_up_to_one_batch(objective, agent, size):
+    """Plain gradients compared, in float64, so that only the order of summation differs.
+
+    Random numbers are drawn in the same order by whole and micro-batches only for deterministic actors, so that the
+    stochastic ones are given generators that repeat.
+    """
+    agent, learner = make(objective, agent)
+    agent.double()
+    batch = batches()
+    for tree in (batch.observation, batch.next_observation, batch.notes):
+        tree.update({k: v.double() for k, v in tree.items()})
+    batch.action, batch.reward, batch.discount = (x.double() for x in (batch.action, batch.reward, batch.discount))
+    torch.set_default_dtype(torch.float64)
+    try:
+        for name, loss in learner.objective.losses.items():
+            noise = FixedNoise(len(batch))
+            gradients = []
+            for pieces in ([batch], batch.split(size)):
+                start = 0
+                total = [torch.zeros_like(p) for p in learner.parameters[name]]
+                for piece in pieces:
+                    piece.notes = dict(piece.notes)
+                    with noise.rows(start, len(piece)):
+                        value, _ = loss(agent, piece, generator())
+                    start += len(piece)
+                    for sum_, g in zip(total, torch.autograd.grad(value, learner.parameters[name]), strict=True):
+                        sum_ += g
+                gradients.append(total)
+            for whole, parts in zip(*gradients, strict=True):
+                torch.testing.assert_close(whole, parts, atol=1e-6, rtol=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class FixedNoise:
+    """Makes torch.randn give row i of the batch the same numbers, however the batch is cut."""
+
+    def __init__(self, count):
+        self.table = np.random.default_rng(0).standard_normal((count, 16))
+
+    def rows(self, start, count):
+        patch = pytest.MonkeyPatch()
+        table = torch.from_numpy(self.table[start : start + count])
+        patch.setattr(torch, "randn", lambda shape, **_: table[:, : shape[-1]].clone())
+
+        class Context:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                patch.undo()
+
+        return Context()
+
+
+@pytest.mark.parametrize("objective, agent", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_resumed_equals_uninterrupted_to_the_bit(objective, agent):
+    config = LearnerConfig(ema=0.9, clip_norm=1.0, weight_decay=1e-3)
+    agent_a, learner_a = make(objective, agent, config)
+    rng_a = generator(5)
+    for i in range(3):
+        learner_a.update(batches(i), rng_a)
+    saved = copy.deepcopy((agent_a.state_dict(), learner_a.state_dict(), rng_a.get_state()))
+    agent_b, learner_b = make(objective, agent, config, seed=9)
+    agent_b.load_state_dict(saved[0])
+    learner_b.load_state_dict(saved[1])
+    rng_b = generator()
+    rng_b.set_state(saved[2])
+    for i in range(3, 6):
+        learner_a.update(batches(i), rng_a)
+        learner_b.update(batches(i), rng_b)
+    assert same(weights(agent_a), weights(agent_b))
+    assert same(learner_a.averaged.state_dict(), learner_b.averaged.state_dict())
+    assert learner_a.metrics() == learner_b.metrics()
+    assert learner_a.version == learner_b.version and learner_a.updates == learner_b.updates == 6
+
+
+def test_state_holds_tensors_and_json_scalars_only():
+    _, learner = make(*OBJECTIVES["sac"])
+    learner.update(batches(), generator())
+
+    def check(value):
+        if isinstance(value, dict):
+            assert all(isinstance(k, str) for k in value)
+            for v in value.values():
+                check(v)
+        else:
+            assert value is None or isinstance(value, (torch.Tensor, int, float, str, bool))
+
+    check(learner.state_dict())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("broken", ["reward", "observation"])
+def test_a_loss_that_is_not_finite_changes_no_weight_and_is_named(bad, broken):
+    agent, learner = make(*OBJECTIVES["sac"])
+    learner.update(batches(), generator())
+    before, batch = weights(agent), batches(1)
+    {"reward": batch.reward, "observation": batch.observation["observation"][:, 0]}[broken][3] = bad
+    with pytest.raises(NonFiniteLossError, match="loss 'critic'"):
+        learner.update(batch, generator())
+    assert same(before, weights(agent))
+    assert all(p.grad is None for p in agent.parameters())
+    learner.update(batches(2), generator())  # and it can go on
+    assert not same(before, weights(agent))
+
+
+def test_each_loss_moves_its_own_part_and_no_other():
+    agent, learner = make(*OBJECTIVES["sac"])
+    learner.objective.after_update = lambda agent, update: None
+    for name in ("critic", "policy", "temperature"):
+        before = weights(agent)
+        learner.update(batches(), generator(), only=[name])
+        after = weights(agent)
+        prefix = "policy." if name == "policy" else f"parts.{name}."
+        moved = {k for k in before if not torch.equal(before[k], after[k])} - {"version"}
+        assert moved and all(k.startswith(prefix) for k in moved)
+        assert all(p.grad is None for p in agent.parameters())
+
+
+def test_later_losses_see_earlier_steps():
+    """The policy is trained on the critic after its step, as the objective's order says."""
+    agent, learner = make(*OBJECTIVES["td3"], LearnerConfig(learning_rate=1e-2))
+    seen = {}
+    original = learner.objective.losses["policy"]
+
+    def spy(agent, batch, rng):
+        seen["critic"] = agent.parts["critic"].net.weights[0].detach().clone()
+        return original(agent, batch, rng)
+
+    learner.objective.losses["policy"] = spy
+    before = agent.parts["critic"].net.weights[0].detach().clone()
+    learner.updates = 1  # the delayed policy is due at the next update
+    learner.update(batches(), generator())
+    assert not torch.equal(seen["critic"], before)
+    assert torch.equal(seen["critic"], agent.parts["critic"].net.weights[0])
+
+
+def test_policy_delay_and_versions():
+    agent, learner = make(*OBJECTIVES["td3"])
+    versions = []
+    for i in range(4):
+        learner.update(batches(i), generator(i))
+        versions.append(learner.version)
+    assert versions == [1, 2, 2, 3]
+
+
+def test_rates_clipping_and_average():
+    config = LearnerConfig(learning_rate=0.1, learning_rates={"policy": 0.0}, clip_norm=1e-9, ema=0.5)
+    agent, learner = make(*OBJECTIVES["sac"], config)
+    assert learner.optimizers["critic"].param_groups[0]["lr"] == 0.1
+    before = agent.policy.state_dict()
+    before = {k: v.clone() for k, v in before.items()}
+    learner.update(batches(), generator())
+    assert same(before, agent.policy.state_dict()) and same(before, learner.averaged.state_dict())
+    agent, learner = make(*OBJECTIVES["bc"], LearnerConfig(learning_rate=0.1, ema=0.5))
+    start = agent.policy.head.net.last.weight.detach().clone()
+    learner.update(batches(), generator())
+    middle = (start + agent.policy.head.net.last.weight.detach()) / 2
+    torch.testing.assert_close(learner.averaged.head.net.last.weight, middle)
+
+
+def test_half_precision_stays_close_and_keeps_weights_in_fp32():
+    results = []
+    for precision in ("fp32", "bf16"):
+        agent, learner = make(*OBJECTIVES["td3"], LearnerConfig(precision=precision))
+        for i in range(5):
+            learner.update(batches(i), generator(i))
+        assert all(p.dtype == torch.float32 for p in agent.parameters())
+        results.append(learner.metrics())
+    for key in ("critic/loss", "policy/loss"):
+        assert results[1][key] == pytest.approx(results[0][key], rel=0.05, abs=0.02)
+        assert results[1][key] != results[0][key]
+
+
+def test_metrics_are_means_since_the_last_call():
+    _, learner = make(*OBJECTIVES["bc"])
+    values = []
+    for i in range(2):
+        learner.update(batches(i), generator())
+        values.append(learner.metrics()["policy/imitation"])
+    assert learner.metrics() == {} and all(isinstance(v, float) for v in values)
+    _, learner = make(*OBJECTIVES["bc"])
+    for i in range(2):
+        learner.update(batches(i), generator())
+    assert learner.metrics()["policy/imitation"] == pytest.approx(np.mean(values))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"learning_rates": {"critc": 0.1}}, "did you mean 'critic'"),
+    ],
+)
+def test_errors(config, message):
+    with pytest.raises(ValueError, match=message):
+        make(*OBJECTIVES["sac"], LearnerConfig(**config))
+    _, learner = make(*OBJECTIVES["sac"])
+    with pytest.raises(ValueError, match="did you mean 'policy'"):
+        learner.update(batches(), generator(), only=["polcy"])
+    _, other = make(*OBJECTIVES["bc"])
+    with pytest.raises(ValueError, match="the objective that the state was saved from"):
+        other.load_state_dict(learner.state_dict())
