@@ -165,9 +165,7 @@ class _View:
     def add(self, observation: dict[str, Any], simulation: Simulation) -> dict[str, Any]:
         """Put the optional keys into a batched observation."""
         for name in self.cameras:
-            observation[f"image/{name}"] = np.stack(
-                [self.frame(simulation, row, name) for row in simulation.all_rows]
-            )
+            observation[f"image/{name}"] = np.stack([self.frame(simulation, row, name) for row in simulation.all_rows])
         if self.instruction:
             observation["instruction"] = (self.task.instruction,) * simulation.num_envs
         return observation

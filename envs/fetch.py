@@ -25,7 +25,15 @@ from embodied_rft.envs.task import Camera, Observation, Task
 
 NUM_SUBSTEPS = 20
 STEP = 0.04  # seconds in one decision: 20 substeps of 2 ms; velocities are observed as displacement in one decision
-ARM_JOINTS = ("shoulder_pan", "shoulder_lift", "upperarm_roll", "elbow_flex", "forearm_roll", "wrist_flex", "wrist_roll")
+ARM_JOINTS = (
+    "shoulder_pan",
+    "shoulder_lift",
+    "upperarm_roll",
+    "elbow_flex",
+    "forearm_roll",
+    "wrist_flex",
+    "wrist_roll",
+)
 ARM_AXES = "zyxyxyx"  # rotation axis of each arm joint in its body's frame
 QPOS, ARM_QVEL, SLIDE_QVEL = 1, slice(6, 13), slice(0, 4)  # time comes first in a physics row
 FINGERS = slice(13, 15)
@@ -44,7 +52,9 @@ class FetchVariant:
     extra_height: float = 0.0  # of the gripper at the start
     in_the_air: bool = False  # half of the targets are up to 0.45 above the table
     target_offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    object_range: float = 0.15  # the object starts at most this far from the gripper, in x and in y, at least 0.1 in all
+    object_range: float = (
+        0.15  # the object starts at most this far from the gripper, in x and in y, at least 0.1 in all
+    )
     target_range: float = 0.15
     view: float = 1.3  # of the cameras from the table
 
@@ -138,7 +148,10 @@ def _add_sensors(spec: mujoco.MjSpec, has_object: bool) -> None:
 
 def _add_wrist_camera(spec: mujoco.MjSpec) -> None:
     """A camera on the hand that looks past the fingers (the official one sits inside the hand and sees its wall)."""
-    position, target = np.array([-0.06, 0.0, 0.1]), np.array([0.1, 0.0, 0.0])  # in the gripper's frame, x towards the fingertips
+    position, target = (
+        np.array([-0.06, 0.0, 0.1]),
+        np.array([0.1, 0.0, 0.0]),
+    )  # in the gripper's frame, x towards the fingertips
     backward = (position - target) / np.linalg.norm(position - target)
     right = np.array([0.0, -1.0, 0.0])
     quat = np.empty(4)
@@ -164,13 +177,17 @@ class FetchTask(Task):
 
     action_space = spaces.Box(-1.0, 1.0, (4,), np.float32)
     num_substeps = NUM_SUBSTEPS
-    control_spec = int(mujoco.mjtState.mjSTATE_CTRL | mujoco.mjtState.mjSTATE_MOCAP_POS | mujoco.mjtState.mjSTATE_MOCAP_QUAT)
+    control_spec = int(
+        mujoco.mjtState.mjSTATE_CTRL | mujoco.mjtState.mjSTATE_MOCAP_POS | mujoco.mjtState.mjSTATE_MOCAP_QUAT
+    )
 
     def __init__(self, name: str, *, reward_type: str = "sparse") -> None:
         if name not in VARIANTS:
             raise ValueError(f"unknown Fetch task {name!r}; {registry.nearest(name, VARIANTS)}")
         if reward_type not in ("sparse", "dense"):
-            raise ValueError(f"unknown reward_type {reward_type!r}; {registry.nearest(reward_type, ('sparse', 'dense'))}")
+            raise ValueError(
+                f"unknown reward_type {reward_type!r}; {registry.nearest(reward_type, ('sparse', 'dense'))}"
+            )
         self.variant, self.scene, self.reward_type = VARIANTS[name], _scene(name), reward_type
         self.model, self.instruction = self.scene.model, self.variant.instruction
         self.settles = self.variant.block_gripper
@@ -222,7 +239,9 @@ class FetchTask(Task):
             controls[:, 0:2] = physics[:, [QPOS + 14, QPOS + 13]] + action[:, 3:4]
         controls[:, num_fingers : num_fingers + 3] = sensors[:, self._link] + action[:, :3] * action.dtype.type(0.05)
         controls[:, num_fingers + 3 :] = sensors[:, self._quat]
-        controls[:, [num_fingers + 3, num_fingers + 5]] += 1.0  # the official environment adds (1, 0, 1, 0), unnormalised
+        controls[:, [num_fingers + 3, num_fingers + 5]] += (
+            1.0  # the official environment adds (1, 0, 1, 0), unnormalised
+        )
         return controls
 
     def settle(self, physics: np.ndarray) -> None:

@@ -96,7 +96,13 @@ class _Canvas:
         place(self._data)
         self._context.make_current()
         mujoco.mjv_updateScene(
-            self._model, self._data, self._option, None, self._view(camera), mujoco.mjtCatBit.mjCAT_ALL.value, self._scene
+            self._model,
+            self._data,
+            self._option,
+            None,
+            self._view(camera),
+            mujoco.mjtCatBit.mjCAT_ALL.value,
+            self._scene,
         )
         mujoco.mjr_render(self._rect, self._scene, self._mjr)
         mujoco.mjr_readPixels(self._pixels, None, self._rect, self._mjr)
