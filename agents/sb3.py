@@ -1,9 +1,9 @@
 """`sb3`: a model saved by stable-baselines3 as a frozen policy: a baseline to evaluate, or the base of a residual.
 
 An SB3 zip holds weights (safe to read), plain JSON, and cloudpickled Python objects, which may run any code when they
-are read. This file reads the first two and rebuilds the policy from the environment's spaces; what it cannot read safely
-it asks for. If the run used VecNormalize, its statistics are not in the zip: write them with `save_normalizer` and give
-the file as option `normalize`.
+are read. This file reads the first two and rebuilds the policy from the environment's spaces; what it cannot read
+safely it asks for. If the run used VecNormalize, its statistics are not in the zip: write them with `save_normalizer`
+and give the file as option `normalize`.
 
 Legend: N, B rows, A action dimensions.
 """
@@ -100,6 +100,7 @@ class SB3Policy(nn.Module):
         space = channels_first(self.observation_space)
         if config.trust:
             trusted, _, _ = load_from_zip_file(config.path, device="cpu")
+            assert trusted is not None
             policy_class, kwargs = trusted["policy_class"], trusted["policy_kwargs"]
         else:
             algorithm = config.algorithm or find_algorithm(data, config.path)

@@ -1,0 +1,191 @@
+"""stable-baselines3 models as frozen policies: the same actions as SB3, and nothing is ever unpickled."""
+
+import json
+import pickle
+import zipfile
+
+import embodied_rft.envs  # noqa: F401
+import gymnasium
+import numpy as np
+import pytest
+import stable_baselines3 as sb3
+import torch
+from embodied_rft.agents.sb3 import save_normalizer
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from embodied_rft.agent import build_policy
+from embodied_rft.checks import check_policy
+
+REACH = "embodied_rft/FetchReach-v0"
+
+
+class Blink(gymnasium.Env):
+    """An image [36, 40, 3] that tells nothing."""
+
+    observation_space = spaces.Box(0, 255, (36, 40, 3), np.uint8)
+    action_space = spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+def saved(folder, algorithm, env, policy="MlpPolicy", **options):
+    """A small untrained model, its zip and its spaces."""
+    torch.manual_seed(0)
+    options.setdefault("policy_kwargs", {"net_arch": [16, 16]})
+    if algorithm in ("SAC", "TD3", "DDPG", "DQN"):
+        options["buffer_size"] = 100
+    model = getattr(sb3, algorithm)(policy, env, device="cpu", **options)
+    model.save(folder / "model.zip")
+    return model, str(folder / "model.zip"), model.get_env()
+
+
+def load(path, observation_space, action_space, **options):
+    rng = torch.Generator().manual_seed(0)
+    return build_policy({"id": "sb3", "path": path, **options}, observation_space, action_space, rng)
+
+
+def states(space, count=5):
+    space.seed(3)
+    return np.stack([space.sample() for _ in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "env"),
+    [
+        ("SAC", "Pendulum-v1"),
+        ("TD3", "Pendulum-v1"),
+        ("DDPG", "Pendulum-v1"),
+        ("PPO", "Pendulum-v1"),
+        ("A2C", "CartPole-v1"),
+        ("PPO", "CartPole-v1"),
+        ("DQN", "CartPole-v1"),
+    ],
+)
+def test_greedy_actions_equal_those_of_sb3(tmp_path, algorithm, env):
+    model, path, _ = saved(tmp_path, algorithm, env)
+    policy = load(path, model.observation_space, model.action_space)
+    observation = states(model.observation_space)
+    expected, _ = model.predict(observation, deterministic=True)
+    ours = policy.act({"observation": observation}, greedy=True).action
+    assert np.array_equal(ours, expected) and ours.dtype == expected.dtype
+    assert np.array_equal(policy.mode({"observation": torch.from_numpy(observation)}).numpy(), expected)
+    assert not any(p.requires_grad for p in policy.parameters())
+    check_policy(policy, model.observation_space, model.action_space)
+
+
+def test_goal_environment_with_hindsight_and_further_keys(tmp_path):
+    env = gymnasium.make(REACH)
+    model, path, _ = saved(tmp_path, "SAC", env, policy="MultiInputPolicy", replay_buffer_class=sb3.HerReplayBuffer)
+    observation = {key: states(space) for key, space in env.observation_space.items()}
+    expected, _ = model.predict(observation, deterministic=True)
+    wider = spaces.Dict({**env.observation_space.spaces, "instruction": spaces.Text(9)})
+    policy = load(path, wider, env.action_space)
+    assert np.array_equal(policy.act({**observation, "instruction": ["go"] * 5}, greedy=True).action, expected)
+    with pytest.raises(ValueError, match="'achieved_goal', which this environment does not give"):
+        load(path, spaces.Dict({"observation": env.observation_space["observation"]}), env.action_space)
+
+
+def test_images_are_transposed_as_sb3_does(tmp_path):
+    env = Blink()
+    model, path, _ = saved(tmp_path, "PPO", env, policy="CnnPolicy", policy_kwargs={}, n_steps=8, batch_size=8)
+    observation = states(env.observation_space)
+    expected, _ = model.predict(observation, deterministic=True)
+    policy = load(path, env.observation_space, env.action_space)
+    assert np.array_equal(policy.act({"observation": observation}, greedy=True).action, expected)
+
+
+def test_classes_in_policy_kwargs_are_found_by_name(tmp_path):
+    kwargs = {"net_arch": {"pi": [8], "vf": [4]}, "activation_fn": torch.nn.ELU}
+    model, path, _ = saved(tmp_path, "PPO", "Pendulum-v1", policy_kwargs=kwargs)
+    policy = load(path, model.observation_space, model.action_space)
+    observation = states(model.observation_space)
+    expected, _ = model.predict(observation, deterministic=True)
+    assert np.array_equal(policy.act({"observation": observation}, greedy=True).action, expected)
+
+
+def test_statistics_of_vec_normalize(tmp_path):
+    normalized = VecNormalize(DummyVecEnv([lambda: gymnasium.make("Pendulum-v1")]), clip_obs=0.7)
+    normalized.reset()
+    for _ in range(30):
+        normalized.step(np.array([normalized.action_space.sample()]))
+    model, path, _ = saved(tmp_path, "SAC", normalized)
+    observation = states(model.observation_space)
+    expected, _ = model.predict(normalized.normalize_obs(observation), deterministic=True)
+    save_normalizer(normalized, tmp_path / "statistics.npz")
+    with_statistics = load(
+        path, model.observation_space, model.action_space, normalize=str(tmp_path / "statistics.npz")
+    )
+    without = load(path, model.observation_space, model.action_space)
+    assert np.allclose(with_statistics.act({"observation": observation}, greedy=True).action, expected, atol=1e-6)
+    assert not np.allclose(without.act({"observation": observation}, greedy=True).action, expected, atol=1e-3)
+    with pytest.raises(ValueError, match="never loaded"):
+        load(path, model.observation_space, model.action_space, normalize=str(tmp_path / "statistics.pkl"))
+
+
+def test_samples_follow_the_distribution_of_sb3(tmp_path):
+    model, path, _ = saved(tmp_path, "SAC", "Pendulum-v1")
+    policy = load(path, model.observation_space, model.action_space)
+    observation = np.repeat(states(model.observation_space, 1), 4000, axis=0)
+    torch.manual_seed(5)
+    theirs, _ = model.predict(observation)
+    ours = policy.act({"observation": observation}, rng=torch.Generator().manual_seed(5)).action
+    assert abs(ours.mean() - theirs.mean()) < 0.1 and abs(ours.std() - theirs.std()) < 0.1
+
+
+def tampered(path, folder, **changes):
+    """The same model with other entries in its JSON."""
+    target = folder / "tampered.zip"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, json.dumps({**json.loads(content), **changes}) if name == "data" else content)
+    return str(target)
+
+
+class Bomb:
+    """Raises when it is unpickled."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemError('unpickled')",))
+
+
+def test_nothing_is_unpickled_unless_trusted(tmp_path):
+    import base64
+
+    model, path, _ = saved(tmp_path, "SAC", "Pendulum-v1")
+    bomb = {":type:": "bomb", ":serialized:": base64.b64encode(pickle.dumps(Bomb())).decode()}
+    armed = tampered(path, tmp_path, lr_schedule=bomb, observation_space=bomb)
+    policy = load(armed, model.observation_space, model.action_space)
+    observation = states(model.observation_space)
+    expected, _ = model.predict(observation, deterministic=True)
+    assert np.array_equal(policy.act({"observation": observation}, greedy=True).action, expected)
+    with pytest.raises(SystemError, match="unpickled"):
+        load(armed, model.observation_space, model.action_space, trust=True)
+    trusted = load(path, model.observation_space, model.action_space, trust=True)
+    assert np.array_equal(trusted.act({"observation": observation}, greedy=True).action, expected)
+
+
+def test_what_cannot_be_read_safely_is_asked_for(tmp_path):
+    model, path, _ = saved(tmp_path, "SAC", "Pendulum-v1")
+    spaces_ = (model.observation_space, model.action_space)
+    foreign = tampered(path, tmp_path, policy_class={"__module__": "my.own"})
+    with pytest.raises(ValueError, match="Give the option algorithm"):
+        load(foreign, *spaces_)
+    load(foreign, *spaces_, algorithm="SAC")
+    strange = tampered(path, tmp_path, policy_kwargs={"net_arch": [16, 16], "activation_fn": "<class 'my.Sine'>"})
+    with pytest.raises(ValueError, match="trust: true"):
+        load(strange, *spaces_)
+    load(strange, *spaces_, policy_kwargs={"net_arch": [16, 16]})
+    with pytest.raises(ValueError, match="do not fit"):
+        load(path, *spaces_, policy_kwargs={"net_arch": [8]})
+    with pytest.raises(ValueError, match=r"did you mean 'model\.zip'"):
+        load(str(tmp_path / "modle.zip"), *spaces_)
+    (tmp_path / "broken.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"not a model"):
+        load(str(tmp_path / "broken.zip"), *spaces_)
