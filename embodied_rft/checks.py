@@ -61,7 +61,7 @@ def _check_single(env: gymnasium.Env) -> None:
         warnings.simplefilter("ignore")
         try:
             gymnasium_check_env(env.unwrapped, skip_render_check=True)
-            _check_with_sb3(env)
+            _check_with_sb3(env.unwrapped)
         except (AssertionError, gymnasium.error.Error, TypeError) as error:
             raise ValueError(f"{name}: the checker of Gymnasium or stable-baselines3 says: {error}") from error
     first, second = _record(env, seed=7), _record(env, seed=7)

@@ -4,6 +4,7 @@
 """
 
 import os
+import string
 import time
 
 import gymnasium
@@ -81,8 +82,8 @@ class Chatter(gymnasium.Env):
     metadata = {"render_modes": []}
 
     def __init__(self, *, render_mode=None):
-        self.observation_space = spaces.Text(64)
-        self.action_space = spaces.Text(64)
+        self.observation_space = spaces.Text(99, charset=string.printable + "üß")
+        self.action_space = spaces.Text(64, charset=string.printable + "üß")
         self.render_mode = render_mode
 
     def reset(self, *, seed=None, options=None):
