@@ -81,6 +81,7 @@ class _Canvas:
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._option, self._rect = mujoco.MjvOption(), mujoco.MjrRect(0, 0, width, height)
         self._pixels = np.empty((height, width, 3), dtype=np.uint8)
+        self._thread = threading.get_ident()
         atexit.register(self.close)  # before the GL library itself is torn down
 
     def _hide_mocap_markers(self) -> None:
@@ -120,9 +121,9 @@ class _Canvas:
         return view
 
     def close(self) -> None:
-        """Free what the GL library holds; harmless when repeated."""
-        atexit.unregister(self.close)
-        if self._context is not None:
+        """Free what the GL library holds; harmless when repeated. Only the thread that draws can: others leave it alone."""
+        if self._context is not None and threading.get_ident() == self._thread:
+            atexit.unregister(self.close)
             self._context.make_current()
             self._mjr.free()
             self._context.free()

@@ -325,7 +325,7 @@ def test_compute_reward_is_vectorised_and_equals_the_official_one(seed, reward_t
     env = FetchEnv("Push", reward_type=reward_type)
     together = env.compute_reward(achieved, desired, [{}] * 5)
     distance = np.sqrt(((achieved - desired) ** 2).sum(-1))
-    np.testing.assert_allclose(together, -(distance > 0.05) if reward_type == "sparse" else -distance, atol=1e-12)
+    np.testing.assert_allclose(together, np.where(distance > 0.05, -1.0, 0.0) if reward_type == "sparse" else -distance, atol=1e-12)
     assert together.tolist() == [float(env.compute_reward(a, d, {})) for a, d in zip(achieved, desired, strict=True)]
 
 
