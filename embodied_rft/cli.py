@@ -137,15 +137,15 @@ def _entries(kind: str) -> dict[str, str]:
 
         registry.load_plugins()
         return {
-            id: _first_line(spec.entry_point)
+            id: first_line(spec.entry_point)
             for id, spec in gymnasium.registry.items()
             if id.startswith("embodied_rft/")
         }
     singular = kind.removesuffix("s")
-    return {id: _first_line(registry.find(singular, id)) for id in registry.known(singular)}
+    return {id: first_line(registry.find(singular, id)) for id in registry.known(singular)}
 
 
-def _first_line(target: Any) -> str:
+def first_line(target: Any) -> str:
     """The first line of the docstring of a class, function or "module:name"."""
     if isinstance(target, str):
         from gymnasium.envs.registration import load_env_creator

@@ -1,0 +1,64 @@
+# make setup | demo | test | lint | docs | bench | clean. Everything lives in .venv/ and runs/ of this folder.
+PYTHON ?= python3
+WORKERS ?= 2
+# Torch comes first and alone. For a smaller CPU-only build: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+RUN ?= runs/demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.ready-bench
+
+export MPLBACKEND ?= Agg
+
+.PHONY: setup demo test lint format docs bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@echo "setup: virtual environment in $(VENV)/"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setup: $(TORCH) (the largest part; a few minutes on a slow line)"
+	@$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@echo "setup: everything else"
+	@$(PIP) -c constraints.txt -e ".[dev]"
+	@touch $@
+	@echo "setup: done; $(BIN)/erft --help"
+
+demo: setup
+	@$(BIN)/erft train demo --run $(RUN)
+
+test: export OMP_NUM_THREADS = 1
+test: setup
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --timeout 600 $(ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: setup
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
+
+docs: setup
+	@$(BIN)/python docs/generate.py
+
+$(BENCH_READY): $(READY)
+	@echo "setup: what the benchmarks compare with"
+	@$(PIP) -c constraints.txt -e ".[dev,bench]"
+	@touch $@
+
+bench: $(BENCH_READY)
+	@for file in $$(grep -l '__main__' benchmarks/*.py); do \
+	  name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS) || exit 1; done
+
+clean:
+	@rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis htmlcov .coverage*
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

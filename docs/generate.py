@@ -1,0 +1,133 @@
+"""Writes the parts of README.md and docs/ that follow from the code: `make docs`; `--check` only says what is stale.
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {
+    "embodied_rft": "the engine; it never imports the three folders below, it finds them by id",
+    "envs": "Gymnasium environments, imported as `embodied_rft.envs`",
+    "agents": "policies, imported as `embodied_rft.agents`",
+    "configs": "recipes, found by name",
+}
+
+
+def files_of(folder: str) -> list[str]:
+    """Files of a top-level folder that a reader may open, relative to it, sorted; no assets."""
+    paths = (path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*") if path.is_file())
+    shown = (p for p in paths if p.suffix in (".py", ".yaml", ".html") and p.name != "__init__.py")
+    return sorted(path.as_posix() for path in shown)
+
+
+def first_sentence(path: Path) -> str:
+    """What a file says about itself: the first sentence of its docstring, or its first comment."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+        text = " ".join(text.split("\n\n")[0].split())
+    elif path.suffix == ".html":
+        return "the page that `report` fills"
+    else:
+        text = text.partition("\n")[0].lstrip("# ")
+    return re.split(r"(?<=[a-z0-9)`])[.;:](?:\s|$)", text, maxsplit=1)[0].rstrip(".")
+
+
+def tree() -> str:
+    """The tree of the README."""
+    lines = []
+    for folder, purpose in FOLDERS.items():
+        names = files_of(folder)
+        width = max((len(name) for name in names), default=0)
+        lines.append(f"{folder}/".ljust(width + 4) + purpose)
+        lines += [f"  {name:<{width}}  {first_sentence(ROOT / folder / name)}" for name in names]
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def plugin_table(kind: str) -> str:
+    """| id | what it does | for everything of a kind."""
+    from embodied_rft import registry
+
+    rows = ["| id | what it does |", "| --- | --- |"]
+    for id in registry.known(kind):
+        rows.append(f"| `{id}` | {_first_line(registry.find(kind, id))} |")
+    return "\n".join(rows)
+
+
+def stage_table() -> str:
+    """| word | what it does | options with their defaults |."""
+    from embodied_rft import registry
+
+    rows = ["| word | what it does | options |", "| --- | --- | --- |"]
+    for word in registry.known("stage"):
+        stage = registry.find("stage", word)
+        config = getattr(stage, "Config", None)
+        names = [f"`{f.name.rstrip('_')}`" for f in dataclasses.fields(config)] if config else []
+        rows.append(f"| `{word}` | {_first_line(stage)} | {', '.join(names) or 'none'} |")
+    return "\n".join(rows)
+
+
+def env_table() -> str:
+    """| id | what it is | of our environments."""
+    import gymnasium
+
+    from embodied_rft import registry
+    from embodied_rft.cli import first_line
+
+    registry.load_plugins()
+    rows = ["| id | what it is |", "| --- | --- |"]
+    for id, spec in sorted(gymnasium.registry.items()):
+        if id.startswith("embodied_rft/"):
+            rows.append(f"| `{id}` | {first_line(spec.entry_point)} |")
+    return "\n".join(rows)
+
+
+def _first_line(target: object) -> str:
+    return (getattr(target, "__doc__", None) or "").strip().partition("\n")[0].replace("|", "\\|")
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "tree": tree,
+    "stages": stage_table,
+    "objectives": lambda: plugin_table("objective"),
+    "agents": lambda: plugin_table("agent"),
+    "envs": env_table,
+}
+BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(\n<!-- end -->)", re.S)
+
+
+def pages() -> list[Path]:
+    """The pages that may have generated parts."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def generated(text: str) -> str:
+    """The page with its generated parts as they should be."""
+    return BLOCK.sub(lambda match: match[1] + PARTS[match[2]]() + match[3], text)
+
+
+def main() -> int:
+    """Write, or with --check only compare."""
+    stale = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        fresh = generated(text)
+        if fresh != text:
+            stale.append(page.relative_to(ROOT).as_posix())
+            if "--check" not in sys.argv:
+                page.write_text(fresh, encoding="utf-8")
+    if stale:
+        print(("out of date, run `make docs`: " if "--check" in sys.argv else "written: ") + ", ".join(stale))
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

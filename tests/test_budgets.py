@@ -1,0 +1,185 @@
+"""What keeps the code readable, measured: sizes, base chains, import cycles, who may import whom, one line a file."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("embodied_rft", "envs", "agents", "configs")
+MAX_FILE, MAX_FUNCTION, MAX_CHAIN = 500, 60, 2
+ABSTRACT = {"object", "Protocol", "Generic", "ABC", "NamedTuple", "TypedDict"}  # say nothing about behaviour
+
+
+def module_name(path):
+    """embodied_rft/envs/x.py and envs/x.py are both embodied_rft.envs.x."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts = parts if parts[0] == "embodied_rft" else ["embodied_rft", *parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+LIBRARY = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+EVERYTHING = [*LIBRARY, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in EVERYTHING}
+MODULES = {module_name(path): path for path in LIBRARY}
+
+
+def long_files(sources, limit=MAX_FILE):
+    return {name: lines for name, text in sources.items() if (lines := len(text.splitlines())) > limit}
+
+
+def long_functions(trees, limit=MAX_FUNCTION):
+    found = {}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > limit:
+                    found[f"{name}:{node.lineno} {node.name}"] = lines
+    return found
+
+
+def base_chains(trees):
+    """{class: how many classes its longest chain of bases has}; outside ours only the first is seen and counted."""
+    bases = {}
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                plain = (base.value if isinstance(base, ast.Subscript) else base for base in node.bases)
+                bases[node.name] = [ast.unparse(base).split(".")[-1] for base in plain]
+
+    def length(name, seen=()):
+        above = () if name in seen else bases.get(name, ())
+        return max(((base not in ABSTRACT) + length(base, (*seen, name)) for base in above), default=0)
+
+    return {name: length(name) for name in bases}
+
+
+def imports_of(tree, name, modules, *, everywhere=False):
+    """Modules of ours that a module imports when it is loaded (`everywhere`: also later, inside functions)."""
+    found = set()
+
+    def visit(node):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            is_package = modules.get(name) is not None and modules[name].name == "__init__.py"
+            parent = name.split(".")[: len(name.split(".")) - node.level + is_package] if node.level else []
+            base = ".".join([*parent, *([node.module] if node.module else [])])
+            found.update(full if (full := f"{base}.{alias.name}") in modules else base for alias in node.names)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not everywhere:
+            return
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not everywhere:
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return {module for module in found if module in modules and module != name}
+
+
+def import_cycles(graph):
+    """Modules that can reach themselves."""
+
+    def reachable(start):
+        seen, waiting = set(), list(graph.get(start, ()))
+        while waiting:
+            module = waiting.pop()
+            if module not in seen:
+                seen.add(module)
+                waiting += graph.get(module, ())
+        return seen
+
+    return sorted(module for module in graph if module in reachable(module))
+
+
+def names(paths):
+    return {path.relative_to(ROOT).as_posix(): path for path in paths}
+
+
+def test_no_file_is_longer_than_500_lines():
+    assert long_files({name: path.read_text(encoding="utf-8") for name, path in names(EVERYTHING).items()}) == {}
+
+
+def test_no_function_is_longer_than_60_lines():
+    assert long_functions({name: TREES[path] for name, path in names(EVERYTHING).items()}) == {}
+
+
+def test_base_chains_are_at_most_two():
+    chains = base_chains({path: TREES[path] for path in LIBRARY})
+    assert {name: length for name, length in chains.items() if length > MAX_CHAIN} == {}
+
+
+def test_there_is_no_import_cycle():
+    graph = {name: imports_of(TREES[path], name, MODULES) for name, path in MODULES.items()}
+    assert sum(map(len, graph.values())) > len(graph)  # the measurement sees imports at all
+    assert import_cycles(graph) == []
+
+
+def test_the_engine_imports_no_environment_agent_or_recipe():
+    rooms = tuple(f"embodied_rft.{room}" for room in ("envs", "agents", "configs"))
+    engine = {name: path for name, path in MODULES.items() if not name.startswith(rooms)}
+    found = {
+        name: bad
+        for name, path in engine.items()
+        if (bad := sorted(m for m in imports_of(TREES[path], name, MODULES, everywhere=True) if m.startswith(rooms)))
+    }
+    assert found == {}
+
+
+def test_data_imports_nothing_of_ours():
+    assert imports_of(TREES[MODULES["embodied_rft.data"]], "embodied_rft.data", MODULES, everywhere=True) == set()
+
+
+def test_every_file_says_what_it_is():
+    silent = [name for name, path in names(LIBRARY).items() if not (ast.get_docstring(TREES[path]) or "").strip()]
+    assert silent == []
+    assert [name for name, path in names(LIBRARY).items() if "TODO" in path.read_text(encoding="utf-8")] == []
+
+
+# --- the measurements see what they measure ---
+
+
+def test_the_measurements_find_violations():
+    assert long_files({"a": "x\n" * 501, "b": "x\n" * 500}) == {"a": 501}
+    assert list(long_functions({"f": ast.parse("def g():\n" + "    x = 1\n" * 60)}).values()) == [61]
+    chains = base_chains(
+        {
+            "f": ast.parse(
+                "class A(nn.Module): ...\nclass B(A): ...\nclass C(B, Generic[T]): ...\nclass P(Protocol): ..."
+            )
+        }
+    )
+    assert chains == {"A": 1, "B": 2, "C": 3, "P": 0}
+    assert import_cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
+    modules = {"p": Path("p/__init__.py"), "p.a": Path("p/a.py"), "p.b": Path("p/b.py"), "p.c": Path("p/c.py")}
+    source = ast.parse("from . import b\nfrom p.c import x\ndef f():\n    import p\nif TYPE_CHECKING:\n    import p.a")
+    assert imports_of(source, "p.a", modules) == {"p.b", "p.c"}
+    assert imports_of(source, "p.a", modules, everywhere=True) == {"p", "p.b", "p.c"}
+
+
+# --- README and docs ---
+
+
+@pytest.fixture(scope="module")
+def generate():
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_has_one_line_for_every_file(generate):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for folder in FOLDERS:
+        section = text[text.index(f"\n{folder}/") :]
+        for name in generate.files_of(folder):
+            assert f"\n  {name} " in section, f"{folder}/{name} is missing: run `make docs`"
+
+
+def test_generated_parts_are_up_to_date(generate):
+    stale = [
+        page.name for page in generate.pages() if generate.generated(text := page.read_text(encoding="utf-8")) != text
+    ]
+    assert stale == [], "run `make docs`"
