@@ -117,8 +117,8 @@ class Statistics(nn.Module):
                 )
         if not torch.equal(own["layout"].cpu(), self.layout.cpu()):
             raise ValueError(
-                "the checkpoint's statistics belong to another robot or data set: observation keys, action bounds or the "
-                "kind of normalisation differ. Use the checkpoint with the environment that it was trained for."
+                "the checkpoint's statistics belong to another robot or data set: observation keys, action bounds or "
+                "the kind of normalisation differ. Use the checkpoint with the environment that it was trained for."
             )
         before = self.digest.clone() if bool(self.fitted) else None
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -206,7 +206,11 @@ class QueuedPool:
         state = self.pool.get_state()
         if state is None:
             return None
-        own = {"queue/plan": self._queue, "queue/position": self._position, "queue/rng": self.rng.get_state().numpy()}
+        own: dict[str, np.ndarray] = {
+            "queue/plan": self._queue,
+            "queue/position": self._position,
+            "queue/rng": self.rng.get_state().numpy(),
+        }
         return {**state, **{k: v.copy() for k, v in own.items()}}
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
@@ -252,7 +256,9 @@ def find_planner(policy: torch.nn.Module) -> Any | None:
 def fit_pool(pool: Pool, spec: Mapping[str, Any], *, gamma: float = 1.0) -> Pool:
     """The pool under which decisions of this agent spec are what the policy gives: chunks or single steps."""
     chunk = chunk_of(spec)
-    return pool if chunk is None else ChunkPool(pool, horizon=chunk[0], execute=chunk[1], gamma=gamma)
+    if chunk is None:
+        return pool
+    return ChunkPool(pool, horizon=chunk[0], execute=chunk[1], gamma=gamma)
 
 
 # --- data --------------------------------------------------------------------------------------------------------

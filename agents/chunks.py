@@ -1,0 +1,324 @@
+"""What the generative action-chunk policies share: options, network, and a policy that is a chain of Gaussian steps.
+
+A chunk is drawn by S steps from noise to data, x_0 -> x_1 -> ... -> x_S; each step is Gaussian, so each has an exact
+log-probability: a decision has U = S units (Black et al. 2023, DDPO; Ren et al. 2024, DPPO, section 4). `diffusion`,
+`flow` and `consistency` differ in the step and in the imitation loss alone. Boundary: no environment, no objective.
+
+Legend: N environments, B rows, H horizon (steps of a chunk), A action dimensions, D = H * A, S sampling steps,
+F features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+from embodied_rft.agents.normalisation import Statistics
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from embodied_rft import networks
+from embodied_rft.agent import ActionScale, observe, require_rng
+from embodied_rft.chunking import step_space
+from embodied_rft.data import Decisions, Field, Tree
+
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ChunkConfig:
+    """Options of every generative chunk policy."""
+
+    horizon: int = 1  # H, environment steps that a chunk holds
+    execute: int | None = None  # how many of them are executed before the next decision; None: all
+    width: int = 256  # of the network
+    num_blocks: int = 2  # residual blocks of the network
+    keys: tuple[str, ...] | None = None  # observation keys to read; None: all state vectors and images, sorted
+    normalize: bool = False  # standardise state vectors with statistics of the first data
+    num_image_features: int = 64  # per camera
+    statistics: Literal["bounds", "min_max", "quantile", "mean_std"] = "bounds"  # what actions are scaled by
+    min_std: float = 0.1  # smallest standard deviation of a sampling step, in normalised units (DPPO, section 4.3)
+    greedy_start: Literal["zero", "fixed"] = "zero"  # noise of greedy decisions: zero, or one draw kept (many modes)
+
+
+class Step(NamedTuple):
+    """One sampling step from x: a Gaussian around `mean`, or `quiet` without noise."""
+
+    mean: Tensor  # [..., D]
+    std: Tensor  # [..., D], or broadcastable
+    quiet: Tensor  # [..., D]
+
+
+class Codec(nn.Module):
+    """Action chunks [..., D] in the environment's units to normalised ones and back."""
+
+    def __init__(self, space: gym.Space, *, config: ChunkConfig, layout: dict[str, Any]) -> None:
+        super().__init__()
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            raise ValueError(f"action space {space}: a Box of shape (A,) is expected")
+        self.action_dim, self.horizon = space.shape[0], config.horizon
+        self.bounds = ActionScale(space) if space.is_bounded() else None
+        self.statistics: Statistics | None = None
+        # Beyond this a normalised action is no action of the data; samples are clipped to it.
+        self.limit = {"bounds": 1.0, "min_max": 1.0, "quantile": 1.5, "mean_std": 5.0}[config.statistics]
+        if config.statistics != "bounds":
+            layout = layout | {"low": space.low.tolist(), "high": space.high.tolist()}
+            self.statistics = Statistics({"action": self.action_dim}, kind=config.statistics, layout=layout)
+        elif self.bounds is None:
+            raise ValueError(f"action space {space} is unbounded: set statistics to min_max, quantile or mean_std")
+
+    def encode(self, action: Tensor) -> Tensor:
+        """[B, D] in the environment's units -> normalised.
+
+        Raises:
+            ValueError: the chunk has another length.
+        """
+        size = self.horizon * self.action_dim
+        if action.shape[-1] != size:
+            raise ValueError(
+                f"action chunks have {action.shape[-1]} numbers; this policy predicts horizon {self.horizon} x "
+                f"{self.action_dim} = {size}. Cut the data with chunking.chunk_trajectories(horizon={self.horizon})."
+            )
+        steps = action.unflatten(-1, (self.horizon, self.action_dim))
+        if self.statistics is not None:
+            return self.statistics.normalise("action", steps).flatten(-2)
+        assert self.bounds is not None
+        return self.bounds.from_env(steps).flatten(-2)
+
+    def decode(self, chunk: Tensor) -> Tensor:
+        """Normalised [B, D] -> the environment's units, within the bounds."""
+        steps = chunk.clamp(-self.limit, self.limit).unflatten(-1, (self.horizon, self.action_dim))
+        if self.statistics is not None:
+            steps = self.statistics.denormalise("action", steps)
+            return (steps if self.bounds is None else self.bounds.clip(steps)).flatten(-2)
+        assert self.bounds is not None
+        return self.bounds.to_env(steps).flatten(-2)
+
+
+class ChunkNetwork(nn.Module):
+    """(x [..., D], condition [..., width], time [...]) -> [..., outputs]: a residual MLP with sinusoidal time features.
+
+    The observation enters once a decision (`condition`), not once a sampling step.
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self, in_features: int, size: int, outputs: int, *, width: int, num_blocks: int, rng: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(0, 3, 16) * math.pi / 2, persistent=False)
+        self.observe = networks.linear(in_features, width, rng=rng)
+        self.chunk = networks.linear(size, width, rng=rng)
+        self.time = networks.linear(2 * len(self.frequencies), width, rng=rng)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width),
+                nn.SiLU(),
+                networks.linear(width, width, rng=rng),
+                nn.SiLU(),
+                networks.linear(width, width, rng=rng, gain=0.5),
+            )
+            for _ in range(num_blocks)
+        )
+        self.last = networks.linear(width, outputs, rng=rng)
+
+    def condition(self, features: Tensor) -> Tensor:
+        """Observation features [B, F] -> [B, width]."""
+        return self.observe(features)
+
+    def forward(self, x: Tensor, condition: Tensor, time: Tensor) -> Tensor:
+        """Time in [0, 1]; leading dimensions broadcast."""
+        angle = time[..., None] * self.frequencies
+        hidden = self.chunk(x) + condition + self.time(torch.cat([angle.sin(), angle.cos()], -1))
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.last(F.silu(hidden)).float()
+
+
+class ChainPolicy(nn.Module):
+    """A policy whose decision is a chain of S Gaussian steps; see docs/architecture.md for the methods.
+
+    The trace holds the chain [S + 1, D] in normalised units, from noise to chunk; given it, the log-probability of
+    every step is computed in one pass. The chunk that is executed is the last element, clipped. Actor-critic objectives
+    are told that it has no entropy of its own (`stochastic` is False); `rsample` has gradients through the whole chain.
+    """
+
+    stochastic = False
+    config: Any
+    spec: dict[str, Any]
+    start: Tensor  # [D], the noise of greedy decisions
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        observation_space: gym.Space,
+        action_space: gym.Space,
+        rng: torch.Generator,
+        num_steps: int,
+        outputs: int = 1,
+    ) -> None:
+        super().__init__()
+        if min(config.horizon, num_steps, config.num_blocks) < 1 or config.min_std <= 0:
+            raise ValueError(f"horizon, steps, num_blocks >= 1 and min_std > 0 are expected, given {config}")
+        self.config, self.horizon, self.execute = config, config.horizon, config.execute or config.horizon
+        if not 1 <= self.execute <= self.horizon:
+            raise ValueError(f"execute {config.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
+        space = step_space(action_space, horizon=self.horizon)
+        self.encoder = networks.Encoder(
+            observation_space,
+            keys=config.keys,
+            num_image_features=config.num_image_features,
+            normalize=config.normalize,
+            rng=rng,
+        )
+        reads = {"state": self.encoder.state_keys, "images": self.encoder.image_keys, "size": self.encoder.size}
+        self.codec = Codec(space, config=config, layout=reads)
+        self.action_dim, self.size = self.codec.action_dim, self.codec.action_dim * self.horizon
+        self.net = ChunkNetwork(
+            self.encoder.size,
+            self.size,
+            outputs * self.size,
+            width=config.width,
+            num_blocks=config.num_blocks,
+            rng=rng,
+        )
+        fixed = torch.randn(self.size, generator=rng)
+        self.register_buffer("start", fixed if config.greedy_start == "fixed" else torch.zeros(self.size))
+        self.num_units = num_steps
+        self.trace_fields = {"chain": Field((num_steps + 1, self.size))}
+
+    # --- what the kinds of chain differ in -----------------------------------------------------------------------
+
+    def step(self, x: Tensor, condition: Tensor, index: Tensor) -> Step:
+        """Sampling step number `index` (int64, broadcast against the leading dimensions of x) from x [..., D]."""
+        raise NotImplementedError
+
+    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+        """[B]: the loss that fits the chain to chunks [B, D] of data."""
+        raise NotImplementedError
+
+    # --- the chain -----------------------------------------------------------------------------------------------
+
+    def condition(self, observation: Tree) -> Tensor:
+        """A tree of tensors [B, ...] -> [B, width]."""
+        return self.net.condition(self.encoder(observation))
+
+    def walk(
+        self, x: Tensor, condition: Tensor, *, steps: Sequence[int], rng: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Take the given steps from x [B, D]; without rng quietly.
+
+        Returns:
+            (chain [B, len(steps) + 1, D], log_prob [B, len(steps)]).
+        """
+        chain, log_probs = [x], []
+        for index in steps:
+            mean, std, quiet = self.step(x, condition, torch.tensor(index, device=x.device))
+            if rng is None:
+                x = quiet
+            else:
+                x = mean + std * torch.randn(mean.shape, generator=rng, device=mean.device)
+            chain.append(x)
+            log_probs.append(gaussian_log_prob(x, mean, std))
+        return torch.stack(chain, 1), torch.stack(log_probs, 1)
+
+    def score(self, chain: Tensor, condition: Tensor, *, first: int) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy [B, n] of the n steps of chain [B, n + 1, D], which begin at step `first`."""
+        count = chain.shape[1] - 1
+        index = torch.arange(first, first + count, device=chain.device)
+        mean, std, _ = self.step(chain[:, :-1], condition[:, None], index)
+        entropy = std.log().expand_as(mean).sum(-1) + 0.5 * self.size * math.log(2 * math.pi * math.e)
+        return gaussian_log_prob(chain[:, 1:], mean, std), entropy
+
+    def noise(self, count: int, *, rng: torch.Generator | None) -> Tensor:
+        """Where `count` chains start [count, D]: drawn, or the one of greedy decisions."""
+        if rng is None:
+            return self.start.expand(count, -1)
+        return torch.randn((count, self.size), generator=rng, device=self.start.device)
+
+    # --- the methods of a policy ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
+        """N decisions for observation arrays [N, ...]; actions are [N, D]."""
+        generator = None if greedy else require_rng(rng)
+        condition = self.condition(observe(observation, self))
+        start = self.noise(len(condition), rng=generator)
+        chain, log_prob = self.walk(start, condition, steps=range(self.num_units), rng=generator)
+        return chain_decisions(self.codec.decode(chain[:, -1]), chain, log_prob)
+
+    def log_prob(self, observation: Tree, action: Tensor, trace: Tree) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of every step, [B, S] each.
+
+        Raises:
+            ValueError: there is no chain in the trace; an action alone does not tell how it came about.
+        """
+        return self.score(require_chain(trace), self.condition(observation), first=0)
+
+    def from_noise(self, observation: Tree, noise: Tensor) -> Tensor:
+        """The chunk [B, D] that noise [B, D] becomes without further noise; differentiable in the noise."""
+        chain, _ = self.walk(noise, self.condition(observation), steps=range(self.num_units), rng=None)
+        return self.codec.decode(chain[:, -1])
+
+    def mode(self, observation: Tree) -> Tensor:
+        """The greedy chunk [B, D], differentiable."""
+        condition = self.condition(observation)
+        chain, _ = self.walk(self.noise(len(condition), rng=None), condition, steps=range(self.num_units), rng=None)
+        return self.codec.decode(chain[:, -1])
+
+    def rsample(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """A reparametrised chunk [B, D] and the log-probability [B] of its chain."""
+        condition = self.condition(observation)
+        start = self.noise(len(condition), rng=require_rng(rng))
+        chain, log_prob = self.walk(start, condition, steps=range(self.num_units), rng=rng)
+        return self.codec.decode(chain[:, -1]), log_prob.sum(-1)
+
+    def fit_statistics(self, buffer: Any, rows: np.ndarray | None = None, *, limit: int = 20_000) -> None:
+        """Take the statistics of observations and actions from at most `limit` rows, spread evenly; once."""
+        rows = buffer.rows() if rows is None else rows
+        statistics = self.codec.statistics
+        spread = rows[:: max(1, len(rows) // limit)][:limit]
+        if len(spread) == 0:
+            raise ValueError("there is no data to take statistics of: fill the buffer with demonstrations first")
+        batch = buffer.batch(spread, next_observation=False)
+        self.encoder.fit({key: value.to(self.start.device) for key, value in batch.observation.items()})
+        if statistics is not None and not bool(statistics.fitted):
+            statistics.fit({"action": batch.action.unflatten(-1, (self.horizon, self.action_dim))})
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log-density [...] of x [..., D] under independent Gaussians; std broadcasts."""
+    each = -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+    return each.sum(-1)
+
+
+def chain_decisions(action: Tensor, chain: Tensor, log_prob: Tensor) -> Decisions:
+    """Decisions of arrays from action [N, D], chain [N, n + 1, D] and log_prob [N, n]."""
+    return Decisions(action.cpu().numpy(), log_prob.cpu().numpy(), {"chain": chain.cpu().numpy()})
+
+
+def require_chain(trace: Tree) -> Tensor:
+    """The chain of a trace, or a ValueError that says what to do."""
+    if "chain" not in trace:
+        raise ValueError(
+            "the log-probability of a chunk policy needs its chain: take decisions with act(), and imitate other data "
+            "with bc"
+        )
+    return trace["chain"]
+
+
+def freeze(policy: nn.Module) -> None:
+    """No gradient, evaluation mode, and statistics that stay as they are."""
+    policy.requires_grad_(False)
+    policy.eval()
+    for module in policy.modules():
+        if isinstance(module, networks.Encoder):
+            module.frozen = True

@@ -1,0 +1,82 @@
+"""`flow`: an action-chunk policy by flow matching (Lipman et al. 2022; Liu et al. 2022), with noisy steps for RL.
+
+An ordinary differential equation has no log-probability, so noise is added at each of the S steps, in one of two ways:
+"sde" keeps the distribution of the flow (Liu et al. 2025, Flow-GRPO, section 4.2), "learned" adds noise of a learned
+width (Zhang et al. 2025, ReinFlow). Greedy decisions integrate without noise. Boundary: the step and the imitation
+loss; the rest is in `chunks`.
+
+Legend: B rows, D numbers of a chunk, S sampling steps; time runs from 0 (noise) to 1 (data).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import gymnasium as gym
+import torch
+from embodied_rft.agents.chunks import STRICT, ChainPolicy, ChunkConfig, Step
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from embodied_rft.agent import require_rng
+from embodied_rft.data import Tree
+from embodied_rft.registry import register
+
+
+@dataclass(config=STRICT, kw_only=True)
+class FlowConfig(ChunkConfig):
+    """Options of a `flow` agent."""
+
+    num_steps: int = 10  # S
+    noise: Literal["sde", "learned"] = "sde"
+    noise_level: float = 1.0  # "sde": width of the noise is noise_level * (1 - t) / sqrt(S), at least min_std
+    max_std: float = 0.3  # "learned": widths lie in [min_std, max_std]
+
+
+@register("agent", "flow")
+class FlowPolicy(ChainPolicy):
+    """One unit for each of the S integration steps. Example: {"id": "flow", "horizon": 8, "num_steps": 4}."""
+
+    Config = FlowConfig
+
+    def __init__(
+        self, config: FlowConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+    ) -> None:
+        if config.noise == "learned" and config.max_std < config.min_std:
+            raise ValueError(f"max_std {config.max_std} is below min_std {config.min_std}")
+        super().__init__(
+            config,
+            observation_space=observation_space,
+            action_space=action_space,
+            rng=rng,
+            num_steps=config.num_steps,
+            outputs=2 if config.noise == "learned" else 1,
+        )
+
+    def step(self, x: Tensor, condition: Tensor, index: Tensor) -> Step:
+        """One Euler step of length 1 / S, of the flow (`quiet`) and of its noisy form."""
+        c = self.config
+        time, length = index / c.num_steps, 1 / c.num_steps
+        out = self.net(x, condition, time)
+        velocity = out[..., : self.size]
+        quiet = x + length * velocity
+        if c.noise == "learned":
+            share = torch.sigmoid(out[..., self.size :])
+            low, high = math.log(c.min_std), math.log(c.max_std)
+            return Step(quiet, (low + share * (high - low)).exp(), quiet)
+        # The score is -(x - t v) / (1 - t); with width g(t) = level * (1 - t) the drift g^2 / 2 * score stays finite.
+        time = time[..., None]
+        mean = quiet - length * 0.5 * c.noise_level**2 * (1 - time) * (x - time * velocity)
+        std = c.noise_level * (1 - time) * math.sqrt(length)
+        return Step(mean, std.clamp_min(c.min_std), quiet)
+
+    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+        """[B]: squared error of the velocity on the straight line from noise to data (Liu et al. 2022, eq. 1)."""
+        rng = require_rng(rng)
+        data = self.codec.encode(action)
+        noise = torch.randn(data.shape, generator=rng, device=data.device)
+        time = torch.rand(len(data), generator=rng, device=data.device)
+        x = torch.lerp(noise, data, time[:, None])
+        velocity = self.net(x, self.condition(observation), time)[..., : self.size]
+        return (velocity - (data - noise)).square().mean(-1)

@@ -1,0 +1,103 @@
+"""`last_steps`: fine-tunes only the last steps of a frozen chunk policy's chain (Ren et al. 2024, DPPO, section 4.3).
+
+The base takes the first S - k steps, a copy of it the last k; only those are units of a decision and only the copy is
+trained. Cheaper and steadier than tuning the whole chain. Boundary: how the two chains join; the rest is in `chunks`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import torch
+from embodied_rft.agents.chunks import STRICT, ChainPolicy, chain_decisions, freeze, require_chain
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from embodied_rft import networks
+from embodied_rft.agent import build_policy, observe, require_rng
+from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.registry import register
+
+
+@dataclass(config=STRICT, kw_only=True)
+class LastStepsConfig:
+    """Options of a `last_steps` agent."""
+
+    base: dict[str, Any]  # spec of a diffusion, flow or consistency policy
+    num_steps: int = 10  # k
+
+
+@register("agent", "last_steps")
+class LastStepsPolicy(nn.Module):
+    """One unit for each of the k tuned steps; the trace holds their part of the chain [k + 1, D].
+
+    Made by `adapt: {with: last_steps}` around a trained policy: base and copy start from its weights.
+    """
+
+    Config = LastStepsConfig
+    stochastic = False
+    spec: dict[str, Any]
+
+    def __init__(
+        self, config: LastStepsConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+    ) -> None:
+        super().__init__()
+        base, tuned = (build_policy(config.base, observation_space, action_space, rng) for _ in range(2))
+        if not isinstance(base, ChainPolicy) or not isinstance(tuned, ChainPolicy):
+            raise ValueError(f"last_steps needs a diffusion, flow or consistency base, given {config.base.get('id')!r}")
+        if not 1 <= config.num_steps <= base.num_units:
+            raise ValueError(f"num_steps {config.num_steps}: the base's chain has {base.num_units} steps")
+        self.base, self.tuned = base, tuned
+        self.num_units = config.num_steps
+        self.first = base.num_units - config.num_steps  # the first tuned step
+        self.horizon, self.execute, self.action_dim = base.horizon, base.execute, base.action_dim
+        self.trace_fields = {"chain": Field((config.num_steps + 1, base.size))}
+        self.load_base(tuned)
+
+    def load_base(self, policy: nn.Module) -> None:
+        """Take the weights of a trained policy of the base's spec, for the frozen and for the tuned steps."""
+        self.base.load_state_dict(policy.state_dict())
+        self.tuned.load_state_dict(policy.state_dict())
+        freeze(self.base)
+
+    def train(self, mode: bool = True) -> LastStepsPolicy:
+        """As nn.Module.train, but the base stays in evaluation mode."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    @property
+    def encoder(self) -> networks.Encoder:
+        """What further parts of the agent read as the policy does."""
+        return self.tuned.encoder
+
+    def _chain(self, observation: Tree, rng: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """(chain [B, k + 1, D], log_prob [B, k]) of the tuned steps."""
+        with torch.no_grad():
+            condition = self.base.condition(observation)
+            start = self.base.noise(len(condition), rng=rng)
+            before, _ = (
+                self.base.walk(start, condition, steps=range(self.first), rng=rng) if self.first else (None, None)
+            )
+        x = start if before is None else before[:, -1]
+        steps = range(self.first, self.base.num_units)
+        return self.tuned.walk(x, self.tuned.condition(observation), steps=steps, rng=rng)
+
+    @torch.no_grad()
+    def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
+        """N decisions for observation arrays [N, ...]; actions are [N, D]."""
+        chain, log_prob = self._chain(observe(observation, self), None if greedy else require_rng(rng))
+        return chain_decisions(self.tuned.codec.decode(chain[:, -1]), chain, log_prob)
+
+    def log_prob(self, observation: Tree, action: Tensor, trace: Tree) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of every tuned step, [B, k] each."""
+        return self.tuned.score(require_chain(trace), self.tuned.condition(observation), first=self.first)
+
+    def mode(self, observation: Tree) -> Tensor:
+        """The greedy chunk [B, D], differentiable in the tuned steps."""
+        return self.tuned.codec.decode(self._chain(observation, None)[0][:, -1])
+
+    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+        """[B]: the tuned copy's imitation loss, which keeps it near data beside reinforcement learning."""
+        return self.tuned.imitation_loss(observation, action, rng=rng)

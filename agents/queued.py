@@ -1,0 +1,107 @@
+"""`queued`: makes a frozen chunk policy a policy of single steps, so that a residual can correct every step (ResiP).
+
+Ankile et al. 2024 (ResiP): the base plans a chunk, a small network corrects each step of it with fresh observations.
+The queue of planned actions lives in `chunking.QueuedPool`, which asks `plan` and shows the next action as the
+observation key "base_action"; this policy holds no state between calls. Boundary: planning and reading that key.
+
+Legend: N environments, B rows, H horizon, E planned steps that are executed, A action dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from embodied_rft.agents.chunks import STRICT, freeze
+from gymnasium import spaces
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from embodied_rft.agent import build_policy, observe
+from embodied_rft.chunking import BASE_ACTION, ChunkBox
+from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.registry import register
+
+
+@dataclass(config=STRICT, kw_only=True)
+class QueuedConfig:
+    """Options of a `queued` agent."""
+
+    base: dict[str, Any]  # spec of the frozen chunk policy
+    execute: int | None = None  # planned steps until the next plan; None: what the base says
+    greedy: bool = True  # plan without noise; else with the pool's own random generator
+
+
+@register("agent", "queued")
+class QueuedPolicy(nn.Module):
+    """Acts as its frozen base planned; nothing in it can be trained, put `residual` around it.
+
+    Example: {"id": "residual", "base": {"id": "queued", "base": {"id": "diffusion", "horizon": 8}}} in a QueuedPool.
+    """
+
+    Config = QueuedConfig
+    num_units = 1
+    stochastic = False
+    trace_fields: dict[str, Field] = {}  # noqa: RUF012
+    spec: dict[str, Any]
+    base: Any  # a chunk policy
+
+    def __init__(
+        self, config: QueuedConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.config = config
+        if isinstance(observation_space, spaces.Dict):  # the base was trained without the key that this adds
+            observation_space = spaces.Dict({k: v for k, v in observation_space.spaces.items() if k != BASE_ACTION})
+        if isinstance(action_space, ChunkBox):
+            action_space = action_space.step_space
+        self.base = build_policy(config.base, observation_space, action_space, rng)
+        if not hasattr(self.base, "horizon"):
+            raise ValueError(f"agent {config.base.get('id')!r} plans no chunks; diffusion, flow and consistency do")
+        self.horizon, self.action_dim = self.base.horizon, self.base.action_dim
+        self.execute = self.base.execute if config.execute is None else config.execute
+        if not 1 <= self.execute <= self.horizon:
+            raise ValueError(f"execute {self.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
+        freeze(self.base)
+
+    def load_base(self, policy: nn.Module) -> None:
+        """Take the weights of a trained policy of the same spec as the frozen base."""
+        self.base.load_state_dict(policy.state_dict())
+        freeze(self.base)
+
+    def train(self, mode: bool = True) -> QueuedPolicy:
+        """As nn.Module.train, but the base stays in evaluation mode."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def plan(self, observation: Tree, *, rng: torch.Generator) -> np.ndarray:
+        """The base's next actions [n, E, A] for observation arrays [n, ...]."""
+        taken = self.base.act(observation, greedy=self.config.greedy, rng=None if self.config.greedy else rng)
+        return np.asarray(taken.action).reshape(-1, self.horizon, self.action_dim)[:, : self.execute]
+
+    def mode(self, observation: Tree) -> Tensor:
+        """The planned action [B, A].
+
+        Raises:
+            ValueError: the observation does not come from a QueuedPool.
+        """
+        if BASE_ACTION not in observation:
+            raise ValueError(
+                f"the observation has no {BASE_ACTION!r}: put chunking.QueuedPool around the environments, it "
+                "keeps the plans"
+            )
+        return observation[BASE_ACTION]
+
+    @torch.no_grad()
+    def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
+        """N decisions for observation arrays [N, ...]: the planned actions, with log-probability 0."""
+        action = self.mode(observe(observation, self.base))
+        return Decisions(action.cpu().numpy(), np.zeros((len(action), 1), dtype=np.float32))
+
+    def log_prob(self, observation: Tree, action: Tensor, trace: Tree) -> tuple[Tensor, Tensor]:
+        """Zeros [B, 1]: nothing is random here."""
+        zeros = torch.zeros(len(action), 1, device=action.device)
+        return zeros, zeros
