@@ -96,6 +96,17 @@ class Ragged:
         return (self.row(i) for i in range(len(self)))
 
 
+def pick(value: Any, index: slice | np.ndarray) -> Any:
+    """Some rows of a column of a batch, whatever its kind; views where `index` is a slice of a tensor or an array."""
+    if isinstance(value, Ragged):
+        return value.take(np.arange(len(value))[index])
+    if isinstance(value, (list, tuple)):
+        return [value[i] for i in np.arange(len(value))[index]]
+    if isinstance(value, Tensor) and isinstance(index, np.ndarray):
+        return value[torch.from_numpy(index)]
+    return value[index]
+
+
 @dataclass(slots=True)
 class Decisions:
     """N decisions as they were taken: one call of the policy.
@@ -165,29 +176,11 @@ class Batch:
 
     def take(self, index: slice | np.ndarray) -> Batch:
         """Some decisions of this batch; the normalisers stay those of the whole batch."""
-
-        def pick(value: Any) -> Any:
-            if isinstance(value, Ragged):
-                rows = np.arange(len(self))[index]
-                return value.take(rows)
-            if isinstance(value, list):
-                return [value[i] for i in np.arange(len(self))[index]]
-            if isinstance(value, Tensor) and isinstance(index, np.ndarray):
-                return value[torch.from_numpy(index)]
-            return value[index]
-
-        names = ("observation", "next_observation", "trace", "next_trace", "notes", "columns")
-        trees = {name: {k: pick(v) for k, v in getattr(self, name).items()} for name in names}
-        return replace(
-            self,
-            **trees,
-            action=pick(self.action),
-            reward=pick(self.reward),
-            discount=pick(self.discount),
-            log_prob=pick(self.log_prob),
-            mask=pick(self.mask),
-            rows=None if self.rows is None else self.rows[index],
-        )
+        trees = ("observation", "next_observation", "trace", "next_trace", "notes", "columns")
+        leaves = ("action", "reward", "discount", "log_prob", "mask")
+        parts: dict[str, Any] = {n: {k: pick(v, index) for k, v in getattr(self, n).items()} for n in trees}
+        parts |= {name: pick(getattr(self, name), index) for name in leaves}
+        return replace(self, **parts, rows=None if self.rows is None else self.rows[index])
 
     def split(self, max_decisions: int) -> list[Batch]:
         """Micro-batches of at most `max_decisions`; their losses and gradients add up to those of the whole."""

@@ -1,0 +1,510 @@
+"""The one buffer: decisions in a ring, linked to the row that follows each, read by index arithmetic.
+
+Knows columns, episodes and batches. Which rows exist and follow which is `ring`, how columns lie in memory is
+`columns`, how a learner reads is `plans`.
+Legend: C capacity, N streams stepped together, B rows of a batch, T decisions of an episode, U units of a decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embodied_rft.blobs import BlobStore
+from embodied_rft.columns import (
+    BOOKKEEPING,
+    DenseColumns,
+    ImageColumn,
+    Notes,
+    RaggedColumn,
+    Schema,
+    announce,
+)
+from embodied_rft.data import Batch, Decisions, End, Field, Ragged, Source, Trajectory, Tree, pick
+from embodied_rft.intake import check_tree
+from embodied_rft.registry import nearest
+from embodied_rft.ring import BOTH, OFFLINE, ONLINE, Ring, Streams
+from embodied_rft.trajectories import read_trajectories, write_trajectories
+
+__all__ = ["Buffer", "Schema", "read_trajectories", "write_trajectories"]
+
+ENDS: tuple[End, ...] = ("cut", "terminated", "truncated")  # of the code in `_end`, of an episode's last decision
+TERMINATED, TRUNCATED = 1, 2
+SIDES = np.array([OFFLINE, OFFLINE, ONLINE, ONLINE], np.int8)  # of each Source
+GROUP, EPISODE, STEP, VERSION, SOURCE, SEED = range(6)  # columns of `_book`
+Retrace = Callable[[Tree, Any], Tree]
+
+
+class Buffer:
+    """Experience of one schema.
+
+    An episode ends with a closing row that holds only its last observation and is never sampled. A row can be read when
+    it has a next row and its episode was not invalidated.
+
+        buffer = Buffer(Schema({"observation": Field((25,))}, action=Field((4,))), capacity=100_000)
+        buffer.add(streams, observation, decisions, reward, terminated, truncated, version=3)     # N rows
+        buffer.close(streams[ended], last_observation)
+        batch = buffer.sample(np.random.default_rng(0), 256, offline_share=0.5, num_steps=3)
+
+    Args:
+        schema: the columns.
+        capacity: rows C; each decision takes one, and each episode one more when it is closed.
+        image_store: where "images" columns keep their images; None: in memory, not compressed.
+    """
+
+    announce = staticmethod(announce)
+
+    def __init__(self, schema: Schema, capacity: int, *, image_store: BlobStore | None = None) -> None:
+        if capacity < 2:
+            raise ValueError(f"capacity {capacity}: at least 2 rows are expected (a decision and what followed it)")
+        self.schema, self.capacity = schema, capacity
+        self.images = BlobStore() if image_store is None else image_store
+        self._fields = schema.columns()
+        self._dense = DenseColumns({n: f for n, f in self._fields.items() if f.kind == "dense"}, capacity)
+        self._ragged: dict[str, RaggedColumn | ImageColumn] = {
+            name: RaggedColumn(f, capacity) if f.kind == "ragged" else ImageColumn(f, capacity, self.images)
+            for name, f in self._fields.items()
+            if f.kind != "dense"
+        }
+        self._book = np.zeros((capacity, len(BOOKKEEPING)), np.int64)
+        self._end = np.zeros(capacity, np.int8)  # index into ENDS
+        self._notes = Notes(capacity)
+        self._ring, self._streams = Ring(capacity), Streams()
+        self._episodes = 0  # episodes ever begun
+
+    def __len__(self) -> int:
+        """How many decisions can be read."""
+        return self._ring.num_readable
+
+    @property
+    def size(self) -> int:
+        """Rows in use: decisions, closing rows, and decisions that cannot be read (yet)."""
+        return self._ring.size
+
+    @property
+    def num_pinned(self) -> int:
+        """Rows that are never overwritten: [0, num_pinned)."""
+        return self._ring.pinned
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes of all columns, images and links."""
+        columns = self._dense.nbytes + self._notes.nbytes + sum(column.nbytes for column in self._ragged.values())
+        links = (self._ring.next, self._ring.side, self._end, self._book)
+        return columns + sum(a.nbytes for a in links) + self.images.nbytes
+
+    # --- writing --------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        streams: np.ndarray,
+        observation: Tree,
+        decisions: Decisions,
+        reward: Any,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        *,
+        group: Any = -1,
+        seed: Any = -1,
+        step: Any = None,
+        version: Any = 0,
+        source: Any = Source.ONLINE,
+    ) -> np.ndarray:
+        """Store N rows, each the next decision of stream streams[i]; all of them or, on an error, none.
+
+        Args:
+            streams: [N] different stream numbers (environments).
+            observation: what the policy saw, each [N, ...].
+            decisions: what it decided. Keys missing in `trace` are stored as unknown: NaN, -1 or empty.
+            reward: [N], or one array a stream of reward: {"env": [N], "success": [N]}.
+            terminated: [N] bool, the episode ended and is worth nothing more.
+            truncated: [N] bool, the episode was stopped (a time limit); close() it all the same.
+            group: [N] or one number for all: siblings share it; -1 is no group. Likewise:
+            seed: of the initial state.
+            step: of the decision in its episode; None counts.
+            version: of the policy.
+            source: a `Source`.
+
+        Returns:
+            The rows' numbers [N].
+
+        Raises:
+            ValueError: wrong keys, shapes or dtypes; NaN or infinity; a stream whose ended episode was not closed.
+        """
+        streams = np.asarray(streams)
+        state = self._streams.states(streams)
+        if state[:, Streams.ENDED].any():
+            stream = streams[state[:, Streams.ENDED] > 0][0]
+            raise ValueError(f"the episode of stream {stream} has ended: close() it before its next decision")
+        values = self._check(streams, observation, decisions, reward)
+        ended = np.asarray(terminated, bool)
+        end = np.where(ended, TERMINATED, np.where(np.asarray(truncated, bool), TRUNCATED, 0))
+        values["continues/"] = ~ended
+
+        new = state[:, Streams.ROW] < 0
+        state[new, Streams.EPISODE] = self._episodes + np.arange(new.sum())
+        self._episodes += int(new.sum())
+        state[:, Streams.STEP] = np.where(new, 0, state[:, Streams.STEP] + 1) if step is None else step
+        book = (group, state[:, Streams.EPISODE], state[:, Streams.STEP], version, source, seed)
+        rows = self._store(len(streams), values, book, end, unknown=None)
+        self._link(state, rows)
+        state[:, Streams.ROW], state[:, Streams.ENDED] = rows, end > 0
+        state[:, Streams.SERIAL] = np.arange(self._ring.written - len(rows), self._ring.written)
+        self._streams.table[streams] = state
+        return rows
+
+    def close(self, streams: np.ndarray, observation: Tree, trace: Tree | None = None) -> None:
+        """Closing rows for streams whose episode just ended or is cut here.
+
+        Args:
+            streams: [N] streams with an open episode.
+            observation: the last one, each [N, ...]: what the bootstrap value is taken of.
+            trace: of the policy at that observation, for objectives that read `next_trace`; zeros if not given.
+        """
+        streams = np.asarray(streams)
+        state = self._streams.states(streams)
+        if (state[:, Streams.ROW] < 0).any():
+            raise ValueError(f"stream {streams[state[:, Streams.ROW] < 0][0]} has no open episode to close")
+        values = check_tree("observation", observation, self.schema.observation, streams)
+        values |= check_tree("trace", trace or {}, self.schema.trace, streams, partial=True)
+        book = (-1, state[:, Streams.EPISODE], state[:, Streams.STEP] + 1, -1, -1, -1)
+        self._link(state, self._store(len(streams), values, book, 0, unknown=0))
+        self._streams.forget(streams)
+
+    def invalidate(self, streams: np.ndarray) -> None:
+        """Forget the open episodes of these streams (a worker crashed): none of their decisions is ever read."""
+        streams = np.asarray(streams)
+        state = self._streams.states(streams)
+        episodes = state[state[:, Streams.ROW] >= 0, Streams.EPISODE]
+        self._ring.hide(np.flatnonzero(np.isin(self._book[: self.size, EPISODE], episodes)))
+        self._streams.forget(streams)
+
+    def add_trajectory(self, trajectory: Trajectory, *, retrace: Retrace | None = None) -> np.ndarray:
+        """Store a whole episode; returns the rows of its decisions [T].
+
+        Args:
+            trajectory: T decisions and T + 1 observations.
+            retrace: retrace(observation [T + 1, ...], action [T, ...]) gives the trace of another policy, each
+                [T, ...], or [T + 1, ...] where it depends on the observation only; None keeps the trajectory's own.
+        """
+        count, schema, room = len(trajectory), self.schema, self.capacity - self.num_pinned
+        if not 0 < count < room:
+            raise ValueError(f"an episode of {count} decisions was given: 1 to {room - 1} fit into the rows not pinned")
+        trace = trajectory.trace if retrace is None else retrace(trajectory.observation, trajectory.action)
+        trace = {key: value for key, value in trace.items() if key in schema.trace}
+        streams, head, last = np.full(count, -1), slice(0, count), slice(count, None)
+        reward = dict.fromkeys(schema.rewards, np.zeros(count, np.float32)) | {"env": trajectory.reward}
+        reward |= {name: value for name, value in trajectory.rewards.items() if name in reward}
+        log_prob = trajectory.log_prob
+        if log_prob is None:
+            log_prob = Ragged.of([[]] * count) if schema.units is None else np.zeros((count, schema.units), np.float32)
+        decisions = Decisions(trajectory.action, log_prob, _pick_tree(trace, head))
+        values = self._check(streams, _pick_tree(trajectory.observation, head), decisions, reward)
+        final = _pick_tree(trajectory.observation, last)
+        closing = check_tree("observation", final, schema.observation, streams[:1])
+        final = {key: pick(value, last) for key, value in trace.items() if len(value) == count + 1}
+        closing |= check_tree("trace", final, schema.trace, streams[:1], partial=True)
+
+        steps = np.arange(count)
+        end = np.where(steps == count - 1, ENDS.index(trajectory.end), 0)
+        values["continues/"] = end != TERMINATED
+        book = (trajectory.group, self._episodes, steps, trajectory.version, trajectory.source, trajectory.seed)
+        rows = self._store(count, values, book, end, unknown=None)
+        close = self._store(1, closing, (-1, self._episodes, count, -1, -1, -1), 0, unknown=0)
+        self._ring.link(rows, np.concatenate([rows[1:], close]), SIDES[self._book[rows, SOURCE]])
+        self._episodes += 1
+        return rows
+
+    def pin(self) -> None:
+        """Keep everything stored so far for good: the ring goes on behind it.
+
+        Raises:
+            ValueError: an episode is still open, or old rows have already been overwritten.
+        """
+        if len(self._streams.open):
+            raise ValueError(f"the episode of stream {self._streams.open[0]} is open: close() it before pin()")
+        self._ring.pin()
+
+    def annotate(self, name: str, rows: np.ndarray, values: Any) -> None:
+        """Write a note: a column that an objective computes, such as the advantage.
+
+        Args:
+            name: of the note; what is written again is replaced.
+            rows: [B].
+            values: [B] or [B, k] numbers, or a `Ragged` with one number a unit. Rows never written read as NaN.
+        """
+        rows = np.asarray(rows, np.int64)
+        if isinstance(values, Ragged):
+            column = self._ragged.get("log_prob/")
+            if not isinstance(column, RaggedColumn):
+                raise ValueError(f"note {name!r} is ragged, but decisions have {self.schema.units} units each")
+            if len(values) == len(rows) and (values.lengths != column.lengths[rows]).any():
+                raise ValueError(f"note {name!r} has another number of values than its rows have units")
+        self._notes.write(name, rows, values)
+
+    def _check(self, streams: np.ndarray, observation: Tree, decisions: Decisions, reward: Any) -> dict[str, Any]:
+        """All columns of new decisions, in the form that is stored, or ValueError."""
+        schema = self.schema
+        rewards = reward if isinstance(reward, Mapping) else {"env": reward}
+        return {
+            **check_tree("observation", observation, schema.observation, streams),
+            **check_tree("trace", decisions.trace, schema.trace, streams, partial=True),
+            **check_tree("action", {"": decisions.action}, {"": schema.action}, streams),
+            **check_tree("reward", rewards, dict.fromkeys(schema.rewards, Field()), streams),
+            **check_tree("log_prob", {"": decisions.log_prob}, {"": self._fields["log_prob/"]}, streams),
+        }
+
+    def _store(
+        self, count: int, values: dict[str, Any], book: tuple[Any, ...], end: Any, *, unknown: int | None
+    ) -> np.ndarray:
+        """Claim rows and fill them. Traces without a value get `unknown`; None: NaN, or -1 where there is no NaN."""
+        rows, reused = self._ring.claim(count)
+        if reused:
+            self._notes.clear(rows)
+            for ragged in self._ragged.values():
+                ragged.clear(rows)
+        where = slice(int(rows[0]), int(rows[-1]) + 1) if count and rows[-1] - rows[0] == count - 1 else rows
+        for name, value in values.items():
+            if name in self._ragged:
+                self._ragged[name].write(rows, value)
+            else:
+                self._dense.write(name, where, value)
+        for key, column in self.schema.trace.items():
+            name = f"trace/{key}"
+            if name not in values and column.kind == "dense":
+                self._dense.write_unknown(name, where, unknown)
+        for i, value in enumerate(book):
+            self._book[where, i] = value
+        self._end[where] = end
+        return rows
+
+    def _link(self, state: np.ndarray, rows: np.ndarray) -> None:
+        """Make rows [N] the next ones of the streams' newest rows, where those exist and are not overwritten."""
+        has = (state[:, Streams.ROW] >= 0) & self._ring.alive(state[:, Streams.SERIAL])
+        previous = state[has, Streams.ROW]
+        self._ring.link(previous, rows[has], SIDES[self._book[previous, SOURCE]])
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def rows(self, *, source: Source | Sequence[Source] | None = None, min_version: int | None = None) -> np.ndarray:
+        """Readable decisions [B], oldest first; only of some sources, or of policy versions >= min_version."""
+        rows = self._ring.rows()
+        if source is not None:
+            rows = rows[np.isin(self._book[rows, SOURCE], np.atleast_1d(source))]
+        if min_version is not None:
+            rows = rows[self._book[rows, VERSION] >= min_version]
+        return rows
+
+    def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """group, episode, step, version, source and seed of rows [B]."""
+        book = self._book.take(rows, 0)
+        return {name: book[:, i] for i, name in enumerate(BOOKKEEPING)}
+
+    def sample(
+        self, rng: np.random.Generator, batch_size: int, *, offline_share: float | None = None, **reading: Any
+    ) -> Batch:
+        """B decisions drawn with replacement, uniformly.
+
+        Args:
+            rng: draws them.
+            batch_size: B.
+            offline_share: in [0, 1]: exactly this share of them (rounded) is of demonstrations and offline data, the
+                rest is experience; None: uniform over everything.
+            **reading: num_steps, gamma, next_observation, reward_weights: see `batch`.
+
+        Raises:
+            ValueError: there is nothing of the kind to draw from.
+        """
+        if offline_share is None:
+            rows = self._ring.draw(rng, batch_size, BOTH)
+        elif 0 <= offline_share <= 1:
+            offline = round(offline_share * batch_size)
+            sides = ((offline, OFFLINE), (batch_size - offline, ONLINE))
+            rows = np.concatenate([self._ring.draw(rng, count, side) for count, side in sides])
+        else:
+            raise ValueError(f"offline_share {offline_share}: a share in [0, 1] is expected")
+        return self._read(rows, **reading)
+
+    def batch(self, rows: np.ndarray, **reading: Any) -> Batch:
+        """These decisions [B] as tensors.
+
+        Args:
+            rows: [B] rows that can be read.
+            **reading: num_steps=1, the n of the n-step window, which stops early at the end of the episode and at its
+                newest decision; gamma=0.99, the discount of one decision; next_observation=True, False leaves
+                `next_observation` and `next_trace` empty; reward_weights=None, or such as {"env": 1, "success": 0.5}.
+
+        Raises:
+            ValueError: a row that cannot be read.
+        """
+        rows = np.array(rows, np.int64)
+        bad = rows[(rows < 0) | (rows >= self.capacity)]
+        bad = bad if len(bad) else rows[self._ring.side[rows] == 0]
+        if len(bad):
+            raise ValueError(
+                f"row {bad[0]} cannot be read: it is empty or a closing row, was invalidated, or nothing follows it yet"
+            )
+        return self._read(rows, **reading)
+
+    def _read(
+        self,
+        rows: np.ndarray,
+        *,
+        num_steps: int = 1,
+        gamma: float = 0.99,
+        next_observation: bool = True,
+        reward_weights: Mapping[str, float] | None = None,
+    ) -> Batch:
+        now: dict[str, dict[str, Any]] = self._dense.read(rows)
+        if num_steps == 1:
+            last, discount = rows, now["continues"][""] * gamma
+            reward = _mix(now["reward"], reward_weights)
+        else:
+            reward, discount, last = self._window(rows, num_steps, gamma, reward_weights)
+        after = self._ring.next[last]
+        following: dict[str, dict[str, Any]] = {"observation": {}, "trace": {}}
+        if next_observation:
+            following = self._dense.read(after, following=True)
+        for name, ragged in self._ragged.items():
+            section, key = name.split("/", 1)
+            now.setdefault(section, {})[key] = ragged.read(rows)
+            if next_observation and section in following:
+                following[section][key] = ragged.read(after)
+        log_prob, lengths = now["log_prob"][""], None
+        if isinstance(log_prob, Ragged):
+            lengths = log_prob.lengths
+            log_prob, mask = (torch.from_numpy(a) for a in log_prob.pad())
+        else:
+            mask = torch.ones(log_prob.shape, dtype=torch.bool)
+        return Batch(
+            observation=now["observation"],
+            action=now["action"][""],
+            reward=reward,
+            discount=discount,
+            next_observation=following["observation"],
+            log_prob=log_prob,
+            mask=mask,
+            trace=now["trace"],
+            next_trace=following["trace"],
+            notes=self._notes.read(rows, lengths),
+            rows=rows,
+            columns=self.columns(rows),
+            num_decisions=len(rows),
+            num_units=mask.numel() if lengths is None else int(lengths.sum()),
+        )
+
+    def _window(
+        self, rows: np.ndarray, num_steps: int, gamma: float, weights: Mapping[str, float] | None
+    ) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Of windows of k <= n decisions: sum of gamma^i r_i [B]; gamma^k, or 0 after termination [B]; last row [B]."""
+        if num_steps < 1:
+            raise ValueError(f"num_steps {num_steps}: at least 1 is expected")
+        last, link = rows, self._ring.next
+        reward, power = np.zeros(len(rows)), np.ones(len(rows))
+        going = np.ones(len(rows), bool)
+        for i in range(num_steps):
+            if i:
+                # The next row counts if it is a decision that something follows: neither closing nor the newest.
+                going = going & (link[link[last]] >= 0)
+                last = np.where(going, link[last], last)
+            mixed = _mix({k: self._dense.column(f"reward/{k}", last) for k in self.schema.rewards}, weights)
+            reward += np.where(going, power * mixed, 0.0)
+            power = np.where(going, power * gamma, power)
+        discount = power * self._dense.column("continues/", last)
+        return torch.from_numpy(reward.astype(np.float32)), torch.from_numpy(discount.astype(np.float32)), last
+
+    def segments(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The rows as runs of consecutive decisions of one episode, each in time order, in order of the episodes."""
+        rows = np.asarray(rows, np.int64)
+        if not len(rows):
+            return []
+        rows = rows[np.lexsort((self._ring.age_order(rows), self._book[rows, EPISODE]))]
+        return np.split(rows, np.flatnonzero(self._ring.next[rows[:-1]] != rows[1:]) + 1)
+
+    def trajectories(self, rows: np.ndarray | None = None) -> Iterator[Trajectory]:
+        """Readable decisions (all, or these) as trajectories: copies, for people, files and tests."""
+        for run in self.segments(self.rows() if rows is None else rows):
+            yield self._trajectory(run)
+
+    def _column(self, name: str, rows: np.ndarray) -> Any:
+        column = self._ragged.get(name)
+        if column is None:
+            return self._dense.column(name, rows)
+        return list(column.read(rows)) if isinstance(column, ImageColumn) else column.read(rows)
+
+    def _trajectory(self, run: np.ndarray) -> Trajectory:
+        whole = np.append(run, self._ring.next[run[-1]])
+        rewards = {name: self._column(f"reward/{name}", run) for name in self.schema.rewards}
+        group, _, _, version, source, seed = self._book[run[0]].tolist()
+        return Trajectory(
+            observation={key: self._column(f"observation/{key}", whole) for key in self.schema.observation},
+            action=self._column("action/", run),
+            reward=rewards.pop("env"),
+            end=ENDS[self._end[run[-1]]],
+            log_prob=self._column("log_prob/", run),
+            trace={key: self._column(f"trace/{key}", run) for key in self.schema.trace},
+            rewards=rewards,
+            source=Source(source),
+            version=version,
+            group=group,
+            seed=seed,
+            success=bool((rewards["success"] > 0).any()) if "success" in rewards else None,
+        )
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, exactly: arrays and JSON scalars. Large arrays are views: save or copy them before you go on."""
+        size = self.size
+        return {
+            "schema": repr(self.schema),
+            "capacity": self.capacity,
+            "ring": self._ring.state_dict(),
+            "streams": self._streams.table.copy(),
+            "episodes": self._episodes,
+            "dense": {dtype: matrix[:size] for dtype, matrix in self._dense.matrices.items()},
+            "ragged": {name: column.state_dict(size) for name, column in self._ragged.items()},
+            "images": self.images.state_dict(),
+            "book": self._book[:size],
+            "end": self._end[:size],
+            "notes": self._notes.state_dict(size),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken: the same generator draws the same batches.
+
+        Raises:
+            ValueError: the state is of another schema or capacity.
+        """
+        for name, mine in (("schema", repr(self.schema)), ("capacity", self.capacity)):
+            if state[name] != mine:
+                raise ValueError(f"the saved buffer has {name} {state[name]}, this one {mine}: use the same")
+        self._ring.load_state_dict(state["ring"])
+        self._streams.table = np.array(state["streams"])
+        self._episodes = int(state["episodes"])
+        size = self.size
+        for dtype, matrix in self._dense.matrices.items():
+            matrix[:size] = state["dense"][dtype]
+        self.images.load_state_dict(state["images"])
+        for name, column in self._ragged.items():
+            column.load_state_dict(state["ragged"][name])
+        self._book[:size], self._end[:size] = state["book"], state["end"]
+        self._notes.load_state_dict(state["notes"])
+
+
+def _mix(rewards: Mapping[str, Any], weights: Mapping[str, float] | None) -> Any:
+    """The environment's reward [B], or the weighted sum of reward streams, each [B]."""
+    if weights is None:
+        return rewards["env"]
+    for name in weights:
+        if name not in rewards:
+            raise ValueError(f"there is no reward stream {name!r}; {nearest(name, rewards)}")
+    return sum(weight * rewards[name] for name, weight in weights.items())
+
+
+def _pick_tree(tree: Tree, index: slice | np.ndarray) -> dict[str, Any]:
+    return {key: pick(value, index) for key, value in tree.items()}

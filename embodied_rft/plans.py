@@ -1,0 +1,107 @@
+"""How a learner reads the buffer: `Replay` for off-policy objectives, `Fresh` for on-policy ones.
+
+A plan is a small config that yields batches; it holds no state, so a run resumes from the buffer and the generator alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from embodied_rft.buffer import Buffer
+from embodied_rft.data import Batch
+
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Replay:
+    """Batches drawn from everything, with replacement.
+
+    RLPD (Ball et al. 2023) is Replay(num_updates=20, offline_share=0.5).
+    """
+
+    num_updates: int
+    batch_size: int = 256
+    offline_share: float | None = None  # share of demonstrations and offline data in each batch; None: uniform
+    num_steps: int = 1  # n of the n-step return
+    gamma: float = 0.99  # discount of one decision
+    reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward
+
+    def __post_init__(self) -> None:
+        _at_least(1, batch_size=self.batch_size, num_steps=self.num_steps)
+        _at_least(0, num_updates=self.num_updates)
+
+    def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
+        """`num_updates` batches, each drawn when it is asked for. `version` does not matter."""
+        for _ in range(self.num_updates):
+            yield buffer.sample(
+                rng,
+                self.batch_size,
+                offline_share=self.offline_share,
+                num_steps=self.num_steps,
+                gamma=self.gamma,
+                reward_weights=self.reward_weights,
+            )
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Fresh:
+    """Every decision of the current policy once per epoch, without replacement.
+
+    PPO is Fresh(num_epochs=10, batch_size=2048); GRPO is Fresh(num_epochs=1, batch_size=512, whole_groups=True).
+    """
+
+    num_epochs: int = 1
+    batch_size: int = 256  # decisions
+    max_lag: int = 0  # oldest policy version that is read, in versions behind the current one
+    whole_groups: bool = False  # a group is never torn: batches may be smaller, or larger if one group is
+    shuffle: bool = True
+    reward_weights: dict[str, float] | None = None  # as in Replay
+
+    def __post_init__(self) -> None:
+        _at_least(1, num_epochs=self.num_epochs, batch_size=self.batch_size)
+        _at_least(0, max_lag=self.max_lag)
+
+    def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
+        """All readable decisions of policy versions >= version - max_lag, `num_epochs` times.
+
+        Raises:
+            ValueError: there is none.
+        """
+        rows = buffer.rows(min_version=version - self.max_lag)
+        if not len(rows):
+            raise ValueError(
+                f"the buffer holds no decision of policy version {version - self.max_lag} or newer: collect first, or "
+                "raise max_lag"
+            )
+        groups = buffer.columns(rows)["group"] if self.whole_groups else np.full(len(rows), -1)
+        for _ in range(self.num_epochs):
+            for part in self._parts(rows, groups, rng):
+                yield buffer.batch(part, reward_weights=self.reward_weights)
+
+    def _parts(self, rows: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """The rows of one epoch, cut into batches."""
+        alone = groups < 0  # each is a group of its own, with a number that no group has
+        labels = np.where(alone, groups.max(initial=0) + 1 + np.arange(len(rows)), groups)
+        _, first, number, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+        order = rng.permutation(len(sizes)) if self.shuffle else np.argsort(first)
+        rank = np.empty(len(sizes), np.int64)
+        rank[order] = np.arange(len(sizes))
+        rows = rows[np.argsort(rank[number], kind="stable")]
+        start = end = 0
+        for size in sizes[order].tolist():
+            if end > start and end + size - start > self.batch_size:
+                yield rows[start:end]
+                start = end
+            end += size
+        yield rows[start:end]
+
+
+def _at_least(least: int, **numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < least:
+            raise ValueError(f"{name} {number}: at least {least} is expected")
