@@ -111,9 +111,8 @@ def run(decoder: nn.Module, ids: Tensor, *, cache: Cache | None, mask: Tensor | 
     position = None
     if first is not None:
         position = (first[:, None] + torch.arange(ids.shape[1], device=ids.device)).clamp_min_(0)
-    output = decoder(
-        input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=cache is not None
-    )
+    # use_cache only asks for a cache when none is given, and checkpointing of layers refuses it.
+    output = decoder(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=False)
     return output.last_hidden_state
 
 

@@ -1,0 +1,194 @@
+"""A Hugging Face causal language model taken apart into decoder, output layer and tokenizer, checked to fit together.
+
+Boundary: loading, checking, choosing what is trained, saving. Knows no sampling and no policy; transformers and peft
+are imported when a model is made.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from embodied_rft.token_loss import Head
+
+
+@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+class LoraOptions:
+    """Low-rank adapters (Hu et al. 2022, eq. 3), through peft."""
+
+    rank: int = 16
+    alpha: int = 32  # the update is scaled by alpha / rank
+    targets: str | tuple[str, ...] = "all-linear"  # names of the adapted layers; the output layer is never one
+
+
+class CausalLM:
+    """A model and its tokenizer.
+
+    Args:
+        model: a Hugging Face `...ForCausalLM`.
+        tokenizer: a fast tokenizer.
+
+    Raises:
+        ValueError: the tokenizer does not belong to the model, or the model's logits are not what its output layer
+            gives.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        config = model.config.get_text_config()
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+        self.decoder: nn.Module = model.base_model
+        self.num_layers: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
+        self.max_tokens: int | None = getattr(config, "max_position_embeddings", None)
+        self.eos = _check_tokenizer(model, tokenizer)
+        size = model.get_output_embeddings().weight.shape[0]
+        used = torch.zeros(size, dtype=torch.bool)
+        used[list(tokenizer.get_vocab().values())] = True
+        self._used = None if bool(used.all()) else used  # embeddings are often padded to a round number
+        self._check_head()
+
+    def head(self, temperature: float = 1.0) -> Head:
+        """The output layer at a sampling temperature."""
+        layer, config = self.model.get_output_embeddings(), self.config
+        if type(layer) is not nn.Linear:
+            raise ValueError(f"the output layer is a {type(layer).__name__}; a plain linear layer is expected")
+        # Granite divides its logits, Cohere multiplies them.
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(layer.weight, layer.bias, scale=scale, softcap=softcap, temperature=temperature)
+
+    @property
+    def allowed(self) -> Tensor | None:
+        """[V] bool, the tokens that the tokenizer knows; None: all."""
+        return None if self._used is None else self._used.to(self.model.device)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        ids = torch.arange(min(3, self.model.get_output_embeddings().weight.shape[0]), device=self.model.device)[None]
+        expected = self.model(input_ids=ids).logits.float()
+        given = self.head().logits(self.decoder(input_ids=ids).last_hidden_state)
+        if not torch.allclose(expected, given, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+            raise ValueError(
+                f"{type(self.model).__name__} changes its logits in a way that is not known here (known: logit_scale, "
+                "logits_scaling, final_logit_softcapping): its log-probabilities would be wrong, so it is refused"
+            )
+
+    def select(self, train: Literal["full", "lora", "head"], *, lora: LoraOptions, rng: torch.Generator) -> None:
+        """Freeze everything but what is to be trained; "lora" adds adapters, whose weights `rng` draws."""
+        if train == "lora":
+            self._add_adapters(lora, rng)
+        elif train == "head":
+            layer = self.model.get_output_embeddings()
+            if layer.weight is self.model.get_input_embeddings().weight:
+                raise ValueError(
+                    'train "head": the output layer of this model is also its input embedding, which would change '
+                    'with it; use train "lora" or "full"'
+                )
+            self.model.requires_grad_(False)
+            layer.requires_grad_(True)
+
+    def _add_adapters(self, lora: LoraOptions, rng: torch.Generator) -> None:
+        try:
+            import peft
+        except ImportError:
+            raise ValueError('train "lora" needs the package peft: pip install "embodied-rft[lora]"') from None
+        targets: Any = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+        config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
+        self.model.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):  # peft draws weights from the global generator
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
+            peft.inject_adapter_in_model(config, self.model)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        self.head()  # refuses adapters on the output layer, which would not be used
+
+    def checkpoint_layers(self) -> None:
+        """Compute each layer twice instead of keeping its activations (Chen et al. 2016).
+
+        Our caches keep no state of their own in the backward pass, so they may stay when layers are computed again.
+        """
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        layers = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
+        for layer in layers:
+            layer._can_checkpoint_with_cache = True
+        self.model.train()  # Hugging Face checkpoints only in training mode; all dropout is off
+
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer, adapters merged into the weights."""
+        model = copy.deepcopy(self.model)
+        for name, module in list(model.named_modules()):
+            if hasattr(module, "get_base_layer"):
+                module.merge()
+                model.set_submodule(name, module.get_base_layer())
+        for attribute in ("peft_config", "_hf_peft_config_loaded"):
+            model.__dict__.pop(attribute, None)
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_model(
+    source: str | dict[str, TinyConfig], *, dtype: Literal["fp32", "bf16"], rng: torch.Generator
+) -> CausalLM:
+    """A model by folder or hub id, or {"tiny": {...}} with random weights.
+
+    Raises:
+        ValueError: nothing is there, it is no causal language model, or model and tokenizer do not fit.
+    """
+    number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    if isinstance(source, dict):
+        if list(source) != ["tiny"]:
+            raise ValueError(
+                f'model is {source!r}; expected a folder, a hub id, or {{"tiny": {{...}}}} for random weights'
+            )
+        model, tokenizer = tiny_causal_lm(source["tiny"], rng=rng)
+        return CausalLM(model.to(number), tokenizer)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if source.startswith((".", "/", "~")):
+        source = str(Path(source).expanduser())
+        if not Path(source).is_dir():
+            raise ValueError(f"model folder {source!r} does not exist; expected one that save_pretrained has written")
+    try:
+        config = AutoConfig.from_pretrained(source)
+        text = config.get_text_config()
+        for name, value in vars(text).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(text, name, 0.0)  # a decision that is scored again must get the same probability
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=number)
+    except (OSError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"model {source!r} cannot be loaded as a causal language model: {reason}") from error
+    return CausalLM(model, tokenizer)
+
+
+def _check_tokenizer(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a reply. Raises ValueError when tokenizer and model do not belong together."""
+    rows = min(model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0])
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer has token ids up to {largest}, the model knows {rows} tokens: they do not belong together. "
+            "Load the tokenizer that was saved with the model, or resize the model's embeddings."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no end token (eos_token): a reply could never end; set one and save it again"
+        )
+    known: set[int] = set()
+    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+        eos = getattr(config, "eos_token_id", None)
+        known |= set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    if known and tokenizer.eos_token_id not in known:
+        raise ValueError(
+            f"the tokenizer ends a text with token {tokenizer.eos_token_id} ({tokenizer.eos_token!r}), the model with "
+            f"{sorted(known)}: they do not belong together. Load the tokenizer that was saved with the model."
+        )
+    return frozenset({tokenizer.eos_token_id, *(token for token in known if token < rows)})

@@ -1,0 +1,265 @@
+"""`language`: a causal language model that answers in text. One unit a token of its reply, the end token included.
+
+Any Hugging Face decoder, by folder or hub id, or a tiny random one. What was sampled is what is trained: the trace
+holds the token ids, and no text is ever tokenised again to score it. Boundary: text in, text out, log-probabilities of
+stored ids; knows no reward and no objective. transformers is imported when a policy is made.
+Legend: N prompts, B rows, U reply tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from embodied_rft.agents.causal_lm import CausalLM, LoraOptions, load_model
+from embodied_rft.agents.tiny_lm import TinyConfig
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from embodied_rft.agent import require_rng
+from embodied_rft.data import Decisions, Field, Ragged, Tree
+from embodied_rft.registry import register
+
+
+@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+class LanguageConfig:
+    """Options of a `language` agent."""
+
+    model: str | dict[str, TinyConfig]  # folder or hub id, or {"tiny": {...}} for random weights
+    prompt: Literal["chat", "plain"] = "chat"  # as a user message through the chat template, or as it is
+    system: str | None = None  # system message of "chat"
+    key: str | None = None  # observation key to read; None: "prompt", or the only text there is
+    max_new_tokens: int = 64  # a reply that reaches it is cut, and marked so in the trace
+    temperature: float = 1.0  # of sampling and of every log-probability
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()  # texts that end a reply; the text handed to the environment ends before them
+    train: Literal["full", "lora", "head"] = "full"
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights; log-probabilities are always computed in fp32
+    gradient_checkpointing: bool = False  # compute a layer twice instead of keeping its activations
+    token_chunk: int = 1024  # tokens whose logits exist at the same time
+    share_prefix: bool = True  # compute the prompt of a group once
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; expected > 0 (greedy=True takes the likeliest)")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+        if self.system is not None and self.prompt != "chat":
+            raise ValueError('a system message has no effect with prompt "plain": use prompt "chat" or drop it')
+
+
+@register("agent", "language")
+class LanguagePolicy(nn.Module):
+    """See docs/architecture.md for the methods.
+
+    Trace: "prompt" and "reply" are token ids, "cut" says that the reply ran into `max_new_tokens`. A cut reply is a
+    decision like any other; `objectives` or the environment may punish or drop it.
+    """
+
+    Config = LanguageConfig
+    num_units = None
+    trace_fields = {  # noqa: RUF012
+        "prompt": Field((), "int64", "ragged"),
+        "reply": Field((), "int64", "ragged"),
+        "cut": Field((), "bool"),
+    }
+    spec: dict[str, Any]
+
+    def __init__(
+        self, config: LanguageConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+    ) -> None:
+        super().__init__()
+        if not isinstance(action_space, gym.spaces.Text):
+            raise ValueError(f"action space {action_space}: a language agent answers in text, a Text space is expected")
+        self.config = config
+        self.key = text_key(observation_space, config.key)
+        self.lm: CausalLM = load_model(config.model, dtype=config.dtype, rng=rng)
+        self.model = self.lm.model
+        self.tokenizer = self.lm.tokenizer
+        self._encode = _make_encoder(self.tokenizer, config.prompt, config.system)
+        self.lm.select(config.train, lora=config.lora, rng=rng)
+        if config.gradient_checkpointing:
+            self.lm.checkpoint_layers()
+
+    # --- acting --------------------------------------------------------------------------------------------------
+
+    def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
+        """N replies to the texts `observation[key]`; each distinct prompt is read once."""
+        from embodied_rft.generation import Sampling, generate
+
+        c, prompts = self.config, self.prompt_ids(observation)
+        self._check_length(prompts.lengths)
+        replies = generate(
+            self.lm.decoder,
+            self.lm.head(c.temperature),
+            prompts,
+            num_layers=self.lm.num_layers,
+            sampling=Sampling(max_new_tokens=c.max_new_tokens, top_k=c.top_k, top_p=c.top_p, eos=self.lm.eos),
+            rng=None if greedy else self._generator(require_rng(rng)),
+            stop=self._stops if c.stop else None,
+            allowed=self.lm.allowed,
+        )
+        text = [self.reply_text(ids) for ids in replies.ids]
+        return Decisions(text, replies.log_prob, {"prompt": prompts, "reply": replies.ids, "cut": replies.cut})
+
+    def reply_text(self, ids: np.ndarray) -> str:
+        """What the environment gets: without special tokens, and only up to a stop text."""
+        text = str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+        for stop in self.config.stop:
+            text = text.split(stop, 1)[0]
+        return text
+
+    def _stops(self, ids: list[int]) -> bool:
+        """Whether the reply so far holds a stop text; a token has at least one byte, so its tail is enough."""
+        longest = max(len(stop.encode()) for stop in self.config.stop)
+        tail = str(self.tokenizer.decode(ids[-longest - 8 :]))
+        return any(stop in tail for stop in self.config.stop)
+
+    def _generator(self, rng: torch.Generator) -> torch.Generator:
+        device = self.device
+        if rng.device.type == device.type:
+            return rng
+        return torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,), generator=rng, device=rng.device)))
+
+    # --- scoring -------------------------------------------------------------------------------------------------
+
+    def log_prob(self, observation: Tree, action: Any, trace: Tree) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of every reply token, [B, U] each, zero behind the end of a reply.
+
+        Scores the ids in the trace; only without them (demonstrations) are the texts tokenised, each once.
+        """
+        from embodied_rft.prefix import reply_states
+        from embodied_rft.token_loss import token_log_probs
+
+        if "reply" not in trace:
+            trace = self.retrace(observation, action)
+        prompts, replies = trace["prompt"], trace["reply"]
+        hidden = reply_states(
+            self.lm.decoder,
+            prompts,
+            replies,
+            num_layers=self.lm.num_layers,
+            share=self.config.share_prefix,
+        )
+        targets = torch.from_numpy(replies.values).to(hidden.device)
+        head = self.lm.head(self.config.temperature)
+        flat = token_log_probs(hidden, targets, head, chunk=self.config.token_chunk)
+        mask = torch.from_numpy(replies.pad()[1]).to(hidden.device)
+        log_prob, entropy = (torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, f) for f in flat)
+        return log_prob, entropy
+
+    def imitation_loss(self, observation: Tree, action: Any, *, rng: torch.Generator | None = None) -> Tensor:
+        """[B]: mean negative log-likelihood of a target text's tokens, the end token included."""
+        trace = self.retrace(observation, action)
+        log_prob, _ = self.log_prob(observation, action, trace)
+        return -log_prob.sum(1) / torch.from_numpy(trace["reply"].lengths).to(log_prob)
+
+    def retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
+        """The trace of given replies: each text as token ids and an end token."""
+        count = len(action)
+        prompts = self.prompt_ids({self.key: list(observation[self.key])[:count]})
+        end = [self.tokenizer.eos_token_id]
+        replies = Ragged.of([np.concatenate([self._encode(text, False), end]) for text in action], dtype=np.int64)
+        return {"prompt": prompts, "reply": replies, "cut": np.zeros(count, dtype=bool)}
+
+    def prompt_ids(self, observation: Tree) -> Ragged:
+        """Token ids of N prompts."""
+        if self.key not in observation:
+            raise ValueError(f"the observation has no text {self.key!r}; it has {', '.join(sorted(observation))}")
+        return Ragged.of([self._encode(text, True) for text in observation[self.key]], dtype=np.int64)
+
+    def _check_length(self, lengths: np.ndarray) -> None:
+        limit, longest = self.lm.max_tokens, int(lengths.max(initial=0))
+        if limit is not None and longest + self.config.max_new_tokens > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens and a reply of up to {self.config.max_new_tokens} exceed the model's "
+                f"context of {limit} tokens: shorten the prompt or lower max_new_tokens"
+            )
+
+    # --- values and files ----------------------------------------------------------------------------------------
+
+    def make_encoder(self, *, rng: torch.Generator) -> PromptEncoder:
+        """What a value function reads: the state of the prompt's last token, without gradient into this model."""
+        return PromptEncoder(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return next(self.model.parameters()).device
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model (adapters merged into it) and tokenizer: `model: folder` and Hugging Face read it."""
+        self.lm.save(Path(folder))
+
+
+class PromptEncoder(nn.Module):
+    """Features [B, H] of the prompts in an observation: the policy's own, detached, so a value head costs one layer."""
+
+    def __init__(self, policy: LanguagePolicy) -> None:
+        super().__init__()
+        self.size = policy.lm.hidden_size
+        self._policy: Callable[[], LanguagePolicy] = lambda: policy  # not a submodule: its weights are the policy's
+
+    @torch.no_grad()
+    def forward(self, observation: Tree) -> Tensor:
+        """The state of the last prompt token, standardised per row."""
+        from embodied_rft.prefix import prompt_states
+
+        policy = self._policy()
+        states = prompt_states(policy.lm.decoder, policy.prompt_ids(observation))
+        return nn.functional.layer_norm(states.float(), states.shape[-1:])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PromptEncoder:
+        return PromptEncoder(self._policy())
+
+
+def text_key(space: gym.Space, key: str | None) -> str:
+    """Which leaf of an observation space is the prompt: `key`, "prompt", or the only text.
+
+    Raises:
+        ValueError: there is none, or there are several to choose from.
+    """
+    leaves = space.spaces if isinstance(space, gym.spaces.Dict) else {"observation": space}
+    texts = [name for name, leaf in leaves.items() if isinstance(leaf, gym.spaces.Text)]
+    if key is not None:
+        if key not in texts:
+            raise ValueError(f"observation key {key!r} is no text; texts: {', '.join(texts) or '(none)'}")
+        return key
+    if "prompt" in texts:
+        return "prompt"
+    if len(texts) != 1:
+        raise ValueError(f"the observation has {len(texts)} texts ({', '.join(texts)}): choose one with the option key")
+    return texts[0]
+
+
+def _make_encoder(tokenizer: Any, prompt: str, system: str | None) -> Callable[[str, bool], np.ndarray]:
+    """encode(text, is_prompt) -> ids; remembers what it has seen, so a text is tokenised once."""
+    if prompt == "chat" and not tokenizer.chat_template:
+        raise ValueError('the tokenizer has no chat template: use prompt "plain", or a checkpoint that has one')
+
+    @functools.lru_cache(maxsize=65_536)
+    def encode(text: str, is_prompt: bool) -> np.ndarray:
+        if is_prompt and prompt == "chat":
+            messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+            messages += [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if is_prompt and prompt == "plain" and tokenizer.bos_token_id is not None:
+            ids = [tokenizer.bos_token_id, *ids]
+        if is_prompt and not ids:
+            raise ValueError("an empty prompt was given to a model without a begin token: there is nothing to continue")
+        array = np.asarray(ids, dtype=np.int64)
+        array.flags.writeable = False
+        return array
+
+    return encode
