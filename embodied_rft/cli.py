@@ -7,6 +7,7 @@ mend and shows its traceback. Everything heavy is imported by the verb that need
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from tyro.conf import Positional, arg
 
 USER, BROKEN, STOPPED = 2, 1, 130  # exit codes
 
+TAKE_VALUE = ("--run", "--seed")  # options of train that are followed by a value
 LISTED = ("recipes", "stages", "agents", "objectives", "envs", "demonstrators")
 
 
@@ -67,7 +69,7 @@ def evaluate(
         env: Another environment id with the same spaces.
         official: The environment that this one reproduces, as its authors ship it.
     """
-    from embodied_rft.evaluate import evaluate_run  # type: ignore[attr-defined]
+    from embodied_rft.judge import evaluate_run
 
     print(evaluate_run(run, episodes=episodes, sheet=sheet, env=env, official=official))
 
@@ -184,6 +186,8 @@ def _run(given: list[str], *, debug: bool) -> int:
 
     if given and not given[0].startswith("-") and given[0] not in VERBS:
         return _fail(f"unknown verb {given[0]!r}; {nearest(given[0], VERBS)}")
+    if given and given[0] == "train":
+        given = _overrides_first(given)
     try:
         code = tyro.extras.subcommand_cli_from_dict(
             VERBS, prog="erft", description=DESCRIPTION, args=given or ["--help"]
@@ -197,6 +201,18 @@ def _run(given: list[str], *, debug: bool) -> int:
             raise
         return _fail(str(error))
     return code if isinstance(code, int) else 0
+
+
+def _overrides_first(given: list[str]) -> list[str]:
+    """KEY=VALUE may stand anywhere on the line; the parser wants them together, after RECIPE."""
+    movable = [
+        i for i, word in enumerate(given) if re.match(r"[A-Za-z_][\w.]*=", word) and given[i - 1] not in TAKE_VALUE
+    ]
+    rest = [word for i, word in enumerate(given) if i not in movable]
+    recipe = next(
+        (i for i, word in enumerate(rest) if i and not word.startswith("-") and rest[i - 1] not in TAKE_VALUE), 0
+    )
+    return [*rest[: recipe + 1], *(given[i] for i in movable), *rest[recipe + 1 :]]
 
 
 def _is_users(error: Exception) -> bool:

@@ -164,10 +164,13 @@ class Collector:
         self.returned[chosen] += result.reward[chosen]
         self.step[chosen] += 1
         self.observation = result.observation
-        self._finish(recording, active & ~result.valid, valid & (result.terminated | result.truncated), result.info)
+        over = result.terminated | result.truncated
+        self._finish(recording, active & ~result.valid, valid & over, result.info)
+        if (over | ~result.valid).any():
+            self._begin(np.flatnonzero(self.episode < 0))
 
     def _finish(self, recording: Recording, broken: np.ndarray, ended: np.ndarray, info: Mapping[str, Any]) -> None:
-        """Close ended episodes, throw broken ones away, start the next ones."""
+        """Close ended episodes, throw broken ones away."""
         if broken.any():
             failed = np.flatnonzero(broken)
             recording.calls.append(("invalidate", {"streams": failed}))
@@ -183,8 +186,6 @@ class Collector:
             recording.returns += self.returned[done].tolist()
             recording.lengths += self.step[done].tolist()
             self.episode[done] = -1
-        if broken.any() or ended.any():
-            self._begin(np.flatnonzero(self.episode < 0))
 
     def _close(self, recording: Recording, streams: np.ndarray) -> None:
         assert self.observation is not None

@@ -66,7 +66,8 @@ def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> tupl
     p, square = successes / trials, z * z
     centre = (p + square / (2 * trials)) / (1 + square / trials)
     half = z / (1 + square / trials) * math.sqrt(p * (1 - p) / trials + square / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low = 0.0 if successes == 0 else max(0.0, centre - half)  # exact at the ends, where rounding would leave 1e-17
+    return low, 1.0 if successes == trials else min(1.0, centre + half)
 
 
 def evaluation_seeds(episodes: int, *, sheet: int = 0) -> list[int]:
@@ -101,17 +102,16 @@ def evaluate(
     running = np.full(pool.num_envs, -1, dtype=np.int64)  # index of the episode in each environment
     current = np.full(pool.num_envs, seeds[0] if count else evaluation_seed(0), dtype=np.int64)
     observation: Any = None
+    over = np.ones(pool.num_envs, dtype=bool)
     ended = 0
     while ended < count:
         idle = np.flatnonzero(running < 0)
         fresh = idle[: len(waiting)]
-        if len(fresh):
-            running[fresh] = [waiting.pop() for _ in fresh]
-            current[fresh] = [seeds[i] for i in running[fresh]]
-        if len(idle):  # those without an episode left start an old one again, which nobody looks at
-            mask = np.zeros(pool.num_envs, dtype=bool)
-            mask[idle] = True
-            observation = pool.reset(current, None if observation is None else mask)
+        running[fresh] = [waiting.pop() for _ in fresh]
+        current[fresh] = [seeds[i] for i in running[fresh]]
+        over[fresh] = True
+        if over.any():  # those without an episode left start an old one again, which nobody looks at
+            observation = pool.reset(current, None if observation is None else over)
         result = pool.step(act(observation).action)
         observation = result.observation
         over = result.terminated | result.truncated | ~result.valid

@@ -1,0 +1,81 @@
+"""Evaluates the policy of a run folder again: more episodes, another sheet, another environment, the official one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+
+from embodied_rft.config import load_recipe
+from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
+from embodied_rft.log import write_json
+from embodied_rft.pool import find_spec, make_pool
+from embodied_rft.session import Session
+
+
+def evaluate_run(
+    folder: str | Path,
+    *,
+    episodes: int = 200,
+    sheet: int = 0,
+    env: str | None = None,
+    official: bool = False,
+    num_envs: int | None = None,
+) -> Evaluation:
+    """Greedy success of a run's newest policy; also written to `evaluations/` in the folder.
+
+    Args:
+        folder: of the run, finished or not.
+        episodes: number of held-out initial states.
+        sheet: which list of them (0: that of the recipe's final evaluation, 1: that of its learning curve).
+        env: another environment id with the same spaces; None: the recipe's.
+        official: the environment that the recipe's one reproduces, as its authors ship it, from the same seeds.
+        num_envs: environments stepped together.
+
+    Raises:
+        ValueError: no checkpoint in the folder, other spaces, or no official environment.
+    """
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").exists():
+        raise ValueError(f"{folder} holds no run: there is no recipe.yaml in it. Give the folder that `erft train` wrote.")
+    recipe = load_recipe(folder / "recipe.yaml")
+    session = Session(recipe, folder, quiet=True)
+    try:
+        if not session.restore(weights_only=True):
+            raise ValueError(f"{folder} holds no whole checkpoint; train it first")
+        options = dict(recipe.env.options)
+        if official:
+            if env is not None:
+                raise ValueError(f"--official and --env {env} exclude each other")
+            env, options = official_id(recipe.env.id, options), {}
+        pool = make_pool(
+            env or recipe.env.id, num_envs=num_envs or min(recipe.env.num_envs, episodes), options=options, purpose="evaluation"
+        )
+        try:
+            if pool.observation_space.keys() != session.agent.spaces.observation.keys():  # type: ignore[attr-defined]
+                raise ValueError(f"{env} has other observations than {recipe.env.id}: {pool.observation_space}")
+            act = session.actor(greedy=True, rng="evaluate")
+            name = f"policy in {env}" if env else "policy, evaluated again"
+            outcome = evaluate(act, pool, evaluation_seeds(episodes, sheet=sheet), name=name)
+        finally:
+            pool.close()
+        content = outcome.to_json() | {"stage": list(session.path), "sheet": sheet, "environment": env or recipe.env.id}
+        content |= {"decisions": session.counters["decisions"], "wall_seconds": session.counters["seconds"]}
+        slug = (env or "again").replace("/", "-")
+        write_json(folder / "evaluations" / f"later-{slug}-{sheet}-{episodes}.json", content)
+        return outcome
+    finally:
+        session.close()
+
+
+def official_id(id: str, options: dict[str, Any]) -> str:
+    """The id of the environment that `id` reproduces."""
+    single = gymnasium.make(find_spec(id), **{k: v for k, v in options.items() if k not in ("engine", "num_threads")})
+    try:
+        official = getattr(single.unwrapped, "official_id", None)
+    finally:
+        single.close()
+    if official is None:
+        raise ValueError(f"{id} reproduces no official environment")
+    return str(official)
