@@ -26,6 +26,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from embodied_rft import sb3_baseline  # noqa: F401  registers the stage of the same name
 from embodied_rft.agent import require_rng
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.registry import nearest, register

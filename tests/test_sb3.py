@@ -16,6 +16,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from embodied_rft.agent import build_policy
 from embodied_rft.checks import check_policy
+from embodied_rft.config import Recipe, parse
+from embodied_rft.session import Interrupted, Session, train
 
 REACH = "embodied_rft/FetchReach-v0"
 
@@ -189,3 +191,74 @@ def test_what_cannot_be_read_safely_is_asked_for(tmp_path):
     (tmp_path / "broken.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"not a model"):
         load(str(tmp_path / "broken.zip"), *spaces_)
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+
+def baseline(**options):
+    stage = {
+        "algorithm": "SAC",
+        "decisions": 240,
+        "options": {"policy_kwargs": {"net_arch": [16]}, "batch_size": 16, "learning_starts": 120},
+        "evaluate_every": 120,
+        "evaluate_episodes": 4,
+        **options,
+    }
+    return parse_recipe(
+        {
+            "name": "baseline",
+            "env": {"id": REACH, "num_envs": 4},
+            "agent": {"id": "gaussian", "hidden": [8]},
+            "logging": {"console": False},
+            "stages": [{"sb3": stage}],
+        }
+    )
+
+
+def parse_recipe(content):
+    return parse(Recipe, content, "recipe")
+
+
+def curve(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("wall/")} for line in lines]
+
+
+def test_the_stage_trains_measures_and_saves(tmp_path):
+    session = train(baseline(), tmp_path, quiet=True, report=False)
+    record = session.records[0]
+    assert record["decisions"] == 240 and record["updates"] == 120 and record["metrics"]["hindsight"]
+    assert [line["decisions"] for line in curve(tmp_path)] == [120, 240]
+    policy = load(record["metrics"]["model"], session.agent.spaces.observation, session.agent.spaces.action)
+    check_policy(policy, session.agent.spaces.observation, session.agent.spaces.action)
+
+
+def test_a_stopped_stage_starts_again_and_ends_with_the_same_bits(tmp_path, monkeypatch):
+    reference = train(baseline(), tmp_path / "whole", quiet=True, report=False)
+    measure = Session.evaluate
+
+    def stop_after_the_first(self, *args, **kwargs):
+        self.stopping = True
+        return measure(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "evaluate", stop_after_the_first)
+        with pytest.raises(Interrupted):
+            train(baseline(), tmp_path / "stopped", quiet=True, report=False)
+    again = train(baseline(), tmp_path / "stopped", quiet=True, report=False)
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+    spaces_ = (again.agent.spaces.observation, again.agent.spaces.action)
+    ours, theirs = (load(s.records[0]["metrics"]["model"], *spaces_).state_dict() for s in (again, reference))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_limits_and_wrong_options_of_the_stage(tmp_path):
+    quick = train(baseline(until=0.0), tmp_path / "until", quiet=True, report=False)
+    assert len(curve(tmp_path / "until")) == 1 and quick.records[0]["decisions"] == 120
+    slow = train(baseline(max_seconds=0.0), tmp_path / "seconds", quiet=True, report=False)
+    assert slow.records[0]["decisions"] == 1 and slow.records[0]["updates"] == 0
+    with pytest.raises(ValueError, match="refused the options"):
+        train(baseline(options={"learning_speed": 3}), tmp_path / "options", quiet=True, report=False)
+    with pytest.raises(ValueError, match="hindsight: true needs SAC or TD3"):
+        train(baseline(algorithm="PPO", hindsight=True), tmp_path / "ppo", quiet=True, report=False)
