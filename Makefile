@@ -8,7 +8,7 @@ RUN ?= runs/demo
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.ready-bench
 

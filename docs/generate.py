@@ -38,7 +38,7 @@ def first_sentence(path: Path) -> str:
         return "the page that `report` fills"
     else:
         text = text.partition("\n")[0].lstrip("# ")
-    return re.split(r"(?<=[a-z0-9)`])[.;:](?:\s|$)", text, maxsplit=1)[0].rstrip(".")
+    return re.split(r"(?<=[a-z0-9)`])\.(?:\s|$)", text, maxsplit=1)[0].rstrip(".")
 
 
 def tree() -> str:

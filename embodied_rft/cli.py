@@ -70,8 +70,10 @@ def evaluate(
         official: The environment that this one reproduces, as its authors ship it.
     """
     from embodied_rft.judge import evaluate_run
+    from embodied_rft.report import write_report
 
     print(evaluate_run(run, episodes=episodes, sheet=sheet, env=env, official=official))
+    print(f"report: {write_report(run)}")
 
 
 def demos(

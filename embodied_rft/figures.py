@@ -37,7 +37,7 @@ class Curve:
 
 def success_bars(rates: Sequence[Rate]) -> str:
     """Horizontal bars from 0 to 1 with the interval as a whisker and the numbers in text."""
-    row, left, width = 44, 190, 440
+    row, left, width = 44, 250, 440
     height = row * len(rates) + 34
     parts = [_axis_lines(left, width, row * len(rates) + 6)]
     for index, rate in enumerate(rates):

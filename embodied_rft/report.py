@@ -6,7 +6,8 @@
     metrics.jsonl           see `log`; of it, "collect/success" is drawn
     stages.json             [{"path", "word", "title", "decisions", "updates", "seconds", "metrics": {}}]
     evaluations/*.json      {"name", "stage", "sheet", "seeds", "results", "episodes", "successes", "success", "low",
-                            "high", "decisions", "wall_seconds"}; sheet 0 is the verdict, others draw the curve
+                            "high", "decisions", "wall_seconds"}; sheet 0 is the verdict, others draw the curve;
+                            those of `erft eval` have "environment" too and are shown apart
     videos/*.mp4, *.gif     with {"seed", "success", "stage"} beside it in .json; or unavailable.json {"reason"}
 
 Writes report.html and summary.json there. Missing parts leave their section out, so a run that was stopped has a report
@@ -60,8 +61,9 @@ class Run:
     recipe: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
-    verdicts: list[dict[str, Any]] = field(default_factory=list)  # evaluations on sheet 0, in order
-    curve: list[dict[str, Any]] = field(default_factory=list)  # all other evaluations
+    verdicts: list[dict[str, Any]] = field(default_factory=list)  # the recipe's evaluations on sheet 0, in order
+    curve: list[dict[str, Any]] = field(default_factory=list)  # its evaluations on other sheets
+    later: list[dict[str, Any]] = field(default_factory=list)  # made by `erft eval` afterwards
     metrics: list[dict[str, Any]] = field(default_factory=list)
     messages: str = ""
 
@@ -74,15 +76,17 @@ class Run:
                 f"{folder} is not a run folder: it has no recipe.yaml. Give the folder that `erft train` named."
             )
         evaluations = [json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))]
-        evaluations.sort(key=lambda e: (e.get("wall_seconds", 0), e.get("decisions", 0)))
+        evaluations = sorted((e for e in evaluations if e.get("episodes")), key=lambda e: e.get("wall_seconds", 0))
+        during = [e for e in evaluations if "environment" not in e]
         return cls(
             folder,
             text,
             yaml.safe_load(text) or {},
             json.loads(_text(folder / "run.json") or "{}") or run_facts(),
             json.loads(_text(folder / "stages.json") or "[]"),
-            [e for e in evaluations if e.get("sheet", 0) == 0 and e.get("episodes")],
-            [e for e in evaluations if e.get("sheet", 0) != 0 and e.get("episodes")],
+            [e for e in during if e.get("sheet", 0) == 0],
+            [e for e in during if e.get("sheet", 0) != 0],
+            [e for e in evaluations if "environment" in e],
             read_records(folder / METRICS),
             _text(folder / "run.log"),
         )
@@ -200,6 +204,7 @@ def _success(run: Run) -> str:
         figures.Rate(e.get("name") or "policy", e["success"], e["low"], e["high"], "after" if i == last else "before")
         for i, e in enumerate(run.verdicts)
     ]
+    rates += [_later_rate(e) for e in run.later]
     body = f"<figure>{figures.success_bars(rates)}</figure>"
     if run.paired:
         before, after = run.verdicts[0]["results"], run.verdicts[-1]["results"]
@@ -213,6 +218,11 @@ def _success(run: Run) -> str:
         body += f'<figure style="margin-top:26px">{figures.outcome_grid(before, after)}{_legend(entries)}</figure>'
     note = "Bars with 95 % Wilson intervals. Every policy started from the same fixed list of held-out initial states."
     return _section("Success", note if run.paired else "Bars with 95 % Wilson intervals.", body)
+
+
+def _later_rate(evaluation: dict[str, Any]) -> figures.Rate:
+    label = f"{evaluation['environment'].rpartition('/')[2]}, {evaluation['episodes']} of sheet {evaluation.get('sheet', 0)}"
+    return figures.Rate(label, evaluation["success"], evaluation["low"], evaluation["high"], "kept")
 
 
 def _legend(entries: list[tuple[str, str]]) -> str:

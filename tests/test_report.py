@@ -184,6 +184,15 @@ def test_without_gl_the_page_says_which_package_to_install(run):
     assert "no EGL library was found. Install a GL library" in text and "apt-get install libegl1" in text
 
 
+def test_later_evaluations_are_shown_apart_from_the_verdict(run):
+    later = evaluation("policy in FetchPickAndPlace-v4", np.arange(200) < 188, seconds=500) | {
+        "environment": "FetchPickAndPlace-v4"
+    }
+    write_json(run / "evaluations" / "later-official.json", later)
+    text = Page(write_report(run).read_text()).text
+    assert "Success 0.450 → 0.975" in text and "FetchPickAndPlace-v4, 200 of sheet 0 0.940" in text
+
+
 def test_one_evaluation_makes_no_comparison(run):
     (run / "evaluations" / "2-0.json").unlink()
     text = Page(write_report(run).read_text()).text

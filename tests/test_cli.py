@@ -1,0 +1,178 @@
+"""The command: verbs, messages and exit codes. What the verbs do is tested where it is done."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+from embodied_rft import cli
+from embodied_rft.checkpoint import CheckpointError
+
+
+def run(*arguments):
+    """(exit code of the command run in this process)."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+@pytest.fixture
+def session(monkeypatch):
+    """A session module whose `train` does what a test says."""
+    calls = []
+    fake = types.ModuleType("embodied_rft.session")
+
+    def train(recipe, folder, *, quiet, report):
+        calls.append((recipe, folder, quiet, report))
+        if fake.error is not None:
+            raise fake.error
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(f"name: {recipe.name}\nseed: {recipe.seed}\n")
+
+    fake.train, fake.error, fake.calls = train, None, calls
+    monkeypatch.setitem(sys.modules, "embodied_rft.session", fake)
+    return fake
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.yaml"
+    path.write_text("env: {id: some/Env-v0}\nagent: {id: gaussian}\nstages: []\n")
+    return path
+
+
+def test_help_lists_the_verbs_without_importing_anything_heavy():
+    script = (
+        "import sys; sys.argv = ['erft', '--help']\nfrom embodied_rft.cli import main\n"
+        "try: main()\nexcept SystemExit as e: print('code', e.code, 'torch' in sys.modules, 'mujoco' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert all(verb in done.stdout for verb in cli.VERBS) and done.stdout.endswith("code 0 False False\n")
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_every_verb_explains_itself(verb, capsys):
+    assert run(verb, "--help") == 0
+    assert f"erft {verb}" in capsys.readouterr().out
+
+
+def test_no_arguments_show_the_help(capsys):
+    assert run() == 0
+    assert "train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["trian", "demo"], "unknown verb 'trian'; did you mean 'train'?"),
+        (["list", "agent"], "unknown kind; did you mean 'agents'?"),
+        (["report", "nowhere"], "nowhere is not a run folder"),
+        (["train", "dmeo"], "no shipped recipe 'dmeo'; did you mean 'demo'?"),
+        (["train", "mine.yaml", "env.num_env=3"], "unknown key env.num_env; did you mean 'num_envs'?"),
+        (["train", "mine.yaml", "--seed", "-4"], "seed must be in [0, 2**31); got -4"),
+    ],
+)
+def test_a_mistake_is_one_message_and_code_2(recipe, session, capsys, arguments, message):
+    assert run(*arguments) == 2
+    written = capsys.readouterr()
+    assert message in written.err and written.err.startswith("erft: ") and "Traceback" not in written.err
+    assert session.calls == []
+
+
+def test_wrong_options_are_refused(capsys):
+    assert run("train", "demo", "--sed", "3") == 2
+    assert "--seed" in "".join(capsys.readouterr())
+
+
+def test_train_passes_everything_on_and_names_the_report(recipe, session, tmp_path, capsys):
+    assert (
+        run("train", "mine.yaml", "env.num_envs=3", "--seed", "5", "--run", "there", "agent.hidden=[8]", "--quiet") == 0
+    )
+    ((loaded, folder, quiet, report),) = session.calls
+    assert (loaded.env.num_envs, loaded.seed, loaded.agent["hidden"]) == (3, 5, [8])
+    assert (str(folder), quiet, report) == ("there", True, False)
+    assert capsys.readouterr().out == "report: there/report.html\n"
+    assert (tmp_path / "there" / "report.html").is_file()
+    facts = json.loads((tmp_path / "there" / "run.json").read_text())
+    assert facts["command"].startswith("erft ") and facts["versions"]["torch"]
+
+
+def test_the_default_folder_follows_name_and_seed(recipe, session):
+    run("train", "mine.yaml")
+    run("train", "mine.yaml", "--seed", "2")
+    assert [str(call[1]) for call in session.calls] == ["runs/mine", "runs/mine-seed2"]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no such thing"), CheckpointError("disk full"), FileNotFoundError("demos.npz")]
+)
+def test_errors_of_the_user_have_no_traceback(recipe, session, capsys, error):
+    session.error = error
+    assert run("train", "mine.yaml") == 2
+    assert capsys.readouterr().err == f"erft: {error}\n"
+    with pytest.raises(type(error)):
+        cli.main(["train", "mine.yaml", "--debug"])
+
+
+def test_our_own_errors_show_where_they_are(recipe, session):
+    session.error = AssertionError("a broken invariant")
+    with pytest.raises(AssertionError):
+        cli.main(["train", "mine.yaml"])
+
+
+def test_eval_prints_the_rate_and_renews_the_report(recipe, session, monkeypatch, capsys):
+    fake = types.ModuleType("embodied_rft.judge")
+    asked = {}
+    fake.evaluate_run = lambda run, **options: asked.update(options) or "success 0.950"
+    monkeypatch.setitem(sys.modules, "embodied_rft.judge", fake)
+    run("train", "mine.yaml", "--run", "r")
+    assert run("eval", "r", "--episodes", "7", "--official") == 0
+    assert asked == {"episodes": 7, "sheet": 0, "env": None, "official": True}
+    assert capsys.readouterr().out.splitlines()[-2:] == ["success 0.950", "report: r/report.html"]
+
+
+def test_an_interrupt_says_how_to_continue(recipe, session, capsys):
+    session.error = KeyboardInterrupt("stopped after a checkpoint")
+    assert run("train", "mine.yaml", "--run", "a b") == 130
+    assert capsys.readouterr().err == (
+        "erft: stopped after a checkpoint\ncontinue with the same command: erft train mine.yaml --run 'a b'\n"
+    )
+
+
+def test_report_is_written_anew(recipe, session, tmp_path, capsys):
+    run("train", "mine.yaml", "--run", "r")
+    (tmp_path / "r" / "report.html").unlink()
+    assert run("report", "r") == 0 and (tmp_path / "r" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("kind", cli.LISTED)
+def test_everything_known_is_listed_with_a_line(kind, capsys):
+    assert run("list", kind) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    for line in lines:
+        id, _, text = line.strip().partition(" ")
+        assert len(text.strip()) > 10, f"{id} says nothing about itself"
+
+
+def test_doctor_checks_this_machine(capsys):
+    code = run("doctor")
+    out = capsys.readouterr().out
+    assert code == 0, out
+    assert "3.3.0" in out and "10 steps of FetchReach" in out
+
+
+def test_doctor_reports_what_is_broken(monkeypatch, capsys):
+    from embodied_rft import doctor
+
+    def check_engine():
+        raise ImportError("no module named engine")
+
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_python, check_engine))
+    assert run("doctor") == 1
+    assert "broken" in capsys.readouterr().out
+    monkeypatch.setattr("mujoco.__version__", "3.17.0")
+    assert doctor.check_mujoco().state == "broken" and "mujoco==3.3.0" in doctor.check_mujoco().advice
