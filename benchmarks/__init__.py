@@ -1,1 +1,1 @@
-"""Benchmarks against peers: `python -m benchmarks.NAME [--quick]` prints a table and, as its last line, one JSON object."""
+"""Benchmarks against peers: `python -m benchmarks.NAME [--quick]` prints a table and, as its last line, JSON."""

@@ -9,8 +9,8 @@ A benchmark names its competitors and how to measure each; the rest is here:
         table(results, unit="steps/s", title="Steps", baseline="peer")
         finish(name="steps", results=results, ratio=ratio(results, "ours", "peer"))
 
-All competitors run once in every round, one after the other, so that a slow minute of the machine hits all of them; ratios
-are taken inside each round, and the median over rounds is reported.
+All competitors run once in every round, one after the other, so that a slow minute of the machine hits all of them;
+ratios are taken inside each round, and the median over rounds is reported.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Environment steps per second on Fetch PickAndPlace: our native batch against the official environment and its vectorisers.
+"""Environment steps per second on Fetch PickAndPlace: our native batch against the official one and its vectorisers.
 
     python -m benchmarks.env_steps [--quick]
 
-Every competitor takes random actions, computes observations and rewards and resets after 50 steps; only real transitions are
-counted, not the calls that reset. The bound is the physics alone: `mj_step` x 20 with random controls on the official model,
-one persistent thread a core, times cores. Bars on two cores: of_official >= 4.0, ratio (over the best peer) >= 2.6, of_bound >= 0.92.
+Every competitor takes random actions, computes observations and rewards and resets after 50 steps; only real
+transitions are counted, not the calls that reset. The bound is the physics alone: `mj_step` x 20 with random controls
+on the official model, one persistent thread a core, times cores.
+
+Bars on two cores: of_official >= 4.0, ratio (over the best peer) >= 2.6, of_bound >= 0.92.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ OURS, OFFICIAL, BOUND = "ours, batch of 64", "official, single", "bound: mj_step
 
 
 def make_official() -> gymnasium.Env:
-    """The official environment without Gymnasium's passive checker; importable, so that worker processes can make it."""
+    """The official environment, without Gymnasium's passive checker; importable by worker processes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gymnasium.register_envs(gymnasium_robotics)

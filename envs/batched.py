@@ -1,7 +1,7 @@
-"""Serves a `Task` (envs/task.py) as `gymnasium.Env` and as a native `gymnasium.vector.VectorEnv`. Knows no particular task.
+"""Serves a `Task` (envs/task.py) as `gymnasium.Env` and native `gymnasium.vector.VectorEnv`; knows no particular one.
 
-Both forms are thin: `Simulation` holds N environments as arrays and steps them with an engine of `envs/physics.py`. A new
-task subclasses `Task`, then names two classes for `gymnasium.register`:
+Both forms are thin: `Simulation` holds N environments as arrays and steps them with an engine of `envs/physics.py`. A
+new task subclasses `Task`, then names two classes for `gymnasium.register`:
 
     class TurnEnv(ManipulationEnv):
         def __init__(self, *, difficulty=1.0, **options):
@@ -96,8 +96,8 @@ class Simulation:
         if not np.isfinite(array).all():
             row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
             raise ValueError(
-                f"action of environment {row} is not finite: {array[row].tolist()}. No environment was stepped. Look for "
-                "a diverged policy or a division by zero before the action."
+                f"action of environment {row} is not finite: {array[row].tolist()}. No environment was stepped. "
+                "Look for a diverged policy or a division by zero before the action."
             )
         return np.clip(array, space.low, space.high)
 
@@ -136,8 +136,8 @@ class Simulation:
             array = np.asarray(value, dtype=np.float64)
             if array.shape not in (shape, (self.num_envs, *shape)) or not np.isfinite(array).all():
                 raise ValueError(
-                    f"reset option {name!r} has shape {array.shape}; expected finite numbers of shape {shape}, or one row "
-                    f"for each of {self.num_envs} environments"
+                    f"reset option {name!r} has shape {array.shape}; expected finite numbers of shape {shape}, or "
+                    f"one row for each of {self.num_envs} environments"
                 )
             arrays[name] = np.broadcast_to(array, (self.num_envs, *shape))
         return arrays
@@ -165,7 +165,9 @@ class _View:
     def add(self, observation: dict[str, Any], simulation: Simulation) -> dict[str, Any]:
         """Put the optional keys into a batched observation."""
         for name in self.cameras:
-            observation[f"image/{name}"] = np.stack([self.frame(simulation, row, name) for row in simulation.all_rows])
+            observation[f"image/{name}"] = np.stack(
+                [self.frame(simulation, row, name) for row in range(simulation.num_envs)]
+            )
         if self.instruction:
             observation["instruction"] = (self.task.instruction,) * simulation.num_envs
         return observation
@@ -185,8 +187,8 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
     Args:
         task: what to simulate.
         num_envs: N.
-        engine: "exact" (what N single environments compute, bit by bit) or "rollout" (`mujoco.rollout`: no Python between
-            the rows, for many cores; the solver starts cold in every step). See envs/physics.py.
+        engine: "exact" (what N single environments compute, bit by bit) or "rollout" (`mujoco.rollout`: no Python
+            between the rows, for many cores; the solver starts cold in every step). See envs/physics.py.
         num_threads: threads of the engine; None takes one a core.
         autoreset_mode: NEXT_STEP (the step after an episode's end resets it: reward 0, action ignored) or DISABLED (the
             caller resets with `options={"reset_mask": mask}`).
@@ -238,7 +240,8 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
         """Start new episodes everywhere, or where `options["reset_mask"]` [N] bool says.
 
         Args:
-            seed: one for each environment, or one number s for s, s+1, ...; None goes on with the generators as they are.
+            seed: one for each environment, or one number s for s, s+1, ...; None goes on with the generators as they
+                are.
             options: "reset_mask", and the task's own (`Task.reset_options`).
         """
         options = dict(options or {})
@@ -246,8 +249,8 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
         rows = self.simulation.all_rows if mask is None else np.flatnonzero(check_mask(mask, self.num_envs))
         seeds = spread_seeds(seed, self.num_envs)
         for row in rows:
-            if seeds[row] is not None:
-                self.simulation.generators[row] = seeding.np_random(int(seeds[row]))[0]
+            if (one := seeds[row]) is not None:
+                self.simulation.generators[row] = seeding.np_random(one)[0]
         self.simulation.reset(rows, options)
         self._done[rows], self._started[rows] = False, True
         return self._observe(), {}
@@ -297,9 +300,7 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
         """An image [height, width, 3] uint8 of every environment."""
         if self.render_mode is None:
             return None
-        return tuple(
-            self._view.frame(self.simulation, row, self.task.default_camera) for row in self.simulation.all_rows
-        )
+        return tuple(self._view.frame(self.simulation, row, self.task.default_camera) for row in range(self.num_envs))
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the engine's threads and free the renderer."""
@@ -311,9 +312,10 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
 
 
 class ManipulationEnv(gymnasium.Env):
-    """One environment of a task, on the exact engine; arguments as in `ManipulationVectorEnv`.
+    """One environment of a task; arguments as in `ManipulationVectorEnv`.
 
-    `gymnasium.make` adds the registered time limit as a wrapper; `max_episode_steps` is for those who construct directly.
+    `gymnasium.make` adds the registered time limit as a wrapper; `max_episode_steps` is for those who construct
+    directly.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012

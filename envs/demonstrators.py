@@ -1,7 +1,8 @@
 """Scripted demonstrators: memoryless closed-loop controllers over a batch of observations, with a noise knob.
 
-They read nothing but the policy's own observation, so they can label any state. Found by id: `registry.find("demonstrator",
-"fetch_pick_and_place")`, or under the id of the environment that they solve (`demonstrator_for`).
+They read nothing but the policy's own observation, so they can label any state. Found by id:
+`registry.find("demonstrator", "fetch_pick_and_place")`, or under the id of the environment that they solve
+(`demonstrator_for`).
 
 Shapes: N environments; observations as in `FetchTask`; lengths in metres.
 """
@@ -126,8 +127,8 @@ class FetchPushDemonstrator(FetchDemonstrator):
 class FetchSlideDemonstrator(FetchDemonstrator):
     """Line up behind the puck, hit it as hard as the distance asks for, let go.
 
-    How hard the puck is hit depends on where in a decision the fingers meet it, which a controller of one action in 40 ms
-    cannot place better; and the far goals need more speed than the arm has.
+    How hard the puck is hit depends on where in a decision the fingers meet it, which a controller of one action in
+    40 ms cannot place better; and the far goals need more speed than the arm has.
 
     Args:
         noise: as in `FetchDemonstrator`.
@@ -161,7 +162,7 @@ class FetchSlideDemonstrator(FetchDemonstrator):
 
 
 class _Line:
-    """The line from block to goal in the plane of the table, and where the gripper is beside it; each [N, 1], [N, 2] or [N, 3]."""
+    """The line from block to goal in the plane of the table, and where the gripper is beside it."""
 
     def __init__(self, observation: Mapping[str, np.ndarray]) -> None:
         state = observation["observation"]

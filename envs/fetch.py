@@ -1,10 +1,12 @@
-"""Fetch Reach, Push, Slide and PickAndPlace as batches: the tasks of gymnasium-robotics, its own model files, equal step by step.
+"""Fetch Reach, Push, Slide and PickAndPlace as batches: gymnasium-robotics' tasks and model files, equal step by step.
 
 Tasks: Plappert et al. 2018, "Multi-Goal Reinforcement Learning: Challenging Robotics Environments and Request for
-Research", arXiv:1802.09464. The rules here restate `gymnasium_robotics.envs.fetch`; tests/test_fetch.py compares the two.
+Research", arXiv:1802.09464. The rules here restate `gymnasium_robotics.envs.fetch`; tests/test_fetch.py compares the
+two.
 
-Shapes: K environments. Model layout: qpos/qvel 0-2 base slides, 3 torso, 4-5 head, 6-12 arm, 13 right and 14 left finger,
-then the object (free joint: qpos 15-21, qvel 15-20). The arm follows a mocap body that is welded to the gripper.
+Shapes: K environments. Model layout: qpos/qvel 0-2 base slides, 3 torso, 4-5 head, 6-12 arm, 13 right and 14 left
+finger, then the object (free joint: qpos 15-21, qvel 15-20). The arm follows a mocap body that is welded to the
+gripper.
 """
 
 from __future__ import annotations
@@ -162,13 +164,14 @@ def _add_wrist_camera(spec: mujoco.MjSpec) -> None:
 class FetchTask(Task):
     """One of the four tasks.
 
-    The observation is a dict of float64: "observation" [25] (Reach: [10]) = gripper position 3, object position 3, object
-    relative to gripper 3, finger openings 2, object rotation 3 (Euler, rad), object velocity relative to gripper 3, object
-    angular velocity 3, gripper velocity 3, finger velocities 2, velocities per decision (0.04 s); without the object's for Reach;
-    "achieved_goal" [3] and "desired_goal" [3]: where the object (Reach: the gripper) is and should be, metres.
+    The observation is a dict of float64: "observation" [25] (Reach: [10]) = gripper position 3, object position 3,
+    object relative to gripper 3, finger openings 2, object rotation 3 (Euler, rad), object velocity relative to
+    gripper 3, object angular velocity 3, gripper velocity 3, finger velocities 2, velocities per decision (0.04 s);
+    without the object's for Reach; "achieved_goal" [3] and "desired_goal" [3]: where the object (Reach: the gripper)
+    is and should be, metres.
 
-    The action [4] is a displacement of the gripper in units of 5 cm and a change of both finger openings in units of 1 m
-    (1 opens, -1 shuts).
+    The action [4] is a displacement of the gripper in units of 5 cm and a change of both finger openings in units of
+    1 m (1 opens, -1 shuts).
 
     Args:
         name: "Reach", "Push", "Slide" or "PickAndPlace".
@@ -249,7 +252,7 @@ class FetchTask(Task):
         physics[:, QPOS + 13 : QPOS + 15] = 0.0
 
     def observation(self, physics: np.ndarray, sensors: np.ndarray, goal: np.ndarray) -> Observation:
-        """See the class. Positions lag by one substep, velocities are lagged Jacobian times final velocity, as officially."""
+        """See the class. As officially, positions lag by one substep; velocity is lagged Jacobian times final qvel."""
         qpos, qvel = physics[:, self._qpos], physics[:, self._qvel]
         grip = sensors[:, self._grip]
         grip_velocity = self._grip_velocity(sensors, qvel) * STEP
@@ -329,7 +332,7 @@ class FetchEnv(ManipulationEnv):
 
 
 class FetchVectorEnv(ManipulationVectorEnv):
-    """N Fetch environments; `name` and `reward_type` as in `FetchTask`, further options as in `ManipulationVectorEnv`."""
+    """N Fetch environments; arguments as in `FetchTask`, further options as in `ManipulationVectorEnv`."""
 
     def __init__(self, name: str, *, num_envs: int = 1, reward_type: str = "sparse", **options: Any) -> None:
         super().__init__(FetchTask(name, reward_type=reward_type), num_envs=num_envs, **options)

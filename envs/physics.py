@@ -2,17 +2,18 @@
 
 Two engines with one interface:
 
-- `ExactEngine` steps row by row on Python threads and keeps each environment's solver warm start: it computes, bit by bit, what
-  an ordinary single environment computes. 98 % of the raw speed of `mj_step` on two cores.
-- `RolloutEngine` hands the whole batch to `mujoco.rollout`, which steps it on native threads without Python in between: no
-  global lock, so for machines with many cores. MuJoCo does not return the warm start from a rollout, so every call starts the
-  solver cold: one step differs by about 1e-13, and chaotic contact (a tilting puck) doubles that every step.
+- `ExactEngine` steps row by row on Python threads and keeps each environment's solver warm start: it computes, bit by
+  bit, what an ordinary single environment computes. 98 % of the raw speed of `mj_step` on two cores.
+- `RolloutEngine` hands the whole batch to `mujoco.rollout`, which steps it on native threads without Python in
+  between: no global lock, so for machines with many cores. MuJoCo does not return the warm start from a rollout, so
+  every call starts the solver cold: one step differs by about 1e-13, and chaotic contact (a tilting puck) doubles
+  that every step.
 
-Shapes: N environments, K of them selected by `rows`, S numbers of physics state (`mjSTATE_FULLPHYSICS`: time, qpos, qvel, act),
-C numbers of control (`control_spec`), M sensor readings, V degrees of freedom.
+Shapes: N environments, K of them selected by `rows`, S numbers of physics state (`mjSTATE_FULLPHYSICS`: time, qpos,
+qvel, act), C numbers of control (`control_spec`), M sensor readings, V degrees of freedom.
 
-`mj_step` integrates at its very end, so sensor readings after a step belong to the state *before* the last substep, exactly
-as `MjData.xpos` does. A task that wants the readings of the final state says so with `settle`.
+`mj_step` integrates at its very end, so sensor readings after a step belong to the state *before* the last substep,
+exactly as `MjData.xpos` does. A task that wants the readings of the final state says so with `settle`.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ def num_cores() -> int:
 class ExactEngine:
     """N states stepped one by one with `mj_step` on Python threads (it releases the GIL), solver warm start kept.
 
-    Each thread has one `MjData`, hot in its cache: an environment's physics and warm start are loaded, stepped and stored.
-    Nothing else in an `MjData` outlives a step, so this equals one persistent `MjData` for each environment bit by bit.
+    Each thread has one `MjData`, hot in its cache: an environment's physics and warm start are loaded, stepped and
+    stored. Nothing else in an `MjData` outlives a step, so this equals one persistent `MjData` for each environment
+    bit by bit.
 
     Args:
         model: the compiled model; never modified.
@@ -50,8 +52,8 @@ class ExactEngine:
         num_substeps: `mj_step` calls in one environment step.
         control_spec: `mjtState` bits that a control row holds, for example CTRL | MOCAP_POS | MOCAP_QUAT.
         num_threads: threads to step with; None takes one a core.
-        settle: changes final physics [K, S] in place after the substeps (Fetch closes its fingers there); readings are then
-            taken from the settled state. None: nothing is changed and readings lag by one substep.
+        settle: changes final physics [K, S] in place after the substeps (Fetch closes its fingers there); readings
+            are then taken from the settled state. None: nothing is changed and readings lag by one substep.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class ExactEngine:
         self._pool: ThreadPoolExecutor | None = None  # made on first use, so that a forked copy has its own
 
     def reset(self, rows: np.ndarray, physics: np.ndarray, controls: np.ndarray) -> np.ndarray:
-        """Put environments `rows` into `physics` [K, S], with `controls` [K, C] applied; readings [K, M] of that state."""
+        """Put environments `rows` into `physics` [K, S] under `controls` [K, C]; gives the readings [K, M] there."""
         data, sensors = self._data[0], np.empty((len(rows), self.model.nsensordata))
         for k, row in enumerate(rows):
             sensors[k] = forward(self.model, data, physics[k], controls[k], self.control_spec)
@@ -125,8 +127,8 @@ class ExactEngine:
         """Continue from `warmstart` [N, V]."""
         if warmstart is None:
             raise ValueError(
-                "this state has no 'warmstart': it was saved by engine='rollout', and engine='exact' cannot continue from "
-                "it exactly. Make the environment with engine='rollout'."
+                "this state has no 'warmstart': it was saved by engine='rollout', and engine='exact' cannot continue "
+                "from it exactly. Make the environment with engine='rollout'."
             )
         self.warmstart[:] = warmstart
 
@@ -173,7 +175,7 @@ class RolloutEngine:
         return np.stack([forward(self.model, data, p, c, self.control_spec) for p, c in zip(physics, controls)])
 
     def step(self, rows: np.ndarray, physics: np.ndarray, controls: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One environment step from `physics` [K, S] under `controls` [K, C]: new physics [K, S] and readings [K, M]."""
+        """One environment step of `physics` [K, S] under `controls` [K, C]: new physics, and readings [K, M]."""
         states, sensors = self._call(physics, controls, self.num_substeps)
         after = states[:, -1].copy()
         if self.settle is not None:

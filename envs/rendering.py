@@ -121,18 +121,20 @@ class _Canvas:
         return view
 
     def close(self) -> None:
-        """Free what the GL library holds; harmless when repeated. Only the thread that draws can: others leave it alone."""
-        if self._context is not None and threading.get_ident() == self._thread:
-            atexit.unregister(self.close)
+        """Free what the GL library holds; harmless when repeated."""
+        atexit.unregister(self.close)
+        if self._context is None:
+            return
+        if threading.get_ident() == self._thread:  # elsewhere the context cannot be made current
             self._context.make_current()
             self._mjr.free()
-            self._context.free()
-            self._context = None
+        self._context.free()
+        self._context = None
 
 
 @cache
 def _backend() -> tuple[str, Callable[[int, int], Any]]:
-    """The first GL backend that makes a context, and its context class. Raises RuntimeError that says what to install."""
+    """The first GL backend that works, and its context class. Raises RuntimeError that says what to install."""
     chosen = os.environ.get("MUJOCO_GL", "").lower().strip()
     if chosen in ("disable", "disabled", "off", "false", "0"):
         raise RuntimeError(f"MUJOCO_GL={chosen} switches drawing off; unset it to draw images")
@@ -146,8 +148,8 @@ def _backend() -> tuple[str, Callable[[int, int], Any]]:
             reasons.append(f"{name}: {type(error).__name__}: {error}")
             _forget(name)
     raise RuntimeError(
-        f"no GL library works, so no image can be drawn ({'; '.join(reasons)}). Install one that needs no display, on Debian "
-        "or Ubuntu: apt-get install libegl1 libgl1 libgl1-mesa-dri (EGL), or libosmesa6 (OSMesa); then start again."
+        f"no GL library works, so no image can be drawn ({'; '.join(reasons)}). Install one that needs no display, "
+        "on Debian or Ubuntu: apt-get install libegl1 libgl1 libgl1-mesa-dri (EGL) or libosmesa6 (OSMesa)."
     )
 
 

@@ -33,7 +33,7 @@ class Camera:
 
 
 class Task:
-    """A manipulation task over a batch. Subclasses set the attributes and write `start`, `controls`, `observation`, `judge`.
+    """A manipulation task over a batch. Subclasses set attributes, write `start`, `controls`, `observation`, `judge`.
 
     The example in one line each, for a one-joint model that must reach an angle:
 
@@ -56,8 +56,8 @@ class Task:
     A body that differs between environments is a mocap body: put its pose into `goal`, MOCAP_POS | MOCAP_QUAT into
     `control_spec`, and write the pose in `controls`, `start_controls` and `place`.
 
-    Functions must treat rows independently, without BLAS (`@`, `einsum`, `dot` round differently for different K), so that a
-    row does not depend on the size of the batch.
+    Functions must treat rows independently, without BLAS (`@`, `einsum`, `dot` round differently for different K), so
+    that a row does not depend on the size of the batch.
     """
 
     model: mujoco.MjModel

@@ -38,7 +38,7 @@ def random_actions(num_steps, num_envs, seed=0):
     return np.random.default_rng(seed).uniform(-1.2, 1.2, (num_steps, num_envs, 4)).astype(np.float32)
 
 
-# Parity with the official environment ------------------------------------------------------------------------------------
+# Parity with the official environment -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("behaviour", ["random", "demonstrator"])
@@ -89,7 +89,8 @@ def test_rollout_engine_stays_close_to_the_official_environment(name):
 
 
 def test_one_rollout_step_of_slide_stays_close_to_the_exact_one():
-    # A sliding puck is chaotic: over an episode a difference of 1e-13 may double in every step, so steps are compared one by one.
+    # A sliding puck is chaotic: over an episode a difference of 1e-13 may double in every step, so steps are compared
+    # one by one.
     exact, rollout = batch("Slide", 4), batch("Slide", 4, engine="rollout")
     exact.reset(seed=0)
     rollout.reset(seed=0)
@@ -109,7 +110,7 @@ def test_float64_actions_equal_the_official_environment():
         assert error(official.step(action)[0], single.step(action)[0]) <= 1e-12
 
 
-# Batches -----------------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -191,7 +192,7 @@ def test_a_seed_fixes_the_start(seed, name):
     assert not np.array_equal(first["desired_goal"][0], first["desired_goal"][1])
 
 
-# Gymnasium's protocol ----------------------------------------------------------------------------------------------------
+# Gymnasium's protocol -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -298,7 +299,7 @@ def test_unknown_names_are_answered_with_the_nearest():
         batch("Push").reset(seed=[1, 2])
 
 
-# Task ---------------------------------------------------------------------------------------------------------------------
+# Task ---------------------------------------------------------------------------------------------------------------
 
 
 def test_reset_options_fix_the_start_and_change_nothing_else():
@@ -325,7 +326,8 @@ def test_compute_reward_is_vectorised_and_equals_the_official_one(seed, reward_t
     env = FetchEnv("Push", reward_type=reward_type)
     together = env.compute_reward(achieved, desired, [{}] * 5)
     distance = np.sqrt(((achieved - desired) ** 2).sum(-1))
-    np.testing.assert_allclose(together, np.where(distance > 0.05, -1.0, 0.0) if reward_type == "sparse" else -distance, atol=1e-12)
+    expected = np.where(distance > 0.05, -1.0, 0.0) if reward_type == "sparse" else -distance
+    np.testing.assert_allclose(together, expected, atol=1e-12)
     assert together.tolist() == [float(env.compute_reward(a, d, {})) for a, d in zip(achieved, desired, strict=True)]
 
 
@@ -352,7 +354,7 @@ def test_instruction_is_an_observation_key():
     assert vector.observation_space.contains(observation) and len(observation["instruction"]) == 2
 
 
-# Demonstrators ------------------------------------------------------------------------------------------------------------
+# Demonstrators ------------------------------------------------------------------------------------------------------
 
 
 def success(name, demonstrator, num_envs=60, seed=2**31):
