@@ -1,0 +1,189 @@
+"""Rules that judge a reply: pure functions of text, registered as "reward". No code of a reply is ever run.
+
+A rule is `rule(reply, answer, **options) -> float` in [0, 1]; 1 means solved. A third party registers its own:
+
+    @register("reward", "polite")
+    def polite(reply: str, answer: str) -> float: ...
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import json
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from embodied_rft.registry import find, nearest, register
+
+Rule = Callable[..., float]
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?(?:/\d+)?")
+
+
+def make_rule(spec: str | Mapping[str, Any]) -> Callable[[str, str], float]:
+    """The rule of "exact", or of {"id": "numeric", "tolerance": 0.01} with its options.
+
+    Raises:
+        ValueError: an unknown rule or option, with the nearest known one.
+    """
+    options = {"id": spec} if isinstance(spec, str) else dict(spec)
+    id = options.pop("id", None)
+    if not isinstance(id, str):
+        raise ValueError(f'checker {spec!r} names no rule; expected "exact" or {{"id": "numeric", "tolerance": 0.01}}')
+    rule: Rule = find("reward", id)
+    known = list(inspect.signature(rule).parameters)[2:]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"rule {id!r} has no option {name!r}; {nearest(name, known)}")
+    return functools.partial(rule, **options)
+
+
+@register("reward", "exact")
+def exact(reply: str, answer: str, *, ignore_case: bool = False) -> float:
+    """Whether reply and answer are the same text, but for spaces around and between the words."""
+    a, b = (" ".join(text.split()) for text in (reply, answer))
+    return float(a.casefold() == b.casefold() if ignore_case else a == b)
+
+
+@register("reward", "numeric")
+def numeric(reply: str, answer: str, *, tolerance: float = 0.0, relative: bool = False) -> float:
+    r"""Whether the last number in the reply is the answer.
+
+    Understands "1,000", "-2.5", "1e-3", "3/4" and a number inside \boxed{}.
+
+    Args:
+        reply: any text.
+        answer: a number.
+        tolerance: largest difference that counts as equal.
+        relative: whether it is a share of the answer.
+    """
+    expected, given = last_number(answer), last_number(reply)
+    if expected is None:
+        raise ValueError(f"the answer {answer!r} is no number: rule 'numeric' cannot judge it; use 'exact'")
+    if given is None:
+        return 0.0
+    slack = Fraction(tolerance) * (abs(expected) if relative else 1)
+    return float(abs(given - expected) <= slack)
+
+
+@register("reward", "regex")
+def regex(reply: str, answer: str) -> float:
+    """Whether the whole reply, without spaces around it, matches the pattern in `answer`."""
+    try:
+        return float(re.fullmatch(answer, reply.strip(), flags=re.DOTALL) is not None)
+    except re.error as error:
+        raise ValueError(f"the answer {answer!r} is no pattern: {error}") from None
+
+
+@register("reward", "contains")
+def contains(reply: str, answer: str) -> float:
+    """Whether the answer stands in the reply as a word of its own."""
+    return float(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply) is not None)
+
+
+@register("reward", "format")
+def tag_format(reply: str, answer: str, *, tags: Sequence[str] = ("think", "answer"), rule: Any = None) -> float:
+    """Whether the reply is exactly <think>...</think><answer>...</answer> (any tags), each once and in order.
+
+    With `rule`, what stands in the last tag is judged by it: half the reward is for the format.
+    """
+    body = r"\s*".join(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>" for tag in map(re.escape, tags))
+    match = re.fullmatch(rf"\s*{body}\s*", reply, flags=re.DOTALL)
+    if match is None:
+        return 0.0
+    return 1.0 if rule is None else 0.5 + 0.5 * make_rule(rule)(match.group(len(tags)).strip(), answer)
+
+
+@register("reward", "json")
+def json_keys(reply: str, answer: str) -> float:
+    """Whether the reply is a JSON object with every key and value of the JSON object `answer`."""
+    given, expected = _read_json(reply), _read_json(answer)
+    if not isinstance(expected, dict):
+        raise ValueError(f"the answer {answer!r} is no JSON object: rule 'json' cannot judge it")
+    missing = object()
+    return float(isinstance(given, dict) and all(given.get(k, missing) == v for k, v in expected.items()))
+
+
+def _read_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+@register("reward", "countdown")
+def countdown(reply: str, answer: str) -> float:
+    """Whether the reply is an arithmetic expression with the target's value that uses each number at most once.
+
+    Args:
+        reply: numbers, + - * / and brackets; a part after "=" is ignored.
+        answer: JSON {"numbers": [3, 7, 2], "target": 13}.
+    """
+    task = json.loads(answer)
+    result = evaluate_expression(reply.split("=")[0].strip())
+    if result is None:
+        return 0.0
+    value, used = result
+    return float(value == task["target"] and not Counter(used) - Counter(task["numbers"]))
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number in a text, exactly; None if there is none."""
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    found = _NUMBER.findall((boxed[-1] if boxed else text).replace(",", ""))
+    if not found:
+        return None
+    try:
+        return Fraction(found[-1])
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+_OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def evaluate_expression(text: str, *, max_length: int = 200) -> tuple[Fraction, list[int]] | None:
+    """Exact value and the integers used of an expression of + - * / and brackets; None if it is anything else."""
+    if len(text) > max_length:
+        return None
+    used: list[int] = []
+
+    def value(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            used.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            return _OPERATORS[type(node.op)](value(node.left), value(node.right))
+        raise ValueError
+
+    try:
+        return value(ast.parse(text, mode="eval").body), used
+    except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+def overlong_penalty(lengths: Any, *, limit: int, margin: int) -> np.ndarray:
+    """Soft punishment of long replies, in [-1, 0] (Yu et al. 2025, DAPO, eq. 13).
+
+    0 up to `limit - margin`, falling linearly to -1 at `limit`, -1 beyond.
+
+    Args:
+        lengths: [N], in any unit (tokens or characters).
+        limit: length from which the punishment is full.
+        margin: how far before it the punishment begins.
+    """
+    if not 0 < margin <= limit:
+        raise ValueError(f"margin is {margin}; expected 0 < margin <= limit, which is {limit}")
+    return np.clip((limit - margin - np.asarray(lengths, dtype=np.float64)) / margin, -1.0, 0.0)
