@@ -19,7 +19,7 @@ import torch
 from gymnasium import spaces
 
 from embodied_rft.data import Field, Trajectory, Tree
-from embodied_rft.stepping import Incidents, Pool, StepResult
+from embodied_rft.stepping import Incidents, Pool, StepResult, merge
 
 BASE_ACTION = "base_action"  # the observation key of a queued plan
 
@@ -75,14 +75,21 @@ class ChunkPool:
         self.pool, self.horizon, self.gamma = pool, horizon, gamma
         self.num_envs = pool.num_envs
         self.observation_space, self.fields = pool.observation_space, pool.fields
-        self.action_space = ChunkBox(pool.action_space, horizon=horizon)
-        self.action_field = Field(self.action_space.shape, "float32")
+        chunks = ChunkBox(pool.action_space, horizon=horizon)
+        self.action_space: spaces.Space = chunks
+        self.action_field = Field(chunks.shape, "float32")
+        self._size = chunks.shape[0]
         self.incidents: Incidents = pool.incidents
 
     @property
     def can_save(self) -> bool:
         """Whether `get_state` works inside an episode."""
         return self.pool.can_save
+
+    @property
+    def observation(self) -> Tree:
+        """The current observation of all N."""
+        return self.pool.observation
 
     def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """As the pool inside."""
@@ -91,8 +98,8 @@ class ChunkPool:
     def step(self, action: Any) -> StepResult:
         """Execute `action` [N, H * A] (or [N, H, A])."""
         action = np.asarray(action)
-        if action.shape[0] != self.num_envs or action.size != self.num_envs * self.action_space.shape[0]:
-            raise ValueError(f"chunks have shape {action.shape}; expected {(self.num_envs, *self.action_space.shape)}")
+        if action.shape[:1] != (self.num_envs,) or action.size != self.num_envs * self._size:
+            raise ValueError(f"chunks have shape {action.shape}; expected {(self.num_envs, self._size)}")
         steps = action.reshape(self.num_envs, self.horizon, -1)
         total: StepResult | None = None
         for index in range(self.execute):
@@ -113,7 +120,7 @@ class ChunkPool:
         reward = total.reward + np.where(fine, np.float32(self.gamma**index) * new.reward, np.float32(0))
         info = {k: np.where(running, v, total.info.get(k, np.zeros_like(v))) for k, v in new.info.items()}
         return StepResult(
-            new.observation,
+            merge(running, new.observation, total.observation),
             reward.astype(np.float32),
             np.where(running, new.terminated, total.terminated),
             np.where(running, new.truncated, total.truncated),
@@ -177,6 +184,11 @@ class QueuedPool:
         """Whether `get_state` works inside an episode."""
         return self.pool.can_save
 
+    @property
+    def observation(self) -> Tree:
+        """The current observation of all N, with the planned action."""
+        return self._observe(self.pool.observation)
+
     def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """Start new episodes where `mask`, each with a fresh plan."""
         observation = self.pool.reset(seeds, mask, options)
@@ -206,12 +218,8 @@ class QueuedPool:
         state = self.pool.get_state()
         if state is None:
             return None
-        own: dict[str, np.ndarray] = {
-            "queue/plan": self._queue,
-            "queue/position": self._position,
-            "queue/rng": self.rng.get_state().numpy(),
-        }
-        return {**state, **{k: v.copy() for k, v in own.items()}}
+        own = {"plan": self._queue, "position": self._position, "rng": self.rng.get_state().numpy()}
+        return {**state, **{f"queue/{name}": np.array(value) for name, value in own.items()}}
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue bit for bit from what `get_state` gave."""
