@@ -166,8 +166,9 @@ class LanguagePolicy(nn.Module):
 
     def retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
         """The trace of given replies: each text as token ids and an end token."""
+        action = texts(action)
         count = len(action)
-        prompts = self.prompt_ids({self.key: list(observation[self.key])[:count]})
+        prompts = self.prompt_ids({self.key: texts(observation[self.key])[:count]})  # a trajectory has one more
         end = [self.tokenizer.eos_token_id]
         replies = Ragged.of([np.concatenate([self._encode(text, False), end]) for text in action], dtype=np.int64)
         return {"prompt": prompts, "reply": replies, "cut": np.zeros(count, dtype=bool)}
@@ -176,7 +177,7 @@ class LanguagePolicy(nn.Module):
         """Token ids of N prompts."""
         if self.key not in observation:
             raise ValueError(f"the observation has no text {self.key!r}; it has {', '.join(sorted(observation))}")
-        return Ragged.of([self._encode(text, True) for text in observation[self.key]], dtype=np.int64)
+        return Ragged.of([self._encode(text, True) for text in texts(observation[self.key])], dtype=np.int64)
 
     def _check_length(self, lengths: np.ndarray) -> None:
         limit, longest = self.lm.max_tokens, int(lengths.max(initial=0))
@@ -221,6 +222,11 @@ class PromptEncoder(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptEncoder:
         return PromptEncoder(self._policy())
+
+
+def texts(column: Any) -> list[str]:
+    """Strings as they are, or from the UTF-8 bytes that a buffer keeps."""
+    return [row.tobytes().decode() for row in column] if isinstance(column, Ragged) else list(column)
 
 
 def text_key(space: gym.Space, key: str | None) -> str:
