@@ -24,8 +24,8 @@ from embodied_rft.columns import (
     Schema,
     announce,
 )
-from embodied_rft.data import Batch, Decisions, End, Field, Ragged, Source, Trajectory, Tree, pick
-from embodied_rft.intake import check_tree
+from embodied_rft.data import Batch, Decisions, End, Ragged, Source, Trajectory, Tree, pick
+from embodied_rft.intake import check_decisions, check_tree, per_row
 from embodied_rft.registry import nearest
 from embodied_rft.ring import BOTH, OFFLINE, ONLINE, Ring, Streams
 from embodied_rft.trajectories import read_trajectories, write_trajectories
@@ -140,16 +140,19 @@ class Buffer:
         if state[:, Streams.ENDED].any():
             stream = streams[state[:, Streams.ENDED] > 0][0]
             raise ValueError(f"the episode of stream {stream} has ended: close() it before its next decision")
-        values = self._check(streams, observation, decisions, reward)
-        ended = np.asarray(terminated, bool)
-        end = np.where(ended, TERMINATED, np.where(np.asarray(truncated, bool), TRUNCATED, 0))
-        values["continues/"] = ~ended
+        values = check_decisions(self.schema, streams, observation, decisions, reward)
+        flags = per_row(len(streams), terminated=terminated, truncated=truncated)
+        end = np.where(flags["terminated"], TERMINATED, np.where(flags["truncated"], TRUNCATED, 0))
+        values["continues/"] = end != TERMINATED
+        given = per_row(len(streams), group=group, version=version, source=source, seed=seed)
 
         new = state[:, Streams.ROW] < 0
         state[new, Streams.EPISODE] = self._episodes + np.arange(new.sum())
         self._episodes += int(new.sum())
-        state[:, Streams.STEP] = np.where(new, 0, state[:, Streams.STEP] + 1) if step is None else step
-        book = (group, state[:, Streams.EPISODE], state[:, Streams.STEP], version, source, seed)
+        counted = np.where(new, 0, state[:, Streams.STEP] + 1)
+        state[:, Streams.STEP] = per_row(len(streams), step=counted if step is None else step)["step"]
+        given |= {"episode": state[:, Streams.EPISODE], "step": state[:, Streams.STEP]}
+        book = tuple(given[name] for name in BOOKKEEPING)
         rows = self._store(len(streams), values, book, end, unknown=None)
         self._link(state, rows)
         state[:, Streams.ROW], state[:, Streams.ENDED] = rows, end > 0
@@ -203,7 +206,7 @@ class Buffer:
         if log_prob is None:
             log_prob = Ragged.of([[]] * count) if schema.units is None else np.zeros((count, schema.units), np.float32)
         decisions = Decisions(trajectory.action, log_prob, _pick_tree(trace, head))
-        values = self._check(streams, _pick_tree(trajectory.observation, head), decisions, reward)
+        values = check_decisions(self.schema, streams, _pick_tree(trajectory.observation, head), decisions, reward)
         final = _pick_tree(trajectory.observation, last)
         closing = check_tree("observation", final, schema.observation, streams[:1])
         final = {key: pick(value, last) for key, value in trace.items() if len(value) == count + 1}
@@ -245,18 +248,6 @@ class Buffer:
             if len(values) == len(rows) and (values.lengths != column.lengths[rows]).any():
                 raise ValueError(f"note {name!r} has another number of values than its rows have units")
         self._notes.write(name, rows, values)
-
-    def _check(self, streams: np.ndarray, observation: Tree, decisions: Decisions, reward: Any) -> dict[str, Any]:
-        """All columns of new decisions, in the form that is stored, or ValueError."""
-        schema = self.schema
-        rewards = reward if isinstance(reward, Mapping) else {"env": reward}
-        return {
-            **check_tree("observation", observation, schema.observation, streams),
-            **check_tree("trace", decisions.trace, schema.trace, streams, partial=True),
-            **check_tree("action", {"": decisions.action}, {"": schema.action}, streams),
-            **check_tree("reward", rewards, dict.fromkeys(schema.rewards, Field()), streams),
-            **check_tree("log_prob", {"": decisions.log_prob}, {"": self._fields["log_prob/"]}, streams),
-        }
 
     def _store(
         self, count: int, values: dict[str, Any], book: tuple[Any, ...], end: Any, *, unknown: int | None
@@ -401,21 +392,12 @@ class Buffer:
         self, rows: np.ndarray, num_steps: int, gamma: float, weights: Mapping[str, float] | None
     ) -> tuple[Tensor, Tensor, np.ndarray]:
         """Of windows of k <= n decisions: sum of gamma^i r_i [B]; gamma^k, or 0 after termination [B]; last row [B]."""
-        if num_steps < 1:
-            raise ValueError(f"num_steps {num_steps}: at least 1 is expected")
-        last, link = rows, self._ring.next
-        reward, power = np.zeros(len(rows)), np.ones(len(rows))
-        going = np.ones(len(rows), bool)
-        for i in range(num_steps):
-            if i:
-                # The next row counts if it is a decision that something follows: neither closing nor the newest.
-                going = going & (link[link[last]] >= 0)
-                last = np.where(going, link[last], last)
-            mixed = _mix({k: self._dense.column(f"reward/{k}", last) for k in self.schema.rewards}, weights)
-            reward += np.where(going, power * mixed, 0.0)
-            power = np.where(going, power * gamma, power)
-        discount = power * self._dense.column("continues/", last)
-        return torch.from_numpy(reward.astype(np.float32)), torch.from_numpy(discount.astype(np.float32)), last
+        steps, valid = self._ring.windows(rows, num_steps)
+        streams = {name: self._dense.column(f"reward/{name}", steps.ravel()) for name in self.schema.rewards}
+        powers = gamma ** np.arange(num_steps)[:, None]
+        reward = np.where(valid, powers * _mix(streams, weights).reshape(steps.shape), 0).sum(0)
+        discount = gamma ** valid.sum(0) * self._dense.column("continues/", steps[-1])
+        return torch.from_numpy(reward.astype(np.float32)), torch.from_numpy(discount.astype(np.float32)), steps[-1]
 
     def segments(self, rows: np.ndarray) -> list[np.ndarray]:
         """The rows as runs of consecutive decisions of one episode, each in time order, in order of the episodes."""

@@ -60,15 +60,19 @@ class Schema:
             if column.dtype not in STORED_AS and not (column.dtype == "str" and column.kind == "ragged"):
                 raise ValueError(f"column {name!r} has dtype {column.dtype!r}; {nearest(column.dtype, STORED_AS)}")
 
+    @property
+    def log_prob(self) -> Field:
+        """One number a unit."""
+        return Field((), "float32", "ragged") if self.units is None else Field((self.units,))
+
     def columns(self) -> dict[str, Field]:
         """All columns, named "section/key". What the next row is asked for comes first."""
-        log_prob = Field((), "float32", "ragged") if self.units is None else Field((self.units,))
         return {
             **{f"observation/{k}": f for k, f in self.observation.items()},
             **{f"trace/{k}": f for k, f in self.trace.items()},
             "action/": self.action,
             **{f"reward/{k}": Field() for k in self.rewards},
-            "log_prob/": log_prob,
+            "log_prob/": self.log_prob,
             "continues/": Field(),  # 0 if the decision terminated its episode, else 1
         }
 

@@ -10,11 +10,34 @@ from typing import Any
 
 import numpy as np
 
-from embodied_rft.columns import STORED_AS
-from embodied_rft.data import Field, Ragged, Tree
+from embodied_rft.columns import STORED_AS, Schema
+from embodied_rft.data import Decisions, Field, Ragged, Tree
 from embodied_rft.registry import nearest
 
 FINITE = ("observation", "action", "reward")  # not the trace: it may hold masked logits
+
+
+def check_decisions(
+    schema: Schema, streams: np.ndarray, observation: Tree, decisions: Decisions, reward: Any
+) -> dict[str, Any]:
+    """All columns of N new decisions, in the form that is stored, or ValueError. `reward`: [N], or one a stream."""
+    rewards = reward if isinstance(reward, Mapping) else {"env": reward}
+    return {
+        **check_tree("observation", observation, schema.observation, streams),
+        **check_tree("trace", decisions.trace, schema.trace, streams, partial=True),
+        **check_tree("action", {"": decisions.action}, {"": schema.action}, streams),
+        **check_tree("reward", rewards, dict.fromkeys(schema.rewards, Field()), streams),
+        **check_tree("log_prob", {"": decisions.log_prob}, {"": schema.log_prob}, streams),
+    }
+
+
+def per_row(count: int, **numbers: Any) -> dict[str, np.ndarray]:
+    """Each as an array: [count], or one number for all. Raises ValueError for other shapes."""
+    arrays = {name: np.asarray(value) for name, value in numbers.items()}
+    for name, array in arrays.items():
+        if array.shape not in ((), (count,)):
+            raise ValueError(f"{name} has shape {array.shape}, expected one number or {count}, one for each decision")
+    return arrays
 
 
 def check_tree(

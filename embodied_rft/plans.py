@@ -1,6 +1,6 @@
 """How a learner reads the buffer: `Replay` for off-policy objectives, `Fresh` for on-policy ones.
 
-A plan is a small config that yields batches; it holds no state, so a run resumes from the buffer and the generator alone.
+A plan is a small config that yields batches. It holds no state: a run resumes from the buffer and the generator alone.
 """
 
 from __future__ import annotations

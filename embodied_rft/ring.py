@@ -107,6 +107,21 @@ class Ring:
         wrapped = self.written > self.capacity
         return np.where(wrapped & (rows >= self.pinned) & (rows < self.head), rows + self.capacity, rows)
 
+    def windows(self, rows: np.ndarray, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """The n decisions from each readable row on: (rows [n, B], valid [n, B]).
+
+        A window ends early at the last decision of its episode and at the newest that something follows; from there on
+        its last row is repeated and not valid.
+        """
+        steps = np.empty((num_steps, len(rows)), np.int64)
+        valid = np.ones((num_steps, len(rows)), bool)
+        steps[0] = rows
+        for i in range(1, num_steps):
+            following = self.next[steps[i - 1]]
+            valid[i] = valid[i - 1] & (self.next[following] >= 0)
+            steps[i] = np.where(valid[i], following, steps[i - 1])
+        return steps, valid
+
     def draw(self, rng: np.random.Generator, count: int, side: int) -> np.ndarray:
         """Rows [count] drawn uniformly with replacement from a side (or BOTH).
 
