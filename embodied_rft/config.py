@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import importlib
 import importlib.resources
 import keyword
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,6 +117,7 @@ class Recipe:
     stages: Stages
     name: str = "recipe"
     description: str = ""  # one line, shown by `erft list recipes`
+    plugins: list[str] = field(default_factory=list)  # modules to import first; installed, or in the current folder
     seed: int = 0  # fixes everything: weights, training states, exploration, data order
     buffer: BufferConfig = field(default_factory=BufferConfig)
     logging: LogConfig = field(default_factory=LogConfig)
@@ -140,7 +143,21 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     tree = _read(path_or_name, ())
     for override in overrides:
         _apply_override(tree, override)
+    for module in tree.get("plugins") or ():
+        _import_plugin(module)
     return parse(Recipe, tree)
+
+
+def _import_plugin(module: Any) -> None:
+    """Import a module that a recipe names, so that what it registers is known."""
+    if "" not in sys.path:
+        sys.path.append("")  # the command `erft` does not look into the current folder by itself
+    try:
+        importlib.import_module(str(module))
+    except ModuleNotFoundError as error:
+        if error.name != str(module).partition(".")[0]:
+            raise  # the plug-in exists; something that it needs does not
+        raise ConfigError(f"plugins: no module {str(module)!r}, neither installed nor in {Path.cwd()}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

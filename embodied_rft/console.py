@@ -93,14 +93,12 @@ def describe(values: Mapping[str, Any]) -> str:
 
 
 def number(value: Any) -> str:
-    """Three significant places for fractions, thousands separated for the rest."""
+    """Three places for fractions, thousands separated for the rest."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    if value == 0 or (float(value).is_integer() and abs(value) >= 1):
-        return f"{int(value):,}"
-    if abs(value) >= 1000:
+    if isinstance(value, int) or value == 0 or abs(value) >= 1000 or (value.is_integer() and abs(value) >= 2):
         return f"{value:,.0f}"
-    return f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.2e}"
+    return f"{value:.3f}" if abs(value) >= 0.001 else f"{value:.2e}"
 
 
 def _is_empty(value: Any) -> bool:

@@ -221,7 +221,8 @@ def _success(run: Run) -> str:
 
 
 def _later_rate(evaluation: dict[str, Any]) -> figures.Rate:
-    label = f"{evaluation['environment'].rpartition('/')[2]}, {evaluation['episodes']} of sheet {evaluation.get('sheet', 0)}"
+    where, sheet = evaluation["environment"].rpartition("/")[2], evaluation.get("sheet", 0)
+    label = f"{where}, {evaluation['episodes']} of sheet {sheet}"
     return figures.Rate(label, evaluation["success"], evaluation["low"], evaluation["high"], "kept")
 
 

@@ -205,6 +205,17 @@ def test_bad_files_are_named(tmp_path, text, message):
     assert message in str(caught.value)
 
 
+def test_a_recipe_brings_its_own_modules(base, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    (base.parent / "my_words.py").write_text(
+        "from embodied_rft.registry import register\n\n\n@register('stage', 'wait')\nclass Wait:\n    pass\n"
+    )
+    recipe = load_recipe(base, ["plugins=[my_words]", "stages=[wait]"])
+    assert recipe.stages[0].word == "wait" and recipe.plugins == ["my_words"]
+    with pytest.raises(ConfigError, match="plugins: no module 'my_wrods'"):
+        load_recipe(base, ["plugins=[my_wrods]"])
+
+
 def test_shipped_recipes_are_found_by_name():
     assert "demo" in config.recipe_names()
     with pytest.raises(ConfigError, match="did you mean 'demo'"):

@@ -214,7 +214,7 @@ def test_stage_lines_say_what_happened(tmp_path, capsys):
 
 def test_numbers_for_people():
     assert [number(v) for v in (0.43127, 1.0, 12345, 1234.5, 0.00012, True, "x", 0.0)] == [
-        "0.431", "1", "12,345", "1,234", "1.20e-04", "True", "x", "0"
+        "0.431", "1.000", "12,345", "1,234", "1.20e-04", "True", "x", "0"
     ]  # fmt: skip
     assert describe({"a": 1, "b": None, "c": float("nan")}) == "a 1"
 
