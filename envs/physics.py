@@ -3,7 +3,7 @@
 Two engines with one interface:
 
 - `ExactEngine` steps row by row on Python threads and keeps each environment's solver warm start: it computes, bit by
-  bit, what an ordinary single environment computes. 98 % of the raw speed of `mj_step` on two cores.
+  bit, what an ordinary single environment computes, at nearly the speed of `mj_step` alone (benchmarks/env_steps.py).
 - `RolloutEngine` hands the whole batch to `mujoco.rollout`, which steps it on native threads without Python in
   between: no global lock, so for machines with many cores. MuJoCo does not return the warm start from a rollout, so
   every call starts the solver cold: one step differs by about 1e-13, and chaotic contact (a tilting puck) doubles

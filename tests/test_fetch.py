@@ -1,6 +1,7 @@
 import warnings
 
 import gymnasium
+import mujoco
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 import embodied_rft.envs  # registers
 from embodied_rft.envs import demonstrators
+from embodied_rft.envs.batched import ManipulationEnv, ManipulationVectorEnv
 from embodied_rft.envs.fetch import VARIANTS, FetchEnv, FetchTask, FetchVectorEnv
+from embodied_rft.envs.task import Task
 
 gymnasium_robotics = pytest.importorskip("gymnasium_robotics")
 gymnasium.register_envs(gymnasium_robotics)
@@ -392,6 +395,54 @@ def test_demonstrators_are_memoryless_and_seeded():
 def test_a_demonstrator_is_found_by_the_id_of_its_environment():
     for name, cls in DEMONSTRATORS.items():
         assert demonstrators.demonstrator_for(f"embodied_rft/Fetch{name}-v0") is cls
+
+
+# The base, with a task of one joint ----------------------------------------
+
+TURN = """
+<mujoco><worldbody><body><joint name="j" axis="0 0 1" damping="0.5"/><geom size="0.1" mass="1"/></body></worldbody>
+<actuator><position joint="j" kp="20"/></actuator><sensor><jointpos name="angle" joint="j"/></sensor></mujoco>
+"""
+
+
+class Turn(Task):
+    """The example of the docstring of `Task`; ends when the angle is reached."""
+
+    num_substeps = 5
+
+    def __init__(self):
+        self.model = mujoco.MjModel.from_xml_string(TURN)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+        unbounded = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        self.observation_space = gymnasium.spaces.Dict(observation=unbounded)
+
+    def start(self, rng, options):
+        return self.rest(), rng.uniform(-1, 1, size=1)
+
+    def controls(self, physics, sensors, goal, action):
+        return action.astype(np.float64)
+
+    def observation(self, physics, sensors, goal):
+        return {"observation": np.concatenate([sensors, goal], axis=1)}
+
+    def judge(self, observation, physics, sensors, goal):
+        success = np.abs(sensors - goal)[:, 0] < 0.05
+        return success - 1.0, success, success
+
+
+@pytest.mark.parametrize("engine", ["exact", "rollout"])
+def test_a_new_task_is_a_model_and_four_functions(engine):
+    env = ManipulationVectorEnv(Turn(), num_envs=4, engine=engine, max_episode_steps=200)
+    observation, _ = env.reset(seed=0)
+    check_env(ManipulationEnv(Turn(), engine=engine), skip_render_check=True)
+    ended = np.zeros(4, bool)
+    for _ in range(200):
+        goal = observation["observation"][:, 1:]
+        observation, reward, terminated, truncated, info = env.step(goal.astype(np.float32))
+        assert np.array_equal(terminated, info["is_success"] > 0) and not truncated.any()
+        assert (reward[terminated] == 0).all() and (env.simulation.elapsed[~info["_is_success"]] == 0).all()
+        ended |= terminated
+    assert ended.all()
 
 
 def test_tasks_share_one_compiled_model():
