@@ -129,7 +129,7 @@ def load_policy(path: str, policy: str | None) -> Any:
     """
     cls = import_class(policy) if policy is not None else lerobot_class(path)
     if not hasattr(cls, "from_pretrained"):
-        raise ValueError(f"{cls.__name__} has no from_pretrained: it does not follow LeRobot's policy interface")
+        raise ValueError(f"{cls!r} has no from_pretrained: it does not follow LeRobot's policy interface")
     loaded = cls.from_pretrained(path)
     if not hasattr(loaded, "predict_action_chunk") and not (
         hasattr(loaded, "select_action") and hasattr(loaded, "reset")

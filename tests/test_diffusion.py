@@ -4,12 +4,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from embodied_rft.agents.diffusion import cosine_schedule
+from embodied_rft.agents.normalisation import Statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied_rft.agent import build_agent, build_policy, wrap_policy
-from embodied_rft.agents.diffusion import cosine_schedule
-from embodied_rft.agents.normalisation import Statistics
 from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.checks import check_policy
 from embodied_rft.chunking import ChunkBox

@@ -1,0 +1,117 @@
+"""Noise steering: the base decides what noise means and never changes; gradients reach the noise through it."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from embodied_rft.agent import build_agent, build_policy, wrap_policy
+from embodied_rft.checks import check_policy
+from embodied_rft.chunking import ChunkBox
+from embodied_rft.learner import Learner, LearnerConfig
+from embodied_rft.networks import as_tensors
+from embodied_rft.objectives import build_objective
+from embodied_rft.testing import random_batch
+
+STATE = gym.spaces.Box(-1, 1, (3,))
+ACTION = ChunkBox(gym.spaces.Box(-1, 1, (2,)), horizon=2)
+BASES = {
+    "diffusion": {"id": "diffusion", "horizon": 2, "denoising_steps": 8, "ddim_steps": 4, "width": 32},
+    "flow": {"id": "flow", "horizon": 2, "num_steps": 4, "width": 32},
+    "consistency": {"id": "consistency", "horizon": 2, "num_steps": 1, "width": 32},
+}
+each_base = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+each_kind = pytest.mark.parametrize("deterministic", [False, True], ids=["gaussian", "deterministic"])
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def build(base, **options):
+    spec = {"id": "steering", "base": base, "hidden": [32, 32], **options}
+    return build_policy(spec, STATE, ACTION, generator())
+
+
+def observations(count, seed=0):
+    return {"observation": np.random.default_rng(seed).uniform(-1, 1, (count, 3)).astype(np.float32)}
+
+
+@each_base
+@each_kind
+def test_contract_agreement_and_bounds(base, deterministic):
+    policy, observation = build(base, deterministic=deterministic, scale=1.2), observations(30)
+    check_policy(policy, STATE, ACTION)
+    taken = policy.act(observation, rng=generator(1))
+    assert taken.action.shape == (30, 4) and (np.abs(taken.trace["noise"]) <= 1.2 + 1e-6).all()
+    trace = {k: torch.from_numpy(v) for k, v in taken.trace.items()}
+    again, _ = policy.log_prob(as_tensors(observation), torch.from_numpy(taken.action), trace)
+    np.testing.assert_allclose(again.detach().numpy(), taken.log_prob, atol=1e-5)
+
+
+@each_base
+def test_the_action_is_what_the_base_makes_of_the_noise(base):
+    policy, observation = build(base), observations(30)
+    taken = policy.act(observation, rng=generator(1))
+    made = policy.base.from_noise(as_tensors(observation), torch.from_numpy(taken.trace["noise"]))
+    np.testing.assert_allclose(made.detach().numpy(), taken.action, atol=1e-6)
+    other = policy.base.from_noise(as_tensors(observation), -torch.from_numpy(taken.trace["noise"]))
+    assert (made - other).abs().max() > 0.1  # the noise matters
+
+
+def test_a_new_steering_policy_acts_like_its_greedy_base():
+    agent = build_agent(BASES["flow"], STATE, ACTION, generator(3))
+    policy = wrap_policy("steering", agent, generator(), hidden=[32, 32])
+    observation = observations(30)
+    base, steered = (p.act(observation, greedy=True).action for p in (agent.policy, policy))
+    np.testing.assert_allclose(steered, base, atol=0.05)
+
+
+@each_base
+@pytest.mark.parametrize("objective", ["sac", "td3"])
+def test_learning_changes_the_noise_policy_and_nothing_of_the_base(base, objective):
+    spec = {"id": "steering", "base": base, "hidden": [32, 32], "deterministic": objective == "td3"}
+    agent = build_agent(spec, STATE, ACTION, generator())
+    before = {k: v.clone() for k, v in agent.policy.state_dict().items()}
+    target = build_objective({"id": objective, "critic_hidden": [32, 32], "policy_delay": 1})
+    target.setup(agent)
+    learner = Learner(agent, target, LearnerConfig(weight_decay=0.1))
+    for _ in range(3):
+        learner.update(random_batch(STATE, ACTION, size=32), generator(1))
+    changed = {k for k, v in agent.policy.state_dict().items() if not torch.equal(v, before[k])}
+    assert any(name.startswith("head.") for name in changed)
+    assert not any(name.startswith("base.") for name in changed)
+    assert not agent.policy.train().base.training
+
+
+def test_load_base_takes_statistics_and_weights():
+    base = {**BASES["flow"], "statistics": "min_max"}
+    trained = build_policy(base, STATE, ACTION, generator(5))
+    trained.codec.statistics.fit({"action": torch.rand(50, 2, generator=generator())})
+    policy = build(base)
+    with pytest.raises(ValueError, match="statistics"):
+        policy.act(observations(3), greedy=True)
+    policy.load_base(trained)
+    noise = torch.randn(3, 4, generator=generator())
+    observation = as_tensors(observations(3))
+    assert torch.equal(policy.base.from_noise(observation, noise), trained.from_noise(observation, noise))
+    assert not any(p.requires_grad for p in policy.base.parameters())
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "message"),
+    [
+        ({"id": "gaussian"}, {}, "no noise to steer"),
+        (BASES["flow"], {"scale": 0.0}, "positive"),
+        (BASES["flow"], {"noise_scale": 1.0}, "did you mean 'scale'|no option 'noise_scale'"),
+    ],
+)
+def test_bad_options_say_what_is_wrong(base, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(base, **options)
+
+
+def test_the_noise_of_a_foreign_action_is_unknown():
+    policy = build(BASES["flow"])
+    with pytest.raises(ValueError, match="key 'u'"):
+        policy.log_prob(as_tensors(observations(3)), torch.zeros(3, 4), {})
