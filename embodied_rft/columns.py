@@ -124,7 +124,7 @@ class DenseColumns:
         """Put values [B, *shape], or one scalar for all, into rows [B]."""
         dtype, place = self.places[name]
         if np.ndim(values):
-            values = np.reshape(values, (len(values), -1))
+            values = np.reshape(values, (len(values), place.stop - place.start))
         self.matrices[dtype][rows, place.start : place.stop] = values
 
     def write_unknown(self, name: str, rows: np.ndarray | slice, value: float | None) -> None:

@@ -103,13 +103,13 @@ def _check_ragged(name: str, column: Field, values: Any) -> Ragged:
         if first or last != len(values.values):
             raise ValueError(f"{name!r} has offsets from {first} to {last} for {len(values.values)} values")
         return values
-    text = [isinstance(value, str) for value in values]
-    if any(text):
-        if not all(text) or column.dtype not in ("str", "uint8"):
+    if column.dtype == "str" or any(isinstance(value, str) for value in values):
+        strange = [type(value).__name__ for value in values if not isinstance(value, str)]
+        if strange:
+            raise ValueError(f"{name!r} is text: a list of strings is expected, but it holds a {strange[0]}")
+        if column.dtype not in ("str", "uint8"):
             raise ValueError(f"{name!r} was given a string, expected rows of {column.dtype}")
         return Ragged.of([np.frombuffer(value.encode(), np.uint8) for value in values], dtype=np.uint8)
-    if column.dtype == "str":
-        raise ValueError(f"{name!r} is text: a list of strings is expected, given {type(values[0]).__name__}")
     for value in values:
         array = np.asarray(value)
         _check_dtype(name, column.dtype, array)

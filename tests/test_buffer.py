@@ -1,0 +1,647 @@
+"""The buffer against a slow model that keeps every row in lists, over random histories; then its edges one by one."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embodied_rft.blobs import BlobStore
+from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.data import Decisions, Field, Ragged, Source, Trajectory
+from embodied_rft.ring import Ring
+
+DENSE = Schema(
+    {"state": Field((2,)), "pixels": Field((2, 2, 1), "uint8")},
+    Field((1,)),
+    {"u": Field((3,))},
+    units=2,
+    rewards=("env", "success"),
+)
+RICH = Schema(
+    {"state": Field((2,)), "chat": Field((), "str", "ragged"), "screens": Field((), "uint8", "images")},
+    Field((), "str", "ragged"),
+    {"reply": Field((), "int64", "ragged"), "u": Field((3,))},
+    units=None,
+    rewards=("env", "success"),
+)
+
+
+# Row contents are functions of the serial number of the row, so any row can be checked alone.
+def state_of(serials):
+    return np.stack([serials, -serials], 1).astype(np.float64)
+
+
+def observation_of(serials, schema):
+    if schema is DENSE:
+        return {
+            "state": state_of(serials),
+            "pixels": (serials[:, None, None, None] % 251 * np.ones((2, 2, 1))).astype(np.uint8),
+        }
+    screens = [[np.full((2, 3, 1), (s + i) % 7, np.uint8) for i in range(s % 3)] for s in serials]
+    return {"state": state_of(serials), "chat": [f"é{s}" * (s % 3) for s in serials], "screens": screens}
+
+
+def trace_of(serials, schema):
+    trace = {"u": np.stack([serials] * 3, 1).astype(np.float32)}
+    if schema is RICH:
+        trace["reply"] = Ragged.of([np.arange(s, s + s % 4) for s in serials], dtype=np.int64)
+    return trace
+
+
+def decisions_of(serials, schema):
+    if schema is DENSE:
+        return Decisions(serials[:, None] / 2, np.stack([serials, serials + 0.5], 1), trace_of(serials, schema))
+    log_prob = Ragged.of([np.full(s % 4, s, np.float32) for s in serials], dtype=np.float32)
+    return Decisions([f"do {s}" for s in serials], log_prob, trace_of(serials, schema))
+
+
+def reward_of(serials):
+    return {"env": (serials % 13).astype(np.float32), "success": (serials % 2).astype(np.float32)}
+
+
+class Model:
+    """What the buffer promises, kept as lists: episodes of serial numbers, the oldest serials forgotten."""
+
+    def __init__(self, capacity, seed, schema):
+        self.rng = np.random.default_rng(seed)
+        self.schema, self.capacity = schema, capacity
+        self.buffer = Buffer(schema, capacity)
+        self.serial, self.pinned = 0, 0
+        self.episodes = []  # {"rows": serials, "end": .., "closed": serial or None, "valid": bool, "source": ..}
+        self.open = {}  # stream to episode
+        self.ended = set()
+
+    def alive(self, serial):
+        return serial < self.pinned or serial >= self.serial - (self.capacity - self.pinned)
+
+    def take(self, count):
+        serials = np.arange(self.serial, self.serial + count)
+        self.serial += count
+        return serials
+
+    def step(self):
+        room = self.capacity - self.pinned
+        choice = self.rng.choice(["add"] * 8 + ["close"] * 2 + ["invalidate", "trajectory", "pin", "restore"])
+        streams = self.rng.permutation(4)[: self.rng.integers(0, min(4, room) + 1)]
+        getattr(self, choice)(streams)
+
+    def add(self, streams):
+        streams = np.array([s for s in streams if s not in self.ended], np.int64)
+        serials = self.take(len(streams))
+        terminated, truncated = self.rng.random((2, len(streams))) < 0.15
+        source = Source(int(self.rng.integers(4)))
+        new = [s for s in streams if s not in self.open]
+        for stream in new:
+            self.open[stream] = {"rows": [], "end": "cut", "closed": None, "valid": True, "sources": []}
+            self.episodes.append(self.open[stream])
+        rows = self.buffer.add(
+            streams, observation_of(serials, self.schema), decisions_of(serials, self.schema), reward_of(serials),
+            terminated, truncated, version=serials, group=serials // 3, source=source,
+        )  # fmt: skip
+        assert len(rows) == len(streams)
+        for stream, serial, a, b in zip(streams, serials, terminated, truncated, strict=True):
+            episode = self.open[stream]
+            episode["rows"].append(int(serial))
+            episode["sources"].append(source)
+            episode["end"] = "terminated" if a else "truncated" if b else "cut"
+            if a or b:
+                self.ended.add(stream)
+
+    def close(self, streams):
+        streams = np.array([s for s in streams if s in self.open], np.int64)
+        serials = self.take(len(streams))
+        self.buffer.close(streams, observation_of(serials, self.schema), trace_of(serials, self.schema))
+        for stream, serial in zip(streams, serials, strict=True):
+            self.open.pop(stream)["closed"] = int(serial)
+            self.ended.discard(stream)
+
+    def invalidate(self, streams):
+        self.buffer.invalidate(np.asarray(streams, np.int64))
+        for stream in streams:
+            if stream in self.open:
+                self.open.pop(stream)["valid"] = False
+            self.ended.discard(stream)
+
+    def trajectory(self, streams):
+        count = int(self.rng.integers(1, 4))
+        if count + 1 > self.capacity - self.pinned:
+            return
+        serials = self.take(count + 1)
+        end = str(self.rng.choice(["terminated", "truncated", "cut"]))
+        decisions, rewards = decisions_of(serials[:-1], self.schema), reward_of(serials[:-1])
+        trajectory = Trajectory(
+            observation_of(serials, self.schema), decisions.action, rewards.pop("env"), end, decisions.log_prob,
+            trace_of(serials, self.schema), rewards, Source.OFFLINE,
+        )  # fmt: skip
+        self.buffer.add_trajectory(trajectory)
+        self.episodes.append(
+            {
+                "rows": serials[:-1].tolist(),
+                "end": end,
+                "closed": int(serials[-1]),
+                "valid": True,
+                "sources": [Source.OFFLINE] * count,
+            }
+        )
+
+    def pin(self, streams):
+        if self.serial > self.capacity or self.open or self.serial > self.capacity - 4:
+            with pytest.raises(ValueError):
+                if self.serial > self.capacity or self.open:
+                    self.buffer.pin()
+                else:
+                    raise ValueError  # pinning would leave no room to go on
+            return
+        self.buffer.pin()
+        self.pinned = self.serial
+
+    def restore(self, streams):
+        old, self.buffer = self.buffer, Buffer(self.schema, self.capacity)
+        self.buffer.load_state_dict(copy.deepcopy(old.state_dict()))
+
+    # --- what must be read -----------------------------------------------------------------------------
+
+    def chains(self):
+        """Of each valid episode the serials that are alive, and what closed it."""
+        for episode in self.episodes:
+            if episode["valid"]:
+                rows = [s for s in episode["rows"] if self.alive(s)]
+                closed = episode["closed"] is not None and self.alive(episode["closed"])
+                yield episode, rows, [episode["closed"]] if closed else []
+
+    def readable(self):
+        return [s for _, rows, closed in self.chains() for s in (rows + closed)[:-1]]
+
+    def window(self, serial, num_steps, gamma):
+        """(reward, discount, serial of the next observation), step by step."""
+        for episode, rows, closed in self.chains():
+            if serial in rows:
+                break
+        following = rows + closed
+        reward, discount, at = 0.0, 1.0, following.index(serial)
+        for _ in range(num_steps):
+            reward += discount * reward_of(np.array([following[at]]))["env"][0]
+            discount *= gamma
+            at += 1
+            if following[at - 1] == rows[-1] and closed and episode["end"] == "terminated":
+                return reward, 0.0, following[at]
+            if at == len(following) - 1:
+                break
+        return reward, discount, following[at]
+
+    def check(self):
+        buffer, serials = self.buffer, self.readable()
+        rows = buffer.rows()
+        assert len(buffer) == len(rows) == len(serials)
+        if not serials:
+            return
+        num_steps, gamma = int(self.rng.integers(1, 5)), float(self.rng.uniform(0.5, 1))
+        for batch in (
+            buffer.batch(rows, num_steps=num_steps, gamma=gamma),
+            buffer.sample(self.rng, 7, num_steps=num_steps, gamma=gamma),
+        ):
+            self.check_batch(batch, num_steps, gamma)
+        seen = batch_serials(buffer.batch(rows).observation)
+        assert sorted(seen) == sorted(serials)
+        unpinned = [s for s in seen if s >= self.pinned]
+        assert unpinned == sorted(unpinned)  # oldest first
+        expected = sorted(r for _, r, c in self.chains() for r in [(r + c)[:-1]] if r)
+        assert (
+            sorted(batch_serials(buffer.batch(run).observation) for run in buffer.segments(self.rng.permutation(rows)))
+            == expected
+        )
+
+    def check_batch(self, batch, num_steps, gamma):
+        serials = np.array(batch_serials(batch.observation))
+        assert set(serials.tolist()) <= set(self.readable())
+        reference = [self.window(int(s), num_steps, gamma) for s in serials]
+        reward, discount, following = (np.array(column) for column in zip(*reference, strict=True))
+        np.testing.assert_allclose(batch.reward, reward, rtol=1e-5)
+        np.testing.assert_allclose(batch.discount, discount, rtol=1e-5)
+        check_tree(batch.observation, observation_of(serials, self.schema))
+        check_tree(batch.next_observation, observation_of(following, self.schema))
+        check_tree(batch.trace, trace_of(serials, self.schema))
+        check_tree(batch.next_trace, trace_of(following, self.schema))
+        decisions = decisions_of(serials, self.schema)
+        check_tree({"action": batch.action}, {"action": decisions.action})
+        if self.schema is RICH:
+            padded, mask = decisions.log_prob.pad()
+            assert np.array_equal(batch.log_prob, padded) and np.array_equal(batch.mask, mask)
+        else:
+            np.testing.assert_array_equal(batch.log_prob, decisions.log_prob)
+            assert batch.mask.all()
+        assert batch.num_decisions == len(serials) and batch.num_units == batch.mask.sum()
+        assert sum(p.mask.sum() for p in batch.split(3)) == batch.num_units
+
+    def check_images(self):
+        """Each screen of a row in use is referred to once for each time it is shown, and nothing else is stored."""
+        alive = np.array([s for s in range(self.serial) if self.alive(s)])
+        shown = [image.tobytes() for images in observation_of(alive, RICH)["screens"] for image in images]
+        store = self.buffer.images
+        stored = {store.get([id])[0].tobytes(): store.references(id) for id in store._blobs}
+        assert stored == {image: shown.count(image) for image in shown}
+
+
+def batch_serials(observation):
+    return np.asarray(observation["state"])[:, 0].astype(int).tolist()
+
+
+def check_tree(given, expected):
+    assert set(given) == set(expected)
+    for key, value in expected.items():
+        if isinstance(value, Ragged):
+            assert np.array_equal(given[key].values, value.values) and np.array_equal(given[key].offsets, value.offsets)
+        elif isinstance(value, list):
+            assert [[i.tolist() for i in row] if isinstance(row, list) else row for row in given[key]] == [
+                [i.tolist() for i in row] if isinstance(row, list) else row for row in value
+            ]
+        else:
+            np.testing.assert_array_equal(given[key], value.astype(given[key].numpy().dtype))
+
+
+def run_history(seed, schema, capacity, steps=40):
+    model = Model(capacity, seed, schema)
+    for _ in range(steps):
+        model.step()
+        model.check()
+    return model
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), capacity=st.integers(4, 40))
+def test_reads_what_a_list_of_episodes_holds(seed, capacity):
+    run_history(seed, DENSE, capacity)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), capacity=st.integers(4, 40))
+def test_reads_ragged_text_and_images_and_leaks_none(seed, capacity):
+    run_history(seed, RICH, capacity).check_images()
+
+
+def break_alive(monkeypatch):
+    monkeypatch.setattr(Ring, "alive", lambda self, serials: serials >= 0)
+
+
+def break_windows(monkeypatch):
+    """Counts the closing row, or the newest decision, as a step."""
+
+    def windows(self, rows, num_steps):
+        steps = [rows]
+        for _ in range(num_steps - 1):
+            following = self.next[steps[-1]]
+            steps.append(np.where(following >= 0, following, steps[-1]))
+        return np.stack(steps), np.ones((num_steps, len(rows)), bool)
+
+    monkeypatch.setattr(Ring, "windows", windows)
+
+
+def break_hide(monkeypatch):
+    monkeypatch.setattr(Ring, "hide", lambda self, rows: None)
+
+
+@pytest.mark.parametrize("broken", [break_alive, break_windows, break_hide])
+def test_the_model_notices_a_broken_ring(broken, monkeypatch):
+    broken(monkeypatch)
+    with pytest.raises((AssertionError, ValueError)):
+        for seed in range(20):
+            run_history(seed, DENSE, capacity=12)
+
+
+# --- edges ------------------------------------------------------------------------------------------
+
+
+def simple(capacity=100, **schema):
+    return Buffer(Schema({"state": Field((2,))}, Field((1,)), **schema), capacity)
+
+
+def add(buffer, streams, value=0.0, *, terminated=False, truncated=False, reward=1.0, **columns):
+    count = len(streams)
+    return buffer.add(
+        np.asarray(streams), {"state": np.full((count, 2), value)}, Decisions(np.zeros((count, 1)), np.zeros((count, 1))),
+        reward if isinstance(reward, dict) else np.full(count, reward), np.full(count, terminated), np.full(count, truncated), **columns,
+    )  # fmt: skip
+
+
+def close(buffer, streams, value=9.0):
+    buffer.close(np.asarray(streams), {"state": np.full((len(streams), 2), value)})
+
+
+def episode(buffer, length, *, end="truncated", **columns):
+    for i in range(length):
+        last = i == length - 1
+        add(buffer, [0], i, terminated=last and end == "terminated", truncated=last and end == "truncated", **columns)
+    close(buffer, [0])
+
+
+@pytest.mark.parametrize(("end", "discount"), [("terminated", 0.0), ("truncated", 0.81), ("cut", 0.81)])
+def test_only_a_terminal_state_does_not_bootstrap(end, discount):
+    buffer = simple()
+    episode(buffer, 2, end=end)
+    batch = buffer.batch(buffer.rows()[:1], num_steps=5, gamma=0.9)
+    assert batch.reward.item() == pytest.approx(1.9)
+    assert batch.discount.item() == pytest.approx(discount)
+    assert batch.next_observation["state"].tolist() == [[9, 9]]
+    (trajectory,) = buffer.trajectories()
+    assert trajectory.end == end and len(trajectory) == 2
+
+
+def test_offline_share_is_exact_wherever_the_rows_lie():
+    buffer = simple(capacity=60)
+    episode(buffer, 5, source=Source.DEMONSTRATION)
+    buffer.pin()
+    for source in (Source.OFFLINE, Source.ONLINE, Source.INTERVENTION):
+        episode(buffer, 4, source=source)
+    for share, offline in ((0.0, 0), (0.3, 77), (0.5, 128), (1.0, 256)):
+        columns = buffer.sample(np.random.default_rng(0), 256, offline_share=share).columns
+        assert (columns["source"] <= Source.OFFLINE).sum() == offline
+    drawn = np.bincount(buffer.sample(np.random.default_rng(0), 20_000, offline_share=1.0).rows, minlength=buffer.size)
+    rows = buffer.rows(source=[Source.DEMONSTRATION, Source.OFFLINE])
+    assert drawn.sum() == drawn[rows].sum() and (abs(drawn[rows] - 20_000 / 9) < 200).all()
+
+
+@pytest.mark.parametrize("length", [1, 50])
+def test_sampling_is_uniform(length):
+    # Episodes of one decision leave every second row unreadable; invalidated ones make the list of rows the way to draw.
+    buffer = simple(capacity=400)
+    for _ in range(90 // length):
+        episode(buffer, length)
+    for _ in range(250):
+        add(buffer, [1])
+    buffer.invalidate(np.array([1]))
+    rows = buffer.rows()
+    drawn = np.bincount(buffer.sample(np.random.default_rng(1), 500 * len(rows)).rows, minlength=400)
+    assert drawn.sum() == drawn[rows].sum()
+    assert abs(drawn[rows] - 500).max() < 6 * 500**0.5
+
+
+def test_a_side_without_rows_is_named():
+    buffer = simple()
+    with pytest.raises(ValueError, match="holds no decisions"):
+        buffer.sample(np.random.default_rng(0), 8)
+    episode(buffer, 3)
+    with pytest.raises(ValueError, match="demonstrations or offline"):
+        buffer.sample(np.random.default_rng(0), 8, offline_share=0.5)
+    with pytest.raises(ValueError, match="share in"):
+        buffer.sample(np.random.default_rng(0), 8, offline_share=1.5)
+
+
+def test_pinned_rows_stay():
+    buffer = simple(capacity=12)
+    episode(buffer, 3, source=Source.DEMONSTRATION)
+    buffer.pin()
+    for _ in range(7):
+        episode(buffer, 3)
+    assert [t.source for t in buffer.trajectories()] == [Source.DEMONSTRATION, Source.ONLINE, Source.ONLINE]
+    with pytest.raises(ValueError, match="pin\\(\\) earlier"):
+        buffer.pin()
+    with pytest.raises(ValueError, match="do not fit"):
+        add(buffer, list(range(9)))
+
+
+def test_pin_wants_closed_episodes():
+    buffer = simple()
+    add(buffer, [3])
+    with pytest.raises(ValueError, match="stream 3 is open"):
+        buffer.pin()
+
+
+@pytest.mark.parametrize("kind", ["observation", "action", "reward"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_stays_out(kind, bad):
+    buffer = simple()
+    add(buffer, [4, 5])
+    before = copy.deepcopy(buffer.state_dict())
+    values = {"observation": np.zeros((2, 2)), "action": np.zeros((2, 1)), "reward": np.zeros(2)}
+    values[kind][1] = bad
+    with pytest.raises(ValueError, match=f"{kind}.* of stream 5 is not finite"):
+        buffer.add(
+            np.array([4, 5]), {"state": values["observation"]}, Decisions(values["action"], np.zeros((2, 1))),
+            values["reward"], np.zeros(2, bool), np.zeros(2, bool),
+        )  # fmt: skip
+    torch.testing.assert_close(flat(buffer.state_dict()), flat(before), rtol=0, atol=0)
+
+
+def flat(tree):
+    """A nested state as {path: value} of comparable leaves."""
+    if isinstance(tree, dict):
+        return {f"{k}/{path}": v for k, value in tree.items() for path, v in flat(value).items()}
+    if isinstance(tree, Ragged):
+        return {"values": torch.from_numpy(tree.values.copy()), "offsets": torch.from_numpy(tree.offsets.copy())}
+    return {"": torch.from_numpy(np.array(tree)) if isinstance(tree, np.ndarray) else torch.tensor(hash(tree))}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"observation": {"stat": np.zeros((1, 2))}}, "did you mean 'state'"),
+        ({"observation": {}}, "'state' is missing"),
+        ({"observation": {"state": np.zeros((1, 3))}}, r"shape \(1, 3\), expected \(1, 2\)"),
+        ({"observation": {"state": np.zeros((2, 2))}}, "2 rows, expected 1"),
+        ({"observation": {"state": np.zeros((1, 2), complex)}}, "dtype complex128, expected float32"),
+        ({"decisions": Decisions(np.zeros((1, 2)), np.zeros((1, 1)))}, r"'action' has shape \(1, 2\)"),
+        ({"decisions": Decisions(np.zeros((1, 1)), np.zeros((1, 4)))}, r"'log_prob' has shape \(1, 4\)"),
+        ({"decisions": Decisions(np.zeros((1, 1)), np.zeros((1, 1)), {"v": np.zeros((1, 1))})}, "trace 'v' is not in"),
+        ({"reward": {"env": np.zeros(1), "style": np.zeros(1)}}, "reward 'style' is not in"),
+        ({"terminated": np.zeros(3, bool)}, r"terminated has shape \(3,\)"),
+        ({"streams": np.array([-1])}, "different numbers >= 0"),
+        ({"version": np.zeros(2)}, r"version has shape \(2,\)"),
+    ],
+)
+def test_wrong_input_is_named_and_changes_nothing(change, message):
+    buffer = simple()
+    arguments = {
+        "streams": np.array([0]), "observation": {"state": np.zeros((1, 2))}, "decisions": Decisions(np.zeros((1, 1)), np.zeros((1, 1))),
+        "reward": np.zeros(1), "terminated": np.zeros(1, bool), "truncated": np.zeros(1, bool),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        buffer.add(**arguments | change)
+    assert buffer.size == 0
+    buffer.add(**arguments)
+    assert buffer.size == 1
+
+
+def test_episodes_are_closed_in_order():
+    buffer = simple()
+    with pytest.raises(ValueError, match="no open episode"):
+        close(buffer, [0])
+    add(buffer, [0], terminated=True)
+    with pytest.raises(ValueError, match="stream 0 has ended"):
+        add(buffer, [0])
+    close(buffer, [0])
+    add(buffer, [0])
+    with pytest.raises(ValueError, match="row 2 cannot be read"):
+        buffer.batch(np.array([0, 2]))
+
+
+def test_reward_streams_are_mixed_when_read():
+    buffer = simple(rewards=("env", "success"))
+    episode(buffer, 3, reward={"env": np.array([2.0]), "success": np.array([1.0])})
+    rows = buffer.rows()
+    assert buffer.batch(rows).reward.tolist() == [2, 2, 2]
+    assert buffer.batch(rows, reward_weights={"env": 0.5, "success": 3}).reward.tolist() == [4, 4, 4]
+    mixed = buffer.batch(rows, reward_weights={"success": 1}, num_steps=2, gamma=0.5)
+    assert mixed.reward.tolist() == [1.5, 1.5, 1]
+    with pytest.raises(ValueError, match="no reward stream 'sucess'; did you mean 'success'"):
+        buffer.batch(rows, reward_weights={"sucess": 1})
+    assert [t.success for t in buffer.trajectories()] == [True]
+
+
+def test_notes_follow_their_rows():
+    buffer = simple(capacity=6)
+    episode(buffer, 3)
+    rows = buffer.rows()
+    buffer.annotate("advantage", rows[:2], np.array([1.0, 2.0]))
+    buffer.annotate("pair", rows, np.ones((3, 2)))
+    notes = buffer.batch(rows).notes
+    assert notes["advantage"][:2].tolist() == [1, 2] and notes["advantage"][2].isnan()
+    assert notes["pair"].shape == (3, 2)
+    episode(buffer, 3)  # overwrites the first episode's first rows
+    assert buffer.batch(buffer.rows()).notes["advantage"].isnan().all()
+    with pytest.raises(ValueError, match="was of shape"):
+        buffer.annotate("pair", rows, np.ones(3))
+    with pytest.raises(ValueError, match="2 values for 3 rows"):
+        buffer.annotate("pair", rows, np.ones((2, 2)))
+
+
+def test_notes_of_ragged_units_are_padded_like_the_log_probabilities():
+    model = Model(100, 0, RICH)
+    for _ in range(5):
+        model.add(np.arange(4))
+    buffer, rows = model.buffer, model.buffer.rows()
+    lengths = buffer.batch(rows).mask.sum(1).numpy()
+    values = Ragged.of([np.full(n, i + 1.0, np.float32) for i, n in enumerate(lengths)], dtype=np.float32)
+    buffer.annotate("reference", rows[2:], values.take(np.arange(2, len(rows))))
+    batch = buffer.batch(rows)
+    note = batch.notes["reference"]
+    assert note.shape == batch.mask.shape and (note[~batch.mask] == 0).all()
+    assert note[:2][batch.mask[:2]].isnan().all()
+    assert (note[2:][batch.mask[2:]] == torch.from_numpy(np.repeat(np.arange(2, len(rows)) + 1.0, lengths[2:]))).all()
+    with pytest.raises(ValueError, match="another number of values"):
+        buffer.annotate("reference", rows[:1], Ragged.of([[0.0] * 9]))
+
+
+def test_unknown_traces_do_not_look_like_known_ones():
+    buffer = Buffer(Schema({"state": Field((2,))}, Field((1,)), {"u": Field((2,)), "token": Field((), "int64")}), 20)
+    episode(buffer, 2)
+    batch = buffer.batch(buffer.rows())
+    assert batch.trace["u"].isnan().all() and batch.trace["token"].tolist() == [-1, -1]
+    assert batch.next_trace["u"][-1].tolist() == [0, 0]  # of the closing row
+
+
+def test_a_trajectory_is_traced_again_for_another_policy():
+    source = simple()
+    episode(source, 3)
+    (trajectory,) = source.trajectories()
+    buffer = Buffer(Schema({"state": Field((2,))}, Field((1,)), {"base": Field((2,))}), 20)
+    rows = buffer.add_trajectory(trajectory, retrace=lambda observation, action: {"base": observation["state"] * 2})
+    batch = buffer.batch(rows)
+    assert batch.trace["base"].equal(batch.observation["state"] * 2)
+    assert batch.next_trace["base"].equal(batch.next_observation["state"] * 2)
+
+
+def test_restored_buffer_draws_the_same_batches_bit_for_bit():
+    for schema in (DENSE, RICH):
+        model = run_history(3, schema, 30, steps=60)
+        buffer, rows = model.buffer, model.buffer.rows()
+        buffer.annotate("advantage", rows, np.random.default_rng(0).normal(size=len(rows)))
+        twin = Buffer(schema, 30)
+        twin.load_state_dict(copy.deepcopy(buffer.state_dict()))
+        torch.testing.assert_close(flat(twin.state_dict()), flat(buffer.state_dict()), rtol=0, atol=0, equal_nan=True)
+        for one, two in zip(draws(buffer), draws(twin), strict=True):
+            assert np.array_equal(one.rows, two.rows) and one.reward.equal(two.reward)
+            assert one.observation["state"].equal(two.observation["state"]) and one.log_prob.equal(two.log_prob)
+            assert one.notes["advantage"].equal(two.notes["advantage"])
+
+
+def draws(buffer):
+    rng = np.random.default_rng(7)
+    return [buffer.sample(rng, 16, num_steps=n) for n in (1, 1, 3)]
+
+
+def test_a_state_of_another_buffer_is_refused():
+    state = simple(capacity=10).state_dict()
+    with pytest.raises(ValueError, match="capacity"):
+        simple(capacity=11).load_state_dict(state)
+    with pytest.raises(ValueError, match="schema"):
+        simple(capacity=10, units=2).load_state_dict(state)
+
+
+def test_memory_is_announced_before_it_is_taken():
+    cameras = {"front": Field((128, 128, 3), "uint8"), "wrist": Field((128, 128, 3), "uint8"), "state": Field((10,))}
+    schema = Schema(cameras, Field((4,)))
+    said = Buffer.announce(schema, 30_000, available=10 * 10**9)
+    assert said.startswith("this run needs 3.0 GB of replay (2 images of 128x128x3, 30,000 rows")
+    with pytest.raises(ValueError, match="only 1.0 GB are free: at most 10,1"):
+        Buffer.announce(schema, 30_000, available=10**9)
+    buffer = Buffer(schema, 300)
+    assert f"needs {buffer.nbytes / 1e6:.0f} MB" in Buffer.announce(schema, 300)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (lambda: Schema({}, Field((1,)), rewards=("success",)), "lack 'env'"),
+        (lambda: Schema({"x": Field((), "flot32")}, Field()), "did you mean 'float32'"),
+        (lambda: Schema({"x": Field((), "uint8", "image")}, Field()), "did you mean 'images'"),
+        (lambda: Schema({"x": Field((), "float32", "images")}, Field()), "stored as uint8"),
+        (lambda: Buffer(DENSE, 1), "at least 2"),
+    ],
+)
+def test_impossible_columns_are_refused(schema, message):
+    with pytest.raises(ValueError, match=message):
+        schema()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (Field((), "str", "ragged"), [b"no"], "list of strings is expected"),
+        (Field((), "int64", "ragged"), ["no"], "was given a string"),
+        (Field((), "int64", "ragged"), [[0.5]], "dtype float64, expected int64"),
+        (Field((2,), "float32", "ragged"), [np.zeros((3, 4))], "row of shape"),
+        (Field((), "int64", "ragged"), Ragged(np.arange(3), np.array([0, 2])), "offsets from 0 to 2 for 3"),
+        (Field((), "uint8", "images"), [[np.zeros((2, 2))]], "image of float64"),
+        (Field((2, 2), "uint8"), np.full((1, 2, 2), 0.5), "dtype float64, expected uint8"),
+    ],
+)
+def test_wrong_columns_of_every_kind_are_refused(field, value, message):
+    buffer = Buffer(Schema({"x": field}, Field((1,))), 10)
+    with pytest.raises(ValueError, match=message):
+        buffer.add(
+            np.array([0]),
+            {"x": value},
+            Decisions(np.zeros((1, 1)), np.zeros((1, 1))),
+            np.zeros(1),
+            np.zeros(1, bool),
+            np.zeros(1, bool),
+        )
+    assert buffer.size == 0 and len(buffer.images) == 0
+
+
+def test_flat_storage_of_ragged_rows_stays_small():
+    schema = Schema({"tokens": Field((), "int64", "ragged")}, Field((1,)))
+    buffer = Buffer(schema, 10)
+    for i in range(2_000):
+        tokens = Ragged.of([np.arange(i % 50)], dtype=np.int64)
+        buffer.add(
+            np.array([0]), {"tokens": tokens}, Decisions(np.zeros((1, 1)), np.zeros((1, 1))), np.zeros(1), False, False
+        )
+    assert len(buffer._ragged["observation/tokens"].values) <= max(1024, 2 * 10 * 50)
+
+
+def test_an_image_store_on_disk_gives_the_same_images(tmp_path):
+    batches = []
+    for store in (BlobStore(), BlobStore(compress=True, folder=tmp_path)):
+        buffer = Buffer(RICH, 30, image_store=store)
+        model = Model(30, 1, RICH)
+        model.buffer = buffer
+        for _ in range(20):
+            model.add(np.arange(4))
+            model.close(np.arange(4))
+        model.check()
+        batches.append([[i.tolist() for i in row] for row in buffer.batch(buffer.rows()).observation["screens"]])
+    assert batches[0] == batches[1]
