@@ -128,7 +128,8 @@ class FetchSlideDemonstrator(FetchDemonstrator):
     """Line up behind the puck, hit it as hard as the distance asks for, let go.
 
     How hard the puck is hit depends on where in a decision the fingers meet it, which a controller of one action in
-    40 ms cannot place better; and the far goals need more speed than the arm has.
+    40 ms cannot place better; and the far goals need more speed than the arm has. Without noise 31 % of 200 starts end
+    at the goal (seeds 60000 to 60199) and half pass it: demonstrations to improve on, not to imitate.
 
     Args:
         noise: as in `FetchDemonstrator`.
