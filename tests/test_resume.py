@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from embodied_rft.checkpoint import Checkpoints
+from embodied_rft.data import Ragged
 
 RECIPE = {
     "name": "resume",
@@ -25,7 +26,7 @@ RECIPE = {
         {"demonstrate": {"episodes": 10, "noise": 0.3}},
         {"pretrain": {"objective": "bc", "updates": 400, "log_every": 10}},
         {"evaluate": {"episodes": 10, "name": "base"}},
-        {"adapt": {"with": "residual", "options": {"scale": 0.3, "deterministic": True, "noise": 0.1}}},
+        {"adapt": {"with": "residual", "options": {"scale": 0.3, "deterministic": True, "exploration_noise": 0.1}}},
         {"warm_up": {"decisions": 400}},
         {
             "finetune": {
@@ -86,6 +87,8 @@ def same(a, b, path=""):
         assert len(a) == len(b), path
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             same(x, y, f"{path}/{i}")
+    elif isinstance(a, Ragged):
+        same({"values": a.values, "offsets": a.offsets}, {"values": b.values, "offsets": b.offsets}, path)
     elif isinstance(a, torch.Tensor):
         assert torch.equal(a, torch.as_tensor(b)), path
     elif isinstance(a, np.ndarray):

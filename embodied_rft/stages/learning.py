@@ -131,16 +131,20 @@ class Finetune(Stage):
         collector = session.make_collector(group_size=config.group_size)
         pool = session.pool("training")
         amount = config.decisions_per_iteration or 50 * pool.num_envs
+        replayed = isinstance(session.objective.reading, Replay)
+        if config.overlap and not replayed:
+            raise ValueError("overlap needs an objective that learns from replay; this one learns from fresh experience only")
         progress.setdefault("decisions", 0)
         with self._recorder(session, amount) as record, session.logger.progress(self.title, config.decisions) as bar:
             while progress["decisions"] < config.decisions and not self._reached(session):
-                recording, updates = record(lambda: self._learn_replay(session, amount))
+                recording = record(lambda: self._learn_replay(session, amount))
                 rows = recording.write(session.buffer)
                 progress["decisions"] += recording.decisions
                 session.counters["decisions"] += recording.decisions
-                if not updates:
-                    updates = self._learn_fresh(session, rows)
-                session.counters["updates"] += updates
+                if not replayed:
+                    self._learn_fresh(session, rows)
+                elif not config.overlap:
+                    self._learn_replay(session, amount)
                 metrics = learner.metrics() | recording.metrics()
                 session.log(metrics)
                 bar.update(progress["decisions"], **headline(metrics))
@@ -154,27 +158,28 @@ class Finetune(Stage):
     # --- collecting ----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _recorder(self, session: Session, amount: int) -> Iterator[Callable[..., tuple[Recording, int]]]:
-        """`record(learn)` gives new experience and the number of updates made: one after the other, or overlapped."""
+    def _recorder(self, session: Session, amount: int) -> Iterator[Callable[..., Recording]]:
+        """`record(learn)` gives new experience; with `overlap`, it calls `learn` meanwhile (not the first time)."""
         collector, learner = session.collector, session.learner
         assert collector is not None and learner is not None
         if not self.config.overlap:
             act = session.actor()
-            yield lambda learn: (collector.collect(act, decisions=amount, version=learner.version), learn())
+            yield lambda learn: collector.collect(act, decisions=amount, version=learner.version)
             return
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as executor:
             act, refresh = delayed_actor(session)
 
-            def record(learn: Callable[[], int]) -> tuple[Recording, int]:
+            def record(learn: Callable[[], None]) -> Recording:
                 refresh()
                 future: Future[Recording] = executor.submit(collector.collect, act, decisions=amount, version=learner.version)
                 try:
-                    updates = learn()
+                    if session.progress["decisions"]:
+                        learn()
                 finally:
                     recording = future.result()
-                return recording, updates
+                return recording
 
             try:
                 yield record
@@ -183,10 +188,8 @@ class Finetune(Stage):
 
     # --- learning ------------------------------------------------------------------------------------------------
 
-    def _learn_replay(self, session: Session, amount: int) -> int:
-        """Updates from replay; 0 for objectives that read fresh data only."""
-        if not isinstance(session.objective.reading, Replay):
-            return 0
+    def _learn_replay(self, session: Session, amount: int) -> None:
+        """Updates from replay, `updates_per_decision` for each of `amount` decisions."""
         if not session.progress.get("annotated"):
             session.objective.annotate(session.agent, session.buffer, session.buffer.rows(), session.generator("annotate"))
             session.progress["annotated"] = True
@@ -197,18 +200,16 @@ class Finetune(Stage):
         assert learner is not None
         for batch in plan.batches(session.buffer, session.numpy_generator("sample"), learner.version):
             learner.update(batch, rng)
-        return int(owed)
+        session.counters["updates"] += int(owed)
 
-    def _learn_fresh(self, session: Session, rows: np.ndarray) -> int:
+    def _learn_fresh(self, session: Session, rows: np.ndarray) -> None:
         """Updates from the rows just written."""
         learner, rng = session.learner, session.generator("learn")
         assert learner is not None
         session.objective.annotate(session.agent, session.buffer, rows, rng)
-        updates = 0
         for batch in session.objective.reading.batches(session.buffer, session.numpy_generator("sample"), learner.version):
             learner.update(batch, rng)
-            updates += 1
-        return updates
+            session.counters["updates"] += 1
 
     # --- judging -------------------------------------------------------------------------------------------------
 
