@@ -87,6 +87,25 @@ Stages = Annotated[list[StageSpec], WrapValidator(_validate_stages)]
 """Annotation of a field that holds stages: `stages: Stages = field(default_factory=list)` in a stage's `Config`."""
 
 
+def plugin_spec(kind: str) -> WrapValidator:
+    """Annotation of a field that names a plug-in with its options: it is checked, and completed with all defaults.
+
+    `objective: Annotated[dict[str, Any], plugin_spec("objective")]` takes `sac` and `{id: sac, gamma: 0.98}` and holds
+    {"id": "sac", "gamma": 0.98, ...}.
+    """
+
+    def validate(value: Any, _: Any, info: ValidationInfo) -> dict[str, Any]:
+        path = f"{(info.context or {}).get('path', '')}.{info.field_name}".lstrip(".")
+        spec = {"id": value} if isinstance(value, str) else value
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("id"), str):
+            raise ConfigError(f"{path} needs an id, as in `{path.rpartition('.')[2]}: {{id: NAME}}`; got {value!r}")
+        options = {key: option for key, option in spec.items() if key != "id"}
+        config = validate_plugin_config(kind, spec["id"], options, path=path)
+        return {"id": spec["id"], **(to_plain(config) or {})}
+
+    return WrapValidator(validate)
+
+
 # --- the recipe --------------------------------------------------------------------------------------
 
 
@@ -113,7 +132,7 @@ class Recipe:
     """A whole run: what is trained, on what, by which stages."""
 
     env: EnvConfig
-    agent: dict[str, Any]  # {"id": "gaussian", **options of that agent}
+    agent: Annotated[dict[str, Any], plugin_spec("agent")]  # {"id": "gaussian", **options of that agent}
     stages: Stages
     name: str = "recipe"
     description: str = ""  # one line, shown by `erft list recipes`
@@ -124,8 +143,6 @@ class Recipe:
     checkpoint_seconds: float = 30.0  # least wall time between two checkpoints inside a stage
 
     def __post_init__(self) -> None:
-        if not isinstance(self.agent.get("id"), str):
-            raise ConfigError(f"agent needs an id, as in `agent: {{id: gaussian}}`; got {self.agent!r}")
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed must be in [0, 2**31); got {self.seed}")
 

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic.dataclasses
 import pytest
@@ -45,6 +45,25 @@ class Finetune:
         file: Path | None = None
 
 
+class Gaussian:
+    @dataclass
+    class Config:
+        hidden: tuple[int, ...] = (256, 256)
+        scale: float = 1.0
+
+
+class Pretrain:
+    @dataclass
+    class Config:
+        objective: Annotated[dict[str, Any], config.plugin_spec("objective")]
+
+
+class Cloning:
+    @dataclass
+    class Config:
+        share: float = 0.5
+
+
 class Evaluate:
     @pydantic.dataclasses.dataclass
     class Config:  # a pydantic dataclass that forgot to forbid unknown keys
@@ -65,7 +84,9 @@ class Bare:
 @pytest.fixture(autouse=True)
 def words(monkeypatch):
     monkeypatch.setattr(registry, "load_plugins", lambda: None)
-    table = {"finetune": Finetune, "evaluate": Evaluate, "repeat": Repeat, "bare": Bare}
+    monkeypatch.setitem(registry._tables, "agent", {"gaussian": Gaussian})
+    monkeypatch.setitem(registry._tables, "objective", {"bc": Cloning})
+    table = {"pretrain": Pretrain, "finetune": Finetune, "evaluate": Evaluate, "repeat": Repeat, "bare": Bare}
     monkeypatch.setitem(registry._tables, "stage", table)
 
 
@@ -155,6 +176,18 @@ def test_overrides_reach_everything(base, override, read):
         ("name={}", "name: input should be a valid string"),
         ("seed=-1", "seed must be in [0, 2**31)"),
         ("agent={hidden: [1]}", "agent needs an id"),
+        ("agent=gausian", "agent: unknown agent 'gausian'; did you mean 'gaussian'?"),
+        ("agent.hiden=[1]", "unknown key agent.hiden; did you mean 'hidden'?"),
+        (
+            "stages.1={pretrain: {objective: cb}}",
+            "stages.1.pretrain.objective: unknown objective 'cb'; did you mean 'bc'?",
+        ),
+        (
+            "stages.1={pretrain: {objective: {id: bc, shar: 1}}}",
+            "stages.1.pretrain.objective.shar; did you mean 'share'?",
+        ),
+        ("stages.1={pretrain: {objective: {share: 1}}}", "stages.1.pretrain.objective needs an id"),
+        ("stages.1={pretrain: {}}", "stages.1.pretrain.objective is required"),
         ("sed=1", "unknown key sed; did you mean 'seed'?"),
         ("seed", "is not of the form key=value"),
         ("seed=[1", "is not YAML"),
@@ -181,7 +214,7 @@ def test_extends_merges_mappings_and_replaces_lists(base):
     grandchild.write_text("extends: child\nseed: 3\n")
     recipe = load_recipe(grandchild)
     assert (recipe.name, recipe.seed, recipe.env.num_envs, recipe.env.id) == ("grandchild", 3, 2, "some/Env-v0")
-    assert recipe.agent == {"id": "gaussian", "hidden": [32]} and len(recipe.stages) == 3
+    assert recipe.agent == {"id": "gaussian", "hidden": [32], "scale": 1.0} and len(recipe.stages) == 3
     base.write_text("extends: grandchild.yaml\n" + BASE)
     with pytest.raises(ConfigError, match="extends itself"):
         load_recipe(grandchild)
@@ -249,11 +282,17 @@ json_like = st.recursive(
 )
 def test_any_recipe_survives_its_dump(tmp_path_factory, options, seed, success):
     stages = [{"finetune": {"until": {"success": success}}}, {"repeat": {"times": 1, "stages": ["evaluate"]}}]
-    tree = {"env": {"id": "e", "options": options}, "agent": {"id": "a"}, "stages": stages, "seed": seed}
+    tree = {"env": {"id": "e", "options": options}, "agent": {"id": "gaussian"}, "stages": stages, "seed": seed}
     recipe = parse(Recipe, tree)
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(path) == recipe
+
+
+def test_plugins_are_completed_with_their_defaults(base):
+    recipe = load_recipe(base, ["stages=[pretrain: {objective: bc}]", "agent=gaussian"])
+    assert recipe.stages[0].config.objective == {"id": "bc", "share": 0.5}
+    assert recipe.agent == {"id": "gaussian", "hidden": [256, 256], "scale": 1.0}
 
 
 def test_parsed_stages_pass_through():
@@ -270,7 +309,7 @@ def test_an_instance_passes_through_and_a_non_mapping_does_not():
 
 def test_defaults_live_in_the_dataclasses():
     """The dump of a minimal recipe is exactly the dataclasses' defaults."""
-    recipe = parse(Recipe, {"env": {"id": "e"}, "agent": {"id": "a"}, "stages": ["finetune"]})
+    recipe = parse(Recipe, {"env": {"id": "e"}, "agent": {"id": "gaussian"}, "stages": ["finetune"]})
     plain = yaml.safe_load(dump_recipe(recipe))
     defaults: dict[str, Any] = config.to_plain(Finetune.Config())
     assert plain["stages"] == [{"finetune": defaults}]

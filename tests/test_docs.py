@@ -1,5 +1,6 @@
 """What the docs show works: the plug-in page is run as it stands, in a process of its own."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -7,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from embodied_rft import registry
+from embodied_rft.config import parse, to_plain
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
@@ -66,3 +71,22 @@ def test_a_wrong_option_of_a_plugin_is_named(project):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("kind", ["agent", "objective", "stage"])
+def test_the_options_of_every_plugin_survive_the_dump(kind):
+    """A run's recipe.yaml holds all defaults, and reading it gives the same run."""
+    checked = 0
+    for id in registry.known(kind):
+        config = getattr(registry.find(kind, id), "Config", None)
+        required = config and [f.name for f in dataclasses.fields(config) if is_required(f)]
+        if config is None or required:
+            continue
+        text = yaml.safe_dump(to_plain(config()))
+        assert parse(config, yaml.safe_load(text), id) == config(), id
+        checked += 1
+    assert checked > 2
+
+
+def is_required(field):
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
