@@ -114,9 +114,7 @@ class PegInsertTask(Task):
     """
 
     num_substeps = 20
-    control_spec = (
-        mujoco.mjtState.mjSTATE_CTRL | mujoco.mjtState.mjSTATE_MOCAP_POS | mujoco.mjtState.mjSTATE_MOCAP_QUAT
-    )
+    control_spec = mujoco.mjtState.mjSTATE_CTRL | mujoco.mjtState.mjSTATE_MOCAP_POS | mujoco.mjtState.mjSTATE_MOCAP_QUAT
     instruction = "insert the peg into the hole"
     cameras: Mapping[str, Camera] = {
         "front": Camera(lookat=(0.29, 0.0, 0.06), distance=0.45, azimuth=150.0, elevation=-25.0),
@@ -241,14 +239,14 @@ class PegInsertDemonstrator:
     for_env = (ENV_ID,)
 
     def __init__(
-        self, *, noise: float = 0.0, gain: float = 1.5, tolerance: float = 0.0008, funnel: float = 1.0
+        self, *, noise: float = 0.0, gain: float = 2.0, tolerance: float = 0.0006, funnel: float = 1.0
     ) -> None:
         if not noise >= 0:
             raise ValueError(f"noise is {noise!r}; expected a standard deviation >= 0, for example 0.4")
         self.noise, self.gain, self.tolerance, self.funnel = noise, gain, tolerance, funnel
 
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-        """Actions [K, 4] float32 for observations {"observation": [K, 18]}; `rng` is drawn from only if there is noise."""
+        """Actions [K, 4] float32 for {"observation": [K, 18]}; `rng` is drawn from only if there is noise."""
         delta = np.asarray(observation["observation"], dtype=np.float64)[:, :4] * OBSERVATION_UNITS[:4]
         height = -delta[:, 2]  # of the peg above the block
         error = np.sqrt(delta[:, 0] ** 2 + delta[:, 1] ** 2) + PEG_HALF_WIDTH * np.abs(delta[:, 3])

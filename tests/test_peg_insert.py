@@ -126,6 +126,19 @@ def test_reset_options_place_the_hole_and_the_peg_and_keep_the_rest():
     env.close()
 
 
+def test_what_is_drawn_is_what_is_simulated():
+    env = PegInsertEnv()
+    env.reset(seed=3)
+    data = mujoco.MjData(env.task.model)
+    env.task.place(data, env.simulation.physics[0], env.simulation.goal[0])
+    x, y, yaw = env.simulation.goal[0]
+    np.testing.assert_allclose(data.body("hole").xpos, [x, y, 0], atol=1e-12)
+    np.testing.assert_allclose(data.body("hole").xmat[[0, 3]], [np.cos(yaw), np.sin(yaw)], atol=1e-12)
+    bottom = peg_insert.pose_of(env.simulation.physics[:, 1:5])[0, :3]
+    np.testing.assert_allclose(data.geom("peg").xpos, bottom + [0, 0, 0.025], atol=1e-12)
+    env.close()
+
+
 # ---- one physics in every form
 
 
@@ -304,7 +317,7 @@ def test_noise_hurts_and_a_tighter_hole_is_not_easier():
     seeds = list(range(100, 220))
     loose, default, tight = (succeed(0.4, seeds, clearance=c).mean() for c in (0.005, 0.0015, 0.0005))
     assert loose > default + 0.1 and default > tight + 0.1
-    assert 0.2 < default < 0.65 and succeed(0.8, seeds).mean() < default
+    assert 0.15 < default < 0.6 and succeed(0.8, seeds).mean() < default
 
 
 def test_demonstrator_noise_is_drawn_from_the_generator_it_is_given():
