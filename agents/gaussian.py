@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import gymnasium as gym
+import numpy as np
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -100,6 +101,12 @@ class GaussianPolicy(nn.Module):
         u = trace["u"] if "u" in trace else self.head.unsquash(self.scale.from_env(action))
         log_prob, entropy = self.head.log_prob(self.encoder(observation), u)
         return log_prob[:, None], entropy[:, None]
+
+    @torch.no_grad()
+    def retrace(self, observation: Tree, action: np.ndarray) -> dict[str, np.ndarray]:
+        """The trace of decisions that something else took: arrays [T, ...] in and out."""
+        scaled = self.scale.from_env(torch.as_tensor(action, dtype=torch.float32, device=self.scale.center.device))
+        return {"u": self.head.unsquash(scaled).cpu().numpy()}
 
     def rsample(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Reparametrised action [B, A] and its log-probability [B]."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import gymnasium as gym
+import numpy as np
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -143,6 +144,13 @@ class ResidualPolicy(nn.Module):
     def _raw_of(self, action: Tensor, base: Tensor) -> Tensor:
         correction = (self.scale.from_env(action) - base) / self.config.scale
         return self.head.unsquash(correction.clamp(-1, 1))
+
+    @torch.no_grad()
+    def retrace(self, observation: Tree, action: np.ndarray) -> dict[str, np.ndarray]:
+        """The trace of decisions [T] that something else took; "base_action" for all T + 1 observations."""
+        base = self.base_action(observe(observation, self))
+        taken = torch.as_tensor(action, dtype=torch.float32, device=base.device)
+        return {"u": self._raw_of(taken, base[: len(taken)]).cpu().numpy(), "base_action": base.cpu().numpy()}
 
     def rsample(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Reparametrised action [B, A] and the log-probability [B] of its correction."""

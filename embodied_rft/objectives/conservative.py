@@ -86,7 +86,10 @@ def conservative_penalty(
 def propose(agent: Agent, batch: Batch, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Uniform actions, the policy's at this and at the next observation, with the log-density of each.
 
-    Returns (actions [3 count, B, A], log-densities [3 count, B]). Densities are measured in [-1, 1]^A units. A deterministic policy has none; it counts as uniform.
+    Densities are measured in [-1, 1]^A units. A deterministic policy has none; it counts as uniform.
+
+    Returns:
+        (actions [3 count, B, A], log-densities [3 count, B]).
     """
     uniform_density = -agent.action_dim * float(np.log(2.0))
     scale = ActionScale(agent.spaces.action).to(agent.device)
