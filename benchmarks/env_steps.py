@@ -124,8 +124,8 @@ def competitors(seconds: float) -> tuple[dict[str, Callable[[], float]], list[An
     }
     sb3 = {
         "SB3 DummyVecEnv(8)": DummyVecEnv([make_official] * 8),
-        "SB3 SubprocVecEnv(2)": SubprocVecEnv([make_official] * 2),
-        "SB3 SubprocVecEnv(8)": SubprocVecEnv([make_official] * 8),
+        "SB3 SubprocVecEnv(2)": SubprocVecEnv([make_official] * 2, start_method="fork"),
+        "SB3 SubprocVecEnv(8)": SubprocVecEnv([make_official] * 8, start_method="fork"),
     }
     runs: dict[str, Callable[[], float]] = {
         BOUND: lambda: bound_rate(official, EPISODE * max(1, round(seconds * 40))),
