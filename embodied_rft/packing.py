@@ -124,7 +124,7 @@ def split_by_cost(batch: Batch, *, budget: float, cost: Cost | None = None) -> l
     return [batch.take(rows) for rows in plan]
 
 
-def buckets(lengths: np.ndarray, *, overhead: float = 64.0) -> list[np.ndarray]:
+def buckets(lengths: np.ndarray, *, overhead: float = 24.0) -> list[np.ndarray]:
     """Rows to pad to one length: the partition that minimises padded tokens plus `overhead` tokens a bucket.
 
     Exact, by dynamic programming over the sorted distinct lengths.

@@ -117,7 +117,7 @@ def run(decoder: nn.Module, ids: Tensor, *, cache: Cache | None, mask: Tensor | 
 
 
 def reply_states(
-    decoder: nn.Module, prompts: Ragged, replies: Ragged, *, num_layers: int, share: bool = True, overhead: float = 64.0
+    decoder: nn.Module, prompts: Ragged, replies: Ragged, *, num_layers: int, share: bool = True, overhead: float = 24.0
 ) -> Tensor:
     """[sum of reply lengths, H]: the state from which each reply token is predicted, in the order of `replies.values`.
 
@@ -133,13 +133,10 @@ def reply_states(
         overhead: cost of a further call of the decoder, in tokens.
     """
     device = next(decoder.parameters()).device
-    first, kind = distinct_rows(prompts)
-    counts = np.bincount(kind, minlength=len(first))
-    nonempty = replies.lengths > 0
-    shared = nonempty & (counts[kind] > 1) & share
+    first, kind, shared = _plan(prompts, replies, share, overhead)
     states: list[Tensor] = []
     places: list[np.ndarray] = []
-    for rows in _split(np.flatnonzero(nonempty & ~shared), prompts.lengths + replies.lengths, overhead):
+    for rows in _split(np.flatnonzero((replies.lengths > 0) & ~shared), prompts.lengths + replies.lengths, overhead):
         states.append(_dense(decoder, prompts.take(rows), replies.take(rows)))
         places.append(_places(replies, rows))
     wanted = np.unique(kind[shared])
@@ -168,7 +165,19 @@ def reply_states(
     return torch.cat(states)[torch.from_numpy(inverse).to(device)]
 
 
-def prompt_states(decoder: nn.Module, prompts: Ragged, *, overhead: float = 64.0) -> Tensor:
+def _plan(prompts: Ragged, replies: Ragged, share: bool, overhead: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(a row of each distinct prompt [D], the prompt of every row [B], which rows share theirs [B] bool)."""
+    first, kind = distinct_rows(prompts)
+    answered = replies.lengths > 0
+    counts = np.bincount(kind[answered], minlength=len(first))
+    shared = answered & (counts[kind] > 1) & share
+    saved = (np.maximum(counts - 1, 0) * prompts.lengths[first]).sum()
+    if saved <= 2 * overhead:  # two more calls of the decoder cost more than they save
+        shared[:] = False
+    return first, kind, shared
+
+
+def prompt_states(decoder: nn.Module, prompts: Ragged, *, overhead: float = 24.0) -> Tensor:
     """[B, H]: the last state of every prompt, each distinct one computed once."""
     device = next(decoder.parameters()).device
     first, kind = distinct_rows(prompts)
@@ -199,11 +208,9 @@ def _places(replies: Ragged, rows: np.ndarray, *, skip: int = 0) -> np.ndarray:
     return np.concatenate([np.arange(replies.offsets[row] + skip, replies.offsets[row + 1]) for row in rows])
 
 
-def computed_tokens(prompts: Ragged, replies: Ragged, *, share: bool = True, overhead: float = 64.0) -> int:
+def computed_tokens(prompts: Ragged, replies: Ragged, *, share: bool = True, overhead: float = 24.0) -> int:
     """Tokens that `reply_states` sends through the decoder, padding included."""
-    first, kind = distinct_rows(prompts)
-    counts = np.bincount(kind, minlength=len(first))
-    shared = (replies.lengths > 0) & (counts[kind] > 1) & share
+    first, kind, shared = _plan(prompts, replies, share, overhead)
     dense = prompts.lengths + replies.lengths - 1
     rows = np.flatnonzero((replies.lengths > 0) & ~shared)
     total = sum(len(part) * int(dense[part].max()) for part in _split(rows, dense, overhead))
