@@ -50,7 +50,7 @@ def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
-        save_file(arrays, temporary, metadata={"format": FORMAT, "description": json.dumps(description)})
+        save_file(arrays, temporary, metadata={FORMAT: json.dumps(description)})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -72,12 +72,12 @@ def read_trajectories(path: str | Path, *, schema: Schema | None = None) -> list
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if FORMAT not in metadata:
                 raise ValueError(f"{path} is a safetensors file, but not one of demonstrations. {HELP}")
             arrays = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"demonstration file {path} is truncated or damaged ({error}). {HELP}") from None
-    description = json.loads(metadata["description"])
+    description = json.loads(metadata[FORMAT])
     lengths = description["lengths"]
     columns = {name: _unpack(name, kind, arrays) for name, kind in description["columns"].items()}
     ends = np.cumsum(lengths)
