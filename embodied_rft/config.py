@@ -19,7 +19,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, ValidationInfo, WrapValidator
@@ -115,7 +115,7 @@ class EnvConfig:
 
     id: str  # Gymnasium id
     num_envs: int = 64  # environments stepped together
-    pool: str = "auto"  # native batch, in-process or worker processes: a name that `pool.make_pool` knows
+    pool: Literal["auto", "native", "sync", "workers"] = "auto"  # see `pool.make_pool`
     num_workers: int | None = None  # worker processes; None: one for each core
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the environment
 
