@@ -75,7 +75,10 @@ def test_fresh_reads_each_decision_once_per_epoch(groups, batch_size, whole, shu
     assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
     assert np.bincount(np.concatenate(parts), minlength=buffer.size).tolist() == [2, 0] * len(groups)
     group_of = dict(zip(buffer.rows().tolist(), groups, strict=True))
-    for epoch in (parts[: len(parts) // 2], parts[len(parts) // 2 :]):
+    read = np.cumsum([len(p) for p in parts])  # epochs may be cut into different numbers of batches
+    middle = int(np.searchsorted(read, len(groups))) + 1
+    assert read[middle - 1] == len(groups)
+    for epoch in (parts[:middle], parts[middle:]):
         if not whole:
             assert [len(p) for p in epoch[:-1]] == [batch_size] * (len(epoch) - 1) and len(epoch[-1]) <= batch_size
             continue
@@ -86,7 +89,7 @@ def test_fresh_reads_each_decision_once_per_epoch(groups, batch_size, whole, shu
             for label in set(labels) - {-1}:
                 assert homes.setdefault(label, number) == number, "a group was torn"
     if not shuffle and not whole:
-        assert np.concatenate(parts[: len(parts) // 2]).tolist() == buffer.rows().tolist()
+        assert np.concatenate(parts[:middle]).tolist() == buffer.rows().tolist()
 
 
 def test_shuffling_changes_the_order():
