@@ -47,7 +47,7 @@ def train(
     changes = [*overrides, *([] if seed is None else [f"seed={seed}"])]
     loaded = load_recipe(recipe, changes)
     folder = run or Path("runs") / (loaded.name if seed is None else f"{loaded.name}-seed{seed}")
-    write_run_facts(folder)
+    write_run_facts(folder, ["erft", "train", recipe, *changes, "--run", str(folder)])
     train_recipe(loaded, folder, quiet=quiet, report=False)
     print(f"report: {write_report(folder)}")
 

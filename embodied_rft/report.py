@@ -20,7 +20,6 @@ import importlib.resources
 import json
 import shlex
 import string
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,18 +37,17 @@ from embodied_rft.log import METRICS, read_records, write_json
 INSTALL_GL = "Install a GL library (Debian, Ubuntu: apt-get install libegl1 libegl-mesa0) and run erft doctor."
 
 
-def write_run_facts(folder: str | Path, command: list[str] | None = None) -> None:
+def write_run_facts(folder: str | Path, command: Sequence[str]) -> None:
     """Write run.json at a run's start: command, commit, machine, versions. A resumed run keeps the first one."""
     path = Path(folder) / "run.json"
     if not path.exists():
-        write_json(path, run_facts(command))
+        write_json(path, {"command": shlex.join(command)} | run_facts())
 
 
-def run_facts(command: list[str] | None = None) -> dict[str, Any]:
-    """What a number needs beside it to be repeated."""
-    words = command or ["erft", *sys.argv[1:]]
+def run_facts() -> dict[str, Any]:
+    """What a number needs beside it to be repeated, as far as it can be found out here."""
     started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return {"command": shlex.join(words), "commit": doctor.code_version(), "started": started, **doctor.machine_facts()}
+    return {"commit": doctor.code_version(), "started": started, **doctor.machine_facts()}
 
 
 @dataclass

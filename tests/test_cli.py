@@ -97,7 +97,10 @@ def test_train_passes_everything_on_and_names_the_report(recipe, session, tmp_pa
     assert capsys.readouterr().out == "report: there/report.html\n"
     assert (tmp_path / "there" / "report.html").is_file()
     facts = json.loads((tmp_path / "there" / "run.json").read_text())
-    assert facts["command"].startswith("erft ") and facts["versions"]["torch"]
+    assert (
+        facts["command"] == "erft train mine.yaml env.num_envs=3 'agent.hidden=[8]' seed=5 --run there"
+        and facts["versions"]["torch"]
+    )
 
 
 def test_the_default_folder_follows_name_and_seed(recipe, session):
