@@ -1,4 +1,4 @@
-"""How learning tests run: real buffer, learner and collector on toy tasks; trained on training seeds, judged on others."""
+"""How learning tests run: real buffer, learner and collector; trained on training seeds, judged on held-out ones."""
 
 import numpy as np
 import pytest
