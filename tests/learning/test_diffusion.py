@@ -1,4 +1,4 @@
-"""Chunk policies learn: two-mode imitation, PPO through the chain, steering, residual on a queued base; twins do not."""
+"""Chunk policies learn: two-mode imitation, PPO through the chain, steering, queued residual; broken twins do not."""
 
 import numpy as np
 import pytest
