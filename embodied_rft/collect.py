@@ -137,11 +137,10 @@ class Collector:
         result = self.pool.step(taken.action)
         active = self.episode >= 0
         valid = active & result.valid
+        chosen, observation, kept = np.arange(self.pool.num_envs), self.observation, taken
         if not valid.all():
             chosen = np.flatnonzero(valid)
-            observation, kept = take_rows(self.observation, chosen), take_decisions(taken, chosen)
-        else:
-            chosen, observation, kept = np.arange(self.pool.num_envs), self.observation, taken
+            observation, kept = take_rows(observation, chosen), take_decisions(taken, chosen)
         recording.calls.append(
             (
                 "add",

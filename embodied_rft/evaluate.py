@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from embodied_rft.collect import Act
-from embodied_rft.pool import Pool
+from embodied_rft.pool import Pool, StepResult
 from embodied_rft.seeding import evaluation_seed
 
 
@@ -46,6 +46,22 @@ class Evaluation:
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of the success rate."""
         return wilson_interval(sum(self.results), self.episodes)
+
+    def record(self, episode: int, result: StepResult, env: int) -> None:
+        """Count one step of an episode that runs in environment `env`."""
+        self.returns[episode] += float(result.reward[env])
+        self.lengths[episode] += 1
+        success = result.info.get("success")
+        self.results[episode] = success is not None and bool(success[env])
+
+    def forget(self, episode: int, max_retries: int) -> None:
+        """Start an episode again that its environment broke; RuntimeError when it broke it too often."""
+        self.invalid += 1
+        self.returns[episode], self.lengths[episode] = 0.0, 0
+        tries = self.extra.setdefault("broken", {})
+        tries[str(episode)] = tries.get(str(episode), 0) + 1
+        if tries[str(episode)] > max_retries:
+            raise RuntimeError(f"the environment failed {tries[str(episode)]} times on evaluation seed {self.seeds[episode]}")
 
     def to_json(self) -> dict[str, Any]:
         """The content of `evaluations/*.json` in a run folder."""
@@ -98,7 +114,6 @@ def evaluate(
     count = len(seeds)
     outcome = Evaluation([int(s) for s in seeds], [False] * count, [0.0] * count, [0] * count, name=name)
     waiting = list(range(count))[::-1]
-    tries = np.zeros(count, dtype=np.int64)
     running = np.full(pool.num_envs, -1, dtype=np.int64)  # index of the episode in each environment
     current = np.full(pool.num_envs, seeds[0] if count else evaluation_seed(0), dtype=np.int64)
     observation: Any = None
@@ -118,21 +133,12 @@ def evaluate(
         for env in np.flatnonzero(running >= 0):
             episode = int(running[env])
             if not result.valid[env]:
-                tries[episode] += 1
-                outcome.invalid += 1
-                if tries[episode] > max_retries:
-                    raise RuntimeError(f"the environment failed {tries[episode]} times on evaluation seed {seeds[episode]}")
-                outcome.returns[episode], outcome.lengths[episode] = 0.0, 0
+                outcome.forget(episode, max_retries)
                 waiting.append(episode)
-                running[env] = -1
-                continue
-            outcome.returns[episode] += float(result.reward[env])
-            outcome.lengths[episode] += 1
-            if result.terminated[env] or result.truncated[env]:
-                success = result.info.get("success")
-                outcome.results[episode] = bool(success[env]) if success is not None else False
-                running[env] = -1
-                ended += 1
+            else:
+                outcome.record(episode, result, int(env))
+                ended += int(over[env])
+        running[over] = -1
         if progress is not None:
             progress(ended, sum(outcome.results))
     outcome.seconds = time.perf_counter() - started

@@ -49,7 +49,7 @@ def roll_out(act: Act, env_id: str, options: dict[str, Any], seed: int) -> tuple
     pool = VectorPool(vector, purpose="evaluation")
     try:
         observation = pool.reset(np.array([seed]))
-        frames = [vector.envs[0].render()]
+        frames: list[Any] = [vector.envs[0].render()]
         while True:
             result = pool.step(act(observation).action)
             observation = result.observation

@@ -33,12 +33,16 @@ def register(kind: str, id: str) -> Callable[[T], T]:
 
     def add(target: T) -> T:
         known = _tables[kind].get(id)
-        if known is not None and (known.__module__, known.__qualname__) != (target.__module__, target.__qualname__):
+        if known is not None and _name(known) != _name(target):
             raise ValueError(f"{kind} {id!r} is registered twice: {known!r} and {target!r}. Choose another id.")
         _tables[kind][id] = target
         return target
 
     return add
+
+
+def _name(target: Any) -> tuple[str, str]:
+    return target.__module__, target.__qualname__
 
 
 def find(kind: str, id: str) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from embodied_rft.data import Decisions, Source, Tree
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.log import Logger, write_json
-from embodied_rft.pool import Pool, make_pool
+from embodied_rft.pool import Pool, Purpose, make_pool
 from embodied_rft.seeding import spawn_generator
 
 Path_ = tuple[int, ...]
@@ -67,7 +67,7 @@ class Session:
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
-    def pool(self, purpose: str) -> Pool:
+    def pool(self, purpose: Purpose) -> Pool:
         """The environments for "training" or "evaluation", made once."""
         if purpose not in self._pools:
             env = self.recipe.env
@@ -120,10 +120,10 @@ class Session:
         if old.num_pinned:
             self.buffer.pin()
 
-    def make_objective(self, value: str | dict[str, Any]) -> Any:
-        """The objective that a stage names, with its networks set up on the agent."""
-        options = {"id": value} if isinstance(value, str) else dict(value)
-        id = options.pop("id", "")
+    def make_objective(self, spec: dict[str, Any]) -> Any:
+        """The objective {"id": ..., options} that a stage names, with its networks set up on the agent."""
+        options = dict(spec)
+        id = options.pop("id")
         config = validate_plugin_config("objective", id, options)
         self.objective = registry.find("objective", id)(config)
         self.objective.setup(self.agent, self.generator("setup"))

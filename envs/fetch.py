@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import mujoco
@@ -103,8 +104,10 @@ class _Scene:
 def _scene(name: str) -> _Scene:
     """Compile the official model with our sensors and drive the arm to its start as the official environment does."""
     variant = VARIANTS[name]
-    path = resources.files("gymnasium_robotics") / "envs" / "assets" / "fetch" / variant.model
-    spec = mujoco.MjSpec.from_file(str(path))
+    package = find_spec("gymnasium_robotics")  # only its files: importing it registers and prints what nobody asked for
+    if package is None or package.origin is None:
+        raise ValueError("the model files of Fetch come with gymnasium-robotics, which is not installed: pip install gymnasium-robotics")
+    spec = mujoco.MjSpec.from_file(str(Path(package.origin).parent / "envs" / "assets" / "fetch" / variant.model))
     _add_sensors(spec, variant.has_object)
     _add_wrist_camera(spec)
     model = spec.compile()
@@ -325,6 +328,7 @@ class FetchEnv(ManipulationEnv):
 
     def __init__(self, name: str, *, reward_type: str = "sparse", **options: Any) -> None:
         super().__init__(FetchTask(name, reward_type=reward_type), **options)
+        self.official_id = f"gymnasium_robotics:Fetch{name}-v4"  # what this reproduces
 
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
         """The reward for other goals, [...] for points [..., 3] (hindsight relabelling); `info` is not used."""

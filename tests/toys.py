@@ -36,13 +36,13 @@ class SeedPool:
         broken = np.array([s in self.break_once or s in self.break_always for s in self.seeds])
         self.break_once -= set(self.seeds[broken].tolist())
         self.over = terminated | broken
-        success = terminated & (self.seeds % 3 == 0)
-        return StepResult(
-            self._observe(), np.ones(self.num_envs, np.float32), terminated & ~broken, broken, {"success": success}, ~broken
-        )
+        reward, info = np.ones(self.num_envs, np.float32), {"success": terminated & (self.seeds % 3 == 0)}
+        return StepResult(self._observe(), reward, terminated & ~broken, broken, info, ~broken)
 
     def get_state(self):
-        return {"seeds": self.seeds.copy(), "steps": self.steps.copy(), "over": self.over.copy()} if self.can_save else None
+        if not self.can_save:
+            return None
+        return {"seeds": self.seeds.copy(), "steps": self.steps.copy(), "over": self.over.copy()}
 
     def set_state(self, state):
         self.seeds, self.steps, self.over = (state[k].copy() for k in ("seeds", "steps", "over"))

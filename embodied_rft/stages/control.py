@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from embodied_rft.config import StageSpec, parse_stages
+from embodied_rft.config import Stages, StageSpec
 from embodied_rft.registry import register
 from embodied_rft.stages.experience import STRICT
 
@@ -24,7 +24,7 @@ class Repeat:
         """How often, and what."""
 
         times: int
-        stages: list[dict[str, Any]]
+        stages: Stages
 
     def __init__(self, config: Any, path: tuple[int, ...]) -> None:
         self.config, self.path = config, path
@@ -32,4 +32,4 @@ class Repeat:
     def expand(self) -> Iterator[tuple[tuple[int, ...], list[StageSpec]]]:
         """The body once for every round, each round under a path of its own."""
         for round in range(self.config.times):
-            yield (*self.path, round), parse_stages(self.config.stages)
+            yield (*self.path, round), self.config.stages

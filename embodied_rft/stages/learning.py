@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from embodied_rft.agent import wrap_policy
 from embodied_rft.collect import Recording
+from embodied_rft.config import plugin_spec, validate_plugin_config
 from embodied_rft.data import Decisions, Tree
 from embodied_rft.learner import LearnerConfig
 from embodied_rft.plans import Replay
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
     from embodied_rft.session import Session
 
 
-def name_of(objective: str | dict[str, Any]) -> str:
-    """The id in `objective: sac` or `objective: {id: sac, ...}`."""
-    return objective if isinstance(objective, str) else str(objective.get("id", ""))
-
-
 @register("stage", "pretrain")
 class Pretrain(Stage):
     """Gradient steps on what the buffer holds, without new experience."""
@@ -40,7 +36,7 @@ class Pretrain(Stage):
     class Config:
         """What to learn, and for how long."""
 
-        objective: str | dict[str, Any]
+        objective: Annotated[dict[str, Any], plugin_spec("objective")]
         updates: int = 1_000
         batch_size: int = 256
         offline_share: float | None = None  # share of each batch from demonstrations and offline data; None: uniform
@@ -54,7 +50,7 @@ class Pretrain(Stage):
     def title(self) -> str:
         """How the report names this stage."""
         parts = f" ({', '.join(self.config.only)} only)" if self.config.only else ""
-        return f"pretrain: {name_of(self.config.objective)}{parts}"
+        return f"pretrain: {self.config.objective['id']}{parts}"
 
     def prepare(self, session: Session) -> None:
         """The objective's networks."""
@@ -102,7 +98,7 @@ class Finetune(Stage):
     class Config:
         """What to learn, from how much experience."""
 
-        objective: str | dict[str, Any]
+        objective: Annotated[dict[str, Any], plugin_spec("objective")]
         decisions: int = 100_000
         decisions_per_iteration: int | None = None  # None: 50 for each environment
         updates_per_decision: float = 1 / 16  # replayed objectives only
@@ -118,7 +114,7 @@ class Finetune(Stage):
     @property
     def title(self) -> str:
         """How the report names this stage."""
-        return f"finetune: {name_of(self.config.objective)}"
+        return f"finetune: {self.config.objective['id']}"
 
     def prepare(self, session: Session) -> None:
         """The objective's networks."""
@@ -238,6 +234,9 @@ class Adapt(Stage):
 
         with_: str = "residual"  # written `with`: an agent id that takes a base
         options: dict[str, Any] = field(default_factory=dict)
+
+        def __post_init__(self) -> None:
+            validate_plugin_config("agent", self.with_, {"base": {"id": "gaussian"}, **self.options}, path="adapt.options")
 
     @property
     def title(self) -> str:
