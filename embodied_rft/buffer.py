@@ -136,27 +136,22 @@ class Buffer:
             ValueError: wrong keys, shapes or dtypes; NaN or infinity; a stream whose ended episode was not closed.
         """
         streams = np.asarray(streams)
-        state = self._streams.states(streams)
-        if state[:, Streams.ENDED].any():
-            stream = streams[state[:, Streams.ENDED] > 0][0]
-            raise ValueError(f"the episode of stream {stream} has ended: close() it before its next decision")
+        state = self._streams.states(streams, running=True)
         values = check_decisions(self.schema, streams, observation, decisions, reward)
-        flags = per_row(len(streams), terminated=terminated, truncated=truncated)
-        end = np.where(flags["terminated"], TERMINATED, np.where(flags["truncated"], TRUNCATED, 0))
+        numbers = {"group": group, "seed": seed, "version": version, "source": source}
+        numbers |= {"terminated": terminated, "truncated": truncated} | ({} if step is None else {"step": step})
+        given = per_row(len(streams), numbers)
+        end = np.where(given["terminated"], TERMINATED, np.where(given["truncated"], TRUNCATED, 0))
         values["continues/"] = end != TERMINATED
-        given = per_row(len(streams), group=group, version=version, source=source, seed=seed)
 
-        new = state[:, Streams.ROW] < 0
-        state[new, Streams.EPISODE] = self._episodes + np.arange(new.sum())
-        self._episodes += int(new.sum())
-        counted = np.where(new, 0, state[:, Streams.STEP] + 1)
-        state[:, Streams.STEP] = per_row(len(streams), step=counted if step is None else step)["step"]
+        self._episodes += self._streams.advance(state, self._episodes)
+        state[:, Streams.STEP] = given.get("step", state[:, Streams.STEP])
         given |= {"episode": state[:, Streams.EPISODE], "step": state[:, Streams.STEP]}
         book = tuple(given[name] for name in BOOKKEEPING)
         rows = self._store(len(streams), values, book, end, unknown=None)
         self._link(state, rows)
         state[:, Streams.ROW], state[:, Streams.ENDED] = rows, end > 0
-        state[:, Streams.SERIAL] = np.arange(self._ring.written - len(rows), self._ring.written)
+        state[:, Streams.SERIAL] = self._ring.written - len(rows) + np.arange(len(rows))
         self._streams.table[streams] = state
         return rows
 

@@ -30,7 +30,6 @@ STORED_AS = {name: name for name in ("float16", "float32", "bool", "uint8", "int
 BOOKKEEPING = ("group", "episode", "step", "version", "source", "seed")  # int64 columns of every buffer
 BOOKKEEPING_BYTES = len(BOOKKEEPING) * 8 + 8 + 2  # a row: columns, next row, flags
 KINDS = ("dense", "ragged", "images")
-PARALLEL_BYTES = 2048  # rows at least this long are copied by several threads (torch), shorter ones by one (numpy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,6 @@ class DenseColumns:
             widths[dtype] = widths.get(dtype, 0) + math.prod(column.shape)
         # np.zeros takes pages only when they are first written.
         self.matrices = {dtype: np.zeros((capacity, width), dtype) for dtype, width in widths.items()}
-        self._tensors = {dtype: torch.from_numpy(matrix) for dtype, matrix in self.matrices.items()}
         self.places: dict[str, tuple[str, _Place]] = {}
         self._now: dict[str, list[_Place]] = {dtype: [] for dtype in widths}
         self._next: dict[str, list[_Place]] = {}
@@ -123,8 +121,8 @@ class DenseColumns:
     def write(self, name: str, rows: np.ndarray | slice, values: Any) -> None:
         """Put values [B, *shape], or one scalar for all, into rows [B]."""
         dtype, place = self.places[name]
-        if np.ndim(values):
-            values = np.reshape(values, (len(values), place.stop - place.start))
+        if isinstance(values, np.ndarray) and values.ndim:
+            values = values.reshape(len(values), place.stop - place.start)
         self.matrices[dtype][rows, place.start : place.stop] = values
 
     def write_unknown(self, name: str, rows: np.ndarray | slice, value: float | None) -> None:
@@ -151,10 +149,8 @@ class DenseColumns:
         return sections
 
     def _gather(self, dtype: str, rows: np.ndarray) -> Tensor:
-        matrix = self.matrices[dtype]
-        if matrix.strides[0] >= PARALLEL_BYTES:
-            return torch.index_select(self._tensors[dtype], 0, torch.from_numpy(rows))
-        return torch.from_numpy(matrix.take(rows, 0, mode="clip"))  # "clip" is the mode that needs no second buffer
+        # On one thread, since physics may run on the others; "clip" is the mode that copies straight into the result.
+        return torch.from_numpy(self.matrices[dtype].take(rows, 0, mode="clip"))
 
 
 class RaggedColumn:

@@ -5,6 +5,7 @@ Knows fields and values, neither rows nor episodes. Everything is checked before
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ def check_decisions(
     }
 
 
-def per_row(count: int, **numbers: Any) -> dict[str, np.ndarray]:
+def per_row(count: int, numbers: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Each as an array: [count], or one number for all. Raises ValueError for other shapes."""
     arrays = {name: np.asarray(value) for name, value in numbers.items()}
     for name, array in arrays.items():
@@ -130,8 +131,10 @@ def _check_images(name: str, values: Any) -> Any:
 def check_finite(name: str, values: Any, streams: np.ndarray) -> None:
     """Raise ValueError if any number of [B, ...] is NaN or infinite, naming the first stream [B] with one."""
     array = values.values if isinstance(values, Ragged) else np.asarray(values)
-    # A sum is finite if its terms are, unless it overflows: only then every number is looked at.
-    if array.dtype.kind != "f" or np.isfinite(array.sum(dtype=np.float64)) or np.isfinite(array).all():
+    if array.dtype.kind != "f":
+        return
+    # The sum of squares is finite only if every number is; where it overflows, each number is looked at.
+    if math.isfinite(np.dot(flat := array.ravel(), flat)) or np.isfinite(array).all():
         return
     bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(1))[0]
     row = np.searchsorted(values.offsets, bad, side="right") - 1 if isinstance(values, Ragged) else bad

@@ -80,8 +80,8 @@ class Ring:
             self.side[rows] = 0
 
     def _count(self, rows: np.ndarray, sides: np.ndarray, change: int) -> None:
-        region = rows >= self.pinned
-        np.add.at(self._counts, (region.astype(np.intp), sides), change)
+        places = np.bincount(3 * (rows >= self.pinned) + sides, minlength=6)
+        self._counts += change * places.reshape(2, 3)
         self._index.clear()
 
     def pin(self) -> None:
@@ -133,7 +133,9 @@ class Ring:
         """
         if not count:
             return np.zeros(0, np.int64)
-        pinned, ring = (int(counts[[s for s in (ONLINE, OFFLINE) if s & side]].sum()) for counts in self._counts)
+        pinned, ring = (
+            online * (side & ONLINE) + offline * (side // OFFLINE) for _, online, offline in self._counts.tolist()
+        )
         low, high = 0 if pinned else self.pinned, self.size if ring else self.pinned
         if not pinned + ring:
             what = {ONLINE: "online experience", OFFLINE: "demonstrations or offline data", BOTH: "decisions"}[side]
@@ -178,11 +180,11 @@ class Streams:
     def __init__(self) -> None:
         self.table = np.zeros((0, 5), np.int64)
 
-    def states(self, streams: np.ndarray) -> np.ndarray:
+    def states(self, streams: np.ndarray, *, running: bool = False) -> np.ndarray:
         """A copy of the rows [N, 5] of the table.
 
         Raises:
-            ValueError: a negative or repeated stream number.
+            ValueError: a negative or repeated stream number; with `running`, an episode that ended and was not closed.
         """
         if streams.ndim != 1 or streams.dtype.kind not in "iu":
             raise ValueError(f"streams have shape {streams.shape} and dtype {streams.dtype}: expected [N] integers")
@@ -193,7 +195,19 @@ class Streams:
             empty = np.zeros((needed - len(self.table), 5), np.int64)
             empty[:, self.ROW] = -1
             self.table = np.concatenate([self.table, empty])
-        return self.table[streams]
+        states = self.table[streams]
+        if running and states[:, self.ENDED].any():
+            stream = streams[states[:, self.ENDED] > 0][0]
+            raise ValueError(f"the episode of stream {stream} has ended: close() it before its next decision")
+        return states
+
+    def advance(self, state: np.ndarray, first: int) -> int:
+        """One decision on, in place: new episodes, numbered from `first`, where none is open. Returns how many."""
+        new = state[:, self.ROW] < 0
+        count = int(np.count_nonzero(new))
+        state[:, self.STEP] = np.where(new, 0, state[:, self.STEP] + 1)
+        state[new, self.EPISODE] = np.arange(first, first + count)
+        return count
 
     def forget(self, streams: np.ndarray) -> None:
         """No episode is open any more."""
