@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
-from embodied_rft.agents.normalisation import Statistics
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 from embodied_rft import networks
 from embodied_rft.agent import ActionScale, observe, require_rng
+from embodied_rft.agents.normalisation import Statistics
 from embodied_rft.chunking import step_space
 from embodied_rft.data import Decisions, Field, Tree
 

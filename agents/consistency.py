@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import gymnasium as gym
 import torch
-from embodied_rft.agents.chunks import STRICT, ChainPolicy, ChunkConfig, Step
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agent import require_rng
+from embodied_rft.agents.chunks import STRICT, ChainPolicy, ChunkConfig, Step
 from embodied_rft.data import Tree
 from embodied_rft.registry import register
 

@@ -15,11 +15,11 @@ from typing import Literal
 
 import gymnasium as gym
 import torch
-from embodied_rft.agents.chunks import STRICT, ChainPolicy, ChunkConfig, Step
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agent import require_rng
+from embodied_rft.agents.chunks import STRICT, ChainPolicy, ChunkConfig, Step
 from embodied_rft.data import Tree
 from embodied_rft.registry import register
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import gymnasium as gym
 import torch
-from embodied_rft.agents.chunks import STRICT, ChainPolicy, chain_decisions, freeze, require_chain
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft import networks
 from embodied_rft.agent import build_policy, observe, require_rng
+from embodied_rft.agents.chunks import STRICT, ChainPolicy, chain_decisions, freeze, require_chain
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.registry import register
 

@@ -14,12 +14,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from embodied_rft.agents.chunks import STRICT, freeze
 from gymnasium import spaces
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft.agent import build_policy, observe
+from embodied_rft.agents.chunks import STRICT, freeze
 from embodied_rft.chunking import BASE_ACTION, ChunkBox
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.registry import register

@@ -263,9 +263,7 @@ def test_queued_pool_resumes_bit_for_bit(done):
 
 def test_residual_corrects_every_step_of_a_planned_chunk():
     agent = build_agent(BASE, *(reach().observation_space, reach().action_space), generator())
-    queued = wrap_policy("queued", agent, generator(1))
-    agent.policy = queued
-    agent.policy.spec = {"id": "queued", "base": BASE}
+    agent.policy = queued = wrap_policy("queued", agent, generator(1))
     residual = wrap_policy("residual", agent, generator(2), hidden=[32, 32], scale=0.2)
     assert find_planner(residual) is residual.base
     pool = QueuedPool(reach(num_steps=50), find_planner(residual))

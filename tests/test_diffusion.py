@@ -4,12 +4,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from embodied_rft.agents.diffusion import cosine_schedule
-from embodied_rft.agents.normalisation import Statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied_rft.agent import build_agent, build_policy, wrap_policy
+from embodied_rft.agents.diffusion import cosine_schedule
+from embodied_rft.agents.normalisation import Statistics
 from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.checks import check_policy
 from embodied_rft.chunking import ChunkBox
@@ -83,6 +83,20 @@ def test_ratios_of_the_first_epoch_are_one(spec):
 @each_spec
 def test_policy_contract(spec):
     check_policy(build(spec), STATE, ChunkBox(UNIT, horizon=4))
+
+
+@each_chain
+def test_policy_contract_with_images(spec):
+    image = gym.spaces.Box(0, 255, (16, 16, 3), np.uint8)
+    space = gym.spaces.Dict({"state": STATE, "image/front": image})
+    policy = build_policy({**spec, "num_image_features": 8}, space, ChunkBox(WIDE, horizon=4), generator())
+    check_policy(policy, space, ChunkBox(WIDE, horizon=4))
+
+
+@each_chain
+def test_a_space_of_single_steps_gives_the_same_policy(spec):
+    single, chunked = build_policy(spec, STATE, WIDE, generator()), build(spec, action_space=WIDE)
+    assert np.array_equal(*(p.act(observations(5), greedy=True).action for p in (single, chunked)))
 
 
 @each_chain
