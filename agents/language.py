@@ -45,7 +45,7 @@ class LanguageConfig:
     lora: LoraOptions = field(default_factory=LoraOptions)
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights; log-probabilities are always computed in fp32
     gradient_checkpointing: bool = False  # compute a layer twice instead of keeping its activations
-    token_chunk: int = 1024  # tokens whose logits exist at the same time
+    token_chunk: int | None = None  # tokens whose logits exist at the same time; None: 64 MB of them
     share_prefix: bool = True  # compute the prompt of a group once
 
     def __post_init__(self) -> None:

@@ -129,7 +129,7 @@ def generate(
             running, open_ = running[open_], open_[open_]
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=1)
-        hidden = run(decoder, token[:, None], cache=cache, mask=mask, first=position)[:, -1]
+        hidden = run(decoder, token[:, None], cache=cache, mask=mask, position=position[:, None])[:, -1]
         position = position + 1
     cut = np.zeros(len(prompts), dtype=bool)
     cut[running[open_]] = True

@@ -72,8 +72,8 @@ class Prompts:
         self.mask = None if bool((lengths == lengths[0]).all()) else mask  # [D, P]
         self.lengths = torch.from_numpy(lengths).to(device)  # [D]
         layers: list[Any] = [_Recorder() for _ in range(num_layers)]
-        first = self.lengths - mask.shape[1]  # the padding before a prompt has no position
-        self.hidden = run(decoder, ids, cache=Cache(layers=layers), mask=self.mask, first=first)
+        position = torch.arange(ids.shape[1], device=device) + (self.lengths - ids.shape[1])[:, None]
+        self.hidden = run(decoder, ids, cache=Cache(layers=layers), mask=self.mask, position=position)
         self.keys_values = [(layer.keys, layer.values) for layer in layers]
 
     def continue_with(self, replies: Ragged, member_of: np.ndarray) -> Tensor:
@@ -87,6 +87,9 @@ class Prompts:
         member = torch.from_numpy(member_of).to(device)
         counts = np.bincount(member_of, minlength=len(self.lengths))
         regular = bool((np.diff(member_of) >= 0).all()) and bool((counts == counts[0]).all())
+        members, width = int(counts[0]), int(replies.lengths.max())
+        if regular and 1 < members * width <= self.keys_values[0][0].shape[-2] and self._takes_any_mask():
+            return self._as_one_row(replies, members)
         layers: list[Any] = [
             _Prefix(keys, values, None if regular else member, len(member_of)) for keys, values in self.keys_values
         ]
@@ -95,22 +98,51 @@ class Prompts:
         mask = None
         if self.mask is not None:  # padding on the right needs no mask: nothing looks back at it
             mask = torch.cat([self.mask[member], torch.ones_like(ids, dtype=torch.bool)], dim=1)
-        return run(self.decoder, ids, cache=Cache(layers=layers), mask=mask, first=self.lengths[member])
+        position = self.lengths[member][:, None] + torch.arange(ids.shape[1], device=device)
+        return run(self.decoder, ids, cache=Cache(layers=layers), mask=mask, position=position)
+
+    def _takes_any_mask(self) -> bool:
+        config: Any = self.decoder.config
+        plain = "sliding_attention" not in (getattr(config, "layer_types", None) or ())
+        return plain and config._attn_implementation == "sdpa"  # takes masks of bool [rows, 1, tokens, past + tokens]
+
+    def _as_one_row(self, replies: Ragged, members: int) -> Tensor:
+        """The members of a group one after the other in one row, each seeing only itself and the prompt.
+
+        The prompt's keys are then read as they are, not copied for each member. That pays while a group's replies
+        together are not longer than its prompt: attention between members is computed and thrown away.
+        """
+        padded, _ = replies.pad(0)
+        width, num_prompts = padded.shape[1], len(self.lengths)
+        ids = torch.from_numpy(padded).to(self.lengths.device).view(num_prompts, members * width)
+        place = torch.arange(members * width, device=ids.device)
+        own = (place[:, None] >= place) & (place[:, None] // width == place // width)
+        past = self.keys_values[0][0].shape[-2]
+        before = own.new_ones((num_prompts, past)) if self.mask is None else self.mask
+        mask = torch.cat(
+            [before[:, None, None].expand(-1, 1, len(own), -1), own.expand(num_prompts, 1, -1, -1)], dim=-1
+        )
+        layers: list[Any] = [_Prefix(keys, values, None, num_prompts) for keys, values in self.keys_values]
+        position = self.lengths[:, None] + place % width
+        hidden = run(self.decoder, ids, cache=Cache(layers=layers), mask=mask, position=position)
+        return hidden.view(len(replies), width, -1)
 
 
-def run(decoder: nn.Module, ids: Tensor, *, cache: Cache | None, mask: Tensor | None, first: Tensor | None) -> Tensor:
+def run(
+    decoder: nn.Module, ids: Tensor, *, cache: Cache | None, mask: Tensor | None, position: Tensor | None
+) -> Tensor:
     """[rows, tokens, H]: the decoder's last hidden states.
 
     Args:
         decoder: a Hugging Face model without its output layer.
         ids: [rows, tokens] token ids.
         cache: keys and values that come before, and where new ones go.
-        mask: [rows, past + tokens] bool, False at padding; None: no padding on the left.
-        first: [rows] position of the first token, negative where it is padding; None: 0.
+        mask: [rows, past + tokens] bool, False at padding, or [rows, 1, tokens, past + tokens]; None: nothing is padded
+            on the left.
+        position: [rows, tokens] of the tokens in their text, negative at padding; None: 0, 1, ...
     """
-    position = None
-    if first is not None:
-        position = (first[:, None] + torch.arange(ids.shape[1], device=ids.device)).clamp_min_(0)
+    if position is not None:
+        position = position.clamp_min(0)
     # use_cache only asks for a cache when none is given, and checkpointing of layers refuses it.
     output = decoder(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=False)
     return output.last_hidden_state
@@ -195,7 +227,7 @@ def _dense(decoder: nn.Module, prompts: Ragged, replies: Ragged) -> Tensor:
     ids, mask = both.pad()
     position = np.arange(ids.shape[1])[None, :]
     scored = mask & (position >= prompts.lengths[:, None] - 1)
-    hidden = run(decoder, torch.from_numpy(ids).to(device), cache=None, mask=None, first=None)
+    hidden = run(decoder, torch.from_numpy(ids).to(device), cache=None, mask=None, position=None)
     return hidden[torch.from_numpy(scored).to(device)]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHUNK_ELEMENTS = 2**24  # logits that exist at the same time
 KEEP_ELEMENTS = 2**22  # probabilities kept for the backward pass (16 MB) instead of being computed again
 
 
@@ -36,7 +37,7 @@ class Head:
 
 
 def token_log_probs(
-    hidden: Tensor, targets: Tensor, head: Head, *, chunk: int = 1024, keep_elements: int = KEEP_ELEMENTS
+    hidden: Tensor, targets: Tensor, head: Head, *, chunk: int | None = None, keep_elements: int = KEEP_ELEMENTS
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target token and entropy of its distribution, [T] float32 each, differentiable.
 
@@ -44,14 +45,14 @@ def token_log_probs(
         hidden: [T, H], the state from which token t is predicted.
         targets: [T] int64, 0 <= target < V.
         head: the output layer; gradients flow into its weight and bias if they ask for them.
-        chunk: tokens whose logits exist at the same time (chunk * V * 4 bytes).
+        chunk: tokens whose logits exist at the same time (2 * chunk * V * 4 bytes); None: as many as fit into 128 MB.
         keep_elements: when T * V is at most this, the probabilities are kept, which saves the second computation.
 
     Example:
-        1000 tokens, a vocabulary of 150,000: plain logits and their gradient take 1.2 GB, chunks of 128 take 77 MB
-        each.
+        4096 tokens, a vocabulary of 150,000: plain logits take 2.5 GB, and their gradient as much; a chunk takes 64 MB.
     """
     weight, bias = head.weight, head.bias
+    chunk = chunk or max(64, CHUNK_ELEMENTS // len(weight))
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -143,9 +144,14 @@ def _chunks(count: int, size: int) -> list[slice]:
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log p [T, V], entropy [T])."""
-    log_p = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
-    return log_p, -torch.linalg.vecdot(log_p.exp(), log_p)
+    """(log p [T, V], entropy [T]); overwrites the logits, so that two matrices of this size exist, not four."""
+    if temperature != 1.0:
+        logits = logits.div_(temperature)
+    logits = logits.sub_(logits.amax(-1, keepdim=True))
+    p = logits.exp()
+    total = p.sum(-1, keepdim=True)
+    log_p = logits.sub_(total.log())
+    return log_p, -torch.linalg.vecdot(p.div_(total), log_p)
 
 
 def _logit_gradient(
