@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.token_loss import Head
 
 

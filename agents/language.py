@@ -17,13 +17,13 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-from embodied_rft.agents.causal_lm import CausalLM, LoraOptions, load_model
-from embodied_rft.agents.tiny_lm import TinyConfig
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft.agent import require_rng
+from embodied_rft.agents.causal_lm import CausalLM, LoraOptions, load_model
+from embodied_rft.agents.tiny_lm import TinyConfig
 from embodied_rft.data import Decisions, Field, Ragged, Tree
 from embodied_rft.registry import register
 

@@ -13,9 +13,9 @@ import time
 
 import numpy as np
 import torch
-from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
 
 from benchmarks.common import Results, arguments, finish, measure, table
+from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.data import Ragged
 from embodied_rft.prefix import reply_states
 from embodied_rft.token_loss import Head, plain_token_log_probs, token_log_probs

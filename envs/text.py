@@ -14,12 +14,13 @@ from typing import Any, NamedTuple, Protocol
 
 import gymnasium
 import numpy as np
-from embodied_rft.envs.batched import check_mask, spread_seeds
-from embodied_rft.envs.text_rewards import make_rule, overlong_penalty
 from gymnasium import spaces
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
+
+from embodied_rft.envs.batched import check_mask, spread_seeds
+from embodied_rft.envs.text_rewards import make_rule, overlong_penalty
 
 State = dict[str, np.ndarray]
 

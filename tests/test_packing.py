@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied_rft import packing, prefix
+from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.data import Batch, Ragged
 from embodied_rft.token_loss import Head, token_log_probs
 

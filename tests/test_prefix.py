@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied_rft import prefix
+from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.data import Ragged
 from embodied_rft.token_loss import Head, plain_token_log_probs, token_log_probs
 
@@ -74,6 +74,20 @@ def test_shared_gradient_equals_dense(decoder, overhead):
     assert (shared[1] - dense[1]).norm() < 1e-5 * dense[1].norm()
     again = states_and_gradient(decoder, prompts, replies, overhead=overhead)
     assert torch.equal(shared[0], again[0]) and torch.equal(shared[1], again[1])
+
+
+@pytest.mark.parametrize("prompt_lengths", [(40, 40), (40, 33)])
+def test_members_in_one_row_equal_dense(decoder, prompt_lengths, monkeypatch):
+    """Short replies of equal groups are computed in one row a group; there, too, nothing changes."""
+    prompts, replies = rows(np.random.default_rng(0), prompt_lengths, [0] * 4 + [1] * 4, [5, 3, 5, 2, 4, 5, 5, 5])
+    used = []
+    one_row = prefix.Prompts._as_one_row
+    monkeypatch.setattr(prefix.Prompts, "_as_one_row", lambda *args: used.append(1) or one_row(*args))
+    shared = states_and_gradient(decoder, prompts, replies)
+    assert used
+    dense = states_and_gradient(decoder, prompts, replies, share=False)
+    torch.testing.assert_close(shared[0], dense[0], rtol=0, atol=1e-5)
+    assert (shared[1] - dense[1]).norm() < 1e-5 * dense[1].norm()
 
 
 def test_a_wrong_prefix_is_noticed(decoder):

@@ -2,15 +2,15 @@
 
 import json
 
-import embodied_rft.envs.text  # noqa: F401
 import gymnasium
 import numpy as np
 import pytest
-from embodied_rft.envs import text_rewards as rules
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 
+import embodied_rft.envs.text  # noqa: F401
+from embodied_rft.envs import text_rewards as rules
 from embodied_rft.pool import make_pool
 from embodied_rft.registry import known
 from embodied_rft.seeding import evaluation_seed
