@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
 from embodied_rft.networks import polyak
+from embodied_rft.optimizer import AdamW
 from embodied_rft.registry import nearest
 
 Metrics = dict[str, float]
@@ -70,9 +71,9 @@ class Learner:
         self._every: Mapping[str, int] = getattr(objective, "every", {})
         self._metrics: dict[str, list[Tensor]] = {}
 
-    def _optimizer(self, name: str) -> torch.optim.Optimizer:
+    def _optimizer(self, name: str) -> AdamW:
         rate = self.config.learning_rates.get(name, self.config.learning_rate)
-        return torch.optim.AdamW(self.parameters[name], lr=rate, weight_decay=self.config.weight_decay, fused=True)
+        return AdamW(self.parameters[name], learning_rate=rate, weight_decay=self.config.weight_decay)
 
     @property
     def version(self) -> int:
@@ -113,12 +114,12 @@ class Learner:
         return [replace(b, notes=dict(b.notes)) for b in ([batch] if size is None else batch.split(size))]
 
     def _step(self, name: str, loss: Any, pieces: list[Batch], rng: torch.Generator) -> None:
-        parameters = self.parameters[name]
+        parameters, optimizer = self.parameters[name], self.optimizers[name]
         for piece in pieces:
             with self._autocast():
                 value, metrics = loss(self.agent, piece, rng)
             if not math.isfinite(value.item()):
-                self._clear(name)
+                optimizer.clear()
                 raise NonFiniteLossError(
                     f"loss {name!r} of update {self.updates} is {value.item()}; no weight of {name!r} was changed. "
                     "Look for extreme rewards or observations, or lower its learning rate."
@@ -129,18 +130,14 @@ class Learner:
         if self.config.clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
             if not math.isfinite(norm.item()):
-                self._clear(name)
+                optimizer.clear()
                 raise NonFiniteLossError(f"the gradient of loss {name!r} of update {self.updates} is not finite")
-        self.optimizers[name].step()
-        self._clear(name)
+        optimizer.step()
+        optimizer.clear()
         if name == "policy":
             self.agent.version += 1
             if self.averaged is not None:
                 self._average()
-
-    def _clear(self, name: str) -> None:
-        for parameter in self.parameters[name]:
-            parameter.grad = None
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.precision == "fp32":
@@ -186,7 +183,7 @@ class Learner:
         """Everything but the agent's weights: optimisers, counters, averaged policy. Tensors and JSON scalars only."""
         return {
             "updates": self.updates,
-            "optimizers": {n: _optimizer_state(o, self.parameters[n]) for n, o in self.optimizers.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "averaged": None if self.averaged is None else dict(self.averaged.state_dict()),
             "metrics": {k: torch.stack(v).float() for k, v in self._metrics.items()},
         }
@@ -200,24 +197,10 @@ class Learner:
             )
         self.updates = int(state["updates"])
         for name, saved in state["optimizers"].items():
-            _load_optimizer_state(self.optimizers[name], self.parameters[name], saved)
+            self.optimizers[name].load_state_dict(saved)
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
         self._metrics = {k: list(v.unbind()) for k, v in state["metrics"].items()}
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> dict[str, dict[str, Tensor]]:
-    """{"0": {"step", "exp_avg", "exp_avg_sq"}, ...}, empty before the first step."""
-    return {str(i): dict(optimizer.state[p]) for i, p in enumerate(parameters) if optimizer.state[p]}
-
-
-def _load_optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], state: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    optimizer.state.clear()
-    for index, tensors in state.items():
-        parameter = parameters[int(index)]
-        optimizer.state[parameter] = {k: torch.as_tensor(v).clone().to(parameter.device) for k, v in tensors.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

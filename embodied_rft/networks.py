@@ -323,13 +323,15 @@ def log_one_minus_tanh_squared(u: Tensor) -> Tensor:
 
 
 class EnsembleMLP(nn.Module):
-    """E independent MLPs as one stack of batched matrix products: [B, in] -> [E, B, out]."""
+    """E independent MLPs with one output each, as one stack of batched matrix products: [B, in] -> [E, B].
+
+    The last layer is a dot product, not a product with a one-column matrix, whose backward pass is many times slower.
+    """
 
     def __init__(
         self,
         in_features: int,
         hidden: Sequence[int],
-        out_features: int,
         *,
         num_members: int,
         rng: torch.Generator,
@@ -337,34 +339,42 @@ class EnsembleMLP(nn.Module):
         init: Init = "uniform",
     ) -> None:
         super().__init__()
-        sizes = [in_features, *hidden, out_features]
-        self.weights = nn.ParameterList()
-        self.biases = nn.ParameterList()
-        self.norms = nn.ParameterList()  # per hidden layer [2, E, 1, size]: gain and shift
-        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+
+        def stack(fan_in: int, fan_out: int) -> nn.Parameter:
             weight = torch.empty(num_members, fan_in, fan_out)
             for member in weight:
                 fill(member, fan_in=fan_in, gain=1.0, init=init, rng=rng)
-            self.weights.append(nn.Parameter(weight))
+            return nn.Parameter(weight)
+
+        self.weights = nn.ParameterList()  # of the hidden layers, [E, in, out]
+        self.biases = nn.ParameterList()  # [E, 1, out]
+        self.norms = nn.ParameterList()  # [2, E, 1, out]: gain and shift
+        for fan_in, fan_out in itertools.pairwise((in_features, *hidden)):
+            self.weights.append(stack(fan_in, fan_out))
             self.biases.append(nn.Parameter(torch.zeros(num_members, 1, fan_out)))
-            if layer_norm and i < len(hidden):
+            if layer_norm:
                 shape = (num_members, 1, fan_out)
                 self.norms.append(nn.Parameter(torch.stack([torch.ones(shape), torch.zeros(shape)])))
+        self.last = nn.Parameter(
+            stack((in_features, *hidden)[-1], 1).detach().transpose(1, 2).contiguous()
+        )  # [E, 1, in]
+        self.last_bias = nn.Parameter(torch.zeros(num_members, 1))
 
     def forward(self, x: Tensor, members: Tensor | None = None) -> Tensor:
-        """[B, in] -> [E, B, out]; only the given members ([M] int64) -> [M, B, out]."""
-        pick = (lambda p: p) if members is None else (lambda p: p[members])
-        weights, biases = [pick(w) for w in self.weights], [pick(b) for b in self.biases]
-        x = x.expand(weights[0].shape[0], *x.shape)
-        last = len(weights) - 1
-        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
-            if i < last:
-                if len(self.norms):
-                    gain, shift = self.norms[i] if members is None else self.norms[i][:, members]
-                    x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), gain)
-                x = torch.relu_(x)
-        return x
+        """[B, in] -> [E, B]; only the given members ([M] int64) -> [M, B]."""
+
+        def pick(parameter: Tensor) -> Tensor:
+            return parameter if members is None else parameter[members]
+
+        last = pick(self.last)
+        x = x.expand(len(last), *x.shape)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(pick(bias), x, pick(weight))
+            if len(self.norms):
+                gain, shift = self.norms[i] if members is None else self.norms[i][:, members]
+                x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), gain)
+            x = torch.relu_(x)
+        return torch.linalg.vecdot(x.to(last.dtype), last) + pick(self.last_bias)
 
 
 class Critic(nn.Module):
@@ -388,7 +398,7 @@ class Critic(nn.Module):
         super().__init__()
         self.encoder, self.num_members = encoder, num_members
         self.net = EnsembleMLP(
-            encoder.size + action_dim, hidden, 1, num_members=num_members, rng=rng, layer_norm=layer_norm
+            encoder.size + action_dim, hidden, num_members=num_members, rng=rng, layer_norm=layer_norm
         )
         self.register_buffer("scale", torch.zeros(()))
 
@@ -398,7 +408,7 @@ class Critic(nn.Module):
 
     def of_features(self, features: Tensor, action: Tensor, members: Tensor | None = None) -> Tensor:
         """The same from encoded observations [B, F]."""
-        return self.net(torch.cat([features, action], -1), members).squeeze(-1).float()
+        return self.net(torch.cat([features, action], -1), members)
 
 
 class Value(nn.Module):

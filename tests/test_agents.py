@@ -193,7 +193,7 @@ def test_agent_is_rebuilt_from_its_spec():
 
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_a_stacked_ensemble_equals_its_members_one_by_one(layer_norm):
-    net = EnsembleMLP(5, (16, 8), 1, num_members=4, rng=generator(), layer_norm=layer_norm)
+    net = EnsembleMLP(5, (16, 8), num_members=4, rng=generator(), layer_norm=layer_norm)
     x = torch.randn(7, 5, generator=generator(1))
     together = net(x)
     for e in range(4):
@@ -203,7 +203,7 @@ def test_a_stacked_ensemble_equals_its_members_one_by_one(layer_norm):
             if layer_norm:
                 h = torch.nn.functional.layer_norm(h, h.shape[-1:]) * net.norms[i][0, e] + net.norms[i][1, e]
             h = h.relu()
-        torch.testing.assert_close(together[e], h @ net.weights[2][e] + net.biases[2][e])
+        torch.testing.assert_close(together[e], h @ net.last[e, 0] + net.last_bias[e])
     chosen = torch.tensor([3, 1])
     torch.testing.assert_close(net(x, chosen), together[chosen])
     assert not torch.equal(net.weights[0][0], net.weights[0][1])

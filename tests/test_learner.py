@@ -10,6 +10,7 @@ import torch
 from embodied_rft.agent import build_agent
 from embodied_rft.learner import Learner, LearnerConfig, NonFiniteLossError
 from embodied_rft.objectives import build_objective
+from embodied_rft.optimizer import AdamW
 from embodied_rft.testing import random_batch
 
 STATE = gym.spaces.Box(-np.inf, np.inf, (6,))
@@ -203,7 +204,7 @@ def test_policy_delay_and_versions():
 def test_rates_clipping_and_average():
     config = LearnerConfig(learning_rate=0.1, learning_rates={"policy": 0.0}, clip_norm=1e-9, ema=0.5)
     agent, learner = make(*OBJECTIVES["sac"], config)
-    assert learner.optimizers["critic"].param_groups[0]["lr"] == 0.1
+    assert learner.optimizers["critic"].learning_rate == 0.1
     before = agent.policy.state_dict()
     before = {k: v.clone() for k, v in before.items()}
     learner.update(batches(), generator())
@@ -226,6 +227,26 @@ def test_half_precision_stays_close_and_keeps_weights_in_fp32():
     for key in ("critic/loss", "policy/loss"):
         assert results[1][key] == pytest.approx(results[0][key], rel=0.05, abs=0.02)
         assert results[1][key] != results[0][key]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_optimiser_equals_that_of_torch(decay):
+    weights_ = [torch.randn(5, 3, generator=generator(i)) for i in range(2)]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in weights_] for _ in range(2))
+    a = AdamW(ours, learning_rate=0.01, weight_decay=decay)
+    b = torch.optim.AdamW(theirs, lr=0.01, weight_decay=decay)
+    for i in range(5):
+        for parameters, optimizer in ((ours, a), (theirs, b)):
+            for k, parameter in enumerate(parameters):
+                parameter.grad = torch.randn(5, 3, generator=generator(10 * i + k))
+            optimizer.step()
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-7, rtol=1e-6)
+    a.clear()
+    ours[0].grad = torch.ones(5, 3)
+    before = ours[1].detach().clone()
+    a.step()
+    assert torch.equal(ours[1], before)  # no gradient, no change
 
 
 def test_metrics_are_means_since_the_last_call():

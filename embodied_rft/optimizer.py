@@ -1,0 +1,78 @@
+"""AdamW for one part of an agent: all its weights in one fused kernel call, one step counter, a state of plain tensors.
+
+`torch.optim` does the same mathematics; its bookkeeping costs several times the kernel on networks of this size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2).
+
+    Args:
+        parameters: the weights; those without a gradient are left alone by a step.
+        learning_rate: of all of them.
+        weight_decay: relative to the learning rate.
+        betas: decay of the two moments.
+        epsilon: added to the root of the second moment.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        *,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.learning_rate, self.weight_decay, self.betas, self.epsilon = learning_rate, weight_decay, betas, epsilon
+        self.steps = torch.zeros((), device=self.parameters[0].device)
+        self.first = [torch.zeros_like(p) for p in self.parameters]
+        self.second = [torch.zeros_like(p) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every weight that has a gradient."""
+        self.steps += 1
+        rows = [(p, p.grad, m, v) for p, m, v in zip(self.parameters, self.first, self.second, strict=True)]
+        parameters, gradients, first, second = zip(*(row for row in rows if row[1] is not None), strict=True)
+        torch._fused_adamw_(
+            parameters,
+            gradients,
+            first,
+            second,
+            [],
+            [self.steps] * len(parameters),
+            amsgrad=False,
+            lr=self.learning_rate,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=self.weight_decay,
+            eps=self.epsilon,
+            maximize=False,
+        )
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """{"steps": scalar, "first.0": like the first weight, "second.0": ...}."""
+        moments = {"first": self.first, "second": self.second}
+        return {"steps": self.steps} | {f"{k}.{i}": t for k, tensors in moments.items() for i, t in enumerate(tensors)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        own = self.state_dict()
+        if set(own) != set(state):
+            raise ValueError(f"this optimiser has {len(self.parameters)} weights, the state has {len(state) // 2}")
+        for key, tensor in own.items():
+            tensor.copy_(torch.as_tensor(state[key]))
