@@ -11,8 +11,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Reduction = Literal["min", "mean", "mean_of_pair_minima"]
+RatioLevel = Literal["unit", "decision", "mean", "none"]
+KLEstimator = Literal["k1", "k2", "k3"]
+Correction = Literal["truncate", "mask"]
+Preference = Literal["sigmoid", "squared", "hinge"]
+Normalizer = Literal["units", "decisions", "constant"]
 
 
 # --- values ------------------------------------------------------------------------------------------------------
@@ -98,31 +104,150 @@ def advantage_weights(advantage: Tensor, *, inverse_temperature: float, largest:
 
 
 def clipped_surrogate(
-    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *, low: float = 0.2, high: float = 0.2
+    log_prob: Tensor,
+    old_log_prob: Tensor | float,
+    advantage: Tensor,
+    *,
+    low: float | None = 0.2,
+    high: float | None = 0.2,
+    dual: float | None = None,
 ) -> Tensor:
     """-min(ratio A, clip(ratio, 1 - low, 1 + high) A) per unit (Schulman et al. 2017, PPO, eq. 7).
 
     Args:
-        log_prob: [B, U] of the policy being trained.
+        log_prob: [B, U] of the policy being trained; or the log of a ratio, with 0 as `old_log_prob`.
         old_log_prob: [B, U] of the policy that acted.
         advantage: [B] or [B, U]; a decision's credit is broadcast over its units.
-        low: clip range below 1.
-        high: clip range above 1.
+        low: clip range below 1; None: no bound there.
+        high: clip range above 1 (Yu et al. 2025, DAPO, eq. 10: higher than `low`); None: no bound there.
+        dual: where A < 0 the loss is at most dual * |A| (Ye et al. 2020, dual-clip PPO, eq. 5); None: no bound.
     """
     advantage = advantage[:, None] if advantage.dim() < log_prob.dim() else advantage
     ratio = (log_prob - old_log_prob).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    gain = ratio * advantage
+    if low is not None or high is not None:
+        clipped = ratio.clamp(None if low is None else 1 - low, None if high is None else 1 + high)
+        gain = torch.minimum(gain, clipped * advantage)
+    if dual is not None:
+        gain = torch.where(advantage < 0, torch.maximum(gain, dual * advantage), gain)
+    return -gain
 
 
-def kl(log_prob: Tensor, reference: Tensor, *, estimator: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
+def log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, *, level: RatioLevel) -> Tensor:
+    """Log of the importance ratio that each unit is weighted with, [B, U], 0 under the mask.
+
+    "unit": log pi(u) - log old(u) (PPO); "decision": their sum over the units, the ratio of the whole decision; "mean":
+    their mean, the ratio's geometric mean (Zheng et al. 2025, GSPO, eq. 7); "none": 0 with the gradient of log pi(u), so
+    that the surrogate is the plain policy gradient (Williams 1992; Chu et al. 2025, GPG, eq. 6).
+
+    Args:
+        log_prob: [B, U] of the policy being trained.
+        old_log_prob: [B, U] of the policy that acted.
+        mask: [B, U] bool.
+        level: what shares one ratio.
+    """
+    each = torch.where(mask, log_prob - (log_prob.detach() if level == "none" else old_log_prob), 0.0)
+    if level in ("unit", "none"):
+        return each
+    total = each.sum(1, keepdim=True)
+    if level == "mean":
+        total = total / mask.sum(1, keepdim=True).clamp_min(1)
+    return torch.where(mask, total, 0.0)
+
+
+def kl(log_prob: Tensor, reference: Tensor, *, estimator: KLEstimator = "k3") -> Tensor:
     """Estimate of KL(pi || reference) per unit from samples of pi (Schulman 2020, "Approximating KL divergence").
 
-    With r = reference - log_prob: k1 = -r, k2 = r^2 / 2, k3 = exp(r) - 1 - r (unbiased and never negative).
+    With r = reference - log_prob: k1 = -r, k2 = r^2 / 2, k3 = exp(r) - 1 - r (unbiased and never negative). As a loss,
+    the gradient of k2 is the one of the KL divergence in expectation, that of k3 approximates it, that of k1 is zero
+    (Tang and Munos 2025); as a reward, k1 is the unbiased one.
     """
     r = reference - log_prob
     if estimator == "k1":
         return -r
     return 0.5 * r.square() if estimator == "k2" else r.exp() - 1 - r
+
+
+def value_error(value: Tensor, target: Tensor, old: Tensor | None = None, *, clip: float | None = None) -> Tensor:
+    """0.5 (V - target)^2; with `clip`, the larger of that and the one of V kept within `clip` of `old`.
+
+    The clipped form is that of the original implementation of PPO (Engstrom et al. 2020, section 3, item 1).
+    """
+    error = 0.5 * squared_error(value, target)
+    if clip is None or old is None:
+        return error
+    near = old + (value - old).clamp(-clip, clip)
+    return torch.maximum(error, 0.5 * squared_error(near, target))
+
+
+def importance_weight(log_ratio: Tensor, *, how: Correction, limit: float) -> Tensor:
+    """Weight of experience whose behaviour policy is another one, from log(pi / behaviour), without gradient.
+
+    "truncate": min(ratio, limit) (Espeholt et al. 2018, IMPALA, section 4.1); "mask": the ratio where it lies in
+    [1 / limit, limit], else 0.
+    """
+    ratio = log_ratio.detach().clamp(-20, 20).exp()
+    if how == "truncate":
+        return ratio.clamp_max(limit)
+    return torch.where((ratio <= limit) & (ratio >= 1 / limit), ratio, 0.0)
+
+
+# --- preferences -------------------------------------------------------------------------------------------------
+
+
+def preference(margin: Tensor, *, kind: Preference = "sigmoid", beta: float = 0.1, smoothing: float = 0.0) -> Tensor:
+    """Loss of preferring one thing over another [P], from the margin h = score(chosen) - score(rejected) [P].
+
+    "sigmoid": -log sigmoid(beta h) (Rafailov et al. 2023, DPO, eq. 7), with label smoothing e
+    -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) (Mitchell 2023, conservative DPO); "squared":
+    (h - 1 / (2 beta))^2 (Azar et al. 2023, IPO, eq. 17); "hinge": max(0, 1 - beta h) (Zhao et al. 2023, SLiC-HF, eq. 3).
+
+    Args:
+        margin: [P] pairs; a score is a log-probability, over a reference where the method has one.
+        kind: of the loss.
+        beta: scale of the margin.
+        smoothing: how often labels are wrong, in [0, 0.5).
+    """
+    if kind == "squared":
+        return (margin - 0.5 / beta).square()
+    if kind == "hinge":
+        return (1 - beta * margin).clamp_min(0)
+    right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
+    return -(1 - smoothing) * right - smoothing * wrong
+
+
+# --- sums over units ---------------------------------------------------------------------------------------------
+
+
+def per_batch(
+    values: Tensor,
+    mask: Tensor,
+    *,
+    normalizer: Normalizer,
+    num_units: int,
+    num_decisions: int,
+    constant: float = 1.0,
+) -> Tensor:
+    """[B, U] -> a scalar; those of k micro-batches add up to that of the whole batch.
+
+    "units": every unit of the batch counts the same (DAPO, eq. 8); "decisions": the mean over a decision's units,
+    every decision counts the same (Shao et al. 2024, GRPO, eq. 3); "constant": the sum over units / (decisions *
+    constant), so that a unit's weight depends on no length (Liu et al. 2025, Dr. GRPO, section 3.2).
+
+    Args:
+        values: [B, U].
+        mask: [B, U] bool; what lies under it does not count.
+        normalizer: what the sum is divided by.
+        num_units: of the whole batch.
+        num_decisions: of the whole batch.
+        constant: units of a typical decision.
+    """
+    if normalizer == "units":
+        return masked_sum(values, mask) / num_units
+    if normalizer == "constant":
+        return masked_sum(values, mask) / (num_decisions * constant)
+    each = torch.where(mask, values, 0.0).sum(1) / mask.sum(1).clamp_min(1)
+    return each.sum() / num_decisions
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

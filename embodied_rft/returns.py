@@ -109,6 +109,74 @@ def group_advantages(
     return advantage / (variance.sqrt()[group_of] + 1e-6)
 
 
+def unit_advantages(
+    after: Tensor, value: Tensor, mask: Tensor, reward: Tensor | None = None, *, gamma: float, trace_decay: float
+) -> Tensor:
+    """Generalised advantage estimation inside decisions: the lower level of bi-level GAE (Wang et al. 2025, VAGEN).
+
+    The upper level gives `after`, what a decision is worth once its last unit is taken; within the decision
+    A_u = delta_u + gamma * lambda * A_{u+1}, delta_u = r_u + gamma * V_{u+1} - V_u, with `after` behind the last unit.
+    With gamma = lambda = 1 and no rewards A_u = after - V_u; with one unit a decision it is the upper level's advantage.
+
+    Args:
+        after: [B] return of the decision estimated by the upper level (its advantage plus its value).
+        value: [B, U] of what is known before each unit; value[:, 0] is the value of the observation.
+        mask: [B, U] bool, True for the first units of each row.
+        reward: [B, U] of single units, such as a KL penalty; None: none.
+        gamma: discount from one unit to the next.
+        trace_decay: lambda.
+
+    Returns:
+        [B, U], 0 under the mask.
+    """
+    last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
+    following = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
+    delta = torch.where(last, after[:, None], gamma * following) - value
+    delta = torch.where(mask, delta if reward is None else delta + reward, 0.0)
+    advantage = torch.zeros_like(delta)
+    running = torch.zeros_like(delta[:, 0])
+    for u in reversed(range(delta.shape[1])):
+        running = delta[:, u] + gamma * trace_decay * running
+        advantage[:, u] = running
+    return torch.where(mask, advantage, 0.0)
+
+
+def unit_returns(after: Tensor, reward: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the rewards from a unit on, plus `after` [B] behind the last one: [B, U], 0 under the mask."""
+    kept = torch.where(mask, reward, 0.0)
+    return torch.where(mask, kept.flip(1).cumsum(1).flip(1) + after[:, None], 0.0)
+
+
+def without_spread(returns: Tensor, group: np.ndarray) -> np.ndarray:
+    """[B] bool: all siblings returned the same, so that comparing them teaches nothing (an only child included)."""
+    _, index = np.unique(group, return_inverse=True)
+    values = returns.numpy().astype(np.float64)
+    low, high = np.full(index.max(initial=-1) + 1, np.inf), np.full(index.max(initial=-1) + 1, -np.inf)
+    np.minimum.at(low, index, values)
+    np.maximum.at(high, index, values)
+    return (high - low <= 1e-6 * np.maximum(1.0, np.abs(high)))[index]
+
+
+def standardize(values: Tensor, mask: Tensor) -> Tensor:
+    """Shift and scale to mean 0 and standard deviation 1 over what is under a True mask of the same shape."""
+    kept = values[mask]
+    if not len(kept):
+        return values
+    return torch.where(mask, (values - kept.mean()) / (kept.std(correction=0) + 1e-8), 0.0)
+
+
+def overlong_penalty(length: Tensor, *, limit: int, margin: int) -> Tensor:
+    """0 up to limit - margin units, then linearly to -1 at `limit`, -1 beyond (Yu et al. 2025, DAPO, eq. 13).
+
+    Args:
+        length: [B] units of each decision.
+        limit: longest decision that is wanted.
+        margin: where the penalty begins, in units below the limit; 0: all or nothing.
+    """
+    over = length.to(torch.float32) - (limit - margin)
+    return -(over / margin).clamp(0, 1) if margin else -(over > 0).to(torch.float32)
+
+
 def pad_segments(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Where the decisions of segments that lie one after the other go in a padded table.
 
