@@ -1,0 +1,294 @@
+"""`vla`: a vision-language-action policy around any Hugging Face image-text-to-text model.
+
+The trunk reads camera images, an instruction and the robot's state; one of three heads gives a chunk of actions:
+binned tokens, a regression in one parallel pass, or a flow (see `vla_heads`). Boundary: observations to decisions and
+their probabilities; knows no environment and no objective. transformers is imported when a policy is made.
+Legend: N environments, B rows, H hidden size, D numbers of a chunk, U units.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from embodied_rft import networks
+from embodied_rft.agent import observe, require_rng
+from embodied_rft.agents.causal_lm import LoraOptions
+from embodied_rft.agents.chunks import ChunkConfig, Codec
+from embodied_rft.agents.language import texts
+from embodied_rft.agents.tiny_vlm import TinyVLMConfig
+from embodied_rft.agents.vla_backbone import Context, Train, load_vlm
+from embodied_rft.agents.vla_heads import HEADS, FlowOptions, ParallelOptions, Size, TokenOptions
+from embodied_rft.chunking import step_space
+from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.registry import nearest, register
+from embodied_rft.stepping import flatten_space
+
+HEAD_FILE = "vla_head.safetensors"
+INSTRUCTION = "instruction"  # the observation key of the text
+
+
+@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+class VLAConfig:
+    """Options of a `vla` agent."""
+
+    model: str | dict[str, TinyVLMConfig]  # folder or hub id, or {"tiny": {...}} for random weights
+    head: Literal["tokens", "parallel", "flow"] = "tokens"
+    tokens: TokenOptions | None = None  # options of the chosen head; those of another one are refused
+    parallel: ParallelOptions | None = None
+    flow: FlowOptions | None = None
+    fresh_head: bool = False  # begin with a new head although the model folder has one
+    train: Train = "full"  # all weights, adapters, adapters and head, the head (iRe-VLA's RL stage), or nothing
+    freeze_vision: bool = False  # of train "full": keep the way from pixels to image features as it is
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    horizon: int = 1  # environment steps that a chunk holds
+    execute: int | None = None  # how many of them are executed before the next decision; None: all
+    statistics: Literal["bounds", "min_max", "quantile", "mean_std"] = "bounds"  # what actions are scaled by
+    images: tuple[str, ...] | None = None  # keys of the cameras in the order of the prompt; None: all, sorted
+    state: tuple[str, ...] | None = None  # keys of state vectors, read as one token; None: all; (): none
+    normalize: bool = False  # standardise the state with statistics of the first data
+    instruction: str | None = None  # the same for all episodes; None: the observation's text "instruction"
+    prompt: str | None = None  # template with {images} and {instruction}; None: that of the model's family
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the trunk's weights; log-probabilities are always computed in fp32
+    gradient_checkpointing: bool = False  # compute a layer twice instead of keeping its activations
+    cache_bytes: int = 2**28  # most memory for image features, kept while the vision tower is frozen
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work or has no effect."""
+        for name in HEADS:
+            if name != self.head and getattr(self, name) is not None:
+                raise ValueError(f"options {name!r} have no effect with head {self.head!r}: drop them or choose it")
+        if self.freeze_vision and self.train != "full":
+            raise ValueError(f"freeze_vision has no effect with train {self.train!r}, which never trains the tower")
+        if self.horizon < 1 or not 1 <= (self.execute or self.horizon) <= self.horizon:
+            raise ValueError(f"horizon {self.horizon}, execute {self.execute}: 1 <= execute <= horizon is expected")
+
+
+@register("agent", "vla")
+class VLAPolicy(nn.Module):
+    """See docs/architecture.md for the methods.
+
+    Example: {"id": "vla", "model": {"tiny": {}}, "head": "flow", "horizon": 4, "instruction": "reach the red dot"}.
+    Units are tokens, executed steps or flow steps; the trace holds the tokens, the raw actions or the chain.
+    """
+
+    Config = VLAConfig
+    spec: dict[str, Any]
+
+    def __init__(
+        self, config: VLAConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.config, self.horizon, self.execute = config, config.horizon, config.execute or config.horizon
+        self._choose_keys(flatten_space(observation_space))
+        space = step_space(action_space, horizon=self.horizon)
+        vlm = load_vlm(config.model, dtype=config.dtype, rng=rng, prompt=config.prompt, cache_bytes=config.cache_bytes)
+        chunk = ChunkConfig(horizon=config.horizon, execute=config.execute, statistics=config.statistics)
+        codec = Codec(space, config=chunk, layout={"state": self.state_keys, "images": self.image_keys})
+        make_head, options = HEADS[config.head]
+        size = Size(codec.action_dim, self.horizon, self.execute)
+        head = make_head(vlm, getattr(config, config.head) or options(), size, rng=rng)
+        # First in the state_dict, so that a checkpoint of another policy is refused before any weight is read.
+        self.identity = Identity({**vlm.identity, "head": config.head, **_shape(size), "state": self.state_keys})
+        self.vlm, self.codec, self.head = vlm, codec, head
+        self.state: nn.ModuleDict = nn.ModuleDict()
+        if self.state_keys:
+            reader = networks.Encoder(observation_space, keys=self.state_keys, normalize=config.normalize, rng=rng)
+            self.state = nn.ModuleDict(
+                {"reader": reader, "project": networks.linear(reader.size, vlm.hidden_size, rng=rng)}
+            )
+        self.num_units: int = head.num_units
+        self.trace_fields: dict[str, Field] = head.trace_fields
+        if isinstance(config.model, str) and not config.fresh_head:
+            self._load_head(Path(config.model).expanduser() / HEAD_FILE)
+        self.select(config.train, rng=rng)
+        if config.gradient_checkpointing:
+            vlm.checkpoint_layers()
+
+    def _choose_keys(self, leaves: dict[str, gym.Space]) -> None:
+        boxes = {k: box for k, box in leaves.items() if isinstance(box, gym.spaces.Box)}
+        cameras = sorted(k for k, box in boxes.items() if box.dtype == np.uint8 and len(box.shape) == 3)
+        vectors = sorted(k for k, box in boxes.items() if np.issubdtype(box.dtype, np.floating))
+        for given, known, what in ((self.config.images, cameras, "image"), (self.config.state, vectors, "state")):
+            for key in given or ():
+                if key not in known:
+                    raise ValueError(f"the observation has no {what} {key!r}; {nearest(key, known)}")
+        self.image_keys = cameras if self.config.images is None else list(self.config.images)
+        self.state_keys = vectors if self.config.state is None else list(self.config.state)
+        if not self.image_keys:
+            raise ValueError("a vla policy needs an image: a uint8 Box of shape [H, W, 3] in the observation space")
+        if self.config.instruction is None and not isinstance(leaves.get(INSTRUCTION), gym.spaces.Text):
+            raise ValueError(f'the observation has no text {INSTRUCTION!r}: set the option instruction: "..."')
+
+    def select(self, train: Train, *, rng: torch.Generator) -> None:
+        """Choose what is trained from now on; a learner has to be made after it."""
+        self.vlm.select(train, freeze_vision=self.config.freeze_vision, lora=self.config.lora, rng=rng)
+        for part in (self.head, self.state):
+            part.requires_grad_(train in ("full", "lora+head", "head"))
+
+    # --- the methods of a policy ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
+        """N decisions for observation arrays [N, ...]; actions are chunks [N, D] in the environment's units."""
+        tensors = {**observation, **observe(observation, self)}
+        generator = None if greedy else self._generator(require_rng(rng))
+        acted = self.head.act(self.vlm, self.context(tensors), generator)
+        trace = {
+            name: value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()
+            for name, value in acted.trace.items()
+        }
+        action = self.codec.decode(acted.chunk.float())
+        return Decisions(action.cpu().numpy(), acted.log_prob.float().cpu().numpy(), trace)
+
+    def log_prob(self, observation: Tree, action: Tensor, trace: Tree) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of the traced units, [B, U] each.
+
+        Without a trace (demonstrations) that of the action itself, where the head has one.
+        """
+        known = dict(trace) if set(self.trace_fields) <= set(trace) else self.head.retrace(self.codec.encode(action))
+        return self.head.score(self.vlm, self.context(observation), known)
+
+    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+        """[B]: cross-entropy of the tokens, absolute error, or flow-matching error of chunks [B, D]."""
+        return self.head.loss(self.vlm, self.context(observation), self.codec.encode(action), rng)
+
+    def retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
+        """The trace of given chunks [B, D], as arrays (tokens and parallel)."""
+        chunk = self.codec.encode(torch.as_tensor(action, dtype=torch.float32, device=self.device))
+        return {name: value.cpu().numpy() for name, value in self.head.retrace(chunk).items()}
+
+    def context(self, observation: Tree) -> Context:
+        """What the trunk reads, from a tree of tensors [B, ...] and texts."""
+        for key in (*self.image_keys, *self.state_keys):
+            if key not in observation:
+                raise ValueError(f"the observation has no {key!r}; {nearest(key, observation)}")
+        images = [observation[key] for key in self.image_keys]
+        count = len(images[0])
+        said = self.config.instruction
+        instructions = texts(observation[INSTRUCTION]) if said is None else [said] * count
+        extra = None
+        if self.state_keys:
+            extra = self.state["project"](self.state["reader"](observation))[:, None]
+        return self.vlm.read(images, instructions, extra)
+
+    def make_encoder(self, *, rng: torch.Generator) -> TrunkEncoder:
+        """What a value function reads: the trunk's own features, without gradient into it."""
+        return TrunkEncoder(self)
+
+    def fit_statistics(self, buffer: Any, rows: np.ndarray | None = None, *, limit: int = 20_000) -> None:
+        """Take the statistics of actions and state from at most `limit` rows, spread evenly; once."""
+        rows = buffer.rows() if rows is None else rows
+        spread = rows[:: max(1, len(rows) // limit)][:limit]
+        if len(spread) == 0:
+            raise ValueError("there is no data to take statistics of: fill the buffer with demonstrations first")
+        batch = buffer.batch(spread, next_observation=False)
+        if self.state_keys:
+            self.state["reader"].fit({key: batch.observation[key].to(self.device) for key in self.state_keys})
+        statistics = self.codec.statistics
+        if statistics is not None and not bool(statistics.fitted):
+            statistics.fit({"action": batch.action.unflatten(-1, (self.horizon, self.codec.action_dim))})
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return next(self.vlm.parameters()).device
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model (adapters merged), tokenizer, head and statistics: `model: folder` continues from there.
+
+        Raises:
+            ValueError: the statistics of the data are missing.
+        """
+        statistics = self.codec.statistics
+        if statistics is not None:
+            statistics.normalise(
+                "action", torch.zeros(self.codec.action_dim, device=self.device)
+            )  # refuses if not fitted
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        self.vlm.save(folder)
+        kept = {k: v.contiguous().cpu() for k, v in self.state_dict().items() if not k.startswith("vlm.")}
+        save_file(kept, folder / (HEAD_FILE + ".part"))
+        os.replace(folder / (HEAD_FILE + ".part"), folder / HEAD_FILE)
+
+    def _load_head(self, path: Path) -> None:
+        if not path.exists():
+            return
+        from safetensors.torch import load_file
+
+        saved = load_file(path)
+        for name, part in self.named_children():
+            if name != "vlm":
+                own = {k.removeprefix(name + "."): v for k, v in saved.items() if k.startswith(name + ".")}
+                part.load_state_dict(own)
+        statistics = self.codec.statistics
+        if statistics is not None and not bool(statistics.fitted):
+            raise ValueError(f"{path} was saved without statistics of its data: fit them and save it again")
+
+    def _generator(self, rng: torch.Generator) -> torch.Generator:
+        if rng.device.type == self.device.type:
+            return rng
+        seed = int(torch.randint(2**62, (1,), generator=rng, device=rng.device))
+        return torch.Generator(self.device).manual_seed(seed)
+
+
+class TrunkEncoder(nn.Module):
+    """Features [B, H] of the policy's trunk at the end of the prompt, detached (RL4VLA: Liu et al. 2025, section 4)."""
+
+    def __init__(self, policy: VLAPolicy) -> None:
+        super().__init__()
+        self.size = policy.vlm.hidden_size
+        self._policy: Callable[[], VLAPolicy] = lambda: policy  # not a submodule: its weights are the policy's
+
+    @torch.no_grad()
+    def forward(self, observation: Tree) -> Tensor:
+        """The last hidden state, standardised per row."""
+        policy = self._policy()
+        last = policy.vlm.states(policy.context(observation))[:, -1].float()
+        return nn.functional.layer_norm(last, last.shape[-1:])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrunkEncoder:
+        return TrunkEncoder(self._policy())
+
+
+class Identity(nn.Module):
+    """What a checkpoint's weights belong to, as a buffer that is compared by name before anything is loaded."""
+
+    text: Tensor  # [n] uint8, JSON
+
+    def __init__(self, parts: dict[str, Any]) -> None:
+        super().__init__()
+        self.parts = parts
+        data = json.dumps(parts, sort_keys=True).encode()
+        self.register_buffer("text", torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        given = state_dict.get(prefix + "text")
+        if given is None:
+            raise ValueError("the checkpoint is not one of a vla policy: it does not say which model it belongs to")
+        saved = json.loads(bytes(given.cpu().tolist()))
+        for name, own in self.parts.items():
+            if saved.get(name) != own:
+                raise ValueError(
+                    f"the checkpoint belongs to another policy: its {name} is {saved.get(name)!r}, this one's is "
+                    f"{own!r}. Build the policy with the model and options that it was saved with."
+                )
+
+
+def _shape(size: Size) -> dict[str, int]:
+    return {"action_dim": size.action_dim, "horizon": size.horizon}
