@@ -7,10 +7,12 @@ import torch
 
 from embodied_rft import losses
 from embodied_rft.agent import build_agent
+from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.collect import Collector
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
 from embodied_rft.objectives.conservative import propose
-from embodied_rft.testing import random_batch
+from embodied_rft.testing import PointReach, random_batch
 
 STATE = gym.spaces.Box(-np.inf, np.inf, (6,))
 ACTION = gym.spaces.Box(-1, 1, (2,))
@@ -247,3 +249,117 @@ def test_advantage_weighted_imitation_copies_good_actions_only():
 def test_errors(spec, message):
     with pytest.raises(ValueError, match=message):
         build_objective(spec)
+
+
+# --- through the real buffer -------------------------------------------------------------------------------------
+
+
+def experience(agent, *, episodes=24, group_size=4, seed=0, reward="sparse"):
+    """A buffer of whole episodes of the agent."""
+    policy = agent.policy
+    pool = PointReach(8, reward=reward)
+    schema = Schema(observation=dict(pool.fields), action=pool.action_field, trace=dict(policy.trace_fields), units=1)
+    buffer = Buffer(schema, 2000)
+    rng = generator(seed)
+    collector = Collector(pool, run_seed=seed, group_size=group_size)
+    version = int(agent.version)
+    collector.collect(lambda o: policy.act(o, rng=rng), episodes=episodes, version=version).write(buffer)
+    return buffer
+
+
+def point_agent(spec):
+    pool = PointReach()
+    return build_agent(spec, pool.observation_space, pool.action_space, generator())
+
+
+RESIDUAL = {"id": "residual", "base": GAUSSIAN, "hidden": [32, 32]}
+
+
+@pytest.mark.parametrize("spec", [GAUSSIAN, DETERMINISTIC, RESIDUAL], ids=["gaussian", "deterministic", "residual"])
+def test_log_prob_of_what_the_buffer_gives_back_is_what_acted(spec):
+    agent = point_agent(spec)
+    buffer = experience(agent)
+    batch = buffer.batch(buffer.rows())
+    with torch.no_grad():
+        again, _ = agent.policy.log_prob(batch.observation, batch.action, batch.trace)
+    torch.testing.assert_close(again, batch.log_prob, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("objective", ["ppo", "grpo"])
+def test_the_first_epoch_starts_with_ratio_one(objective):
+    agent = point_agent(GAUSSIAN)
+    buffer = experience(agent)
+    objective = build_objective({"id": objective, "num_epochs": 1, "batch_size": 64})
+    objective.setup(agent)
+    objective.annotate(agent, buffer, buffer.rows(), generator())
+    batch = next(objective.reading.batches(buffer, np.random.default_rng(0), 1))
+    loss, metrics = objective.policy_loss(agent, batch, generator())
+    assert abs(float(metrics["policy/kl"])) < 1e-6
+    expected = -float(batch.notes["advantage"].sum()) / batch.num_units
+    assert float(loss.detach()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_gae_notes_equal_a_loop_over_trajectories():
+    agent = point_agent(GAUSSIAN)
+    buffer = experience(agent)
+    objective = build_objective({"id": "ppo", "normalize_advantage": False, "gamma": 0.9, "trace_decay": 0.8})
+    objective.setup(agent)
+    objective.annotate(agent, buffer, buffer.rows(), generator())
+    for rows, trajectory in zip(buffer.segments(buffer.rows()), buffer.trajectories(), strict=True):
+        with torch.no_grad():
+            value = agent.parts["value"]({k: torch.from_numpy(v) for k, v in trajectory.observation.items()}).tolist()
+        advantage, following = [0.0] * len(trajectory), 0.0
+        for t in reversed(range(len(trajectory))):
+            over = t == len(trajectory) - 1 and trajectory.end == "terminated"
+            discount = 0.0 if over else 0.9
+            delta = float(trajectory.reward[t]) + discount * value[t + 1] - value[t]
+            following = advantage[t] = delta + discount * 0.8 * following
+        notes = buffer.batch(rows).notes
+        np.testing.assert_allclose(notes["advantage"].numpy(), advantage, atol=1e-5)
+        np.testing.assert_allclose(notes["value_target"].numpy(), np.add(advantage, value[:-1]), atol=1e-5)
+
+
+def test_group_notes_sum_to_zero_over_the_episodes_of_a_group():
+    agent = point_agent(GAUSSIAN)
+    buffer = experience(agent, reward="dense")
+    objective = build_objective({"id": "grpo", "credit": "dr_grpo"})
+    objective.setup(agent)
+    objective.annotate(agent, buffer, buffer.rows(), generator())
+    first = np.array([rows[0] for rows in buffer.segments(buffer.rows())])
+    batch = buffer.batch(first)
+    for group in set(batch.columns["group"]):
+        advantage = batch.notes["advantage"][torch.from_numpy(batch.columns["group"] == group)]
+        assert len(advantage) == 4 and abs(float(advantage.sum())) < 1e-4 and float(advantage.abs().max()) > 0
+
+
+def test_noted_returns_equal_a_loop_and_go_on_after_a_time_limit():
+    agent = point_agent(GAUSSIAN)
+    buffer = experience(agent, reward="steps")
+    objective = build_objective({"id": "cal_ql", "gamma": 0.9, **SMALL})
+    objective.setup(agent)
+    objective.annotate(agent, buffer, buffer.rows(), generator())
+    ends = set()
+    for rows, trajectory in zip(buffer.segments(buffer.rows()), buffer.trajectories(), strict=True):
+        ends.add(trajectory.end)
+        following = 0.0 if trajectory.end == "terminated" else float(trajectory.reward[-1]) / (1 - 0.9)
+        expected = []
+        for reward in trajectory.reward[::-1]:
+            following = float(reward) + 0.9 * following
+            expected.insert(0, following)
+        np.testing.assert_allclose(buffer.batch(rows).notes["mc_return"].numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert "truncated" in ends
+
+
+@pytest.mark.parametrize("objective", ["sac", "cal_ql", "ppo"])
+def test_learn_repeats_to_the_bit(objective):
+    results = []
+    for _ in range(2):
+        agent = point_agent(GAUSSIAN)
+        made = build_objective({"id": objective, "batch_size": 32})
+        made.setup(agent)
+        learner = Learner(agent, made)
+        updates = None if objective == "ppo" else 5
+        metrics = learner.learn(experience(agent), np.random.default_rng(1), num_updates=updates)
+        results.append((metrics, agent.state_dict()))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(v, results[1][1][k]) for k, v in results[0][1].items())
