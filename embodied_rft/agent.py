@@ -7,6 +7,7 @@ This file knows neither losses nor environments.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -116,16 +117,28 @@ class Agent(nn.Module):
             self.parts[target].requires_grad_(False)
         return self.parts[target]
 
+    def ensure_reference(self) -> nn.Module:
+        """The part "reference": a frozen copy of the policy as it is now. Frozen weights are shared, not copied."""
+        shared = {id(p): p for p in self.policy.parameters() if not p.requires_grad}
+        self.part_specs["reference"] = {"copy_of": "policy"}
+        self.parts["reference"] = copy.deepcopy(self.policy, shared).requires_grad_(False)
+        return self.parts["reference"]
+
     def rebuild_parts(self, part_specs: Mapping[str, Mapping[str, Any]]) -> None:
         """Make the parts of a saved agent (its `part_specs`), so that its state_dict fits."""
         for name, spec in part_specs.items():
-            if "copy_of" in spec:
+            if spec.get("copy_of") == "policy":
+                self.ensure_reference()
+            elif "copy_of" in spec:
                 self.ensure_target(spec["copy_of"])
             else:
                 self.ensure(name, **spec)
 
-    def encoder(self) -> networks.Encoder:
-        """A fresh encoder that reads what the policy reads, for a new part."""
+    def encoder(self) -> Any:
+        """A fresh encoder that reads what the policy reads, for a new part; a policy's own way is `make_encoder`."""
+        make = getattr(self.policy, "make_encoder", None)
+        if make is not None:
+            return make(rng=self.rng)
         own = getattr(self.policy, "encoder", None)
         if isinstance(own, networks.Encoder):
             return own.like(self.rng)

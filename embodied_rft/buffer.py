@@ -244,6 +244,11 @@ class Buffer:
                 raise ValueError(f"note {name!r} has another number of values than its rows have units")
         self._notes.write(name, rows, values)
 
+    def note(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """A note of one number a row, of rows [B]; NaN where it was never written."""
+        column = self._notes.dense.get(name)
+        return np.full(len(rows), np.nan, np.float32) if column is None else column[rows]
+
     def _store(
         self, count: int, values: dict[str, Any], book: tuple[Any, ...], end: Any, *, unknown: int | None
     ) -> np.ndarray:

@@ -59,12 +59,15 @@ class Fresh:
     batch_size: int = 256  # decisions
     max_lag: int = 0  # oldest policy version that is read, in versions behind the current one
     whole_groups: bool = False  # a group is never torn: batches may be smaller, or larger if one group is
+    min_groups: int = 0  # yield nothing before so many groups can be read: collecting goes on (DAPO)
+    only: str | None = None  # name of a note: rows where it is not 1 are left out
     shuffle: bool = True
+    next_observation: bool = True
     reward_weights: dict[str, float] | None = None  # as in Replay
 
     def __post_init__(self) -> None:
         _at_least(1, num_epochs=self.num_epochs, batch_size=self.batch_size)
-        _at_least(0, max_lag=self.max_lag)
+        _at_least(0, max_lag=self.max_lag, min_groups=self.min_groups)
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
         """All readable decisions of policy versions >= version - max_lag, `num_epochs` times.
@@ -78,10 +81,18 @@ class Fresh:
                 f"the buffer holds no decision of policy version {version - self.max_lag} or newer: collect first, or "
                 "raise max_lag"
             )
-        groups = buffer.columns(rows)["group"] if self.whole_groups else np.full(len(rows), -1)
+        if self.only is not None:
+            rows = rows[buffer.note(self.only, rows) == 1]
+        groups = buffer.columns(rows)["group"]
+        if not len(rows) or len(np.unique(groups)) < self.min_groups:
+            return
+        if not self.whole_groups:
+            groups = np.full(len(rows), -1)
         for _ in range(self.num_epochs):
             for part in self._parts(rows, groups, rng):
-                yield buffer.batch(part, reward_weights=self.reward_weights)
+                yield buffer.batch(
+                    part, reward_weights=self.reward_weights, next_observation=self.next_observation
+                )
 
     def _parts(self, rows: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """The rows of one epoch, cut into batches."""

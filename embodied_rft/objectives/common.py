@@ -11,7 +11,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from embodied_rft.agent import Agent
-from embodied_rft.data import Batch
+from embodied_rft.data import Batch, Ragged
 from embodied_rft.returns import monte_carlo, pad_segments
 
 LossFunction = Callable[[Agent, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
@@ -21,6 +21,9 @@ STRICT = ConfigDict(extra="forbid")  # of every config: an unknown key is an err
 
 def fit_normalizers(agent: Agent, buffer: Any, rows: np.ndarray, *, limit: int = 20_000) -> None:
     """Give standardising encoders the statistics of at most `limit` rows, spread evenly; once."""
+    fit = getattr(agent.policy, "fit_statistics", None)  # a policy that keeps statistics of its own, of actions too
+    if fit is not None and len(rows):
+        fit(buffer, rows)
     waiting = agent.normalizers()
     if waiting and len(rows):
         spread = rows[:: max(1, len(rows) // limit)][:limit]
@@ -48,3 +51,15 @@ def annotate_returns(
     returns = monte_carlo(batch.reward[index], batch.discount[index], mask, tail)[mask]
     buffer.annotate("mc_return", order, returns.numpy())
     return {"data/mc_return": float(returns.mean())}
+
+
+def readable(buffer: Any, rows: np.ndarray) -> np.ndarray:
+    """Those of `rows` that can be read: the newest decision of a running episode cannot, nothing follows it yet."""
+    return np.intersect1d(rows, buffer.rows(), assume_unique=True)
+
+
+def units_of(values: Tensor, mask: Tensor) -> Ragged:
+    """What lies under a True mask [B, U] that begins with True, row by row."""
+    offsets = np.zeros(len(mask) + 1, np.int64)
+    np.cumsum(mask.sum(1).numpy(), out=offsets[1:])
+    return Ragged(values[mask].numpy(), offsets)

@@ -1,12 +1,19 @@
-"""`ppo` and `grpo`: the clipped surrogate on fresh decisions; the two differ in where the credit comes from.
+"""`ppo`: one clipped surrogate on fresh decisions, with options. What is published under other names is in `presets`.
 
-A credit function turns rewards into an advantage per decision; it is found by id (kind "credit"), so a third party adds
-one without touching this file. The ratio is taken per unit, whatever a unit is.
+Before learning, `annotate` walks the data once: values, reference and current log-probabilities, behaviour correction,
+reward terms per unit, credit; everything is written as notes and comes back with each batch. A decision whose note
+"live" is not 1 is not read: a group without spread, a rejected or (on request) a cut decision.
+
+Values come from the part "value", a network of its own with a loss of its own; or, when the policy has
+`value(observation, trace) -> [B]` (a head on a shared trunk), from there: then both losses are one, weighted by
+`value_weight`, and change the policy's weights. `unit_values(observation, action, trace) -> [B, U]` gives one for each
+unit. Legend: B decisions, U units.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,47 +23,66 @@ from torch import Tensor
 from embodied_rft import losses, returns
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
-from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers
+from embodied_rft.learner import to_device
+from embodied_rft.networks import polyak
+from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, readable, units_of
+from embodied_rft.objectives.correction import Correction, correct
+from embodied_rft.objectives.credit import Credit
 from embodied_rft.plans import Fresh
 from embodied_rft.registry import find, register
+
+CHUNK = 4096  # decisions that are scored at a time
 
 
 @dataclass(config=STRICT, kw_only=True)
 class PPOConfig:
-    """Options of `ppo`."""
+    """Options of `ppo`, and of everything that is a preset of it."""
 
     # Reading
     num_epochs: int = 10
-    batch_size: int = 256
+    batch_size: int = 256  # decisions
     max_lag: int = 0  # oldest experience, in policy versions
-    whole_groups: bool = False
+    whole_groups: bool = False  # siblings are never in different batches
+    min_groups: int = 0  # do not learn before so many groups have spread: collecting goes on (DAPO's dynamic sampling)
     # Credit
-    credit: str = "gae"  # "gae", "grpo", "dr_grpo", "rloo" or a third party's
-    gamma: float = 0.99
+    credit: str = "gae"  # "gae", "bi_level_gae", "return", "grpo", "dr_grpo", "rloo" or a third party's
+    gamma: float = 0.99  # from one decision to the next
     trace_decay: float = 0.95  # lambda of "gae"
-    normalize_advantage: bool = True  # over all decisions read, not over a minibatch
-    reward_weights: dict[str, float] | None = None
-    # Losses
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    unit_gamma: float = 1.0  # from one unit to the next, of "bi_level_gae"
+    unit_trace_decay: float = 1.0  # lambda inside a decision, of "bi_level_gae"
+    normalize_advantage: bool = True  # over everything read at once, not over a minibatch
+    reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward
+    overlong: tuple[int, int] | None = None  # (limit, margin) in units: longer decisions lose up to 1 (DAPO, eq. 13)
+    cut: Literal["keep", "drop"] = "keep"  # decisions cut by a length limit (trace "cut"): learn from them or not
+    # Surrogate
+    ratio: losses.RatioLevel = "unit"
+    clip_low: float | None = 0.2  # None: no bound
+    clip_high: float | None = 0.2
+    dual_clip: float | None = None
+    normalizer: losses.Normalizer = "units"
+    normalizer_units: float = 1.0  # units of a typical decision, for normalizer "constant"
+    correction: Correction | None = None  # of stale or mismatched experience
+    # KL to a reference policy
+    kl_weight: float = 0.0
+    kl_in: Literal["loss", "reward"] = "loss"
+    kl_estimator: losses.KLEstimator = "k3"
+    reference: Literal["start", "moving"] = "start"  # the policy when the stage starts, or an average that follows it
+    reference_decay: float = 0.99  # of "moving", per learn call
+    # Entropy and value
     entropy_weight: float = 0.0
     value_hidden: tuple[int, ...] | None = None  # a new value has (256, 256)
+    value_clip: float | None = None  # how far a value may move from its old one before its error stops falling
+    value_weight: float = 0.5  # of a value head that shares the policy's trunk
 
-
-@dataclass(config=STRICT, kw_only=True)
-class GRPOConfig(PPOConfig):
-    """Options of `grpo`: those of `ppo` with group credit."""
-
-    credit: str = "grpo"
-    whole_groups: bool = True
-    normalize_advantage: bool = False
-
-
-class Credit(Protocol):
-    """Rewards to credit. `uses_value` (default False) asks for the part "value" and its loss."""
-
-    def __call__(self, agent: Agent, batch: Batch, lengths: list[int], config: PPOConfig) -> dict[str, Tensor]:
-        """Notes {"advantage": [B]} (and "value_target": [B]) for segments of `lengths` that lie one after the other."""
+    def __post_init__(self) -> None:
+        if self.kl_weight < 0:
+            raise ValueError(f"kl_weight {self.kl_weight}: at least 0 is expected; it pulls towards the reference")
+        if self.normalizer_units != 1.0 and self.normalizer != "constant":
+            raise ValueError(f'normalizer_units has no effect with normalizer {self.normalizer!r}: use "constant"')
+        if self.ratio == "none" and (self.clip_low is not None or self.clip_high is not None):
+            raise ValueError('ratio "none" is always 1, clipping has no effect: set clip_low and clip_high to null')
+        if self.overlong is not None and not 0 <= self.overlong[1] <= self.overlong[0]:
+            raise ValueError(f"overlong {self.overlong}: (limit, margin) with 0 <= margin <= limit is expected")
 
 
 @register("objective", "ppo")
@@ -69,6 +95,7 @@ class PPO:
         self.config = config
         self.credit: Credit = find("credit", config.credit)
         self.uses_value = getattr(self.credit, "uses_value", False)
+        self.joint = False  # whether the value is a head of the policy; known once there is one
         self.losses: Losses = {"value": self.value_loss} if self.uses_value else {}
         self.losses["policy"] = self.policy_loss
         self.reading = Fresh(
@@ -76,115 +103,197 @@ class PPO:
             batch_size=config.batch_size,
             max_lag=config.max_lag,
             whole_groups=config.whole_groups,
+            min_groups=config.min_groups,
+            only="live",
+            next_observation=False,
+            reward_weights=config.reward_weights,
         )
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
-        """The value, where the credit needs one."""
-        if self.uses_value:
-            hidden = self.config.value_hidden
-            agent.ensure("value", "value", hidden=None if hidden is None else list(hidden))
+        """The value, where the credit needs one; the reference, where there is a KL term."""
+        c = self.config
+        if c.kl_weight:
+            agent.ensure_reference()
+        if not self.uses_value:
+            return
+        self.joint = hasattr(agent.policy, "value")
+        if self.joint:
+            self.losses = {"policy": self.policy_loss}
+        else:
+            agent.ensure("value", "value", hidden=None if c.value_hidden is None else list(c.value_hidden))
 
     # --- losses, in update order ---------------------------------------------------------------------------------
 
     def value_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Half the squared error to the noted target."""
-        value = agent.parts["value"](batch.observation)
-        loss = 0.5 * losses.squared_error(value, batch.notes["value_target"]).sum() / batch.num_decisions
-        return loss, {"value/loss": loss.detach(), "value/mean": value.detach().mean()}
+        """Half the squared error to the noted target, a mean over decisions (or units, where they have values)."""
+        target = batch.notes["value_target"]
+        value = _unit_values(agent, batch) if target.dim() == 2 else _values(agent, batch)
+        error = losses.value_error(value, target, batch.notes.get("old_value"), clip=self.config.value_clip)
+        if target.dim() == 2:
+            loss = losses.masked_sum(error, batch.mask) / batch.num_units
+        else:
+            loss = error.sum() / batch.num_decisions
+        return loss, {"value/loss": loss.detach()}
 
     def policy_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Clipped surrogate and entropy bonus, averaged over units (eq. 7 and 9)."""
-        c = self.config
+        """Clipped surrogate, KL and entropy terms (PPO, eq. 7 and 9), and the value's loss where they share a trunk."""
+        c, notes = self.config, batch.notes
         log_prob, entropy = agent.policy.log_prob(batch.observation, batch.action, batch.trace)
+        old = batch.log_prob if c.correction is None else notes["old_log_prob"]
+        ratio = losses.log_ratio(log_prob, old, batch.mask, level=c.ratio)
         each = losses.clipped_surrogate(
-            log_prob, batch.log_prob, batch.notes["advantage"], low=c.clip_low, high=c.clip_high
+            ratio, 0.0, notes["advantage"], low=c.clip_low, high=c.clip_high, dual=c.dual_clip
         )
+        if c.correction is not None:
+            each = each * notes["weight"]
+        if c.kl_weight and c.kl_in == "loss":
+            each = each + c.kl_weight * losses.kl(log_prob, notes["reference_log_prob"], estimator=c.kl_estimator)
         if c.entropy_weight:
             each = each - c.entropy_weight * entropy
-        loss = losses.masked_sum(each, batch.mask) / batch.num_units
-        kl = losses.masked_sum(losses.kl(batch.log_prob, log_prob.detach()), batch.mask) / batch.mask.sum().clamp_min(1)
-        return loss, {"policy/loss": loss.detach(), "policy/kl": kl}
+        loss = losses.per_batch(
+            each,
+            batch.mask,
+            normalizer=c.normalizer,
+            num_units=batch.num_units,
+            num_decisions=batch.num_decisions,
+            constant=c.normalizer_units,
+        )
+        metrics = {"policy/loss": loss.detach()} | self._watch(ratio.detach(), batch)
+        if self.joint:
+            value, more = self.value_loss(agent, batch, rng)
+            loss, metrics = loss + c.value_weight * value, metrics | more
+        return loss, metrics
+
+    def _watch(self, ratio: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """How far the policy has moved from the one that acted (KL, k3) and how often the ratio is out of bounds."""
+        c, count = self.config, len(batch) / batch.num_decisions * batch.num_units  # units, about
+        moved = ratio.exp() - 1
+        watched = {"policy/kl": (moved - ratio).sum() / count}
+        if c.clip_low is not None and c.clip_high is not None:
+            watched["policy/clipped"] = ((moved > c.clip_high) | (moved < -c.clip_low)).sum() / count
+        return watched
 
     # --- around the losses ---------------------------------------------------------------------------------------
 
     def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
-        """Write the notes "advantage" and, with a value, "value_target"."""
+        """Write "advantage", "live" and whatever else the losses read, for those of `rows` that something follows."""
+        rows = readable(buffer, rows)
         segments = buffer.segments(rows)
         if not segments:
             return {}
-        order = np.concatenate(segments)
-        config = self.config
-        batch = buffer.batch(
-            order, gamma=config.gamma, reward_weights=config.reward_weights, next_observation=self.uses_value
-        )
-        notes = self.credit(agent, batch, [len(s) for s in segments], config)
-        if config.normalize_advantage:
-            advantage = notes["advantage"]
-            notes["advantage"] = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
-        for name, value in notes.items():
-            buffer.annotate(name, order, value.cpu().numpy())
+        order, c = np.concatenate(segments), self.config
+        batch = buffer.batch(order, gamma=c.gamma, reward_weights=c.reward_weights, next_observation=False)
+        metrics = {"data/reward": float(batch.reward.mean())}
+        self._score(agent, buffer, batch, [len(s) for s in segments])
+        live = torch.ones(len(batch), dtype=torch.bool)
+        if c.correction is not None:
+            now = batch.notes["old_log_prob"]
+            weight, rejected, more = correct(now, batch.log_prob, batch.mask, c.correction)
+            batch.notes["weight"], live, metrics = weight, live & ~rejected, metrics | more
+        metrics |= self._shape(batch)
+        if c.cut == "drop" and "cut" in batch.trace:
+            live &= ~batch.trace["cut"].bool()
+        credited = self.credit(agent, batch, [len(s) for s in segments], c)
+        dead = credited.pop("dead", torch.zeros_like(live))
+        metrics |= _count_groups(batch.columns["group"], dead.numpy())
+        self._write(buffer, order, batch, credited, live & ~dead)
         # Last, so that ratios of this batch are taken with the statistics that it was acted with.
         fit_normalizers(agent, buffer, rows)
-        return {"data/reward": float(batch.reward.mean())}
+        if c.kl_weight and c.reference == "moving":
+            polyak(agent.parts["reference"], agent.policy, 1 - c.reference_decay)
+        return metrics
+
+    @torch.no_grad()
+    def _score(self, agent: Agent, buffer: Any, batch: Batch, lengths: list[int]) -> None:
+        """What networks say about the data, as notes of `batch`: values and log-probabilities, a chunk at a time."""
+        c = self.config
+        scorers: dict[str, Any] = {}
+        if c.kl_weight:
+            scorers["reference_log_prob"] = lambda b: agent.parts["reference"].log_prob(b.observation, b.action, b.trace)[0]
+        if c.correction is not None:
+            scorers["old_log_prob"] = lambda b: agent.policy.log_prob(b.observation, b.action, b.trace)[0]
+        if self.uses_value:
+            scorers["value"] = lambda b: _values(agent, b)
+        if c.credit == "bi_level_gae" and hasattr(agent.policy, "unit_values"):
+            scorers["unit_value"] = lambda b: _unit_values(agent, b)
+        for name, scorer in scorers.items():
+            batch.notes[name] = _in_chunks(scorer, batch, agent.device)
+        if self.uses_value:  # the next value is the next decision's; only segments' ends are computed
+            last = np.cumsum(lengths) - 1
+            after = buffer.batch(batch.rows[last])
+            ends = replace(after, observation=after.next_observation, trace=after.next_trace)
+            following = torch.roll(batch.notes["value"], -1)
+            following[torch.from_numpy(last)] = _in_chunks(scorers["value"], ends, agent.device)
+            batch.notes["next_value"] = following
+
+    def _shape(self, batch: Batch) -> dict[str, float]:
+        """Reward terms that are no stream of the environment: length and KL. Changes `batch`."""
+        c, metrics = self.config, {}
+        if c.overlong is not None:
+            penalty = returns.overlong_penalty(batch.mask.sum(1), limit=c.overlong[0], margin=c.overlong[1])
+            batch.reward = batch.reward + penalty
+            metrics["credit/overlong"] = float(penalty.mean())
+        if "cut" in batch.trace:
+            metrics["credit/cut"] = float(batch.trace["cut"].sum())
+        if c.kl_weight:
+            each = losses.kl(batch.log_prob, batch.notes["reference_log_prob"], estimator=c.kl_estimator)
+            each = torch.where(batch.mask, each, 0.0)
+            metrics["policy/kl_to_reference"] = float(each.sum() / batch.mask.sum().clamp_min(1))
+            if c.kl_in == "reward" and getattr(self.credit, "per_unit", False):
+                batch.notes["unit_reward"] = -c.kl_weight * each
+            elif c.kl_in == "reward":
+                batch.reward = batch.reward - c.kl_weight * each.sum(1)
+        return metrics
+
+    def _write(
+        self, buffer: Any, order: np.ndarray, batch: Batch, credited: dict[str, Tensor], live: Tensor
+    ) -> None:
+        """Put into the buffer what the losses read."""
+        notes, c = credited | {"live": live.float()}, self.config
+        if c.normalize_advantage:
+            advantage = notes["advantage"]
+            counted = live if advantage.dim() == 1 else batch.mask & live[:, None]
+            notes["advantage"] = returns.standardize(advantage, counted)
+        if c.kl_weight and c.kl_in == "loss":
+            notes["reference_log_prob"] = batch.notes["reference_log_prob"]
+        if c.correction is not None:
+            notes |= {name: batch.notes[name] for name in ("old_log_prob", "weight")}
+        if c.value_clip is not None and self.uses_value:
+            per_unit = notes["value_target"].dim() == 2
+            notes["old_value"] = batch.notes["unit_value" if per_unit else "value"]
+        for name, value in notes.items():
+            ragged = value.dim() == 2 and buffer.schema.units is None
+            buffer.annotate(name, order, units_of(value, batch.mask) if ragged else value.numpy())
 
     def after_update(self, agent: Agent, update: int) -> None:
         """Nothing."""
 
 
-@register("objective", "grpo")
-class GRPO(PPO):
-    """Clipped surrogate + group credit, no value (Shao et al. 2024). Nothing else differs."""
-
-    Config = GRPOConfig
+# --- helpers ---------------------------------------------------------------------------------------------------------
 
 
-# --- credit ----------------------------------------------------------------------------------------------------------
+def _values(agent: Agent, batch: Batch) -> Tensor:
+    """[B], from the policy's own head or the part "value"."""
+    own = getattr(agent.policy, "value", None)
+    return agent.parts["value"](batch.observation) if own is None else own(batch.observation, batch.trace)
 
 
-@register("credit", "gae")
-@torch.no_grad()
-def gae_credit(agent: Agent, batch: Batch, lengths: list[int], config: PPOConfig) -> dict[str, Tensor]:
-    """Generalised advantage estimation over segments; see `returns.gae`."""
-    value, next_value = (
-        _in_chunks(agent, observation, len(batch)) for observation in (batch.observation, batch.next_observation)
-    )
-    index, mask = (torch.from_numpy(a) for a in returns.pad_segments(lengths))
-    reward, discount, before, after = (c[index] for c in (batch.reward, batch.discount, value, next_value))
-    advantage = returns.gae(reward, discount, before, after, mask, trace_decay=config.trace_decay)[mask]
-    return {"advantage": advantage, "value_target": advantage + value}
+def _unit_values(agent: Agent, batch: Batch) -> Tensor:
+    """[B, U]."""
+    return agent.policy.unit_values(batch.observation, batch.action, batch.trace)
 
 
-gae_credit.uses_value = True  # type: ignore[attr-defined]
+def _in_chunks(scorer: Any, batch: Batch, device: torch.device) -> Tensor:
+    """The scores of all decisions on the CPU, [B] or padded with 0 to [B, U]; a bounded number at a time."""
+    parts = []
+    for piece in batch.split(CHUNK):
+        score = scorer(to_device(piece, device)).cpu()
+        missing = 0 if score.dim() == 1 else batch.mask.shape[1] - score.shape[1]
+        parts.append(torch.nn.functional.pad(score, (0, missing)) if missing > 0 else score)
+    return torch.cat(parts)
 
 
-def _in_chunks(agent: Agent, observation: dict[str, Tensor], count: int, *, size: int = 4096) -> Tensor:
-    """Values [count] on the CPU, a bounded number of observations at a time."""
-    chunks = ({k: v[i : i + size].to(agent.device) for k, v in observation.items()} for i in range(0, count, size))
-    return torch.cat([agent.parts["value"](chunk).cpu() for chunk in chunks])
-
-
-def _group_credit(batch: Batch, lengths: list[int], baseline: Any) -> dict[str, Tensor]:
-    """Every decision of an episode gets the episode's advantage over its siblings."""
-    index, mask = (torch.from_numpy(a) for a in returns.pad_segments(lengths))
-    total = torch.where(mask, batch.reward[index], 0.0).sum(1)
-    group = batch.columns["group"][index[:, 0].numpy()]
-    advantage = returns.group_advantages(total, group, baseline=baseline)
-    return {"advantage": advantage.repeat_interleave(torch.tensor(lengths))}
-
-
-@register("credit", "grpo")
-def grpo_credit(agent: Agent, batch: Batch, lengths: list[int], config: PPOConfig) -> dict[str, Tensor]:
-    """(R - mean) / std of the group."""
-    return _group_credit(batch, lengths, "grpo")
-
-
-@register("credit", "dr_grpo")
-def dr_grpo_credit(agent: Agent, batch: Batch, lengths: list[int], config: PPOConfig) -> dict[str, Tensor]:
-    """R - mean of the group."""
-    return _group_credit(batch, lengths, "dr_grpo")
-
-
-@register("credit", "rloo")
-def rloo_credit(agent: Agent, batch: Batch, lengths: list[int], config: PPOConfig) -> dict[str, Tensor]:
-    """R - mean of the siblings."""
-    return _group_credit(batch, lengths, "rloo")
+def _count_groups(group: np.ndarray, dead: np.ndarray) -> dict[str, float]:
+    """How many groups there were, and how many of them taught nothing."""
+    number = np.unique(group).size
+    return {"credit/groups": float(number), "credit/dead_groups": float(np.unique(group[dead]).size)}
