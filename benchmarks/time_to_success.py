@@ -35,7 +35,11 @@ def competitors(*, minutes: float, quick: bool) -> dict[str, tuple[str, list[str
     curve = f"evaluate_every={every}"
     ours = [f"stages.6.finetune.until={until}", f"stages.6.finetune.{curve}", "stages.6.finetune.decisions=2000000"]
     rlpd = [f"stages.2.finetune.until={until}", f"stages.2.finetune.{curve}", "stages.2.finetune.decisions=2000000"]
-    sb3 = [f"stages.0.sb3.max_seconds={60 * minutes}", f"stages.0.sb3.until={TARGET}", f"stages.0.sb3.evaluate_every={every}"]
+    sb3 = [
+        f"stages.0.sb3.max_seconds={60 * minutes}",
+        f"stages.0.sb3.until={TARGET}",
+        f"stages.0.sb3.evaluate_every={every}",
+    ]
     return {
         "ours (demo recipe)": ("demo", [*ours, *task, *small]),
         "RLPD without pre-training": ("fetch/rlpd", [*rlpd, *task, *fewer]),
@@ -46,7 +50,12 @@ def competitors(*, minutes: float, quick: bool) -> dict[str, tuple[str, list[str
 def run(recipe: str, overrides: list[str], seed: int) -> Curve:
     """The learning curve of one run, evaluation time taken out."""
     with tempfile.TemporaryDirectory() as folder:
-        train(load_recipe(recipe, [*overrides, f"seed={seed}", "checkpoint_seconds=1e9"]), folder, quiet=True, report=False)
+        train(
+            load_recipe(recipe, [*overrides, f"seed={seed}", "checkpoint_seconds=1e9"]),
+            folder,
+            quiet=True,
+            report=False,
+        )
         files = [json.loads(p.read_text()) for p in Path(folder, "evaluations").glob("*.json")]
     curve, judging = [], 0.0
     for evaluation in sorted(files, key=lambda e: e["wall_seconds"]):

@@ -202,7 +202,9 @@ class Collector:
             "seed": self.seed.copy(),
             "step": self.step.copy(),
             "returned": self.returned.copy(),
-            "observation": {k: np.asarray(v) if not isinstance(v, list) else list(v) for k, v in self.observation.items()},
+            "observation": {
+                k: np.asarray(v) if not isinstance(v, list) else list(v) for k, v in self.observation.items()
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -141,6 +141,7 @@ class Recipe:
     buffer: BufferConfig = field(default_factory=BufferConfig)
     logging: LogConfig = field(default_factory=LogConfig)
     checkpoint_seconds: float = 30.0  # least wall time between two checkpoints inside a stage
+    threads: int | None = None  # torch's; None: one per core. 1 suits small networks and a machine that others use, too
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:

@@ -61,7 +61,9 @@ class Evaluation:
         tries = self.extra.setdefault("broken", {})
         tries[str(episode)] = tries.get(str(episode), 0) + 1
         if tries[str(episode)] > max_retries:
-            raise RuntimeError(f"the environment failed {tries[str(episode)]} times on evaluation seed {self.seeds[episode]}")
+            raise RuntimeError(
+                f"the environment failed {tries[str(episode)]} times on evaluation seed {self.seeds[episode]}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The content of `evaluations/*.json` in a run folder."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from embodied_rft.collect import Act
 from embodied_rft.log import write_json
-from embodied_rft.pool import VectorPool
+from embodied_rft.pool import Pool, VectorPool
 
 if TYPE_CHECKING:
     from embodied_rft.session import Session
@@ -28,10 +28,12 @@ def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tr
     act = session.actor(greedy=True, rng="film")
     try:
         for seed in seeds[:tries]:
-            frames, won = roll_out(act, env.id, env.options, seed)
+            frames, won = roll_out(act, env.id, env.options, seed, session.fit)
             if won == success:
                 path = write_video(session.folder / "videos" / f"{name}.mp4", frames, fps=25)
-                write_json(Path(path).with_suffix(".json"), {"seed": int(seed), "success": won, "stage": list(session.path)})
+                write_json(
+                    Path(path).with_suffix(".json"), {"seed": int(seed), "success": won, "stage": list(session.path)}
+                )
                 return f"filmed a {wanted}: {path.name}"
         return f"none of {min(tries, len(seeds))} episodes ended in {wanted} again in the single environment; nothing filmed"
     except Exception as error:  # a picture is never worth a run
@@ -39,14 +41,16 @@ def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tr
         return f"no video: {error}"
 
 
-def roll_out(act: Act, env_id: str, options: dict[str, Any], seed: int) -> tuple[np.ndarray, bool]:
+def roll_out(
+    act: Act, env_id: str, options: dict[str, Any], seed: int, fit: Callable[[Pool], Pool]
+) -> tuple[np.ndarray, bool]:
     """(frames [T + 1, H, W, 3] uint8, success) of one episode in the single environment."""
     options = {k: v for k, v in options.items() if k not in ("num_threads", "engine")}
     vector = gymnasium.vector.SyncVectorEnv(
         [lambda: gymnasium.make(env_id, render_mode="rgb_array", **options)],
         autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
     )
-    pool = VectorPool(vector, purpose="evaluation")
+    pool = fit(VectorPool(vector, purpose="evaluation"))
     try:
         observation = pool.reset(np.array([seed]))
         frames: list[Any] = [vector.envs[0].render()]

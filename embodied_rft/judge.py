@@ -38,7 +38,9 @@ def evaluate_run(
     """
     folder = Path(folder)
     if not (folder / "recipe.yaml").exists():
-        raise ValueError(f"{folder} holds no run: there is no recipe.yaml in it. Give the folder that `erft train` wrote.")
+        raise ValueError(
+            f"{folder} holds no run: there is no recipe.yaml in it. Give the folder that `erft train` wrote."
+        )
     recipe = load_recipe(folder / "recipe.yaml")
     session = Session(recipe, folder, quiet=True)
     try:
@@ -50,14 +52,17 @@ def evaluate_run(
                 raise ValueError(f"--official and --env {env} exclude each other")
             env, options = official_id(recipe.env.id, options), {}
         pool = make_pool(
-            env or recipe.env.id, num_envs=num_envs or min(recipe.env.num_envs, episodes), options=options, purpose="evaluation"
+            env or recipe.env.id,
+            num_envs=num_envs or min(recipe.env.num_envs, episodes),
+            options=options,
+            purpose="evaluation",
         )
         try:
-            if pool.observation_space.keys() != session.agent.spaces.observation.keys():  # type: ignore[attr-defined]
+            if pool.fields != session.step_pool("training").fields:
                 raise ValueError(f"{env} has other observations than {recipe.env.id}: {pool.observation_space}")
             act = session.actor(greedy=True, rng="evaluate")
             name = f"policy in {env}" if env else "policy, evaluated again"
-            outcome = evaluate(act, pool, evaluation_seeds(episodes, sheet=sheet), name=name)
+            outcome = evaluate(act, session.fit(pool), evaluation_seeds(episodes, sheet=sheet), name=name)
         finally:
             pool.close()
         content = outcome.to_json() | {"stage": list(session.path), "sheet": sheet, "environment": env or recipe.env.id}

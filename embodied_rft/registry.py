@@ -72,6 +72,8 @@ def load_plugins() -> None:
     """Import every package that declares the entry point group, once."""
     importlib.import_module("embodied_rft.objectives")
     importlib.import_module("embodied_rft.stages")
-    modules = {"embodied_rft.agents", "embodied_rft.envs"} | {e.value for e in entry_points(group="embodied_rft.plugins")}
+    modules = {"embodied_rft.agents", "embodied_rft.envs"} | {
+        e.value for e in entry_points(group="embodied_rft.plugins")
+    }
     for module in sorted(modules):
         importlib.import_module(module)

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from embodied_rft import registry
-from embodied_rft.agent import Agent, build_agent
+from embodied_rft.agent import Agent, Spaces, build_agent
 from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.checkpoint import Checkpoints, RunLock
+from embodied_rft.chunking import QueuedPool, find_planner, fit_pool
 from embodied_rft.collect import Act, Collector, action_field
 from embodied_rft.config import Recipe, StageSpec, dump_recipe, parse_stages, validate_plugin_config, write_atomically
 from embodied_rft.data import Decisions, Source, Tree
@@ -54,27 +55,44 @@ class Session:
         self.generators: dict[str, np.random.Generator | torch.Generator] = {}
         self.stopping = False
         self._resume: dict[str, Any] | None = None
-        self._pools: dict[str, Pool] = {}
+        self._pools: dict[str, Pool] = {}  # of single steps, as the environment offers them
+        self._fitted: dict[str, Pool] = {}  # as the current policy acts: in steps, in chunks, or along a plan
         self._buffer: Buffer | None = None
         self.collector: Collector | None = None
         self.learner: Learner | None = None
         self.objective: Any = None
         self._clock = self._saved_at = time.perf_counter()
-        space_pool = self.pool("training")
+        pool = fit_pool(self.step_pool("training"), recipe.agent)
         self.agent: Agent = build_agent(
-            recipe.agent, space_pool.observation_space, space_pool.action_space, rng=self.generator("agent")
+            recipe.agent, pool.observation_space, pool.action_space, rng=self.generator("agent")
         )
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
-    def pool(self, purpose: Purpose) -> Pool:
-        """The environments for "training" or "evaluation", made once."""
+    def step_pool(self, purpose: Purpose) -> Pool:
+        """The environments for "training" or "evaluation", one decision a step; made once."""
         if purpose not in self._pools:
             env = self.recipe.env
             self._pools[purpose] = make_pool(
-                env.id, num_envs=env.num_envs, options=env.options, kind=env.pool, num_workers=env.num_workers, purpose=purpose
+                env.id,
+                num_envs=env.num_envs,
+                options=env.options,
+                kind=env.pool,
+                num_workers=env.num_workers,
+                purpose=purpose,
             )
         return self._pools[purpose]
+
+    def pool(self, purpose: Purpose) -> Pool:
+        """The environments as the current policy acts in them."""
+        if purpose not in self._fitted:
+            self._fitted[purpose] = self.fit(self.step_pool(purpose))
+        return self._fitted[purpose]
+
+    def fit(self, pool: Pool) -> Pool:
+        """A pool of single steps as one of the current policy's decisions: steps, chunks, or steps along a plan."""
+        planner = find_planner(self.agent.policy)
+        return fit_pool(pool, self.agent.policy.spec) if planner is None else QueuedPool(pool, planner)
 
     def generator(self, name: str) -> torch.Generator:
         """The torch generator `name` of the running stage; its seed depends on run, stage and name alone."""
@@ -109,12 +127,22 @@ class Session:
         )
 
     def replace_policy(self, policy: torch.nn.Module) -> None:
-        """Another policy on the same experience: rows are carried over, their traces recomputed for the new policy."""
+        """Another policy on the same experience: rows are carried over, their traces recomputed for the new policy.
+
+        Where a decision becomes another thing (chunks to single steps), old experience cannot be read and is dropped.
+        """
         old_schema = self.schema()
         self.agent.policy = policy
-        if self._buffer is None or self.schema() == old_schema:
+        self._fitted.clear()
+        pool = self.pool("training")
+        self.agent.spaces = Spaces(pool.observation_space, pool.action_space)
+        schema = self.schema()
+        if self._buffer is None or schema == old_schema:
             return
         old, self._buffer = self._buffer, None
+        if schema.observation != old_schema.observation or schema.action != old_schema.action:
+            self.logger.message("decisions are different now: the experience so far is dropped")
+            return
         for trajectory in old.trajectories():
             self.buffer.add_trajectory(trajectory, retrace=getattr(policy, "retrace", None))
         if old.num_pinned:
@@ -136,10 +164,12 @@ class Session:
             self.learner.load_state_dict(self._resume["learner"])
         return self.learner
 
-    def make_collector(self, *, group_size: int = 1, source: Source = Source.ONLINE) -> Collector:
-        """The collector of the running stage, restored if the stage is being resumed."""
+    def make_collector(
+        self, *, group_size: int = 1, source: Source = Source.ONLINE, pool: Pool | None = None
+    ) -> Collector:
+        """The collector of the running stage, restored if the stage is being resumed; `pool`: not as the policy acts."""
         self.collector = Collector(
-            self.pool("training"),
+            pool or self.pool("training"),
             run_seed=self.recipe.seed,
             first_episode=self.counters["episodes"],
             group_size=group_size,
@@ -250,7 +280,9 @@ class Session:
                 self.buffer.load_state_dict(state["buffer"])
             self.logger.load_state_dict(state["logger"])
             where = "after" if state["finished"] else "in"
-            self.logger.message(f"continuing {where} stage {'.'.join(map(str, target))}, {self.counters['decisions']} decisions in")
+            self.logger.message(
+                f"continuing {where} stage {'.'.join(map(str, target))}, {self.counters['decisions']} decisions in"
+            )
         return True
 
     def _check_recipe(self, stored: str) -> None:
@@ -260,7 +292,9 @@ class Session:
 
             difference = [
                 line
-                for line in difflib.unified_diff(stored.splitlines(), dump_recipe(self.recipe).splitlines(), "stored", "given", n=0)
+                for line in difflib.unified_diff(
+                    stored.splitlines(), dump_recipe(self.recipe).splitlines(), "stored", "given", n=0
+                )
                 if line[:1] in "+-" and line[:3] not in ("+++", "---")
             ]
             raise ValueError(
@@ -346,6 +380,8 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False, report: bo
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     with RunLock(folder):
         session = Session(recipe, folder, quiet=quiet)
         try:
@@ -373,7 +409,9 @@ def stop_on_interrupt(session: Session) -> Iterator[None]:
         if session.stopping:
             raise KeyboardInterrupt
         session.stopping = True
-        session.logger.message("stopping at the next safe point (Ctrl-C again to stop at once, losing the work since the last one)")
+        session.logger.message(
+            "stopping at the next safe point (Ctrl-C again to stop at once, losing the work since the last one)"
+        )
 
     old = signal.signal(signal.SIGINT, ask)
     try:
@@ -397,5 +435,3 @@ def _restored_generator(state: dict[str, Any]) -> np.random.Generator | torch.Ge
     bits = np.random.PCG64()
     bits.state = state["numpy"]
     return np.random.Generator(bits)
-
-

@@ -106,7 +106,9 @@ def _scene(name: str) -> _Scene:
     variant = VARIANTS[name]
     package = find_spec("gymnasium_robotics")  # only its files: importing it registers and prints what nobody asked for
     if package is None or package.origin is None:
-        raise ValueError("the model files of Fetch come with gymnasium-robotics, which is not installed: pip install gymnasium-robotics")
+        raise ValueError(
+            "the model files of Fetch come with gymnasium-robotics, which is not installed: pip install gymnasium-robotics"
+        )
     spec = mujoco.MjSpec.from_file(str(Path(package.origin).parent / "envs" / "assets" / "fetch" / variant.model))
     _add_sensors(spec, variant.has_object)
     _add_wrist_camera(spec)

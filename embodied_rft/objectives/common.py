@@ -12,6 +12,7 @@ from torch import Tensor
 
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch, Ragged
+from embodied_rft.networks import Encoder
 from embodied_rft.returns import monte_carlo, pad_segments
 
 LossFunction = Callable[[Agent, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
@@ -21,9 +22,9 @@ STRICT = ConfigDict(extra="forbid")  # of every config: an unknown key is an err
 
 def fit_normalizers(agent: Agent, buffer: Any, rows: np.ndarray, *, limit: int = 20_000) -> None:
     """Give standardising encoders the statistics of at most `limit` rows, spread evenly; once."""
-    fit = getattr(agent.policy, "fit_statistics", None)  # a policy that keeps statistics of its own, of actions too
-    if fit is not None and len(rows):
-        fit(buffer, rows)
+    own = [m for m in agent.policy.modules() if hasattr(m, "fitted") and not isinstance(m, Encoder)]
+    if len(rows) and any(not bool(m.fitted) for m in own):  # statistics of a policy's own, of actions too
+        agent.policy.fit_statistics(buffer, rows)
     waiting = agent.normalizers()
     if waiting and len(rows):
         spread = rows[:: max(1, len(rows) // limit)][:limit]

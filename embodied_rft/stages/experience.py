@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from embodied_rft.buffer import read_trajectories
-from embodied_rft.collect import Act
-from embodied_rft.data import Decisions, Source, Tree
+from embodied_rft.buffer import Buffer, Schema, read_trajectories
+from embodied_rft.chunking import chunk_of, chunk_trajectories
+from embodied_rft.collect import Act, action_field
+from embodied_rft.data import Decisions, Source, Trajectory, Tree
 from embodied_rft.demos import make_demonstrator
+from embodied_rft.pool import Pool
 from embodied_rft.registry import register
 from embodied_rft.stages.base import Stage
 
@@ -45,14 +47,21 @@ class Demonstrate(Stage):
         """Collect in one go (seconds), then pin the rows."""
         config = self.config
         demonstrator = make_demonstrator(session.recipe.env.id, config.with_, noise=config.noise, **config.options)
-        collector = session.make_collector(source=Source.DEMONSTRATION)
-        act = demonstrator_act(demonstrator, session.numpy_generator("demonstrate"), session.schema().units)
+        chunk = chunk_of(session.agent.policy.spec)
+        collector = session.make_collector(source=Source.DEMONSTRATION, pool=session.step_pool("training"))
+        units = session.schema().units if chunk is None else 1
+        act = demonstrator_act(demonstrator, session.numpy_generator("demonstrate"), units)
         session.buffer  # noqa: B018  announces the memory before the first episode
         recording = collector.collect(act, episodes=config.episodes)
         metrics = {**recording.metrics(), "demonstrations/decisions": float(recording.decisions)}
-        recording.write(session.buffer)
-        session.buffer.pin()
         session.counters["decisions"] += recording.decisions
+        if chunk is None:
+            recording.write(session.buffer)
+        else:
+            steps = step_buffer(session.step_pool("training"), recording.decisions + 2 * config.episodes)
+            recording.write(steps)
+            add_trajectories(session, list(steps.trajectories()))
+        session.buffer.pin()
         session.log(metrics)
         return {"success of the demonstrations": metrics["collect/success"], "episodes": config.episodes}
 
@@ -67,7 +76,7 @@ class Load(Stage):
 
         file: Path
         max_episodes: int | None = None
-        source: str = "demonstration"  # or offline
+        source: Literal["demonstration", "offline"] = "demonstration"
 
     @property
     def title(self) -> str:
@@ -76,9 +85,10 @@ class Load(Stage):
 
     def run(self, session: Session) -> dict[str, Any]:
         """Read, check against the environment's spaces, add, pin."""
-        trajectories = read_trajectories(self.config.file, schema=session.schema())[: self.config.max_episodes]
-        for trajectory in trajectories:
-            session.buffer.add_trajectory(trajectory, retrace=getattr(session.agent.policy, "retrace", None))
+        schema = step_buffer(session.step_pool("training"), 1).schema
+        trajectories = read_trajectories(self.config.file, schema=schema)[: self.config.max_episodes]
+        trajectories = [replace(t, source=Source[self.config.source.upper()]) for t in trajectories]
+        add_trajectories(session, trajectories)
         session.buffer.pin()
         return {"episodes": len(trajectories), "decisions": sum(len(t) for t in trajectories)}
 
@@ -109,6 +119,20 @@ class WarmUp(Stage):
         session.counters["decisions"] += recording.decisions
         session.log(metrics)
         return {"success while warming up": metrics.get("collect/success")}
+
+
+def step_buffer(pool: Pool, capacity: int) -> Buffer:
+    """A buffer of single steps of a pool, for experience that is still to be cut into chunks or written to a file."""
+    return Buffer(Schema(observation=dict(pool.fields), action=action_field(pool.action_space)), capacity)
+
+
+def add_trajectories(session: Session, trajectories: list[Trajectory]) -> None:
+    """Single-step episodes into the session's buffer, as the current policy's decisions."""
+    chunk = chunk_of(session.agent.policy.spec)
+    if chunk is not None:
+        trajectories = chunk_trajectories(trajectories, horizon=chunk[0], execute=chunk[1])
+    for trajectory in trajectories:
+        session.buffer.add_trajectory(trajectory, retrace=getattr(session.agent.policy, "retrace", None))
 
 
 def demonstrator_act(demonstrator: Any, rng: np.random.Generator, units: int | None) -> Act:

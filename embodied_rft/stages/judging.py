@@ -40,7 +40,9 @@ class Evaluate(Stage):
         if config.video:
             from embodied_rft.film import film
 
-            wanted = [s for s, won in zip(outcome.seeds, outcome.results, strict=True) if won == (config.video == "success")]
+            wanted = [
+                s for s, won in zip(outcome.seeds, outcome.results, strict=True) if won == (config.video == "success")
+            ]
             name = f"{'-'.join(map(str, self.path))}-{config.video}"
             session.logger.message(film(session, wanted, success=config.video == "success", name=name))
         return {"success": outcome.success, "low": low, "high": high, "episodes": outcome.episodes}

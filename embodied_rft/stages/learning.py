@@ -61,7 +61,9 @@ class Pretrain(Stage):
         config, progress = self.config, session.progress
         learner = session.make_learner(config.learner)
         if not progress.get("annotated"):
-            session.objective.annotate(session.agent, session.buffer, session.buffer.rows(), session.generator("annotate"))
+            session.objective.annotate(
+                session.agent, session.buffer, session.buffer.rows(), session.generator("annotate")
+            )
             progress["annotated"] = True
         rng, sampler = session.generator("learn"), session.numpy_generator("sample")
         metrics: dict[str, float] = {}
@@ -129,7 +131,9 @@ class Finetune(Stage):
         amount = config.decisions_per_iteration or 50 * pool.num_envs
         replayed = isinstance(session.objective.reading, Replay)
         if config.overlap and not replayed:
-            raise ValueError("overlap needs an objective that learns from replay; this one learns from fresh experience only")
+            raise ValueError(
+                "overlap needs an objective that learns from replay; this one learns from fresh experience only"
+            )
         progress.setdefault("decisions", 0)
         with self._recorder(session, amount) as record, session.logger.progress(self.title, config.decisions) as bar:
             while progress["decisions"] < config.decisions and not self._reached(session):
@@ -145,7 +149,9 @@ class Finetune(Stage):
                 session.log(metrics)
                 bar.update(progress["decisions"], **headline(metrics))
                 self._evaluate(session, recording.decisions)
-                if not collector.can_save:  # nothing can be saved inside an episode: end them all, at the same place in every run
+                if (
+                    not collector.can_save
+                ):  # nothing can be saved inside an episode: end them all, at the same place in every run
                     collector.cut().write(session.buffer)
                 session.tick()
         collector.cut().write(session.buffer)
@@ -169,7 +175,9 @@ class Finetune(Stage):
 
             def record(learn: Callable[[], None]) -> Recording:
                 refresh()
-                future: Future[Recording] = executor.submit(collector.collect, act, decisions=amount, version=learner.version)
+                future: Future[Recording] = executor.submit(
+                    collector.collect, act, decisions=amount, version=learner.version
+                )
                 try:
                     if session.progress["decisions"]:
                         learn()
@@ -187,7 +195,9 @@ class Finetune(Stage):
     def _learn_replay(self, session: Session, amount: int) -> None:
         """Updates from replay, `updates_per_decision` for each of `amount` decisions."""
         if not session.progress.get("annotated"):
-            session.objective.annotate(session.agent, session.buffer, session.buffer.rows(), session.generator("annotate"))
+            session.objective.annotate(
+                session.agent, session.buffer, session.buffer.rows(), session.generator("annotate")
+            )
             session.progress["annotated"] = True
         owed = session.progress.get("owed", 0.0) + amount * self.config.updates_per_decision
         session.progress["owed"] = owed - int(owed)
@@ -203,7 +213,9 @@ class Finetune(Stage):
         learner, rng = session.learner, session.generator("learn")
         assert learner is not None
         session.objective.annotate(session.agent, session.buffer, rows, rng)
-        for batch in session.objective.reading.batches(session.buffer, session.numpy_generator("sample"), learner.version):
+        for batch in session.objective.reading.batches(
+            session.buffer, session.numpy_generator("sample"), learner.version
+        ):
             learner.update(batch, rng)
             session.counters["updates"] += 1
 
@@ -236,7 +248,9 @@ class Adapt(Stage):
         options: dict[str, Any] = field(default_factory=dict)
 
         def __post_init__(self) -> None:
-            validate_plugin_config("agent", self.with_, {"base": {"id": "gaussian"}, **self.options}, path="adapt.options")
+            validate_plugin_config(
+                "agent", self.with_, {"base": {"id": "gaussian"}, **self.options}, path="adapt.options"
+            )
 
     @property
     def title(self) -> str:
@@ -285,5 +299,3 @@ def headline(metrics: dict[str, Any]) -> dict[str, Any]:
     """The few numbers worth a progress bar."""
     wanted = ("collect/success", "critic/loss", "policy/loss", "critic/q_mean")
     return {k: metrics[k] for k in wanted if k in metrics}
-
-
