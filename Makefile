@@ -1,7 +1,7 @@
 # make setup | demo | test | lint | docs | bench | clean. Everything lives in .venv/ and runs/ of this folder.
 PYTHON ?= python3
 WORKERS ?= 2
-# Torch comes first and alone. For a smaller CPU-only build: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Torch comes first and alone. TORCH_INDEX names another package index, for example one that holds CPU-only builds.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 RUN ?= runs/demo
