@@ -136,9 +136,9 @@ def clipped_surrogate(
 def log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor, *, level: RatioLevel) -> Tensor:
     """Log of the importance ratio that each unit is weighted with, [B, U], 0 under the mask.
 
-    "unit": log pi(u) - log old(u) (PPO); "decision": their sum over the units, the ratio of the whole decision; "mean":
-    their mean, the ratio's geometric mean (Zheng et al. 2025, GSPO, eq. 7); "none": 0 with the gradient of log pi(u), so
-    that the surrogate is the plain policy gradient (Williams 1992; Chu et al. 2025, GPG, eq. 6).
+    "unit": log pi(u) - log old(u) (PPO); "decision": their sum over the units, the ratio of the whole decision;
+    "mean": their mean, the ratio's geometric mean (Zheng et al. 2025, GSPO, eq. 7); "none": 0 with the gradient of
+    log pi(u), so that the surrogate is the plain policy gradient (Williams 1992; Chu et al. 2025, GPG, eq. 6).
 
     Args:
         log_prob: [B, U] of the policy being trained.
@@ -200,7 +200,7 @@ def preference(margin: Tensor, *, kind: Preference = "sigmoid", beta: float = 0.
 
     "sigmoid": -log sigmoid(beta h) (Rafailov et al. 2023, DPO, eq. 7), with label smoothing e
     -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) (Mitchell 2023, conservative DPO); "squared":
-    (h - 1 / (2 beta))^2 (Azar et al. 2023, IPO, eq. 17); "hinge": max(0, 1 - beta h) (Zhao et al. 2023, SLiC-HF, eq. 3).
+    (h - 1 / (2 beta))^2 (Azar et al. 2023, IPO, eq. 17); "hinge": max(0, 1 - beta h) (Zhao et al. 2023, SLiC, eq. 3).
 
     Args:
         margin: [P] pairs; a score is a log-probability, over a reference where the method has one.

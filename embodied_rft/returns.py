@@ -41,8 +41,8 @@ def gae(
 ) -> Tensor:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), per decision.
 
-    A_t = delta_t + discount_t * lambda * A_{t+1}, delta_t = r_t + discount_t * V(o_{t+1}) - V(o_t). A segment that was cut
-    or truncated bootstraps from its last `next_value`; one that terminated has discount 0 there.
+    A_t = delta_t + discount_t * lambda * A_{t+1}, delta_t = r_t + discount_t * V(o_{t+1}) - V(o_t). A segment that was
+    cut or truncated bootstraps from its last `next_value`; one that terminated has discount 0 there.
 
     Args:
         reward: [S, T].
@@ -88,7 +88,7 @@ def group_advantages(
 ) -> Tensor:
     """Advantage of each episode over its siblings [B]; those of a group sum to zero.
 
-    "grpo": (R - mean) / (std + 1e-6) (Shao et al. 2024, section 4.1.2); "dr_grpo": R - mean (Liu et al. 2025, sec. 3.2);
+    "grpo": (R - mean) / (std + 1e-6) (Shao et al. 2024, section 4.1.2); "dr_grpo": R - mean (Liu et al. 2025);
     "rloo": R - mean of the others (Ahmadian et al. 2024, eq. 7). A group of one, or of equal returns, gets 0.
 
     Args:
@@ -116,7 +116,7 @@ def unit_advantages(
 
     The upper level gives `after`, what a decision is worth once its last unit is taken; within the decision
     A_u = delta_u + gamma * lambda * A_{u+1}, delta_u = r_u + gamma * V_{u+1} - V_u, with `after` behind the last unit.
-    With gamma = lambda = 1 and no rewards A_u = after - V_u; with one unit a decision it is the upper level's advantage.
+    With gamma = lambda = 1 and no rewards A_u = after - V_u; with one unit it is the upper level's advantage.
 
     Args:
         after: [B] return of the decision estimated by the upper level (its advantage plus its value).

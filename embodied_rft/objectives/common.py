@@ -12,6 +12,7 @@ from torch import Tensor
 
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch, Ragged
+from embodied_rft.learner import to_device
 from embodied_rft.networks import Encoder
 from embodied_rft.returns import monte_carlo, pad_segments
 
@@ -64,3 +65,28 @@ def units_of(values: Tensor, mask: Tensor) -> Ragged:
     offsets = np.zeros(len(mask) + 1, np.int64)
     np.cumsum(mask.sum(1).numpy(), out=offsets[1:])
     return Ragged(values[mask].numpy(), offsets)
+
+
+def score_in_chunks(
+    scorer: Callable[[Batch], Tensor], batch: Batch, device: torch.device, *, num_units: int = 2048
+) -> Tensor:
+    """The scores of all decisions on the CPU, [B] or padded with 0 to [B, U]; about `num_units` at a time."""
+    parts, width = [], batch.mask.shape[1]
+    for piece in batch.split(max(1, num_units // max(1, width))):
+        score = scorer(to_device(piece, device)).cpu()
+        missing = 0 if score.dim() == 1 else width - score.shape[1]
+        parts.append(torch.nn.functional.pad(score, (0, missing)) if missing > 0 else score)
+    return torch.cat(parts)
+
+
+def segment_returns(
+    buffer: Any, segments: list[np.ndarray], *, reward_weights: dict[str, float] | None = None, size: int = 4096
+) -> np.ndarray:
+    """Undiscounted sum of the rewards of each segment [S]."""
+    if not segments:
+        return np.zeros(0)
+    order = np.concatenate(segments)
+    parts = (order[i : i + size] for i in range(0, len(order), size))
+    reward = [buffer.batch(p, reward_weights=reward_weights, next_observation=False).reward.numpy() for p in parts]
+    start = np.cumsum([0, *(len(s) for s in segments[:-1])])
+    return np.add.reduceat(np.concatenate(reward).astype(np.float64), start)

@@ -4,9 +4,9 @@
     def centred(agent, batch, lengths, config):
         return {"advantage": batch.reward - batch.reward.mean()}
 
-A function may carry two attributes. `uses_value`: values are wanted; they come as the notes "value" [B], "next_value" [B]
-and, where the policy has one for each unit, "unit_value" [B, U]. `per_unit`: rewards of single units (a KL penalty) come
-as the note "unit_reward" [B, U]; otherwise they are already part of `batch.reward`.
+A function may carry two attributes. `uses_value`: values are wanted; they come as the notes "value" [B], "next_value"
+[B] and, where the policy has one for each unit, "unit_value" [B, U]. `per_unit`: rewards of single units (a KL penalty)
+come as the note "unit_reward" [B, U]; otherwise they are already part of `batch.reward`.
 Legend: B decisions, S segments (runs of consecutive decisions of one episode), T decisions of a segment, U units.
 """
 
@@ -77,7 +77,7 @@ def bi_level_gae_credit(agent: Agent, batch: Batch, lengths: list[int], config: 
     outer = _gae(batch, lengths, config, extra=inside)
     value = batch.notes.get("unit_value")
     if value is None:
-        raise ValueError("bi_level_gae needs a value for each unit: a policy with unit_values(observation, action, trace)")
+        raise ValueError("bi_level_gae needs a policy that has unit_values(observation, action, trace) -> [B, U]")
     advantage = returns.unit_advantages(
         outer + batch.notes["value"] - inside,
         value,
@@ -93,7 +93,8 @@ def _gae(batch: Batch, lengths: list[int], config: Any, extra: Tensor | None = N
     index, mask = (torch.from_numpy(a) for a in returns.pad_segments(lengths))
     reward = batch.reward if extra is None else batch.reward + extra
     columns = (reward, batch.discount, batch.notes["value"], batch.notes["next_value"])
-    return returns.gae(*(c[index] for c in columns), mask, trace_decay=config.trace_decay)[mask]
+    reward, discount, value, next_value = (c[index] for c in columns)
+    return returns.gae(reward, discount, value, next_value, mask, trace_decay=config.trace_decay)[mask]
 
 
 # --- without -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,13 @@
-"""`bc`: behaviour cloning. Fits the policy to the data's actions; needs no reward and no critic."""
+"""`bc`: fits the policy to actions of the data; `raft`: to the best of its own. Needs no critic.
+
+What the loss is says the policy (`imitation_loss`): likelihood of an action or of a reply's tokens, squared or absolute
+error of a chunk, diffusion or flow matching. Which episodes it copies says a `Selection`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -10,10 +16,73 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agent import Agent
+from embodied_rft.buffer import Buffer
 from embodied_rft.data import Batch
-from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers
+from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, segment_returns
 from embodied_rft.plans import Replay
 from embodied_rft.registry import register
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Selection:
+    """Which episodes are copied; every condition that is given must hold.
+
+    The best of each group of siblings is Selection(best_of=1); rejection sampling is Selection(min_return=1.0).
+    """
+
+    newest: int | None = None  # only so many newest episodes are looked at; None: all
+    min_return: float | None = None  # least sum of rewards
+    best_of: int | None = None  # how many of each group, the best first
+    successes: bool = False  # only those whose reward stream "success" was positive once
+
+    @property
+    def everything(self) -> bool:
+        """Whether no condition is given."""
+        return self == Selection()
+
+
+def select(buffer: Buffer, selection: Selection, reward_weights: dict[str, float] | None = None) -> np.ndarray:
+    """The rows of the selected episodes, oldest episode first.
+
+    Raises:
+        ValueError: no episode is left, or there is no stream of success.
+    """
+    segments = buffer.segments(buffer.rows())
+    if selection.newest is not None:
+        segments = segments[-selection.newest :]
+    returned = segment_returns(buffer, segments, reward_weights=reward_weights)
+    keep = np.ones(len(segments), bool)
+    if selection.min_return is not None:
+        keep &= returned >= selection.min_return
+    if selection.successes:
+        if "success" not in buffer.schema.rewards:
+            raise ValueError("the buffer has no reward stream 'success': select by min_return instead")
+        keep &= segment_returns(buffer, segments, reward_weights={"success": 1.0}) > 0
+    if selection.best_of is not None and segments:
+        group = buffer.columns(np.array([s[0] for s in segments]))["group"]
+        order = np.lexsort((-returned, group))
+        first = np.flatnonzero(np.append(True, np.diff(group[order]) != 0))
+        rank = np.arange(len(order)) - np.repeat(first, np.diff(np.append(first, len(order))))
+        keep[order[rank >= selection.best_of]] = False
+    if not keep.any():
+        raise ValueError(f"none of {len(segments)} episodes is selected by {selection}: collect more, or ask for less")
+    return np.concatenate([s for s, kept in zip(segments, keep, strict=True) if kept])
+
+
+@dataclass(config=STRICT, kw_only=True)
+class SelectedReplay(Replay):
+    """Batches drawn with replacement from the decisions of selected episodes."""
+
+    selection: Selection = field(default_factory=Selection)
+
+    def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
+        """`num_updates` batches; what is selected is decided when the first one is asked for."""
+        if self.selection.everything:
+            yield from Replay.batches(self, buffer, rng, version)
+            return
+        rows = select(buffer, self.selection, self.reward_weights)
+        for _ in range(self.num_updates):
+            yield buffer.batch(rows[rng.integers(len(rows), size=self.batch_size)], next_observation=False)
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -22,7 +91,13 @@ class BehaviorCloningConfig:
 
     batch_size: int = 256
     num_updates: int = 1_000  # per learn call
-    offline_share: float | None = None  # 1.0: demonstrations and offline data only
+    offline_share: float | None = None  # 1.0: demonstrations and offline data only; without a selection
+    selection: Selection = field(default_factory=Selection)
+    reward_weights: dict[str, float] | None = None  # what returns are made of; None: the environment's reward
+
+    def __post_init__(self) -> None:
+        if self.offline_share is not None and not self.selection.everything:
+            raise ValueError("offline_share has no effect on selected episodes: leave it out, or the selection")
 
 
 @register("objective", "bc")
@@ -31,11 +106,15 @@ class BehaviorCloning:
 
     Config = BehaviorCloningConfig
 
-    def __init__(self, config: BehaviorCloningConfig) -> None:
+    def __init__(self, config: Any) -> None:
         self.config = config
         self.losses: Losses = {"policy": self.policy_loss}
-        self.reading = Replay(
-            num_updates=config.num_updates, batch_size=config.batch_size, offline_share=config.offline_share
+        self.reading = SelectedReplay(
+            num_updates=config.num_updates,
+            batch_size=config.batch_size,
+            offline_share=config.offline_share,
+            selection=config.selection,
+            reward_weights=config.reward_weights,
         )
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
@@ -55,3 +134,20 @@ class BehaviorCloning:
 
     def after_update(self, agent: Agent, update: int) -> None:
         """Nothing."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class RAFTConfig(BehaviorCloningConfig):
+    """Options of `raft`: those of `bc`, on the best episode of each group."""
+
+    selection: Selection = field(default_factory=lambda: Selection(best_of=1))
+
+
+@register("objective", "raft")
+class RAFT(BehaviorCloning):
+    """Reward-ranked fine-tuning (Dong et al. 2023): sample several replies, copy the best, repeat.
+
+    stages: [repeat: {times: 10, stages: [collect: {episodes: 256, group_size: 8}, pretrain: {objective: raft}]}]
+    """
+
+    Config = RAFTConfig

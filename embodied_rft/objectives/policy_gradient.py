@@ -23,15 +23,12 @@ from torch import Tensor
 from embodied_rft import losses, returns
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
-from embodied_rft.learner import to_device
 from embodied_rft.networks import polyak
-from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, readable, units_of
+from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, readable, score_in_chunks, units_of
 from embodied_rft.objectives.correction import Correction, correct
 from embodied_rft.objectives.credit import Credit
 from embodied_rft.plans import Fresh
 from embodied_rft.registry import find, register
-
-CHUNK = 4096  # decisions that are scored at a time
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -209,21 +206,22 @@ class PPO:
         c = self.config
         scorers: dict[str, Any] = {}
         if c.kl_weight:
-            scorers["reference_log_prob"] = lambda b: agent.parts["reference"].log_prob(b.observation, b.action, b.trace)[0]
+            scorers["reference_log_prob"] = lambda b: _log_prob(agent.parts["reference"], b)
         if c.correction is not None:
-            scorers["old_log_prob"] = lambda b: agent.policy.log_prob(b.observation, b.action, b.trace)[0]
+            scorers["old_log_prob"] = lambda b: _log_prob(agent.policy, b)
         if self.uses_value:
             scorers["value"] = lambda b: _values(agent, b)
         if c.credit == "bi_level_gae" and hasattr(agent.policy, "unit_values"):
             scorers["unit_value"] = lambda b: _unit_values(agent, b)
         for name, scorer in scorers.items():
-            batch.notes[name] = _in_chunks(scorer, batch, agent.device)
+            batch.notes[name] = score_in_chunks(scorer, batch, agent.device)
         if self.uses_value:  # the next value is the next decision's; only segments' ends are computed
             last = np.cumsum(lengths) - 1
+            assert batch.rows is not None
             after = buffer.batch(batch.rows[last])
             ends = replace(after, observation=after.next_observation, trace=after.next_trace)
             following = torch.roll(batch.notes["value"], -1)
-            following[torch.from_numpy(last)] = _in_chunks(scorers["value"], ends, agent.device)
+            following[torch.from_numpy(last)] = score_in_chunks(scorers["value"], ends, agent.device)
             batch.notes["next_value"] = following
 
     def _shape(self, batch: Batch) -> dict[str, float]:
@@ -272,6 +270,11 @@ class PPO:
 # --- helpers ---------------------------------------------------------------------------------------------------------
 
 
+def _log_prob(policy: Any, batch: Batch) -> Tensor:
+    """[B, U]."""
+    return policy.log_prob(batch.observation, batch.action, batch.trace)[0]
+
+
 def _values(agent: Agent, batch: Batch) -> Tensor:
     """[B], from the policy's own head or the part "value"."""
     own = getattr(agent.policy, "value", None)
@@ -281,16 +284,6 @@ def _values(agent: Agent, batch: Batch) -> Tensor:
 def _unit_values(agent: Agent, batch: Batch) -> Tensor:
     """[B, U]."""
     return agent.policy.unit_values(batch.observation, batch.action, batch.trace)
-
-
-def _in_chunks(scorer: Any, batch: Batch, device: torch.device) -> Tensor:
-    """The scores of all decisions on the CPU, [B] or padded with 0 to [B, U]; a bounded number at a time."""
-    parts = []
-    for piece in batch.split(CHUNK):
-        score = scorer(to_device(piece, device)).cpu()
-        missing = 0 if score.dim() == 1 else batch.mask.shape[1] - score.shape[1]
-        parts.append(torch.nn.functional.pad(score, (0, missing)) if missing > 0 else score)
-    return torch.cat(parts)
 
 
 def _count_groups(group: np.ndarray, dead: np.ndarray) -> dict[str, float]:

@@ -137,7 +137,7 @@ class GSPOConfig(PPOConfig):
 
 @register("objective", "gspo")
 class GSPO(PPO):
-    """Group sequence policy optimisation (Zheng et al. 2025): one ratio a decision, the geometric mean of its units'."""
+    """Group sequence policy optimisation (Zheng et al. 2025): one ratio a decision, the geometric mean of units."""
 
     Config = GSPOConfig
 

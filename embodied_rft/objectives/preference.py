@@ -1,0 +1,293 @@
+"""`dpo` and its kin: learn from which of two things was better, the pairs drawn from the same buffer as everything.
+
+A thing is a piece of an episode: the whole of it (a reply, a dialogue) or a segment of so many decisions. `PairPlan`
+finds pairs and keeps their decisions together in a `PairBatch`; the loss sees the margin between the two scores.
+Whoever has labelled pairs stores both sides as episodes of one group, with rewards 1 and 0.
+Legend: B decisions, P pairs, U units.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from embodied_rft import losses
+from embodied_rft.agent import Agent
+from embodied_rft.buffer import Buffer
+from embodied_rft.data import Batch
+from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, score_in_chunks, segment_returns
+from embodied_rft.plans import Replay
+from embodied_rft.registry import register
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(slots=True)
+class PairBatch(Batch):
+    """The decisions of P pairs, pair after pair: those of the better piece, then those of the other.
+
+    `columns` has "pair" [B] (numbers that never fall), "chosen" [B] bool and "place" [B], the decision's place in its
+    piece, from 0.
+    """
+
+    num_pairs: int = 0  # of the whole batch; kept by split()
+
+    def split(self, max_decisions: int) -> list[Batch]:
+        """Micro-batches of at most `max_decisions` that tear no pair; a longer pair is one of its own."""
+        ends = np.flatnonzero(np.append(np.diff(self.columns["pair"]) != 0, True)) + 1
+        pieces, start = [], 0
+        for end, following in zip(ends, [*ends[1:], np.inf], strict=True):
+            if following - start > max_decisions:
+                pieces.append(self.take(slice(start, int(end))))
+                start = int(end)
+        return pieces
+
+
+@dataclass(config=STRICT, kw_only=True)
+class PairPlan(Replay):
+    """Batches of `batch_size` pairs; each update draws its own."""
+
+    within: Literal["group", "seed", "all"] = "group"  # what the two of a pair share
+    pairing: Literal["random", "extremes"] = "random"  # any two that differ, or the best and the worst
+    segment: int | None = None  # decisions of a piece; None: whole episodes
+    min_gap: float = 0.0  # returns that differ by no more are a draw
+
+    def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
+        """`num_updates` batches.
+
+        Raises:
+            ValueError: no two pieces can be compared.
+        """
+        pieces, score, kind = self._pieces(buffer)
+        best, worst = self._extremes(score, kind)
+        for _ in range(self.num_updates):
+            if self.pairing == "extremes":
+                drawn = rng.integers(len(best), size=self.batch_size)
+                chosen, rejected = best[drawn], worst[drawn]
+            else:
+                chosen, rejected = self._draw(rng, score, kind, kind[best])
+            yield pair_batch(buffer, [pieces[i] for i in chosen], [pieces[i] for i in rejected])
+
+    def _pieces(self, buffer: Buffer) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """(rows of each piece, return of each, what it may be compared within: equal numbers)."""
+        pieces = buffer.segments(buffer.rows())
+        if (length := self.segment) is not None:
+            pieces = [p[i : i + length] for p in pieces for i in range(0, len(p) - length + 1, length)]
+        if not pieces:
+            raise ValueError("the buffer holds no episode (of the segment's length) to compare: collect or load some")
+        score = segment_returns(buffer, pieces, reward_weights=self.reward_weights)
+        book = buffer.columns(np.array([p[0] for p in pieces]))
+        kind = np.zeros(len(pieces), np.int64) if self.within == "all" else book[self.within]
+        return pieces, score, np.where(kind < 0, -1 - np.arange(len(pieces)), kind)  # -1: of no group, alone
+
+    def _extremes(self, score: np.ndarray, kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The best and the worst piece of each kind in which they differ."""
+        order = np.lexsort((score, kind))
+        last = np.flatnonzero(np.append(np.diff(kind[order]) != 0, True))
+        first = np.append(0, last[:-1] + 1)
+        worst, best = order[first], order[last]
+        differ = score[best] - score[worst] > self.min_gap
+        if not differ.any():
+            raise ValueError(
+                f"there is no pair: in none of {len(last)} ({self.within}) do two returns differ by more than "
+                f"{self.min_gap}. Collect with a group_size of at least 2, or compare within seed or all."
+            )
+        return best[differ], worst[differ]
+
+    def _draw(
+        self, rng: np.random.Generator, score: np.ndarray, kind: np.ndarray, mixed: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(chosen [P], rejected [P]): two of a kind that differ, uniformly over ordered pairs of a random first."""
+        pool = np.flatnonzero(np.isin(kind, mixed))
+        pool = pool[np.argsort(kind[pool], kind="stable")]
+        start, stop = (np.searchsorted(kind[pool], kind[pool], side=side) for side in ("left", "right"))
+        chosen, rejected = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        while len(chosen) < self.batch_size:
+            one = rng.integers(len(pool), size=2 * self.batch_size)
+            other = pool[rng.integers(start[one], stop[one])]
+            one = pool[one]
+            differ = np.abs(score[one] - score[other]) > self.min_gap
+            one, other = one[differ], other[differ]
+            better = score[one] > score[other]
+            chosen = np.append(chosen, np.where(better, one, other))
+            rejected = np.append(rejected, np.where(better, other, one))
+        return chosen[: self.batch_size], rejected[: self.batch_size]
+
+
+def pair_batch(buffer: Buffer, chosen: list[np.ndarray], rejected: list[np.ndarray]) -> PairBatch:
+    """The batch of P pairs; each piece is the rows of its decisions."""
+    sides = [side for pair in zip(chosen, rejected, strict=True) for side in pair]
+    lengths = np.array([len(side) for side in sides])
+    batch = buffer.batch(np.concatenate(sides), next_observation=False)
+    number = np.repeat(np.arange(len(sides)), lengths)
+    batch.columns |= {
+        "pair": number // 2,
+        "chosen": number % 2 == 0,
+        "place": np.arange(len(number)) - np.repeat(np.cumsum(lengths) - lengths, lengths),
+    }
+    return PairBatch(**{f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch)}, num_pairs=len(chosen))
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(config=STRICT, kw_only=True)
+class DPOConfig:
+    """Options of `dpo` and its kin."""
+
+    num_updates: int = 1_000  # per learn call
+    batch_size: int = 64  # pairs
+    within: Literal["group", "seed", "all"] = "group"
+    pairing: Literal["random", "extremes"] = "random"
+    segment: int | None = None  # decisions; None: whole episodes
+    min_gap: float = 0.0
+    reward_weights: dict[str, float] | None = None  # what returns are made of; None: the environment's reward
+    loss: losses.Preference = "sigmoid"
+    beta: float = 0.1  # strength of the pull to the reference, or scale of the log-probabilities without one
+    reference: Literal["start", "none"] = "start"  # the policy when the stage starts
+    smoothing: float = 0.0  # how often labels are wrong (conservative DPO)
+    per_unit: bool = False  # means over units in place of sums, so that length has no say
+    margin: float = 0.0  # what the better score must lead by, after beta
+    gamma: float = 1.0  # weight of a decision's score, to the power of its place in the piece
+    rejected_weight: float = 1.0  # of the worse piece's score (CPL's bias, below 1)
+    chosen_weight: float = 0.0  # of the better piece's own negative log-likelihood, beside the preference
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing < 0.5 or (self.smoothing and self.loss != "sigmoid"):
+            raise ValueError(f'smoothing {self.smoothing}: expected in [0, 0.5), and only with loss "sigmoid"')
+        if self.beta <= 0:
+            raise ValueError(f"beta {self.beta}: a positive number is expected")
+
+
+@register("objective", "dpo")
+class DPO:
+    """Direct preference optimisation (Rafailov et al. 2023): the margin of log-ratios to a reference."""
+
+    Config: type = DPOConfig
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.losses: Losses = {"policy": self.policy_loss}
+        names = ("num_updates", "batch_size", "within", "pairing", "segment", "min_gap", "reward_weights")
+        self.reading = PairPlan(**{name: getattr(config, name) for name in names})
+
+    def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
+        """The reference."""
+        if self.config.reference == "start":
+            agent.ensure_reference()
+
+    def score(self, policy: nn.Module, batch: Batch) -> Tensor:
+        """[B]: log-probability of each decision, the sum (or mean) over its units."""
+        log_prob, _ = policy.log_prob(batch.observation, batch.action, batch.trace)  # type: ignore[operator]
+        # Of pairs that somebody else wrote, no log-probability was stored: what is behind a reply's end is 0.
+        mask = batch.mask if batch.mask.shape == log_prob.shape else log_prob.detach() != 0
+        total = torch.where(mask, log_prob, 0.0).sum(1)
+        return total / mask.sum(1).clamp_min(1) if self.config.per_unit else total
+
+    def policy_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean preference loss over pairs."""
+        assert isinstance(batch, PairBatch)
+        c, own = self.config, self.score(agent.policy, batch)
+        score = own - self._reference(agent, batch) if c.reference == "start" else own
+        columns = batch.columns
+        sign = np.where(columns["chosen"], 1.0, -c.rejected_weight) * c.gamma ** columns["place"]
+        number = torch.from_numpy(columns["pair"] - columns["pair"][0]).to(score.device)
+        margin = torch.zeros(int(number[-1]) + 1, device=score.device)
+        margin = margin.index_add(0, number, score * torch.from_numpy(sign).to(score)) - c.margin / c.beta
+        each = losses.preference(margin, kind=c.loss, beta=c.beta, smoothing=c.smoothing)
+        loss = each.sum() / batch.num_pairs
+        if c.chosen_weight:
+            loss = loss - c.chosen_weight * own[torch.from_numpy(columns["chosen"])].sum() / batch.num_pairs
+        metrics = {"policy/loss": loss.detach(), "preference/accuracy": (margin.detach() > 0).float().mean()}
+        return loss, metrics | {"preference/margin": margin.detach().mean()}
+
+    def _reference(self, agent: Agent, batch: Batch) -> Tensor:
+        """[B], as noted; computed for experience that came after `annotate`."""
+        noted = batch.notes.get("reference_score")
+        if noted is not None and not bool(noted.isnan().any()):
+            return noted
+        with torch.no_grad():
+            return self.score(agent.parts["reference"], batch)
+
+    def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
+        """Write "reference_score", one number a decision."""
+        fit_normalizers(agent, buffer, rows)
+        if self.config.reference == "start" and len(rows):
+            batch = buffer.batch(rows, next_observation=False)
+            score = score_in_chunks(lambda b: self.score(agent.parts["reference"], b), batch, agent.device)
+            buffer.annotate("reference_score", rows, score.numpy())
+        return {}
+
+    def after_update(self, agent: Agent, update: int) -> None:
+        """Nothing."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class IPOConfig(DPOConfig):
+    """Options of `ipo`."""
+
+    loss: losses.Preference = "squared"
+
+
+@register("objective", "ipo")
+class IPO(DPO):
+    """Identity preference optimisation (Azar et al. 2023): the margin is drawn to 1 / (2 beta), not to infinity."""
+
+    Config = IPOConfig
+
+
+@dataclass(config=STRICT, kw_only=True)
+class SimPOConfig(DPOConfig):
+    """Options of `simpo`."""
+
+    reference: Literal["start", "none"] = "none"
+    per_unit: bool = True
+    beta: float = 2.0
+    margin: float = 1.0
+
+
+@register("objective", "simpo")
+class SimPO(DPO):
+    """Simple preference optimisation (Meng et al. 2024, eq. 6): mean log-probabilities, a margin, no reference."""
+
+    Config = SimPOConfig
+
+
+@dataclass(config=STRICT, kw_only=True)
+class SLiCConfig(DPOConfig):
+    """Options of `slic`."""
+
+    reference: Literal["start", "none"] = "none"
+    loss: losses.Preference = "hinge"
+    beta: float = 1.0
+    chosen_weight: float = 0.1
+
+
+@register("objective", "slic")
+class SLiC(DPO):
+    """Sequence likelihood calibration (Zhao et al. 2023, eq. 3): a hinge on log-probabilities, and stay likely."""
+
+    Config = SLiCConfig
+
+
+@dataclass(config=STRICT, kw_only=True)
+class CPLConfig(DPOConfig):
+    """Options of `cpl`."""
+
+    within: Literal["group", "seed", "all"] = "all"
+    segment: int | None = 16
+    reference: Literal["start", "none"] = "none"
+    rejected_weight: float = 0.5
+
+
+@register("objective", "cpl")
+class CPL(DPO):
+    """Contrastive preference learning (Hejna et al. 2023, eq. 5 and 8): segments and their log-probabilities."""
+
+    Config = CPLConfig
