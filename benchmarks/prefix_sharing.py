@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -37,9 +38,8 @@ def step_seconds(model: torch.nn.Module, prompts: Ragged, replies: Ragged, *, sh
 
 def peak_megabytes(chunked: bool, tokens: int, vocabulary: int) -> float:
     """How much the peak memory of a fresh process grows with one forward and backward pass of the token loss."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_grow, (chunked, tokens, vocabulary))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_grow, chunked, tokens, vocabulary).result()
 
 
 def _grow(chunked: bool, tokens: int, vocabulary: int) -> float:
@@ -83,7 +83,7 @@ def main() -> None:
         speedups[name], shares[name] = float(np.median(ratios)), float(np.median(ratios)) / bound
         results |= {f"{name} shared": scores["shared"], f"{name} dense": scores["dense"]}
     table(results, unit="steps/s", title="prompt/reply/group", digits=2)
-    size = (1024, 16_384) if options.quick else (4096, 32_768)
+    size = (4096, 32_768)
     chunked, plain = (peak_megabytes(flag, *size) for flag in (True, False))
     print(f"token loss, {size[0]} tokens, vocabulary {size[1]}: {chunked:.0f} MB at most, plain {plain:.0f} MB")
     for name in speedups:
