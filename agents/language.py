@@ -122,7 +122,7 @@ class LanguagePolicy(nn.Module):
     def _stops(self, ids: list[int]) -> bool:
         """Whether the reply so far holds a stop text; a token has at least one byte, so its tail is enough."""
         longest = max(len(stop.encode()) for stop in self.config.stop)
-        tail = str(self.tokenizer.decode(ids[-longest - 8 :]))
+        tail = str(self.tokenizer.decode(ids[-longest - 8 :], skip_special_tokens=True))
         return any(stop in tail for stop in self.config.stop)
 
     def _generator(self, rng: torch.Generator) -> torch.Generator:
