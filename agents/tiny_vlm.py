@@ -54,7 +54,18 @@ def tiny_vlm(config: TinyVLMConfig | None = None, *, rng: torch.Generator) -> tu
     with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
         model = AutoModelForImageTextToText.from_config(_hf_config(config, tokenizer), dtype=torch.float32)
+        _widen(model)
     return model, tokenizer
+
+
+@torch.no_grad()
+def _widen(model: Any) -> None:
+    """Standard deviation 1 / sqrt(inputs): the usual 0.02 is meant for wide layers, and these hardly learn with it."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.Conv3d):
+            module.weight.normal_(0, module.weight[0].numel() ** -0.5)
+        elif isinstance(module, torch.nn.Embedding):
+            module.weight.normal_(0, 1)
 
 
 def _hf_config(c: TinyVLMConfig, tokenizer: Any) -> Any:
@@ -85,7 +96,6 @@ def _hf_config(c: TinyVLMConfig, tokenizer: Any) -> Any:
             vision_config={**vision, **layers},
             scale_factor=2,
             image_token_id=image,
-            pad_token_id=tokenizer.pad_token_id,
             tie_word_embeddings=False,
         )
     if c.kind == "paligemma":

@@ -85,6 +85,9 @@ class VLAPolicy(nn.Module):
 
     Config = VLAConfig
     spec: dict[str, Any]
+    vlm: VLM
+    head: Any
+    state: nn.ModuleDict
 
     def __init__(
         self, config: VLAConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
@@ -102,7 +105,7 @@ class VLAPolicy(nn.Module):
         # First in the state_dict, so that a checkpoint of another policy is refused before any weight is read.
         self.identity = Identity({**vlm.identity, "head": config.head, **_shape(size), "state": self.state_keys})
         self.vlm, self.codec, self.head = vlm, codec, head
-        self.state: nn.ModuleDict = nn.ModuleDict()
+        self.state = nn.ModuleDict()
         if self.state_keys:
             reader = networks.Encoder(observation_space, keys=self.state_keys, normalize=config.normalize, rng=rng)
             self.state = nn.ModuleDict(

@@ -340,8 +340,8 @@ class ExpertBlock(nn.Module):
         seen = F.scaled_dot_product_attention(query, *memory, attn_mask=mask)
         hidden = hidden + self.out[0](seen.transpose(1, 2).flatten(2))
         steps = hidden.unflatten(1, (count, -1)).flatten(0, 1)  # [B * n, T, W]: chunks do not see each other
-        parts = [_heads(part, num_heads) for part in self.own(self.norms[1](steps)).chunk(3, -1)]
-        steps = steps + self.out[1](F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+        q, k, v = (_heads(part, num_heads) for part in self.own(self.norms[1](steps)).chunk(3, -1))
+        steps = steps + self.out[1](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         hidden = steps.view(hidden.shape)
         return hidden + self.mlp(self.norms[2](hidden))
 
