@@ -274,10 +274,10 @@ def _remove(folder: Path) -> None:
 def _cannot_write(folder: Path, needed: int, error: OSError) -> CheckpointError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     try:
-        free = f", {shutil.disk_usage(folder.parent).free / 1e9:.2f} GB are free"
+        free = f", {shutil.disk_usage(folder.parent).free / 1e6:,.1f} MB are free"
     except OSError:
         free = ""
-    hint = f"It needs {needed / 1e9:.2f} GB{free}. Make room and run the same command again. " if full else ""
+    hint = f"It needs {needed / 1e6:,.1f} MB{free}. Make room and run the same command again. " if full else ""
     return CheckpointError(f"could not write checkpoint {folder}: {error.strerror}. {hint}Earlier ones are untouched.")
 
 
