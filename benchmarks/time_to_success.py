@@ -2,9 +2,10 @@
 
     python -m benchmarks.time_to_success [--quick] [--minutes M] [--seeds S] [--figure docs/time_to_success.svg]
 
-Each competitor has the machine alone and the same budget of learning time; evaluations are not counted for anybody. Ours counts
-everything: collecting the demonstrations, cloning, warm-up, fine-tuning. A competitor that does not get there counts with its whole
-budget, so `ratio` (best peer's time / ours) is then a lower bound. `--quick` runs the same on Fetch Reach for a few seconds.
+Each competitor has the machine alone and the same budget of learning time; evaluations are not counted for anybody.
+Ours counts everything: collecting the demonstrations, cloning, warm-up, fine-tuning. A competitor that does not get
+there counts with its whole budget, so `ratio` (best peer's time / ours) is then a lower bound. `--quick` runs the
+same on Fetch Reach for a few seconds.
 """
 
 from __future__ import annotations

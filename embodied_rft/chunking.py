@@ -169,10 +169,11 @@ class QueuedPool:
         if not isinstance(pool.action_space, spaces.Box) or len(pool.action_space.shape) != 1:
             raise ValueError(f"action space {pool.action_space}: a queued plan needs a Box of shape (A,)")
         self.pool, self.planner = pool, planner
-        self.num_envs, self.action_space, self.action_field = pool.num_envs, pool.action_space, pool.action_field
+        self.action_space: spaces.Space = pool.action_space
+        self.num_envs, self.action_field = pool.num_envs, pool.action_field
         leaves = pool.observation_space
         inner = dict(leaves.spaces) if isinstance(leaves, spaces.Dict) else {"observation": leaves}
-        self.observation_space = spaces.Dict({**inner, BASE_ACTION: pool.action_space})
+        self.observation_space: spaces.Space = spaces.Dict({**inner, BASE_ACTION: pool.action_space})
         self.fields = {**pool.fields, BASE_ACTION: Field(pool.action_space.shape, "float32")}
         self.incidents: Incidents = pool.incidents
         self.rng = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
 """Runs a policy in a pool of environments and records what happened as rows for the buffer.
 
-Knows pools and decisions, not algorithms. A `Recording` is written into the buffer by its owner, so that physics may run
-on one thread while the learner samples on another and the rows arrive between two updates, never during one.
+Knows pools and decisions, not algorithms. A `Recording` is written into the buffer by its owner, so that physics may
+run on one thread while the learner samples on another and the rows arrive between two updates, never during one.
 Legend: N environments of the pool, K of them active.
 """
 
@@ -62,8 +62,8 @@ class Recording:
 class Collector:
     """Keeps the environments of a pool running from episode to episode.
 
-    Episode e of a run starts from `training_seed(run_seed, 0, e // group_size)`: every episode can be repeated alone, and
-    the `group_size` siblings of a group share their initial state.
+    Episode e of a run starts from `training_seed(run_seed, 0, e // group_size)`: every episode can be repeated alone,
+    and the `group_size` siblings of a group share their initial state.
     """
 
     def __init__(
@@ -85,7 +85,8 @@ class Collector:
     ) -> Recording:
         """Run until at least `decisions` rows are recorded, or until exactly `episodes` more episodes have ended.
 
-        With `episodes`, environments whose turn does not come stay idle, so that no episode is favoured for being short.
+        With `episodes`, environments whose turn does not come stay idle, so that no episode is favoured for being
+        short.
         """
         if (decisions is None) == (episodes is None):
             raise ValueError("give either decisions or episodes")
@@ -191,7 +192,7 @@ class Collector:
         recording.calls.append(("close", {"streams": streams, "observation": take_rows(self.observation, streams)}))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly here; of environments that cannot be saved only how many episodes there were."""
+        """Everything needed to go on exactly here; only the number of episodes if environments cannot be saved."""
         pool = self.pool.get_state() if self.observation is not None else None
         if pool is None or self.observation is None:
             return {"next_episode": self.next_episode}

@@ -1,7 +1,7 @@
 """Success on a fixed list of held-out initial states, with an interval. Never touches the buffer or a learner.
 
-Episode i of sheet k always starts from `evaluation_seed(i, sheet=k)`: the same state in the batched, the single and (where
-there is one) the official environment. Training pools refuse these seeds.
+Episode i of sheet k always starts from `evaluation_seed(i, sheet=k)`: the same state in the batched, the single and
+(where there is one) the official environment. Training pools refuse these seeds.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tr
                     Path(path).with_suffix(".json"), {"seed": int(seed), "success": won, "stage": list(session.path)}
                 )
                 return f"filmed a {wanted}: {path.name}"
-        return f"none of {min(tries, len(seeds))} episodes ended in {wanted} again in the single environment; nothing filmed"
+        return f"nothing filmed: none of {min(tries, len(seeds))} episodes ended in {wanted} in the single environment"
     except Exception as error:  # a picture is never worth a run
         write_json(session.folder / "videos" / "unavailable.json", {"reason": str(error)})
         return f"no video: {error}"

@@ -27,7 +27,7 @@ _tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 
 
 def register(kind: str, id: str) -> Callable[[T], T]:
-    """Class or function decorator: make `target` known under `id`. Registering another target under a known id raises."""
+    """Decorator of classes and functions: make the target known under `id`. A second target for an id raises."""
     if kind not in _tables:
         raise ValueError(f"unknown kind of plug-in {kind!r}; {nearest(kind, KINDS)}")
 

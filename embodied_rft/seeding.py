@@ -20,7 +20,7 @@ def evaluation_seed(index: int, *, sheet: int = 0) -> int:
 
 
 def training_seed(run_seed: int, stream: int, episode: int) -> int:
-    """Seed of the `episode`-th episode of environment `stream` in a run: a hash, so that runs and streams do not overlap."""
+    """Seed of episode number `episode` of stream `stream` in a run: a hash, so that runs and streams do not meet."""
     state = np.random.SeedSequence(entropy=run_seed, spawn_key=(stream, episode)).generate_state(1, np.uint32)
     return int(state[0]) % FIRST_EVALUATION_SEED
 
@@ -30,8 +30,8 @@ def check_training_seeds(seeds: np.ndarray) -> None:
     bad = np.asarray(seeds)[np.asarray(seeds) >= FIRST_EVALUATION_SEED]
     if bad.size:
         raise ValueError(
-            f"seed {int(bad[0])} is reserved for evaluation (>= 2**31): training on an evaluation state would make every "
-            "success rate meaningless. Use a seed below 2**31."
+            f"seed {int(bad[0])} is reserved for evaluation (>= 2**31): training on an evaluation state would make "
+            "every success rate meaningless. Use a seed below 2**31."
         )
 
 

@@ -1,9 +1,10 @@
 """A run: the folder, the state that stages share, and how it survives `kill -9`.
 
-A `Session` owns agent, buffer, learner, collector, random generators, counters and logs. Stages change them; the session saves
-them. A checkpoint holds everything from which the future of the run follows, so a run that was killed and started again ends
-with the same bits as one that was not. Structure (which networks exist) is never stored: it follows from the recipe, by
-`prepare` of every stage up to the current one; only weights and numbers are loaded into it.
+A `Session` owns agent, buffer, learner, collector, random generators, counters and logs. Stages change them; the
+session saves them. A checkpoint holds everything from which the future of the run follows, so a run that was killed
+and started again ends with the same bits as one that was not. Structure (which networks exist) is never stored: it
+follows from the recipe, by `prepare` of every stage up to the current one; only weights and numbers are loaded into
+it.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ class Session:
     def fit(self, pool: Pool) -> Pool:
         """A pool of single steps as one of the current policy's decisions: steps, chunks, or steps along a plan."""
         planner = find_planner(self.agent.policy)
-        return fit_pool(pool, self.agent.policy.spec) if planner is None else QueuedPool(pool, planner)
+        if planner is None:
+            return fit_pool(pool, self.agent.policy.spec)
+        return QueuedPool(pool, planner)
 
     def generator(self, name: str) -> torch.Generator:
         """The torch generator `name` of the running stage; its seed depends on run, stage and name alone."""
@@ -167,7 +170,7 @@ class Session:
     def make_collector(
         self, *, group_size: int = 1, source: Source = Source.ONLINE, pool: Pool | None = None
     ) -> Collector:
-        """The collector of the running stage, restored if the stage is being resumed; `pool`: not as the policy acts."""
+        """The collector of the running stage, restored if it is being resumed; `pool`: not as the policy acts."""
         self.collector = Collector(
             pool or self.pool("training"),
             run_seed=self.recipe.seed,
@@ -263,7 +266,7 @@ class Session:
         self._saved_at = time.perf_counter()
 
     def restore(self, *, weights_only: bool = False) -> bool:
-        """Load the newest whole checkpoint, if there is one. `weights_only` (evaluation) leaves buffer and logs alone."""
+        """Load the newest whole checkpoint, if there is one. `weights_only` leaves buffer and logs alone."""
         newest = self.checkpoints.newest()
         if newest is None:
             return False
@@ -298,8 +301,8 @@ class Session:
                 if line[:1] in "+-" and line[:3] not in ("+++", "---")
             ]
             raise ValueError(
-                f"{self.folder} holds a run of another recipe ({'; '.join(difference[:6])}). Continue it with its own recipe, or "
-                "choose another folder."
+                f"{self.folder} holds a run of another recipe ({'; '.join(difference[:6])}). Continue it with its own "
+                "recipe, or choose another folder."
             )
 
     def _prepare_until(self, stages: list[StageSpec], prefix: Path_, target: Path_) -> None:

@@ -147,7 +147,12 @@ class _View:
     """The optional parts of an observation: camera images and the instruction."""
 
     def __init__(
-        self, task: Task, cameras: Sequence[str], image_size: int | tuple[int, int] | None, fast: bool, instruction: bool
+        self,
+        task: Task,
+        cameras: Sequence[str],
+        image_size: int | tuple[int, int] | None,
+        fast: bool,
+        instruction: bool,
     ) -> None:
         self.task, self.cameras, self.instruction = task, tuple(cameras), instruction
         image_size = image_size or (128 if cameras else 320)
@@ -195,7 +200,7 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
             caller resets with `options={"reset_mask": mask}`).
         max_episode_steps: the time limit, in decisions; None: no limit.
         cameras: names of `task.cameras` whose images are observed as "image/<camera>", uint8 [N, H, W, 3].
-        image_size: pixels, (height, width) or one number for both; None: 128, or 320 where only people look (no cameras).
+        image_size: pixels, (height, width) or one number for both; None: 128, or 320 without cameras (for people).
         fast_render: draw without shadows, reflections and multisampling: 2-20 times more frames.
         instruction: observe the task in words, as "instruction": a tuple of N strings.
         render_mode: None or "rgb_array".

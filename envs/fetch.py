@@ -107,7 +107,7 @@ def _scene(name: str) -> _Scene:
     package = find_spec("gymnasium_robotics")  # only its files: importing it registers and prints what nobody asked for
     if package is None or package.origin is None:
         raise ValueError(
-            "the model files of Fetch come with gymnasium-robotics, which is not installed: pip install gymnasium-robotics"
+            "the model files of Fetch come with gymnasium-robotics: pip install gymnasium-robotics"
         )
     spec = mujoco.MjSpec.from_file(str(Path(package.origin).parent / "envs" / "assets" / "fetch" / variant.model))
     _add_sensors(spec, variant.has_object)

@@ -1,6 +1,5 @@
 """The checkers pass on everything registered, and each rule has an environment or a policy that breaks it."""
 
-import embodied_rft.envs  # noqa: F401
 import gymnasium
 import numpy as np
 import pytest
@@ -8,6 +7,7 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
+import embodied_rft.envs  # noqa: F401
 from embodied_rft import registry
 from embodied_rft.agent import build_policy
 from embodied_rft.checks import check_env, check_policy

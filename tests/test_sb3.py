@@ -4,17 +4,17 @@ import json
 import pickle
 import zipfile
 
-import embodied_rft.envs  # noqa: F401
 import gymnasium
 import numpy as np
 import pytest
 import stable_baselines3 as sb3
 import torch
-from embodied_rft.agents.sb3 import save_normalizer
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+import embodied_rft.envs  # noqa: F401
 from embodied_rft.agent import build_policy
+from embodied_rft.agents.sb3 import save_normalizer
 from embodied_rft.checks import check_policy
 from embodied_rft.config import Recipe, parse
 from embodied_rft.session import Interrupted, Session, train

@@ -9,11 +9,11 @@ import textwrap
 import time
 from pathlib import Path
 
-import embodied_rft.envs  # noqa: F401
 import numpy as np
 import psutil
 import pytest
 
+import embodied_rft.envs  # noqa: F401
 from embodied_rft.pool import WorkerPool, make_pool
 from tests.helpers_envs import TROUBLE_SEED, TROUBLE_STEP
 

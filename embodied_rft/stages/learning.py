@@ -1,4 +1,4 @@
-"""Stages that change the policy: pretrain (from the buffer), finetune (with new experience), adapt (another structure)."""
+"""Stages that change the policy: pretrain (from the buffer), finetune (new experience), adapt (another structure)."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def off_policy_plan(objective: Any, updates: int, batch_size: int, offline_share
     """The objective's reading plan with the stage's numbers; a plan for fresh data is refused."""
     if not isinstance(objective.reading, Replay):
         raise ValueError(
-            f"objective {type(objective).__name__} learns from fresh experience only; use it in a finetune stage, not in pretrain"
+            f"objective {type(objective).__name__} learns from fresh experience only: use finetune, not pretrain"
         )
     share = objective.reading.offline_share if offline_share is None else offline_share
     return replace(objective.reading, num_updates=updates, batch_size=batch_size, offline_share=share)
