@@ -28,7 +28,7 @@ from embodied_rft.agents.causal_lm import LoraOptions
 from embodied_rft.agents.chunks import ChunkConfig, Codec
 from embodied_rft.agents.language import texts
 from embodied_rft.agents.tiny_vlm import TinyVLMConfig
-from embodied_rft.agents.vla_backbone import Context, Train, load_vlm
+from embodied_rft.agents.vla_backbone import VLM, Context, Train, load_vlm
 from embodied_rft.agents.vla_heads import HEADS, FlowOptions, ParallelOptions, Size, TokenOptions
 from embodied_rft.chunking import step_space
 from embodied_rft.data import Decisions, Field, Tree
@@ -60,6 +60,7 @@ class VLAConfig:
     normalize: bool = False  # standardise the state with statistics of the first data
     instruction: str | None = None  # the same for all episodes; None: the observation's text "instruction"
     prompt: str | None = None  # template with {images} and {instruction}; None: that of the model's family
+    value: Literal["detached", "shared", "own"] = "detached"  # what a value reads: see `make_encoder` and `value`
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the trunk's weights; log-probabilities are always computed in fp32
     gradient_checkpointing: bool = False  # compute a layer twice instead of keeping its activations
     cache_bytes: int = 2**28  # most memory for image features, kept while the vision tower is frozen
@@ -111,6 +112,11 @@ class VLAPolicy(nn.Module):
             self.state = nn.ModuleDict(
                 {"reader": reader, "project": networks.linear(reader.size, vlm.hidden_size, rng=rng)}
             )
+        self.observation_space = observation_space
+        self.value_head: nn.ModuleDict = nn.ModuleDict()
+        if config.value == "shared":
+            self.value_head["last"] = networks.MLP(vlm.hidden_size, (256,), 1, rng=rng, last_gain=0.1)
+            self.value = self._value  # objectives look for the method: with it, the value's loss joins the policy's
         self.num_units: int = head.num_units
         self.trace_fields: dict[str, Field] = head.trace_fields
         if isinstance(config.model, str) and not config.fresh_head:
@@ -139,6 +145,7 @@ class VLAPolicy(nn.Module):
         self.vlm.select(train, freeze_vision=self.config.freeze_vision, lora=self.config.lora, rng=rng)
         for part in (self.head, self.state):
             part.requires_grad_(train in ("full", "lora+head", "head"))
+        self.value_head.requires_grad_(train != "frozen")  # no part of what acts
 
     # --- the methods of a policy ---------------------------------------------------------------------------------
 
@@ -186,8 +193,19 @@ class VLAPolicy(nn.Module):
             extra = self.state["project"](self.state["reader"](observation))[:, None]
         return self.vlm.read(images, instructions, extra)
 
-    def make_encoder(self, *, rng: torch.Generator) -> TrunkEncoder:
-        """What a value function reads: the trunk's own features, without gradient into it."""
+    def features(self, observation: Tree) -> Tensor:
+        """What values are read from [B, H]: the last hidden state of the prompt, standardised per row."""
+        last = self.vlm.states(self.context(observation))[:, -1].float()
+        return nn.functional.layer_norm(last, last.shape[-1:])
+
+    def _value(self, observation: Tree, trace: Tree | None = None) -> Tensor:
+        """Values [B] by a head on the policy's trunk, gradients included (RL4VLA: Liu et al. 2025, section 4.1)."""
+        return self.value_head["last"](self.features(observation)).squeeze(-1).float()
+
+    def make_encoder(self, *, rng: torch.Generator) -> nn.Module:
+        """What a value of its own reads: the trunk's features without gradient, or images and state by a network."""
+        if self.config.value == "own":
+            return networks.Encoder(self.observation_space, keys=[*self.image_keys, *self.state_keys], rng=rng)
         return TrunkEncoder(self)
 
     def fit_statistics(self, buffer: Any, rows: np.ndarray | None = None, *, limit: int = 20_000) -> None:
@@ -251,7 +269,7 @@ class VLAPolicy(nn.Module):
 
 
 class TrunkEncoder(nn.Module):
-    """Features [B, H] of the policy's trunk at the end of the prompt, detached (RL4VLA: Liu et al. 2025, section 4)."""
+    """Features [B, H] of the policy's trunk at the end of the prompt, without gradient into it."""
 
     def __init__(self, policy: VLAPolicy) -> None:
         super().__init__()
@@ -260,10 +278,8 @@ class TrunkEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, observation: Tree) -> Tensor:
-        """The last hidden state, standardised per row."""
-        policy = self._policy()
-        last = policy.vlm.states(policy.context(observation))[:, -1].float()
-        return nn.functional.layer_norm(last, last.shape[-1:])
+        """See `VLAPolicy.features`."""
+        return self._policy().features(observation)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrunkEncoder:
         return TrunkEncoder(self._policy())
