@@ -81,6 +81,11 @@ class Buffer:
         return self._ring.num_readable
 
     @property
+    def is_ragged(self) -> bool:
+        """Whether rows of some column differ in length."""
+        return bool(self._ragged)
+
+    @property
     def size(self) -> int:
         """Rows in use: decisions, closing rows, and decisions that cannot be read (yet)."""
         return self._ring.size

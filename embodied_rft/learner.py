@@ -107,8 +107,9 @@ class Learner:
         """The batch as micro-batches on the agent's device, with the normalisers of the whole."""
         if not batch.num_decisions:
             batch = replace(batch, num_decisions=len(batch), num_units=int(batch.mask.sum()))
-        if self.agent.device.type != "cpu":
-            batch = to_device(batch, self.agent.device)
+        device = next(iter(self.parameters.values()))[0].device
+        if device.type != "cpu":
+            batch = to_device(batch, device)
         size = self.config.micro_batch
         # A copy of the notes: losses of one update may leave each other intermediate results there.
         return [replace(b, notes=dict(b.notes)) for b in ([batch] if size is None else batch.split(size))]
@@ -127,12 +128,14 @@ class Learner:
             torch.autograd.backward(value, inputs=parameters)  # only this part: other parts' weights cost nothing
             for key, number in metrics.items():
                 self._metrics.setdefault(key, []).append(number)
+        shrink = None
         if self.config.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
-            if not math.isfinite(norm.item()):
+            norm = optimizer.gradient_norm()
+            if not math.isfinite(size := norm.item()):
                 optimizer.clear()
                 raise NonFiniteLossError(f"the gradient of loss {name!r} of update {self.updates} is not finite")
-        optimizer.step()
+            shrink = norm / self.config.clip_norm if size > self.config.clip_norm else None
+        optimizer.step(shrink)
         optimizer.clear()
         if name == "policy":
             self.agent.version += 1
@@ -158,7 +161,7 @@ class Learner:
             num_updates: overrides the plan's number (replayed objectives).
 
         Returns:
-            Mean of each metric.
+            Mean of each metric, and what `annotate` found in the data.
         """
         generator = torch.Generator(self.agent.device).manual_seed(int(rng.integers(2**62)))
         reading = self.objective.reading
@@ -168,10 +171,10 @@ class Learner:
                 raise ValueError("num_updates has no effect on an objective that reads fresh data: set its num_epochs")
             reading = replace(reading, num_updates=num_updates)
         rows = buffer.rows(min_version=self.version - reading.max_lag) if fresh else buffer.rows()
-        self.objective.annotate(self.agent, buffer, rows, generator)
+        noted = self.objective.annotate(self.agent, buffer, rows, generator)
         for batch in reading.batches(buffer, rng, self.version):
             self.update(batch, generator)
-        return self.metrics()
+        return noted | self.metrics()
 
     def metrics(self) -> Metrics:
         """Means of all numbers since the last call, as floats; asking is what waits for the device."""

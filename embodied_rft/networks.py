@@ -280,7 +280,7 @@ class ActorHead(nn.Module):
         if self.noise is not None:
             return torch.tanh(out), out.new_tensor(math.log(self.noise))
         mean, log_std = out.split(self.action_dim, -1) if self.std == "state" else (out, self.log_std)
-        return mean, log_std.clamp(*self.log_std_range)
+        return mean, F.hardtanh(log_std, *self.log_std_range)  # clamp, with a backward pass of one kernel
 
     def squash(self, u: Tensor) -> Tensor:
         """Raw value to action in [-1, 1]."""
@@ -306,7 +306,7 @@ class ActorHead(nn.Module):
         centre, log_std = self(features)
         log_std = log_std.expand_as(centre)
         z = (u - centre) * (-log_std).exp()
-        gaussian = -0.5 * z.square() - log_std
+        gaussian = -0.5 * (z * z) - log_std
         if self.noise is None:
             gaussian = gaussian - log_one_minus_tanh_squared(u)
         constant = 0.5 * math.log(2 * math.pi) * self.action_dim

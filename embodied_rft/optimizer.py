@@ -38,8 +38,14 @@ class AdamW:
         self.second = [torch.zeros_like(p) for p in self.parameters]
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Move every weight that has a gradient."""
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of all gradients together, a scalar."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+    @torch.no_grad()
+    def step(self, shrink: Tensor | None = None) -> None:
+        """Move every weight that has a gradient, after dividing the gradients by the scalar `shrink`."""
         self.steps += 1
         rows = [(p, p.grad, m, v) for p, m, v in zip(self.parameters, self.first, self.second, strict=True)]
         parameters, gradients, first, second = zip(*(row for row in rows if row[1] is not None), strict=True)
@@ -57,6 +63,7 @@ class AdamW:
             weight_decay=self.weight_decay,
             eps=self.epsilon,
             maximize=False,
+            grad_scale=shrink,
         )
 
     def clear(self) -> None:

@@ -5,7 +5,8 @@ A plan is a small config that yields batches. It holds no state: a run resumes f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from pydantic import ConfigDict
@@ -88,11 +89,9 @@ class Fresh:
             return
         if not self.whole_groups:
             groups = np.full(len(rows), -1)
+        reading: dict[str, Any] = {"reward_weights": self.reward_weights, "next_observation": self.next_observation}
         for _ in range(self.num_epochs):
-            for part in self._parts(rows, groups, rng):
-                yield buffer.batch(
-                    part, reward_weights=self.reward_weights, next_observation=self.next_observation
-                )
+            yield from read_ahead(buffer, self._parts(rows, groups, rng), **reading)
 
     def _parts(self, rows: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """The rows of one epoch, cut into batches."""
@@ -110,6 +109,39 @@ class Fresh:
                 start = end
             end += size
         yield rows[start:end]
+
+
+def read_ahead(buffer: Buffer, parts: Iterable[np.ndarray], *, rows: int = 1024, **reading: Any) -> Iterator[Batch]:
+    """A batch for each of `parts`; small ones are gathered together and handed out as views.
+
+    Args:
+        buffer: where the rows are.
+        parts: rows of each batch.
+        rows: how many are gathered at a time, at most; buffers with ragged columns are read batch by batch, because
+            padding would be that of the longest row.
+        **reading: as in `Buffer.batch`.
+    """
+    waiting: list[np.ndarray] = []
+    for part in parts:
+        if waiting and (buffer.is_ragged or sum(map(len, waiting)) + len(part) > rows):
+            yield from _together(buffer, waiting, reading)
+            waiting = []
+        waiting.append(part)
+    if waiting:
+        yield from _together(buffer, waiting, reading)
+
+
+def _together(buffer: Buffer, parts: list[np.ndarray], reading: dict[str, Any]) -> Iterator[Batch]:
+    if len(parts) == 1:
+        yield buffer.batch(parts[0], **reading)
+        return
+    block, start = buffer.batch(np.concatenate(parts), **reading), 0
+    units = block.mask.shape[1]
+    for part in parts:
+        piece = block.take(slice(start, start + len(part)))
+        piece.num_decisions, piece.num_units = len(part), units * len(part)
+        yield piece
+        start += len(part)
 
 
 def _at_least(least: int, **numbers: int) -> None:

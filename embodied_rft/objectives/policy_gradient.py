@@ -12,6 +12,7 @@ unit. Legend: B decisions, U units.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -137,7 +138,9 @@ class PPO:
         c, notes = self.config, batch.notes
         log_prob, entropy = agent.policy.log_prob(batch.observation, batch.action, batch.trace)
         old = batch.log_prob if c.correction is None else notes["old_log_prob"]
-        ratio = losses.log_ratio(log_prob, old, batch.mask, level=c.ratio)
+        full = batch.num_units == batch.num_decisions * batch.mask.shape[1]  # nothing is padded, in no micro-batch
+        mask = None if full else batch.mask
+        ratio = losses.log_ratio(log_prob, old, mask, level=c.ratio)
         each = losses.clipped_surrogate(
             ratio, 0.0, notes["advantage"], low=c.clip_low, high=c.clip_high, dual=c.dual_clip
         )
@@ -149,7 +152,7 @@ class PPO:
             each = each - c.entropy_weight * entropy
         loss = losses.per_batch(
             each,
-            batch.mask,
+            mask,
             normalizer=c.normalizer,
             num_units=batch.num_units,
             num_decisions=batch.num_decisions,
@@ -162,12 +165,12 @@ class PPO:
         return loss, metrics
 
     def _watch(self, ratio: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """How far the policy has moved from the one that acted (KL, k3) and how often the ratio is out of bounds."""
+        """How far the policy has moved from the one that acted (KL, k2) and how often the ratio is out of bounds."""
         c, count = self.config, len(batch) / batch.num_decisions * batch.num_units  # units, about
-        moved = ratio.exp() - 1
-        watched = {"policy/kl": (moved - ratio).sum() / count}
+        watched = {"policy/kl": ratio.square().sum() * (0.5 / count)}
         if c.clip_low is not None and c.clip_high is not None:
-            watched["policy/clipped"] = ((moved > c.clip_high) | (moved < -c.clip_low)).sum() / count
+            inside = ratio.clamp(math.log1p(-min(c.clip_low, 0.999)), math.log1p(c.clip_high))
+            watched["policy/clipped"] = (inside != ratio).sum() / count
         return watched
 
     # --- around the losses ---------------------------------------------------------------------------------------
