@@ -25,6 +25,7 @@ from embodied_rft.agent import require_rng
 from embodied_rft.agents.causal_lm import CausalLM, LoraOptions, load_model
 from embodied_rft.agents.tiny_lm import TinyConfig
 from embodied_rft.data import Decisions, Field, Ragged, Tree
+from embodied_rft.networks import linear
 from embodied_rft.registry import register
 
 
@@ -47,6 +48,7 @@ class LanguageConfig:
     gradient_checkpointing: bool = False  # compute a layer twice instead of keeping its activations
     token_chunk: int | None = None  # tokens whose logits exist at the same time; None: 64 MB of them
     share_prefix: bool = True  # compute the prompt of a group once
+    value_head: bool = False  # a value of the prompt on the same trunk, trained with the policy's loss
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -90,6 +92,9 @@ class LanguagePolicy(nn.Module):
         self.lm.select(config.train, lora=config.lora, rng=rng)
         if config.gradient_checkpointing:
             self.lm.checkpoint_layers()
+        if config.value_head:
+            self.head = linear(self.lm.hidden_size, 1, gain=0.0, rng=rng)
+            self.value = self._value  # objectives look whether there is one
 
     # --- acting --------------------------------------------------------------------------------------------------
 
@@ -158,11 +163,13 @@ class LanguagePolicy(nn.Module):
         log_prob, entropy = (torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, f) for f in flat)
         return log_prob, entropy
 
-    def imitation_loss(self, observation: Tree, action: Any, *, rng: torch.Generator | None = None) -> Tensor:
-        """[B]: mean negative log-likelihood of a target text's tokens, the end token included."""
-        trace = self.retrace(observation, action)
+    def imitation_loss(
+        self, observation: Tree, action: Any, *, rng: torch.Generator | None = None, trace: Tree | None = None
+    ) -> Tensor:
+        """[B]: mean negative log-likelihood of the trace's reply; without a trace, of the text and an end token."""
+        trace = self.retrace(observation, action) if trace is None else trace
         log_prob, _ = self.log_prob(observation, action, trace)
-        return -log_prob.sum(1) / torch.from_numpy(trace["reply"].lengths).to(log_prob)
+        return -log_prob.sum(1) / torch.from_numpy(trace["reply"].lengths).to(log_prob).clamp_min(1)
 
     def retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
         """The trace of given replies: each text as token ids and an end token."""
@@ -188,6 +195,13 @@ class LanguagePolicy(nn.Module):
             )
 
     # --- values and files ----------------------------------------------------------------------------------------
+
+    def _value(self, observation: Tree, trace: Tree) -> Tensor:
+        """[B]: what reward to expect after each prompt, from the state of its last token."""
+        from embodied_rft.prefix import prompt_states
+
+        states = prompt_states(self.lm.decoder, self.prompt_ids(observation))
+        return self.head(_standardize(states)).squeeze(-1)
 
     def make_encoder(self, *, rng: torch.Generator) -> PromptEncoder:
         """What a value function reads: the state of the prompt's last token, without gradient into this model."""
@@ -218,10 +232,16 @@ class PromptEncoder(nn.Module):
 
         policy = self._policy()
         states = prompt_states(policy.lm.decoder, policy.prompt_ids(observation))
-        return nn.functional.layer_norm(states.float(), states.shape[-1:])
+        return _standardize(states)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptEncoder:
-        return PromptEncoder(self._policy())
+        policy = self._policy()
+        return PromptEncoder(memo.get(id(policy), policy))  # of the copied policy where that is copied, too
+
+
+def _standardize(states: Tensor) -> Tensor:
+    """Each state with mean 0 and variance 1, float32."""
+    return nn.functional.layer_norm(states.float(), states.shape[-1:])
 
 
 def texts(column: Any) -> list[str]:
