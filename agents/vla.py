@@ -89,6 +89,7 @@ class VLAPolicy(nn.Module):
     vlm: VLM
     head: Any
     state: nn.ModuleDict
+    value_head: nn.ModuleDict
 
     def __init__(
         self, config: VLAConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
@@ -113,7 +114,7 @@ class VLAPolicy(nn.Module):
                 {"reader": reader, "project": networks.linear(reader.size, vlm.hidden_size, rng=rng)}
             )
         self.observation_space = observation_space
-        self.value_head: nn.ModuleDict = nn.ModuleDict()
+        self.value_head = nn.ModuleDict()
         if config.value == "shared":
             self.value_head["last"] = networks.MLP(vlm.hidden_size, (256,), 1, rng=rng, last_gain=0.1)
             self.value = self._value  # objectives look for the method: with it, the value's loss joins the policy's

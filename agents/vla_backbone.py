@@ -115,7 +115,7 @@ class VLM(nn.Module):
 
     def checkpoint_layers(self) -> None:
         """Compute each layer of the decoder twice instead of keeping its activations (Chen et al. 2016)."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.checkpointing = True
 
     def _image_parameters(self) -> list[nn.Parameter]:
@@ -253,6 +253,7 @@ class Decoding:
 
     def __init__(self, vlm: VLM, cache: Any, context: Context) -> None:
         self.vlm, self.cache, self.mask, self.three = vlm, cache, context.mask, context.position.dim() == 3
+        self.dtype = context.embeddings.dtype
         self.next_position = context.next_position
 
     def step(self, embedding: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ class Decoding:
         position = self.next_position[:, None]
         position = position.expand(3, *position.shape) if self.three else position
         self.next_position = self.next_position + 1
-        return self.vlm._run(embedding[:, None], position, self.mask[:, None, None, :], self.cache)[:, 0]
+        return self.vlm._run(embedding[:, None].to(self.dtype), position, self.mask[:, None, None, :], self.cache)[:, 0]
 
 
 class FeatureCache:

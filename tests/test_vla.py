@@ -1,0 +1,653 @@
+"""Vision-language-action policies: trunk against the model's own forward, heads, adapters, caches, files, bad input."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embodied_rft.agent import build_agent, build_policy
+from embodied_rft.agents.tiny_vlm import IMAGE, TinyVLMConfig, tiny_vlm
+from embodied_rft.agents.vla_backbone import VLM, FeatureCache
+from embodied_rft.agents.vla_processing import Pixels, Prompts
+from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.checks import check_policy
+from embodied_rft.chunking import ChunkBox
+from embodied_rft.data import Decisions
+from embodied_rft.learner import Learner, LearnerConfig
+from embodied_rft.objectives import build_objective
+from embodied_rft.stepping import encode_text, fields_of
+
+KINDS = ("qwen2_5_vl", "smolvlm", "paligemma")
+HEADS = ("tokens", "parallel", "flow")
+IMAGES = gym.spaces.Box(0, 255, (32, 32, 3), np.uint8)
+STEP = gym.spaces.Box(np.float32([-1, -2]), np.float32([1, 4]))
+SPACE = gym.spaces.Dict(
+    {
+        "image/front": IMAGES,
+        "image/wrist": gym.spaces.Box(0, 255, (16, 24, 3), np.uint8),
+        "state": gym.spaces.Box(-1, 1, (3,), np.float32),
+        "instruction": gym.spaces.Text(20),
+    }
+)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def policy(kind="qwen2_5_vl", head="tokens", *, horizon=1, model=None, space=SPACE, step=STEP, seed=0, **options):
+    spec = {"id": "vla", "model": model or {"tiny": {"kind": kind}}, "head": head, "horizon": horizon, **options}
+    spec.setdefault("prompt", "{images}{instruction}")
+    return build_policy(spec, space, ChunkBox(step, horizon=horizon) if horizon > 1 else step, rng(seed))
+
+
+def observation(count=3, seed=0):
+    numbers = np.random.default_rng(seed)
+    return {
+        "image/front": numbers.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8),
+        "image/wrist": numbers.integers(0, 256, (count, 16, 24, 3)).astype(np.uint8),
+        "state": numbers.standard_normal((count, 3)).astype(np.float32),
+        "instruction": [("open", "close the door", "push")[i % 3] for i in range(count)],
+    }
+
+
+def tensors(tree):
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in tree.items()}
+
+
+def chunks(count=3, horizon=1, seed=1):
+    numbers = np.random.default_rng(seed)
+    steps = numbers.uniform(STEP.low, STEP.high, (count, horizon, 2)).astype(np.float32)
+    return torch.from_numpy(steps.reshape(count, -1))
+
+
+def same(a, b):
+    return np.array_equal(a.action, b.action) and np.array_equal(a.log_prob, b.log_prob)
+
+
+# --- the contract ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("horizon, execute", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_contract(kind, head, horizon, execute):
+    p = policy(kind, head, horizon=horizon, execute=execute)
+    check_policy(p, SPACE, STEP if horizon == 1 else ChunkBox(STEP, horizon=horizon))
+    units = {"tokens": 2 * execute, "parallel": execute, "flow": 4}
+    assert p.num_units == units[head]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_first_ratio_through_the_buffer_is_one(head):
+    agent = build_agent(policy(head=head, horizon=2).spec, SPACE, ChunkBox(STEP, horizon=2), rng())
+    p, seen = agent.policy, observation(4)
+    seen["instruction"] = encode_text(seen["instruction"])
+    schema = Schema(fields_of(SPACE), fields_of(agent.spaces.action)["observation"], dict(p.trace_fields), p.num_units)
+    buffer = Buffer(schema, 100)
+    taken = p.act(seen, rng=rng(1))
+    never = np.zeros(4, bool)
+    buffer.add(
+        np.arange(4), seen, taken, np.ones(4, np.float32), ~never, never, group=0, seed=0, step=0, version=1, source=2
+    )
+    buffer.close(np.arange(4), seen)
+    batch = buffer.batch(buffer.rows(), next_observation=False)
+    log_prob, _ = p.log_prob(batch.observation, batch.action, batch.trace)
+    assert torch.allclose(log_prob, batch.log_prob, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["tokens", "parallel"])
+def test_other_decisions_have_other_probabilities(head):
+    p, seen = policy(head=head), observation()
+    taken = p.act(seen, rng=rng())
+    own, _ = p.log_prob(tensors(seen), None, tensors(taken.trace))
+    other, _ = p.log_prob(tensors(seen), None, {k: v.roll(1, 0) for k, v in tensors(taken.trace).items()})
+    assert (own - other).abs().max() > 1e-3
+
+
+def test_probabilities_of_tokens_are_those_of_all_outcomes():
+    """U = 2 tokens of 3 bins: the nine probabilities sum to one, and sampling hits them."""
+    p, seen = policy(tokens={"bins": 3}), observation(1)
+    tokens = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    many = {k: v.expand(9, *v.shape[1:]) if isinstance(v, torch.Tensor) else v * 9 for k, v in tensors(seen).items()}
+    log_prob, entropy = p.log_prob(many, None, {"tokens": tokens})
+    joint = log_prob.sum(1).exp().detach()
+    assert torch.allclose(joint.sum(), torch.ones(()), atol=1e-5)
+    first = torch.stack([joint[3 * i : 3 * i + 3].sum() for i in range(3)])
+    assert torch.allclose(entropy[0, 0], -(first * first.log()).sum(), atol=1e-5)
+    draws = {k: np.repeat(np.asarray(v), 4000, 0) if not isinstance(v, list) else v * 4000 for k, v in seen.items()}
+    drawn = p.act(draws, rng=rng()).trace["tokens"]
+    share = np.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9) / 4000
+    assert np.abs(share - joint.numpy()).max() < 0.04
+
+
+def test_flow_steps_are_the_gaussians_that_they_say():
+    """Against a loop over steps with one call of the expert each."""
+    p, seen = policy(head="flow", horizon=2), tensors(observation())
+    chain = torch.from_numpy(p.act(observation(), rng=rng()).trace["chain"])
+    log_prob, _ = p.log_prob(seen, None, {"chain": chain})
+    context = p.context(seen)
+    memory = p.head.expert.read(p.vlm.states(context))
+    for k in range(4):
+        x, t = chain[:, k], k / 4
+        v = p.head.expert(x[:, None], torch.full((3, 1), t), memory, context.mask)[:, 0]
+        mean = x + v / 4 - 0.5 * (1 - t) * (x - t * v) / 4
+        std = max((1 - t) / 2, 0.1)
+        expected = torch.distributions.Normal(mean, std).log_prob(chain[:, k + 1]).sum(-1)
+        assert torch.allclose(log_prob[:, k], expected, atol=1e-4)
+
+
+def test_steps_of_a_chunk_see_each_other_only_if_bidirectional():
+    for attention in ("bidirectional", "causal"):
+        p = policy(head="parallel", horizon=3, parallel={"attention": attention})
+        p.head._mean(p.vlm, p.context(tensors(observation())))[:, 0].sum().backward()
+        later = p.head.queries.grad[1:].abs().max()
+        assert (later > 0) == (attention == "bidirectional")
+
+
+def test_what_is_not_executed_is_not_generated():
+    p = policy(horizon=4, execute=2)
+    taken = p.act(observation(), rng=rng())
+    steps = taken.action.reshape(3, 4, 2)
+    assert taken.trace["tokens"].shape == (3, 4)
+    assert np.array_equal(steps[:, 2], steps[:, 1]) and np.array_equal(steps[:, 3], steps[:, 1])
+
+
+def test_instruction_and_images_matter():
+    p, seen = policy(), observation(1)
+    base = p.features(tensors(seen))
+    for key, value in {
+        "instruction": ["close"],
+        "image/wrist": seen["image/wrist"] // 2,
+        "state": seen["state"] + 1,
+    }.items():
+        assert (p.features(tensors(seen | {key: value})) - base).abs().max() > 1e-4, key
+
+
+def test_a_fixed_instruction_equals_the_same_text_in_the_observation():
+    seen = observation(2) | {"instruction": ["push", "push"]}
+    by_text = policy().act(seen, greedy=True)
+    assert same(by_text, policy(instruction="push").act(seen, greedy=True))
+    assert same(by_text, policy().act(seen | {"instruction": encode_text(["push", "push"])}, greedy=True))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_imitation_learns(head):
+    """Fits three chunks in a moment; with a target that moves between rows it cannot."""
+    p, seen, target = policy(head=head, horizon=2), tensors(observation()), chunks(horizon=2)
+
+    def mean_loss():
+        draws = rng(5)
+        with torch.no_grad():
+            return torch.stack([p.imitation_loss(seen, target, rng=draws).mean() for _ in range(8)]).mean()
+
+    before, optimizer = mean_loss(), torch.optim.Adam(p.parameters(), 3e-3)
+    for i in range(40):
+        optimizer.zero_grad()
+        p.imitation_loss(seen, target, rng=rng(i)).mean().backward()
+        optimizer.step()
+    assert mean_loss() < 0.6 * before
+
+
+# --- the trunk -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trunk_equals_the_models_own_forward(kind):
+    """Prompts of different length, padded: every prompt's last state as if it were alone in the model."""
+    p, seen = policy(kind, space=gym.spaces.Dict({k: SPACE[k] for k in ("image/front", "instruction")})), observation()
+    vlm = p.vlm
+    front = torch.from_numpy(seen["image/front"])
+    ours = vlm.states(vlm.read([front], seen["instruction"]))[:, -1]
+    for i, text in enumerate(seen["instruction"]):
+        given = vlm.pixels(front[i : i + 1])
+        count = vlm._features(front[i : i + 1])[0].shape[1]
+        ids = torch.from_numpy(vlm.prompts.encode([text], [count])[0])
+        types = (ids == vlm.prompts.image_token).long()
+        if kind == "qwen2_5_vl":
+            given["mm_token_type_ids"] = types
+        if kind == "paligemma":
+            given["token_type_ids"] = torch.zeros_like(ids)  # the whole prompt is prefix
+        theirs = vlm.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), **given).last_hidden_state
+        assert torch.allclose(ours[i], theirs[0, -1], atol=2e-5), (kind, i)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cached_walk_equals_one_pass(kind):
+    p = policy(kind)
+    context = p.context(tensors(observation()))
+    further = torch.randn(3, 4, p.vlm.hidden_size, generator=rng())
+    dense = p.vlm.states(context, further)
+    hidden, decoding = p.vlm.start(context)
+    walked = torch.stack([decoding.step(further[:, i]) for i in range(4)], 1)
+    assert torch.allclose(torch.cat([hidden[:, -1:], walked], 1), dense[:, -5:], atol=1e-5)
+
+
+def test_checkpointed_layers_give_the_same_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        p = policy(gradient_checkpointing=checkpointing)
+        p.imitation_loss(tensors(observation()), chunks()).sum().backward()
+        gradients.append({n: q.grad for n, q in p.named_parameters() if q.grad is not None})
+        assert same(p.act(observation(), greedy=True), policy().act(observation(), greedy=True))
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-5), name
+
+
+def test_rows_add_up():
+    """Gradients of micro-batches sum to that of the batch."""
+    p, seen, target = policy(head="parallel"), tensors(observation()), chunks()
+    whole = torch.autograd.grad(p.imitation_loss(seen, target).sum(), p.head.queries)[0]
+    parts = [
+        torch.autograd.grad(
+            p.imitation_loss({k: v[i : i + 1] for k, v in seen.items()}, target[i : i + 1]).sum(), p.head.queries
+        )[0]
+        for i in range(3)
+    ]
+    assert torch.allclose(whole, sum(parts), atol=1e-5)
+
+
+def test_bf16_trunk():
+    p, seen = policy(dtype="bf16"), observation()
+    taken = p.act(seen, rng=rng())
+    log_prob, _ = p.log_prob(tensors(seen), None, tensors(taken.trace))
+    assert np.isfinite(taken.log_prob).all() and np.abs(log_prob.detach().numpy() - taken.log_prob).max() < 0.2
+
+
+def test_equal_seeds_give_equal_bits():
+    one, two = policy(seed=3), policy(seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert same(one.act(observation(), rng=rng(4)), two.act(observation(), rng=rng(4)))
+
+
+# --- images and prompts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 80)])
+def test_our_pixels_equal_the_models_own(size):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, *size, 3)).astype(np.uint8))
+    qwen, _ = tiny_vlm(TinyVLMConfig(kind="qwen2_5_vl"), rng=rng())
+    own = Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 1, "longest_edge": 10**6}
+    )
+    names = ["pixel_values", "image_grid_thw"]
+    ours, theirs = (Pixels(qwen.config, names=names, processor=q)(images) for q in (None, own))
+    assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
+    assert torch.allclose(ours["pixel_values"], theirs["pixel_values"], atol=1e-5)  # multiples of the unit: no resizing
+    gemma, _ = tiny_vlm(TinyVLMConfig(kind="paligemma"), rng=rng())
+    own = SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=2)
+    ours, theirs = (Pixels(gemma.config, names=["pixel_values"], processor=q)(images) for q in (None, own))
+    assert (ours["pixel_values"] - theirs["pixel_values"]).abs().max() <= 2.1 / 127.5  # they may round by one level
+
+
+@given(
+    st.lists(st.text("abc ", max_size=8), min_size=1, max_size=4), st.lists(st.integers(1, 5), min_size=1, max_size=3)
+)
+@settings(max_examples=30, deadline=None)
+def test_prompts_hold_a_place_for_every_feature(instructions, counts):
+    prompts = PROMPTS()
+    ids, mask = prompts.encode(instructions, counts)
+    assert ((ids == prompts.image_token) & mask).sum() == len(instructions) * sum(counts)
+    assert (np.diff(mask.astype(int), axis=1) >= 0).all() and mask[:, -1].all()  # padding is on the left
+    for row, text in enumerate(instructions):
+        alone = prompts.encode([text], counts)[0][0]
+        assert np.array_equal(ids[row][mask[row]], alone)
+
+
+def PROMPTS(cache=[]):  # noqa: B006, N802
+    if not cache:
+        model, tokenizer = tiny_vlm(rng=rng())
+        layout = VLM(model, tokenizer).layout
+        cache.append(
+            Prompts(
+                tokenizer, image_token=model.config.image_token_id, layout=layout, template="{images}{instruction}."
+            )
+        )
+    return cache[0]
+
+
+@given(st.floats(-1, 1), st.integers(2, 300))
+@settings(max_examples=50, deadline=None)
+def test_a_bin_is_within_half_its_width(value, bins):
+    head = HEAD()
+    head.bins = bins
+    token = head.quantise(torch.tensor(value))
+    assert 0 <= int(token) < bins and abs(float(head.centres(token)) - value) <= 1 / bins + 1e-5
+
+
+def HEAD(cache=[]):  # noqa: B006, N802
+    if not cache:
+        cache.append(policy().head)
+    return cache[0]
+
+
+# --- frozen towers ---------------------------------------------------------------------------------------------------
+
+
+def test_features_of_a_frozen_tower_are_computed_once():
+    frozen, trained = policy(freeze_vision=True), policy()
+    seen = observation(4)
+    seen["image/front"][1] = seen["image/front"][0]
+    for _ in range(2):
+        assert same(frozen.act(seen, rng=rng()), trained.act(seen, rng=rng()))
+    assert frozen.vlm.cache.computed == 3 + 4 and trained.vlm.cache.computed == 0
+
+
+def test_features_are_forgotten_when_weights_are_loaded():
+    p, other, seen = policy(train="head"), policy(train="head", seed=1), observation()
+    before = p.act(seen, greedy=True)
+    p.load_state_dict(other.state_dict())
+    assert same(p.act(seen, greedy=True), other.act(seen, greedy=True)) and not same(
+        before, other.act(seen, greedy=True)
+    )
+
+
+def test_the_cache_keeps_to_its_limit():
+    cache = FeatureCache(limit=3 * 4)
+    images = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1)
+    for _ in range(2):
+        assert torch.equal(cache(images, lambda x: x.float().flatten(1)).flatten(), torch.arange(5.0))
+    assert cache.used == 12 and cache.computed == 5 + 2  # three of the five are still there the second time
+    cache(images[:2], lambda x: x.float().flatten(1))
+    assert cache.computed == 7
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+CHANGES = {
+    "full": lambda name: True,
+    "lora": lambda name: "lora_" in name,
+    "lora+head": lambda name: "lora_" in name or not name.startswith("vlm."),
+    "head": lambda name: not name.startswith("vlm."),
+}
+
+
+def updated(train, **options):
+    """(names of weights that one PPO update changed, names of all weights)"""
+    spec = policy(train=train, **options).spec
+    agent = build_agent(spec, SPACE, STEP, rng())
+    p, seen = agent.policy, observation(8)
+    objective = build_objective({"id": "bc", "batch_size": 8})
+    objective.setup(agent)
+    learner = Learner(agent, objective, LearnerConfig(learning_rate=1e-2))
+    before = {n: q.detach().clone() for n, q in p.named_parameters()}
+    buffers = {n: b.clone() for n, b in p.named_buffers()}
+    schema = Schema(fields_of(SPACE), fields_of(STEP)["observation"], dict(p.trace_fields), p.num_units)
+    buffer = Buffer(schema, 100)
+    seen["instruction"] = encode_text(seen["instruction"])
+    never = np.zeros(8, bool)
+    taken = Decisions(chunks(8).numpy(), np.full((8, p.num_units), np.nan, np.float32))
+    buffer.add(
+        np.arange(8), seen, taken, np.ones(8, np.float32), ~never, never, group=0, seed=0, step=0, version=0, source=0
+    )
+    buffer.close(np.arange(8), seen)
+    learner.learn(buffer, np.random.default_rng(0), num_updates=2)
+    assert all(torch.equal(b, buffers[n]) for n, b in p.named_buffers())
+    return {n for n, q in p.named_parameters() if not torch.equal(q, before[n])}, set(before)
+
+
+@pytest.mark.parametrize("train", CHANGES)
+def test_an_update_changes_only_what_is_trained(train):
+    changed, known = updated(train)
+    assert changed and all(CHANGES[train](name) for name in changed)
+    if train.startswith("lora"):
+        assert {n for n in known if "lora_B" in n} <= changed
+    if train != "lora":
+        assert {n for n in known if n.startswith("head.")} <= changed
+
+
+def test_a_frozen_tower_stays():
+    changed, known = updated("full", freeze_vision=True)
+    visual = {n for n in known if ".visual." in n}
+    assert visual and not visual & changed and any("language_model" in n for n in changed)
+
+
+def test_nothing_can_be_learned_by_a_frozen_policy():
+    with pytest.raises(ValueError, match="no trainable weights"):
+        updated("frozen")
+
+
+def test_what_is_trained_can_change_between_stages():
+    """iRe-VLA: reinforcement learning of the head, then supervised learning of everything."""
+    p = policy(train="head")
+    p.select("full", rng=rng())
+    assert any(q.requires_grad for q in p.vlm.parameters()) and not p.vlm.vision_frozen
+    p.select("head", rng=rng())
+    assert not any(q.requires_grad for q in p.vlm.parameters()) and all(q.requires_grad for q in p.head.parameters())
+
+
+def test_adapters_start_as_nothing():
+    assert same(policy(train="lora").act(observation(), greedy=True), policy().act(observation(), greedy=True))
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["detached", "shared", "own"])
+def test_ppo_with_each_kind_of_value(value):
+    agent = build_agent(policy(value=value).spec, SPACE, STEP, rng())
+    objective = build_objective({"id": "ppo", "num_epochs": 1, "batch_size": 8})
+    objective.setup(agent)
+    assert ("value" in agent.parts) == (value != "shared") and hasattr(agent.policy, "value") == (value == "shared")
+    learner = Learner(agent, objective)
+    p, seen = agent.policy, observation(4)
+    seen["instruction"] = encode_text(seen["instruction"])
+    schema = Schema(fields_of(SPACE), fields_of(STEP)["observation"], dict(p.trace_fields), p.num_units)
+    buffer, never = Buffer(schema, 100), np.zeros(4, bool)
+    for step in range(2):
+        taken = p.act(seen, rng=rng(step))
+        row = {"group": 0, "seed": 0, "step": step, "version": learner.version, "source": 2}
+        buffer.add(np.arange(4), seen, taken, np.arange(4, dtype=np.float32), never, ~never if step else never, **row)
+    buffer.close(np.arange(4), seen)
+    metrics = learner.learn(buffer, np.random.default_rng(0))
+    assert np.isfinite(metrics["value/loss"]) and metrics["policy/kl"] < 1e-6
+
+
+def test_a_shared_value_trains_the_trunk_and_a_detached_one_does_not():
+    seen = tensors(observation())
+    shared = policy(value="shared")
+    assert torch.autograd.grad(shared.value(seen).sum(), next(shared.vlm.decoder.parameters()))[0].abs().max() > 0
+    encoder = policy().make_encoder(rng=rng())
+    assert not encoder(seen).requires_grad and not list(encoder.parameters())
+
+
+def test_a_copied_policy_is_its_own():
+    p, seen = policy(value="shared"), tensors(observation())
+    twin = copy.deepcopy(p)
+    before = twin.value(seen)
+    with torch.no_grad():
+        for parameter in p.parameters():
+            parameter.add_(0.1)
+    assert torch.equal(twin.value(seen), before) and not torch.equal(p.value(seen), before)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_folder_is_the_same_policy(kind, tmp_path):
+    p = policy(kind, "flow", train="lora")
+    with torch.no_grad():
+        for name, parameter in p.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.02)
+    p.save_pretrained(tmp_path)
+    q = policy(head="flow", model=str(tmp_path), seed=7)
+    assert not any("lora_" in name for name, _ in q.named_parameters())  # merged
+    a, b = p.act(observation(), greedy=True), q.act(observation(), greedy=True)
+    assert np.allclose(a.action, b.action, atol=1e-4)
+    assert not any(path.name.endswith(".part") for path in tmp_path.iterdir())
+
+
+def test_a_folder_with_an_image_processor_uses_it(tmp_path):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    model, tokenizer = tiny_vlm(rng=rng())
+    size = {"shortest_edge": 1, "longest_edge": 10**6}
+    for part in (model, tokenizer, Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=size)):
+        part.save_pretrained(tmp_path)
+    p = policy(model=str(tmp_path), space=gym.spaces.Dict({k: SPACE[k] for k in ("image/front", "instruction")}))
+    assert type(p.vlm.processor).__name__ == "Qwen2VLImageProcessorPil"
+    processed = p.act(observation(), greedy=True)
+    p.vlm.pixels.processor = None
+    assert np.allclose(processed.log_prob, p.act(observation(), greedy=True).log_prob, atol=1e-4)
+
+
+def fitted(tmp_path, **options):
+    """A policy with statistics of its data, and a folder of it."""
+    p = policy(statistics="min_max", **options)
+    p.codec.statistics.fit({"action": chunks(50)})
+    p.save_pretrained(tmp_path)
+    return p
+
+
+def test_statistics_travel_with_the_folder(tmp_path):
+    p = fitted(tmp_path)
+    q = policy(model=str(tmp_path), statistics="min_max", seed=5)
+    assert q.codec.statistics.hash == p.codec.statistics.hash
+    assert np.allclose(p.act(observation(), greedy=True).action, q.act(observation(), greedy=True).action, atol=1e-5)
+
+
+def test_statistics_are_taken_from_the_buffer():
+    p = policy(statistics="min_max", normalize=True)
+    with pytest.raises(ValueError, match="no statistics"):
+        p.act(observation(), greedy=True)
+    with pytest.raises(ValueError, match="no statistics"):
+        p.save_pretrained(Path("never"))
+    schema = Schema(fields_of(SPACE), fields_of(STEP)["observation"], dict(p.trace_fields), p.num_units)
+    buffer, seen, never = Buffer(schema, 100), observation(8), np.zeros(8, bool)
+    with pytest.raises(ValueError, match="no data"):
+        p.fit_statistics(buffer)
+    action = chunks(8).numpy()
+    taken = Decisions(action, np.full((8, p.num_units), np.nan, np.float32))
+    buffer.add(
+        np.arange(8), seen, taken, np.ones(8, np.float32), ~never, never, group=0, seed=0, step=0, version=0, source=0
+    )
+    buffer.close(np.arange(8), seen)
+    p.fit_statistics(buffer)
+    low, high = action.min(0), action.max(0)
+    assert np.allclose(p.codec.statistics.denormalise("action", torch.ones(2)).numpy(), high, atol=1e-5)
+    decided = p.act(observation(), rng=rng()).action
+    assert (decided >= low - 1e-5).all() and (decided <= high + 1e-5).all()
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def refused(match, function, *args, **kwargs):
+    with pytest.raises(ValueError, match=match):
+        function(*args, **kwargs)
+
+
+def test_statistics_of_another_robot_are_refused(tmp_path):
+    fitted(tmp_path)
+    other = gym.spaces.Box(np.float32([-1, -1]), np.float32([1, 1]))
+    refused("another robot", policy, model=str(tmp_path), statistics="min_max", step=other)
+    refused("another robot", policy, model=str(tmp_path), statistics="mean_std")
+
+
+def test_a_folder_without_its_statistics_is_refused(tmp_path):
+    policy().save_pretrained(tmp_path)
+    refused("no statistics", policy, model=str(tmp_path), statistics="min_max")
+    assert policy(model=str(tmp_path), statistics="min_max", fresh_head=True).codec.statistics is not None
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"kind": "smolvlm"}, "model_type is 'qwen2_5_vl', this one's is 'smolvlm'"),
+        ({"head": "flow"}, "head is 'tokens'"),
+        ({"horizon": 2}, "horizon is 1"),
+        ({"model": {"tiny": {"hidden_size": 32}}}, "hidden_size is 64"),
+    ],
+)
+def test_a_checkpoint_of_another_architecture_is_refused(options, match):
+    weights = policy().state_dict()
+    other = policy(**options)
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    refused(match, other.load_state_dict, weights)
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+def test_a_text_model_is_refused(tmp_path):
+    from embodied_rft.agents.tiny_lm import tiny_causal_lm
+
+    for part in tiny_causal_lm(rng=rng()):
+        part.save_pretrained(tmp_path)
+    refused("cannot be loaded as a vision-language model", policy, model=str(tmp_path))
+    refused("does not exist", policy, model=str(tmp_path / "nothing"))
+    refused("tiny", policy, model={"small": {}})
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    from embodied_rft.agents.tiny_lm import tiny_tokenizer
+
+    model, tokenizer = tiny_vlm(rng=rng())
+    refused("do not belong together", VLM, model, tiny_tokenizer())
+    small, _ = tiny_vlm(rng=rng())
+    small.resize_token_embeddings(200)
+    refused("token ids up to", VLM, small, tokenizer)
+    tokenizer.eos_token = "a"
+    refused("ends a text", VLM, model, tokenizer)
+
+
+def test_images_and_image_places_must_match():
+    p = policy()
+    refused("has 3 places for images", p.act, observation(1) | {"instruction": [f"find {IMAGE}"]}, greedy=True)
+    refused("exactly once", policy, prompt="{instruction}")
+    refused("exactly once", policy, prompt="{images}{images}{instruction}")
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"flow": {"num_steps": 2}}, "no effect with head 'tokens'"),
+        ({"train": "head", "freeze_vision": True}, "freeze_vision has no effect"),
+        ({"horizon": 2, "execute": 3}, "1 <= execute <= horizon"),
+        ({"images": ["image/fron"]}, "did you mean 'image/front'"),
+        ({"state": ["stat"]}, "did you mean 'state'"),
+        ({"tokens": {"bins": 1}}, "bins >= 2"),
+        ({"head": "parallel", "parallel": {"min_std": 1.0}}, "min_std <= initial_std"),
+        ({"head": "flow", "flow": {"width": 30}}, "multiple of num_heads"),
+        ({"model": {"tiny": {"hidden_size": 60}}}, "multiple of twice"),
+        ({"model": {"tiny": {"vocab_size": 10}}}, "smaller than the tokenizer"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, match):
+    refused(match, policy, **options)
+
+
+def test_observations_that_do_not_fit_are_refused():
+    refused("needs an image", policy, space=gym.spaces.Dict({"state": SPACE["state"]}), instruction="go")
+    refused("set the option instruction", policy, space=gym.spaces.Dict({"image/front": IMAGES}))
+    seen = observation()
+    del seen["image/wrist"]
+    refused("did you mean 'image/front'|has no 'image/wrist'", policy().act, seen, greedy=True)
+    refused("uint8 is expected", policy().vlm.pixels, torch.zeros(1, 32, 32, 3))
+    refused("needs its chain", policy(head="flow").log_prob, tensors(observation()), chunks(), {})
+
+
+# --- scripts for accelerators ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["grpo_tokens", "vla_ppo", "train_memory"])
+def test_gpu_script_runs_tiny_on_the_cpu(name):
+    command = [sys.executable, "-m", f"benchmarks.gpu.{name}"]
+    tiny = subprocess.run([*command, "--tiny"], capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(tiny.stdout.strip().splitlines()[-1])
+    assert found["name"] == name and found["tiny"] and all(np.isfinite(v) for v in found["results"].values())
+    if not torch.cuda.is_available():
+        skipped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert "needs a CUDA device" in skipped.stdout
