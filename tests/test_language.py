@@ -332,6 +332,22 @@ def test_features_of_prompts():
     assert torch.equal(copied({"prompt": PROMPTS}), features)
 
 
+def test_value_head_shares_the_trunk():
+    assert not hasattr(make().policy, "value")
+    policy = make(value_head=True).policy
+    with torch.no_grad():
+        policy.head.weight.normal_(generator=rng(3))
+    trace = policy.retrace({"prompt": PROMPTS}, ["x"] * len(PROMPTS))
+    value = policy.value({"prompt": PROMPTS}, trace)
+    assert value.shape == (len(PROMPTS),) and value[0] == value[1] != value[2]
+    value.sum().backward()
+    assert {"head.weight", "model.model.embed_tokens.weight"} <= set(gradient(policy))
+    copied = copy.deepcopy(policy)
+    with torch.no_grad():
+        policy.head.weight.zero_()
+    assert torch.equal(copied.value({"prompt": PROMPTS}, trace), value)  # the copy has a head of its own
+
+
 def test_which_text_is_the_prompt():
     assert make(space=TEXT).policy.key == "observation"
     assert make(space=gymnasium.spaces.Dict({"task": TEXT, "x": gymnasium.spaces.Discrete(2)})).policy.key == "task"
