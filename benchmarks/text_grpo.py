@@ -129,6 +129,9 @@ def make_trl(job: Job) -> Callable[[int], list[float]]:
         "disable_tqdm": True,
     }
 
+    def rewards(completions: list[str], **_: Any) -> list[float | None]:
+        return [share_of_vowels(text, "") for text in completions]
+
     def run(num_steps: int) -> list[float]:
         marks: list[float] = []
 
@@ -141,7 +144,7 @@ def make_trl(job: Job) -> Callable[[int], list[float]]:
 
         trainer = GRPOTrainer(
             model=copy.deepcopy(original),
-            reward_funcs=lambda completions, **_: [share_of_vowels(text, "") for text in completions],
+            reward_funcs=rewards,
             args=GRPOConfig(max_steps=num_steps, **config),
             train_dataset=data,
             processing_class=tokenizer,
