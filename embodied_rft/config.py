@@ -6,7 +6,9 @@ objectives, agents and the like are found in the registry; each declares its opt
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import enum
 import importlib
 import importlib.resources
@@ -182,6 +184,24 @@ def dump_recipe(recipe: Recipe) -> str:
     """The fully resolved recipe as YAML, defaults included; `load_recipe` of it gives an equal recipe."""
     resolved = dataclasses.replace(recipe, stages=parse_stages(recipe.stages))
     return yaml.dump(to_plain(resolved), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def recipe_difference(stored: str, recipe: Recipe) -> list[str]:
+    """What two recipes disagree on, of all that can change results: ["-seed: 3", "+seed: 4"].
+
+    Args:
+        stored: from `dump_recipe`, perhaps of an older version: options that are new since then have their defaults.
+        recipe: the one given now.
+    """
+    old, new = yaml.load(stored, _Loader), yaml.load(dump_recipe(recipe), _Loader)
+    with contextlib.suppress(ConfigError):
+        old = yaml.load(dump_recipe(parse(Recipe, old)), _Loader)
+    for tree in (old, new):
+        for harmless in ("description", "logging", "checkpoint_seconds"):
+            tree.pop(harmless, None)
+    texts = [yaml.safe_dump(tree, sort_keys=False).splitlines() for tree in (old, new)]
+    lines = difflib.unified_diff(*texts, n=0, lineterm="")
+    return [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
 
 
 def recipe_names() -> list[str]:

@@ -26,7 +26,15 @@ from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.checkpoint import Checkpoints, RunLock
 from embodied_rft.chunking import QueuedPool, find_planner, fit_pool
 from embodied_rft.collect import Act, Collector, action_field
-from embodied_rft.config import Recipe, StageSpec, dump_recipe, parse_stages, validate_plugin_config, write_atomically
+from embodied_rft.config import (
+    Recipe,
+    StageSpec,
+    dump_recipe,
+    parse_stages,
+    recipe_difference,
+    validate_plugin_config,
+    write_atomically,
+)
 from embodied_rft.data import Decisions, Source, Tree
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
 from embodied_rft.learner import Learner, LearnerConfig
@@ -271,10 +279,16 @@ class Session:
         if newest is None:
             return False
         _, state = newest
-        self._check_recipe(state["recipe"])
+        if not weights_only:
+            self._check_recipe(state["recipe"])
         target = tuple(state["path"])
         self._prepare_until(self.stages, (), target)
-        self.agent.load_state_dict(state["agent"])
+        try:
+            self.agent.load_state_dict(state["agent"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"the checkpoint in {self.folder} holds other networks than this version makes: {error}"
+            ) from None
         self.path, self.progress = target, dict(state["progress"])
         self.counters, self.records = dict(state["counters"]), list(state["records"])
         self._resume = state
@@ -289,17 +303,9 @@ class Session:
         return True
 
     def _check_recipe(self, stored: str) -> None:
-        """A run folder belongs to one recipe; only what cannot change results may differ."""
-        if stored != dump_recipe(self.recipe):
-            import difflib
-
-            difference = [
-                line
-                for line in difflib.unified_diff(
-                    stored.splitlines(), dump_recipe(self.recipe).splitlines(), "stored", "given", n=0
-                )
-                if line[:1] in "+-" and line[:3] not in ("+++", "---")
-            ]
+        """A run folder belongs to one recipe."""
+        difference = recipe_difference(stored, self.recipe)
+        if difference:
             raise ValueError(
                 f"{self.folder} holds a run of another recipe ({'; '.join(difference[:6])}). Continue it with its own "
                 "recipe, or choose another folder."
