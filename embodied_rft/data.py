@@ -180,6 +180,12 @@ class Batch:
         leaves = ("action", "reward", "discount", "log_prob", "mask")
         parts: dict[str, Any] = {n: {k: pick(v, index) for k, v in getattr(self, n).items()} for n in trees}
         parts |= {name: pick(getattr(self, name), index) for name in leaves}
+        used = parts["mask"].any(0).nonzero()
+        width, longest = self.mask.shape[1], int(used[-1]) + 1 if len(used) else 0
+        if longest < width:  # units of these rows only: what is computed for them is no wider
+            parts |= {name: parts[name][:, :longest] for name in ("log_prob", "mask")}
+            per_unit = {k for k, v in parts["notes"].items() if v.dim() == 2 and v.shape[1] == width}
+            parts["notes"] |= {k: parts["notes"][k][:, :longest] for k in per_unit}
         return replace(self, **parts, rows=None if self.rows is None else self.rows[index])
 
     def split(self, max_decisions: int) -> list[Batch]:

@@ -206,6 +206,8 @@ class VectorPool:
         _set_vector_state(self.vector_env, {k: v for k, v in state.items() if not k.startswith("pool/")})
         for name in ("idle", "ended", "bad_start"):
             setattr(self, f"_{name}", state[f"pool/{name}"].astype(np.bool_))
+        if isinstance(self.vector_env, SyncVectorEnv):  # keeps this mark outside its environments
+            self.vector_env._autoreset_envs = self._ended.copy()
         self._reports_success = bool(state["pool/reports_success"])
         for key, each in self.fields.items():
             if each.kind == "ragged":

@@ -5,7 +5,8 @@ Example, after `import gymnasium, embodied_rft.envs`:
     gymnasium.make("embodied_rft/FetchPickAndPlace-v0")  # one environment
     gymnasium.make_vec("embodied_rft/FetchPickAndPlace-v0", num_envs=64)  # a native batch
 
-Ids: embodied_rft/FetchReach-v0, ...FetchPush-v0, ...FetchSlide-v0, ...FetchPickAndPlace-v0, ...PegInsert-v0.
+Ids: embodied_rft/FetchReach-v0, ...FetchPush-v0, ...FetchSlide-v0, ...FetchPickAndPlace-v0, ...PegInsert-v0;
+...TextSum-v0, ...TextCountdown-v0, ...TextFormat-v0, ...TextJsonl-v0.
 """
 
 if __name__ != "embodied_rft.envs":  # one module must have one name
@@ -13,7 +14,7 @@ if __name__ != "embodied_rft.envs":  # one module must have one name
 
 import gymnasium
 
-from embodied_rft.envs import demonstrators, peg_insert  # noqa: F401  (each registers what it holds)
+from embodied_rft.envs import demonstrators, peg_insert, text  # noqa: F401  (each registers what it holds)
 
 for _name in ("Reach", "Push", "Slide", "PickAndPlace"):
     gymnasium.register(

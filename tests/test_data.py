@@ -241,3 +241,23 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_trajectories(path, [arm_episode(rng, 9)])
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_piece_is_as_wide_as_its_longest_row():
+    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    batch = Batch(
+        observation={},
+        action=torch.zeros(3),
+        reward=torch.zeros(3),
+        discount=torch.ones(3),
+        next_observation={},
+        log_prob=torch.arange(9.0).reshape(3, 3),
+        mask=mask,
+        notes={"unit": torch.arange(9.0).reshape(3, 3), "decision": torch.arange(3.0)},
+        num_decisions=3,
+        num_units=6,
+    )
+    first, rest = batch.take(slice(0, 1)), batch.take(slice(1, 3))
+    assert first.mask.shape == (1, 3) and rest.mask.shape == rest.log_prob.shape == rest.notes["unit"].shape == (2, 2)
+    assert rest.notes["unit"].tolist() == [[3, 4], [6, 7]] and rest.notes["decision"].tolist() == [1, 2]
+    assert rest.num_units == 6

@@ -223,3 +223,23 @@ def test_make_pool_explains_what_is_wrong():
         make_pool("Moody-v0", 0)
     with pytest.raises(ValueError, match="AutoresetMode.DISABLED"):
         VectorPool(SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")]))
+
+
+def test_a_sync_pool_restored_after_an_ending_goes_on():
+    pool = make_pool("CartPole-v1", num_envs=2, kind="sync")
+    assert pool.get_state() is None  # CartPole offers no state; a Fetch environment does
+    pool.close()
+    pools = [make_pool("embodied_rft/FetchReach-v0", num_envs=2, kind="sync") for _ in range(2)]
+    a, b = pools
+    action = np.zeros((2, 4), np.float32)
+    for pool in pools:
+        pool.reset(np.array([1, 2]))
+    a.step(action)
+    for _ in range(50):
+        last = b.step(action)
+    assert last.truncated.all()
+    b.set_state(a.get_state())  # from an ended episode back into a running one
+    left, right = a.step(action), b.step(action)
+    assert np.array_equal(left.observation["observation"], right.observation["observation"])
+    for pool in pools:
+        pool.close()
