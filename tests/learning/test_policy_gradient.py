@@ -1,4 +1,4 @@
-"""Every policy-gradient, imitation and preference preset learns to spell in seconds; its broken twin fails the same test."""
+"""Every policy-gradient, imitation and preference preset learns to spell in seconds; broken twins fail the same tests."""
 
 import pytest
 import torch
