@@ -5,8 +5,9 @@
         return {"advantage": batch.reward - batch.reward.mean()}
 
 A function may carry two attributes. `uses_value`: values are wanted; they come as the notes "value" [B], "next_value"
-[B] and, where the policy has one for each unit, "unit_value" [B, U]. `per_unit`: rewards of single units (a KL penalty)
-come as the note "unit_reward" [B, U]; otherwise they are already part of `batch.reward`.
+[B] and, where the policy has one for each unit, "unit_value" [B, U]. `per_unit`: the credit is one number a unit, [B, U],
+and rewards of single units (a KL penalty) come as the note "unit_reward" [B, U]; otherwise they are already part of
+`batch.reward`, and the credit is [B].
 Legend: B decisions, S segments (runs of consecutive decisions of one episode), T decisions of a segment, U units.
 """
 
@@ -40,8 +41,8 @@ class Credit(Protocol):
             config: of the objective, such as `PPOConfig`.
 
         Returns:
-            "advantage" [B] or [B, U]; with a value, "value_target" of the same shape; and, if some decisions teach
-            nothing, "dead" [B] bool: they are not learned from.
+            "advantage" [B], or [B, U] if `per_unit`; with a value, "value_target" of the same shape; and, if some
+            decisions teach nothing, "dead" [B] bool: they are not learned from.
         """
 
 
@@ -103,15 +104,16 @@ def _gae(batch: Batch, lengths: list[int], config: Any, extra: Tensor | None = N
 @register("credit", "return")
 @_wants(per_unit=True)
 def return_credit(agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
-    """The discounted return from a decision on; with unit rewards, from each unit on (Hu 2025, REINFORCE++, eq. 4)."""
+    """The discounted return from each unit on: its own decision's unit rewards, then all that follows.
+
+    Without unit rewards, all units of a decision have the decision's return (Hu 2025, REINFORCE++, eq. 4).
+    """
     index, mask = (torch.from_numpy(a) for a in returns.pad_segments(lengths))
     inside = batch.notes.get("unit_reward")
-    reward = batch.reward if inside is None else batch.reward + torch.where(batch.mask, inside, 0.0).sum(1)
-    total = returns.monte_carlo(reward[index], batch.discount[index], mask)[mask]
-    if inside is None:
-        return {"advantage": total}
-    after = total - (reward - batch.reward)  # without the decision's own unit rewards, which come unit by unit
-    return {"advantage": returns.unit_returns(after, inside, batch.mask)}
+    inside = torch.zeros(batch.mask.shape) if inside is None else torch.where(batch.mask, inside, 0.0)
+    own = inside.sum(1)
+    total = returns.monte_carlo((batch.reward + own)[index], batch.discount[index], mask)[mask]
+    return {"advantage": returns.unit_returns(total - own, inside, batch.mask)}
 
 
 def _group_credit(batch: Batch, lengths: list[int], baseline: Literal["grpo", "dr_grpo", "rloo"]) -> dict[str, Tensor]:

@@ -93,6 +93,8 @@ class PPO:
         self.config = config
         self.credit: Credit = find("credit", config.credit)
         self.uses_value = getattr(self.credit, "uses_value", False)
+        self.per_unit = getattr(self.credit, "per_unit", False)
+        self.prefix = "unit_" if self.per_unit else ""  # of the notes that credit writes
         self.joint = False  # whether the value is a head of the policy; known once there is one
         self.losses: Losses = {"value": self.value_loss} if self.uses_value else {}
         self.losses["policy"] = self.policy_loss
@@ -124,10 +126,11 @@ class PPO:
 
     def value_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the squared error to the noted target, a mean over decisions (or units, where they have values)."""
-        target = batch.notes["value_target"]
-        value = _unit_values(agent, batch) if target.dim() == 2 else _values(agent, batch)
-        error = losses.value_error(value, target, batch.notes.get("old_value"), clip=self.config.value_clip)
-        if target.dim() == 2:
+        notes, name = batch.notes, self.prefix
+        value = _unit_values(agent, batch) if self.per_unit else _values(agent, batch)
+        old = None if self.config.value_clip is None else notes[f"{name}old_value"]
+        error = losses.value_error(value, notes[f"{name}value_target"], old, clip=self.config.value_clip)
+        if self.per_unit:
             loss = losses.masked_sum(error, batch.mask) / batch.num_units
         else:
             loss = error.sum() / batch.num_decisions
@@ -141,9 +144,8 @@ class PPO:
         full = batch.num_units == batch.num_decisions * batch.mask.shape[1]  # nothing is padded, in no micro-batch
         mask = None if full else batch.mask
         ratio = losses.log_ratio(log_prob, old, mask, level=c.ratio)
-        each = losses.clipped_surrogate(
-            ratio, 0.0, notes["advantage"], low=c.clip_low, high=c.clip_high, dual=c.dual_clip
-        )
+        advantage = notes[f"{self.prefix}advantage"]
+        each = losses.clipped_surrogate(ratio, 0.0, advantage, low=c.clip_low, high=c.clip_high, dual=c.dual_clip)
         if c.correction is not None:
             each = each * notes["weight"]
         if c.kl_weight and c.kl_in == "loss":
@@ -214,7 +216,7 @@ class PPO:
             scorers["old_log_prob"] = lambda b: _log_prob(agent.policy, b)
         if self.uses_value:
             scorers["value"] = lambda b: _values(agent, b)
-        if c.credit == "bi_level_gae" and hasattr(agent.policy, "unit_values"):
+        if self.uses_value and self.per_unit and hasattr(agent.policy, "unit_values"):
             scorers["unit_value"] = lambda b: _unit_values(agent, b)
         for name, scorer in scorers.items():
             batch.notes[name] = score_in_chunks(scorer, batch, agent.device)
@@ -240,7 +242,7 @@ class PPO:
             each = losses.kl(batch.log_prob, batch.notes["reference_log_prob"], estimator=c.kl_estimator)
             each = torch.where(batch.mask, each, 0.0)
             metrics["policy/kl_to_reference"] = float(each.sum() / batch.mask.sum().clamp_min(1))
-            if c.kl_in == "reward" and getattr(self.credit, "per_unit", False):
+            if c.kl_in == "reward" and self.per_unit:
                 batch.notes["unit_reward"] = -c.kl_weight * each
             elif c.kl_in == "reward":
                 batch.reward = batch.reward - c.kl_weight * each.sum(1)
@@ -250,18 +252,17 @@ class PPO:
         self, buffer: Any, order: np.ndarray, batch: Batch, credited: dict[str, Tensor], live: Tensor
     ) -> None:
         """Put into the buffer what the losses read."""
-        notes, c = credited | {"live": live.float()}, self.config
+        c = self.config
         if c.normalize_advantage:
-            advantage = notes["advantage"]
-            counted = live if advantage.dim() == 1 else batch.mask & live[:, None]
-            notes["advantage"] = returns.standardize(advantage, counted)
+            counted = batch.mask & live[:, None] if self.per_unit else live
+            credited["advantage"] = returns.standardize(credited["advantage"], counted)
+        if c.value_clip is not None and self.uses_value:
+            credited["old_value"] = batch.notes["unit_value" if self.per_unit else "value"]
+        notes = {f"{self.prefix}{name}": value for name, value in credited.items()} | {"live": live.float()}
         if c.kl_weight and c.kl_in == "loss":
             notes["reference_log_prob"] = batch.notes["reference_log_prob"]
         if c.correction is not None:
             notes |= {name: batch.notes[name] for name in ("old_log_prob", "weight")}
-        if c.value_clip is not None and self.uses_value:
-            per_unit = notes["value_target"].dim() == 2
-            notes["old_value"] = batch.notes["unit_value" if per_unit else "value"]
         for name, value in notes.items():
             ragged = value.dim() == 2 and buffer.schema.units is None
             buffer.annotate(name, order, units_of(value, batch.mask) if ragged else value.numpy())

@@ -44,11 +44,13 @@ def learns(spec, *, tamper=None, **task):
 
 def with_shuffled_advantage(batch):
     """Credit goes to whom it is not due."""
-    shift = len(batch) // 2 + 1
-    advantage = batch.notes["advantage"]
-    if advantage.dim() == 2:
-        advantage = torch.where(batch.mask, advantage, 0.0).sum(1) / batch.mask.sum(1)
-    batch.notes = batch.notes | {"advantage": advantage.roll(shift, 0)}
+    shift, notes = len(batch) // 2 + 1, dict(batch.notes)
+    if "unit_advantage" in notes:
+        mean = torch.where(batch.mask, notes["unit_advantage"], 0.0).sum(1) / batch.mask.sum(1)
+        notes["unit_advantage"] = mean.roll(shift, 0)[:, None].expand(batch.mask.shape)
+    else:
+        notes["advantage"] = notes["advantage"].roll(shift, 0)
+    batch.notes = notes
     return batch
 
 
