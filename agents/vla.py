@@ -120,6 +120,8 @@ class VLAPolicy(nn.Module):
             self.value = self._value  # objectives look for the method: with it, the value's loss joins the policy's
         self.num_units: int = head.num_units
         self.trace_fields: dict[str, Field] = head.trace_fields
+        if hasattr(head, "retrace"):
+            self.retrace = self._retrace  # a flow cannot tell how a given chunk would have come about
         if isinstance(config.model, str) and not config.fresh_head:
             self._load_head(Path(config.model).expanduser() / HEAD_FILE)
         self.select(config.train, rng=rng)
@@ -168,15 +170,17 @@ class VLAPolicy(nn.Module):
 
         Without a trace (demonstrations) that of the action itself, where the head has one.
         """
-        known = dict(trace) if set(self.trace_fields) <= set(trace) else self.head.retrace(self.codec.encode(action))
+        known = dict(trace)
+        if not set(self.trace_fields) <= set(known) and hasattr(self.head, "retrace"):
+            known = self.head.retrace(self.codec.encode(action))
         return self.head.score(self.vlm, self.context(observation), known)
 
     def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
         """[B]: cross-entropy of the tokens, absolute error, or flow-matching error of chunks [B, D]."""
         return self.head.loss(self.vlm, self.context(observation), self.codec.encode(action), rng)
 
-    def retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
-        """The trace of given chunks [B, D], as arrays (tokens and parallel)."""
+    def _retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
+        """The trace of given chunks [B, D], as arrays."""
         chunk = self.codec.encode(torch.as_tensor(action, dtype=torch.float32, device=self.device))
         return {name: value.cpu().numpy() for name, value in self.head.retrace(chunk).items()}
 
@@ -217,7 +221,8 @@ class VLAPolicy(nn.Module):
             raise ValueError("there is no data to take statistics of: fill the buffer with demonstrations first")
         batch = buffer.batch(spread, next_observation=False)
         if self.state_keys:
-            self.state["reader"].fit({key: batch.observation[key].to(self.device) for key in self.state_keys})
+            reader: Any = self.state["reader"]
+            reader.fit({key: batch.observation[key].to(self.device) for key in self.state_keys})
         statistics = self.codec.statistics
         if statistics is not None and not bool(statistics.fitted):
             statistics.fit({"action": batch.action.unflatten(-1, (self.horizon, self.codec.action_dim))})

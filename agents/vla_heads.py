@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embodied_rft.agent import require_rng
-from embodied_rft.agents.chunks import Step, gaussian_log_prob
+from embodied_rft.agents.chunks import Step, gaussian_log_prob, require_chain
 from embodied_rft.agents.vla_backbone import VLM, Context
 from embodied_rft.data import Field
 from embodied_rft.networks import MLP, linear
@@ -242,7 +242,7 @@ class FlowHead(nn.Module):
 
     def score(self, vlm: VLM, context: Context, trace: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [B, S] of the steps of the traced chain, in one pass."""
-        chain = trace["chain"]
+        chain = require_chain(trace)
         index = torch.arange(self.num_units, device=chain.device)
         mean, std, _ = self._step(chain[:, :-1], self.expert.read(vlm.states(context)), context.mask, index)
         entropy = std.log().expand_as(mean).sum(-1) + 0.5 * mean.shape[-1] * math.log(2 * math.pi * math.e)
@@ -257,12 +257,6 @@ class FlowHead(nn.Module):
         memory = self.expert.read(vlm.states(context))
         velocity = self.expert(x[:, None], time, memory, context.mask)[:, 0]
         return (velocity - (chunk - noise)).square().mean(1)
-
-    def retrace(self, chunk: Tensor) -> dict[str, Tensor]:
-        """Raises ValueError: a chunk does not tell how it came about."""
-        raise ValueError(
-            "the log-probability of a flow head needs its chain: take decisions with act(), imitate other data with bc"
-        )
 
     def _step(self, x: Tensor, memory: Memory, mask: Tensor, index: Tensor) -> Step:
         """Steps number `index` [n] from x [B, n, D]: one Euler step, with and without noise."""
