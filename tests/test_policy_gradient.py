@@ -88,7 +88,9 @@ def test_ratio_levels_equal_a_loop(seed, level):
         expected = {"unit": each, "decision": [sum(each)] * len(each), "mean": [np.mean(each)] * len(each)}
         assert given_[b][mask[b]].tolist() == pytest.approx(expected.get(level, [0.0] * len(each)))
     full = torch.ones_like(mask)
-    torch.testing.assert_close(losses.log_ratio(new, old, None, level=level), losses.log_ratio(new, old, full, level=level))
+    torch.testing.assert_close(
+        losses.log_ratio(new, old, None, level=level), losses.log_ratio(new, old, full, level=level)
+    )
 
 
 def test_without_a_ratio_it_is_the_plain_policy_gradient():
@@ -134,26 +136,29 @@ def test_value_clipping_point_by_point():
     assert losses.value_error(value, target).tolist() == pytest.approx([0.5, 0.5, 0.5])
 
 
+class Fake(types.SimpleNamespace):
+    """A trainer of which only what the loss reads is there; every switch that is not named is off."""
+
+    def __getattr__(self, name):
+        return None
+
+
 def trl_loss(loss_type, level, log_prob, old, reference, advantage, mask, *, low, high, beta):
     """What TRL's GRPOTrainer computes from the same numbers."""
     grpo = pytest.importorskip("trl").GRPOTrainer
-    gather = types.SimpleNamespace(gather=lambda x: x, num_processes=1, device="cpu")
-    fake = types.SimpleNamespace(
+    gather = Fake(gather=lambda x: x, reduce=lambda x, **_: x, num_processes=1)
+    fake = Fake(
         _get_per_token_logps_and_entropies=lambda *a, **k: (log_prob, torch.zeros_like(log_prob), None),
         args=types.SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
         _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
         model=types.SimpleNamespace(training=False),
         accelerator=gather,
-        aux_loss_enabled=False,
         top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
         importance_sampling_level=level,
         beta=beta,
         loss_type=loss_type,
         epsilon_low=low,
         epsilon_high=high,
-        use_vllm=False,
-        vllm_importance_sampling_correction=False,
         max_completion_length=mask.shape[1],
         current_gradient_accumulation_steps=1,
     )
@@ -173,7 +178,12 @@ def trl_loss(loss_type, level, log_prob, old, reference, advantage, mask, *, low
 
 @pytest.mark.parametrize(
     "preset, loss_type, level",
-    [("grpo", "grpo", "token"), ("dr_grpo", "dr_grpo", "token"), ("dapo", "bnpo", "token"), ("gspo", "grpo", "sequence")],
+    [
+        ("grpo", "grpo", "token"),
+        ("dr_grpo", "dr_grpo", "token"),
+        ("dapo", "dapo", "token"),
+        ("gspo", "grpo", "sequence"),
+    ],
 )
 def test_losses_equal_those_of_trl(preset, loss_type, level):
     options = {"normalizer_units": 5.0} if preset == "dr_grpo" else {}
@@ -267,7 +277,9 @@ def test_unit_advantages_equal_a_loop():
 
 
 def test_bi_level_notes_are_per_unit_and_end_in_the_turns_return():
-    lab, _, batch, _ = prepared({"id": "ppo", "credit": "bi_level_gae", "normalize_advantage": False}, values=True, turns=2)
+    lab, _, batch, _ = prepared(
+        {"id": "ppo", "credit": "bi_level_gae", "normalize_advantage": False}, values=True, turns=2
+    )
     advantage, target = batch.notes["unit_advantage"], batch.notes["unit_value_target"]
     value = lab.agent.policy.value(batch.observation).detach()
     unit_value = lab.agent.policy.unit_values(batch.observation, batch.action, {}).detach()
