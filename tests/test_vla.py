@@ -263,6 +263,17 @@ def test_bf16_trunk():
     assert np.isfinite(taken.log_prob).all() and np.abs(log_prob.detach().numpy() - taken.log_prob).max() < 0.2
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_probabilities_under_autocast(head):
+    """What a learner with precision bf16 computes is near what was computed in float32."""
+    p, seen = policy(head=head), observation()
+    taken = p.act(seen, rng=rng())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        log_prob, _ = p.log_prob(tensors(seen), None, tensors(taken.trace))
+    assert log_prob.dtype == torch.float32
+    assert np.abs(log_prob.detach().numpy() - taken.log_prob).max() < 0.3
+
+
 def test_equal_seeds_give_equal_bits():
     one, two = policy(seed=3), policy(seed=3)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
