@@ -14,7 +14,7 @@ if __name__ != "embodied_rft.envs":  # one module must have one name
 
 import gymnasium
 
-from embodied_rft.envs import demonstrators, peg_insert, text  # noqa: F401  (each registers what it holds)
+from embodied_rft.envs import demonstrators, peg_insert, text, text_demonstrators  # noqa: F401  (each registers what it holds)
 
 for _name in ("Reach", "Push", "Slide", "PickAndPlace"):
     gymnasium.register(

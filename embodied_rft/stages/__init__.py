@@ -6,6 +6,6 @@ give the same structure whenever it is called, and `run(session)`, which does th
 both.
 """
 
-from embodied_rft.stages import control, experience, judging, learning
+from embodied_rft.stages import control, experience, judging, learning, selection
 
-__all__ = ["control", "experience", "judging", "learning"]
+__all__ = ["control", "experience", "judging", "learning", "selection"]

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from embodied_rft.buffer import Buffer, Schema, read_trajectories
 from embodied_rft.chunking import chunk_of, chunk_trajectories
 from embodied_rft.collect import Act, action_field
-from embodied_rft.data import Decisions, Source, Trajectory, Tree
+from embodied_rft.data import Decisions, Ragged, Source, Trajectory, Tree
 from embodied_rft.demos import make_demonstrator
 from embodied_rft.pool import Pool
 from embodied_rft.registry import register
@@ -136,10 +136,12 @@ def add_trajectories(session: Session, trajectories: list[Trajectory]) -> None:
 
 
 def demonstrator_act(demonstrator: Any, rng: np.random.Generator, units: int | None) -> Act:
-    """A demonstrator as something that acts. Its log-probabilities are unknown and stored as 0."""
+    """A demonstrator as something that acts. Its log-probabilities are unknown and stored as 0, ragged ones as empty."""
 
     def act(observation: Tree) -> Decisions:
         action = demonstrator.act(observation, rng)
-        return Decisions(action, np.zeros((len(action), units or 1), dtype=np.float32))
+        count = len(action)
+        unknown = Ragged.of([[]] * count, np.float32) if units is None else np.zeros((count, units), np.float32)
+        return Decisions(action, unknown)
 
     return act

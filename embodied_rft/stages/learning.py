@@ -103,6 +103,7 @@ class Finetune(Stage):
         objective: Annotated[dict[str, Any], plugin_spec("objective")]
         decisions: int = 100_000
         decisions_per_iteration: int | None = None  # None: 50 for each environment
+        episodes_per_iteration: int | None = None  # whole episodes in place of a number of decisions: for group credit
         updates_per_decision: float = 1 / 16  # replayed objectives only
         batch_size: int = 256
         offline_share: float | None = None  # e.g. 0.5 (RLPD), 0 (WSRL); None: uniform over everything
@@ -134,6 +135,8 @@ class Finetune(Stage):
             raise ValueError(
                 "overlap needs an objective that learns from replay; this one learns from fresh experience only"
             )
+        if config.overlap and config.episodes_per_iteration is not None:
+            raise ValueError("episodes_per_iteration has no effect with overlap: give decisions_per_iteration")
         progress.setdefault("decisions", 0)
         with self._recorder(session, amount) as record, session.logger.progress(self.title, config.decisions) as bar:
             while progress["decisions"] < config.decisions and not self._reached(session):
@@ -141,11 +144,12 @@ class Finetune(Stage):
                 rows = recording.write(session.buffer)
                 progress["decisions"] += recording.decisions
                 session.counters["decisions"] += recording.decisions
+                noted: dict[str, float] = {}
                 if not replayed:
-                    self._learn_fresh(session, rows)
+                    noted = self._learn_fresh(session, rows)
                 elif not config.overlap:
-                    self._learn_replay(session, amount)
-                metrics = learner.metrics() | recording.metrics()
+                    self._learn_replay(session, recording.decisions if config.episodes_per_iteration else amount)
+                metrics = noted | learner.metrics() | recording.metrics()
                 session.log(metrics)
                 bar.update(progress["decisions"], **headline(metrics))
                 self._evaluate(session, recording.decisions)
@@ -166,7 +170,9 @@ class Finetune(Stage):
         assert collector is not None and learner is not None
         if not self.config.overlap:
             act = session.actor()
-            yield lambda learn: collector.collect(act, decisions=amount, version=learner.version)
+            episodes = self.config.episodes_per_iteration
+            how_much = {"decisions": amount} if episodes is None else {"episodes": episodes}
+            yield lambda learn: collector.collect(act, **how_much, version=learner.version)
             return
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -208,16 +214,17 @@ class Finetune(Stage):
             learner.update(batch, rng)
         session.counters["updates"] += int(owed)
 
-    def _learn_fresh(self, session: Session, rows: np.ndarray) -> None:
-        """Updates from the rows just written."""
+    def _learn_fresh(self, session: Session, rows: np.ndarray) -> dict[str, float]:
+        """Updates from the rows just written; what the objective found in them."""
         learner, rng = session.learner, session.generator("learn")
         assert learner is not None
-        session.objective.annotate(session.agent, session.buffer, rows, rng)
+        noted = session.objective.annotate(session.agent, session.buffer, rows, rng)
         for batch in session.objective.reading.batches(
             session.buffer, session.numpy_generator("sample"), learner.version
         ):
             learner.update(batch, rng)
             session.counters["updates"] += 1
+        return noted
 
     # --- judging -------------------------------------------------------------------------------------------------
 

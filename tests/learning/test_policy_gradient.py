@@ -1,4 +1,4 @@
-"""Every policy-gradient, imitation and preference preset learns to spell in seconds; broken twins fail the same tests."""
+"""Every policy-gradient, selection and preference preset learns to spell in seconds; its broken twin does not."""
 
 import pytest
 import torch
