@@ -136,7 +136,7 @@ def add_trajectories(session: Session, trajectories: list[Trajectory]) -> None:
 
 
 def demonstrator_act(demonstrator: Any, rng: np.random.Generator, units: int | None) -> Act:
-    """A demonstrator as something that acts. Its log-probabilities are unknown and stored as 0, ragged ones as empty."""
+    """A demonstrator as something that acts. Its log-probabilities are unknown and stored as 0, or as empty."""
 
     def act(observation: Tree) -> Decisions:
         action = demonstrator.act(observation, rng)

@@ -114,6 +114,10 @@ class Finetune(Stage):
         until: Until | None = None
         learner: LearnerConfig = field(default_factory=LearnerConfig)
 
+        def __post_init__(self) -> None:
+            if self.overlap and self.episodes_per_iteration is not None:
+                raise ValueError("episodes_per_iteration has no effect with overlap: give decisions_per_iteration")
+
     @property
     def title(self) -> str:
         """How the report names this stage."""
@@ -135,8 +139,6 @@ class Finetune(Stage):
             raise ValueError(
                 "overlap needs an objective that learns from replay; this one learns from fresh experience only"
             )
-        if config.overlap and config.episodes_per_iteration is not None:
-            raise ValueError("episodes_per_iteration has no effect with overlap: give decisions_per_iteration")
         progress.setdefault("decisions", 0)
         with self._recorder(session, amount) as record, session.logger.progress(self.title, config.decisions) as bar:
             while progress["decisions"] < config.decisions and not self._reached(session):

@@ -1,0 +1,119 @@
+"""Collecting whole episodes, reading ahead, shrinking gradients: what on-policy learning asked of its surroundings."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import embodied_rft.envs  # noqa: F401
+from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.config import load_recipe
+from embodied_rft.data import Decisions, Field
+from embodied_rft.optimizer import AdamW
+from embodied_rft.plans import Fresh, read_ahead
+from embodied_rft.registry import find
+from embodied_rft.session import train
+
+RECIPE = """
+name: small
+env: {id: embodied_rft/TextSum-v0, num_envs: 8}
+agent: {id: language, model: {tiny: {hidden_size: 16, num_layers: 1}}, prompt: plain, max_new_tokens: 2}
+buffer: {capacity: 200}
+stages: [%s]
+"""
+
+
+def run(tmp_path, stage):
+    (tmp_path / "small.yaml").write_text(RECIPE % stage)
+    return train(load_recipe(tmp_path / "small.yaml"), tmp_path / "run", quiet=True, report=False)
+
+
+def test_collect_stores_whole_groups_of_the_current_policy(tmp_path):
+    session = run(tmp_path, "collect: {episodes: 20, group_size: 4}")
+    columns = session.buffer.columns(session.buffer.rows())
+    assert np.bincount(columns["group"]).tolist() == [4] * 5 and (columns["version"] == 1).all()
+    assert all(len(set(columns["seed"][columns["group"] == g])) == 1 for g in range(5))
+    assert session.counters["decisions"] == 20 and session.learner is None
+
+
+def test_finetune_by_whole_episodes(tmp_path):
+    stage = "finetune: {objective: {id: rloo, batch_size: 8}, decisions: 32, episodes_per_iteration: 16, group_size: 4}"
+    session = run(tmp_path, stage)
+    columns = session.buffer.columns(session.buffer.rows())
+    assert np.bincount(columns["group"]).tolist() == [4] * 8
+    assert "credit/dead_groups" in (tmp_path / "run" / "metrics.jsonl").read_text()  # dropped and counted
+
+
+def test_episodes_and_overlap_exclude_each_other(tmp_path):
+    stage = "finetune: {objective: sac, episodes_per_iteration: 4, overlap: true}"
+    with pytest.raises(ValueError, match="no effect with overlap"):
+        run(tmp_path, stage)
+
+
+@pytest.mark.parametrize("noise, right", [(0.0, 1.0), (1.0, 0.0)])
+def test_the_oracle_of_sums(noise, right):
+    oracle = find("demonstrator", "embodied_rft/TextSum-v0")(noise=noise)
+    replies = oracle.act({"prompt": ["3+4=", "9+9="]}, np.random.default_rng(0))
+    assert np.mean([r == a for r, a in zip(replies, ["7", "18"], strict=True)]) == right
+    with pytest.raises(ValueError, match="share of wrong replies"):
+        find("demonstrator", "text_sum")(noise=1.5)
+
+
+def filled(count=60):
+    buffer = Buffer(Schema({"state": Field((2,))}, Field((1,))), 200)
+    streams, state = np.arange(count), {"state": np.arange(2.0 * count).reshape(count, 2)}
+    decisions = Decisions(np.ones((count, 1)), np.zeros((count, 1)))
+    reward, ended = np.arange(count, dtype=np.float32), np.ones(count, bool)
+    buffer.add(streams, state, decisions, reward, ended, ~ended, group=streams // 4)
+    buffer.close(streams, state)
+    buffer.annotate("live", buffer.rows(), (np.arange(count) % 8 < 4).astype(np.float32))
+    return buffer
+
+
+@pytest.mark.parametrize("rows", [1, 7, 20, 1000])
+def test_reading_ahead_changes_nothing(rows):
+    buffer = filled()
+    order = np.random.default_rng(0).permutation(buffer.rows())
+    parts = np.split(order, [5, 12, 13, 40])
+    for part, ahead in zip(parts, read_ahead(buffer, parts, rows=rows, next_observation=False), strict=True):
+        alone = buffer.batch(part, next_observation=False)
+        assert np.array_equal(ahead.rows, part)
+        assert (ahead.num_decisions, ahead.num_units) == (alone.num_decisions, alone.num_units)
+        for name in ("reward", "discount", "log_prob", "mask", "action"):
+            assert torch.equal(getattr(ahead, name), getattr(alone, name))
+        assert torch.equal(ahead.observation["state"], alone.observation["state"])
+        assert torch.equal(ahead.notes["live"], alone.notes["live"])
+
+
+def test_fresh_leaves_out_what_a_note_says():
+    buffer = filled()
+    plan = Fresh(batch_size=8, only="live", whole_groups=True)
+    read = np.concatenate([b.columns["group"] for b in plan.batches(buffer, np.random.default_rng(0), 0)])
+    assert set(read) == set(range(0, 15, 2)) and len(read) == 32
+    assert not list(Fresh(min_groups=9, only="live").batches(buffer, np.random.default_rng(0), 0))
+    assert list(Fresh(min_groups=8, only="live").batches(buffer, np.random.default_rng(0), 0))
+    assert not list(Fresh(only="never written").batches(buffer, np.random.default_rng(0), 0))
+
+
+def test_shrinking_a_gradient_is_clipping_it():
+    def stepped(clip):
+        net = nn.Linear(3, 2)
+        with torch.no_grad():
+            net.weight.fill_(0.1)
+            net.bias.zero_()
+        ours = AdamW(list(net.parameters()), learning_rate=0.1)
+        for i in range(3):
+            (net(torch.full((4, 3), 1.0 + i)).square().sum() * 50).backward()
+            clip(ours, net)
+            ours.clear()
+        return torch.cat([net.weight.flatten(), net.bias]).detach()
+
+    def ours(optimizer, net):
+        norm = optimizer.gradient_norm()
+        optimizer.step(norm / 0.5)
+
+    def theirs(optimizer, net):
+        nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+
+    torch.testing.assert_close(stepped(ours), stepped(theirs))
