@@ -5,7 +5,7 @@
         return {"advantage": batch.reward - batch.reward.mean()}
 
 A function may carry two attributes. `uses_value`: values are wanted; they come as the notes "value" [B], "next_value"
-[B] and, where the policy has one for each unit, "unit_value" [B, U]. `per_unit`: the credit is one number a unit [B, U],
+[B] and, where the policy has one for each unit, "unit_value" [B, U]. `per_unit`: the credit is one number a unit,
 and rewards of single units (a KL penalty) come as the note "unit_reward" [B, U]; otherwise they are already part of
 `batch.reward`, and the credit is [B].
 Legend: B decisions, S segments (runs of consecutive decisions of one episode), T decisions of a segment, U units.
