@@ -87,14 +87,16 @@ class Fresh:
         groups = buffer.columns(rows)["group"]
         if not len(rows) or len(np.unique(groups)) < self.min_groups:
             return
-        if not self.whole_groups:
-            groups = np.full(len(rows), -1)
         reading: dict[str, Any] = {"reward_weights": self.reward_weights, "next_observation": self.next_observation}
         for _ in range(self.num_epochs):
             yield from read_ahead(buffer, self._parts(rows, groups, rng), **reading)
 
     def _parts(self, rows: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """The rows of one epoch, cut into batches."""
+        if not self.whole_groups:
+            rows = rng.permutation(rows) if self.shuffle else rows
+            yield from (rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size))
+            return
         alone = groups < 0  # each is a group of its own, with a number that no group has
         labels = np.where(alone, groups.max(initial=0) + 1 + np.arange(len(rows)), groups)
         _, first, number, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
