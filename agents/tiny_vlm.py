@@ -90,6 +90,7 @@ def _hf_config(c: TinyVLMConfig, tokenizer: Any) -> Any:
         "patch_size": c.patch_size,
     }
     layers = {"num_hidden_layers": c.vision_layers, "num_attention_heads": 2, "image_size": c.image_size}
+    towers = {"model_type": "siglip_vision_model", "projection_dim": c.hidden_size, "vision_use_head": False}
     if c.kind == "smolvlm":
         return SmolVLMConfig(
             text_config={"model_type": "llama", **text},
@@ -102,22 +103,13 @@ def _hf_config(c: TinyVLMConfig, tokenizer: Any) -> Any:
         head = {"head_dim": c.hidden_size // c.num_heads}
         return PaliGemmaConfig(
             text_config={"model_type": "gemma", **text, **head},
-            vision_config={
-                "model_type": "siglip_vision_model",
-                **vision,
-                **layers,
-                "projection_dim": c.hidden_size,
-                "vision_use_head": False,
-            },
+            vision_config={**towers, **vision, **layers},
             image_token_index=image,
             projection_dim=c.hidden_size,
             hidden_size=c.hidden_size,
         )
-    quarter = c.hidden_size // c.num_heads // 4
-    half = c.hidden_size // c.num_heads // 2
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [half - 2 * quarter, quarter, quarter]}
     return Qwen2_5_VLConfig(
-        text_config={**text, "rope_parameters": rope},
+        text_config={**text, "rope_parameters": _rope(c)},
         vision_config={
             **vision,
             "depth": c.vision_layers,
@@ -132,3 +124,10 @@ def _hf_config(c: TinyVLMConfig, tokenizer: Any) -> Any:
         vision_end_token_id=end,
         tie_word_embeddings=False,
     )
+
+
+def _rope(c: TinyVLMConfig) -> dict[str, Any]:
+    """Positions in time, height and width share the frequencies of a head."""
+    half, quarter = c.hidden_size // c.num_heads // 2, c.hidden_size // c.num_heads // 4
+    sections = [half - 2 * quarter, quarter, quarter]
+    return {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}

@@ -1,10 +1,9 @@
-"""Vision-language-action policies: trunk against the model's own forward, heads, adapters, caches, files, bad input."""
+"""Vision-language-action policies: trunk against the model's own forward, heads, adapters and caches."""
 
 import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -13,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied_rft.agent import build_agent, build_policy
-from embodied_rft.agents.tiny_vlm import IMAGE, TinyVLMConfig, tiny_vlm
+from embodied_rft.agent import build_agent
+from embodied_rft.agents.tiny_vlm import TinyVLMConfig, tiny_vlm
 from embodied_rft.agents.vla_backbone import VLM, FeatureCache
 from embodied_rft.agents.vla_processing import Pixels, Prompts
 from embodied_rft.buffer import Buffer, Schema
@@ -24,54 +23,7 @@ from embodied_rft.data import Decisions
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
 from embodied_rft.stepping import encode_text, fields_of
-
-KINDS = ("qwen2_5_vl", "smolvlm", "paligemma")
-HEADS = ("tokens", "parallel", "flow")
-IMAGES = gym.spaces.Box(0, 255, (32, 32, 3), np.uint8)
-STEP = gym.spaces.Box(np.float32([-1, -2]), np.float32([1, 4]))
-SPACE = gym.spaces.Dict(
-    {
-        "image/front": IMAGES,
-        "image/wrist": gym.spaces.Box(0, 255, (16, 24, 3), np.uint8),
-        "state": gym.spaces.Box(-1, 1, (3,), np.float32),
-        "instruction": gym.spaces.Text(20),
-    }
-)
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def policy(kind="qwen2_5_vl", head="tokens", *, horizon=1, model=None, space=SPACE, step=STEP, seed=0, **options):
-    spec = {"id": "vla", "model": model or {"tiny": {"kind": kind}}, "head": head, "horizon": horizon, **options}
-    spec.setdefault("prompt", "{images}{instruction}")
-    return build_policy(spec, space, ChunkBox(step, horizon=horizon) if horizon > 1 else step, rng(seed))
-
-
-def observation(count=3, seed=0):
-    numbers = np.random.default_rng(seed)
-    return {
-        "image/front": numbers.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8),
-        "image/wrist": numbers.integers(0, 256, (count, 16, 24, 3)).astype(np.uint8),
-        "state": numbers.standard_normal((count, 3)).astype(np.float32),
-        "instruction": [("open", "close the door", "push")[i % 3] for i in range(count)],
-    }
-
-
-def tensors(tree):
-    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in tree.items()}
-
-
-def chunks(count=3, horizon=1, seed=1):
-    numbers = np.random.default_rng(seed)
-    steps = numbers.uniform(STEP.low, STEP.high, (count, horizon, 2)).astype(np.float32)
-    return torch.from_numpy(steps.reshape(count, -1))
-
-
-def same(a, b):
-    return np.array_equal(a.action, b.action) and np.array_equal(a.log_prob, b.log_prob)
-
+from tests.helpers_vla import HEADS, KINDS, SPACE, STEP, chunks, observation, policy, rng, same, tensors
 
 # --- the contract ----------------------------------------------------------------------------------------------------
 
@@ -482,172 +434,6 @@ def test_a_copied_policy_is_its_own():
         for parameter in p.parameters():
             parameter.add_(0.1)
     assert torch.equal(twin.value(seen), before) and not torch.equal(p.value(seen), before)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_folder_is_the_same_policy(kind, tmp_path):
-    p = policy(kind, "flow", train="lora")
-    with torch.no_grad():
-        for name, parameter in p.named_parameters():
-            if "lora_" in name:
-                parameter.add_(0.02)
-    p.save_pretrained(tmp_path)
-    q = policy(head="flow", model=str(tmp_path), seed=7)
-    assert not any("lora_" in name for name, _ in q.named_parameters())  # merged
-    a, b = p.act(observation(), greedy=True), q.act(observation(), greedy=True)
-    assert np.allclose(a.action, b.action, atol=1e-4)
-    assert not any(path.name.endswith(".part") for path in tmp_path.iterdir())
-
-
-def test_a_folder_with_an_image_processor_uses_it(tmp_path):
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    model, tokenizer = tiny_vlm(rng=rng())
-    size = {"shortest_edge": 1, "longest_edge": 10**6}
-    for part in (model, tokenizer, Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=size)):
-        part.save_pretrained(tmp_path)
-    p = policy(model=str(tmp_path), space=gym.spaces.Dict({k: SPACE[k] for k in ("image/front", "instruction")}))
-    assert type(p.vlm.processor).__name__ == "Qwen2VLImageProcessorPil"
-    processed = p.act(observation(), greedy=True)
-    p.vlm.pixels.processor = None
-    assert np.allclose(processed.log_prob, p.act(observation(), greedy=True).log_prob, atol=1e-4)
-
-
-def fitted(tmp_path, **options):
-    """A policy with statistics of its data, and a folder of it."""
-    p = policy(statistics="min_max", **options)
-    p.codec.statistics.fit({"action": chunks(50)})
-    p.save_pretrained(tmp_path)
-    return p
-
-
-def test_statistics_travel_with_the_folder(tmp_path):
-    p = fitted(tmp_path)
-    q = policy(model=str(tmp_path), statistics="min_max", seed=5)
-    assert q.codec.statistics.hash == p.codec.statistics.hash
-    assert np.allclose(p.act(observation(), greedy=True).action, q.act(observation(), greedy=True).action, atol=1e-5)
-
-
-def test_statistics_are_taken_from_the_buffer():
-    p = policy(statistics="min_max", normalize=True)
-    with pytest.raises(ValueError, match="no statistics"):
-        p.act(observation(), greedy=True)
-    with pytest.raises(ValueError, match="no statistics"):
-        p.save_pretrained(Path("never"))
-    schema = Schema(fields_of(SPACE), fields_of(STEP)["observation"], dict(p.trace_fields), p.num_units)
-    buffer, seen, never = Buffer(schema, 100), observation(8), np.zeros(8, bool)
-    with pytest.raises(ValueError, match="no data"):
-        p.fit_statistics(buffer)
-    action = chunks(8).numpy()
-    taken = Decisions(action, np.full((8, p.num_units), np.nan, np.float32))
-    buffer.add(
-        np.arange(8), seen, taken, np.ones(8, np.float32), ~never, never, group=0, seed=0, step=0, version=0, source=0
-    )
-    buffer.close(np.arange(8), seen)
-    p.fit_statistics(buffer)
-    low, high = action.min(0), action.max(0)
-    assert np.allclose(p.codec.statistics.denormalise("action", torch.ones(2)).numpy(), high, atol=1e-5)
-    decided = p.act(observation(), rng=rng()).action
-    assert (decided >= low - 1e-5).all() and (decided <= high + 1e-5).all()
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
-
-
-def refused(match, function, *args, **kwargs):
-    with pytest.raises(ValueError, match=match):
-        function(*args, **kwargs)
-
-
-def test_statistics_of_another_robot_are_refused(tmp_path):
-    fitted(tmp_path)
-    other = gym.spaces.Box(np.float32([-1, -1]), np.float32([1, 1]))
-    refused("another robot", policy, model=str(tmp_path), statistics="min_max", step=other)
-    refused("another robot", policy, model=str(tmp_path), statistics="mean_std")
-
-
-def test_a_folder_without_its_statistics_is_refused(tmp_path):
-    policy().save_pretrained(tmp_path)
-    refused("no statistics", policy, model=str(tmp_path), statistics="min_max")
-    assert policy(model=str(tmp_path), statistics="min_max", fresh_head=True).codec.statistics is not None
-
-
-@pytest.mark.parametrize(
-    "options, match",
-    [
-        ({"kind": "smolvlm"}, "model_type is 'qwen2_5_vl', this one's is 'smolvlm'"),
-        ({"head": "flow"}, "head is 'tokens'"),
-        ({"horizon": 2}, "horizon is 1"),
-        ({"model": {"tiny": {"hidden_size": 32}}}, "hidden_size is 64"),
-    ],
-)
-def test_a_checkpoint_of_another_architecture_is_refused(options, match):
-    weights = policy().state_dict()
-    other = policy(**options)
-    before = {k: v.clone() for k, v in other.state_dict().items()}
-    refused(match, other.load_state_dict, weights)
-    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
-
-
-def test_a_text_model_is_refused(tmp_path):
-    from embodied_rft.agents.tiny_lm import tiny_causal_lm
-
-    for part in tiny_causal_lm(rng=rng()):
-        part.save_pretrained(tmp_path)
-    refused("cannot be loaded as a vision-language model", policy, model=str(tmp_path))
-    refused("does not exist", policy, model=str(tmp_path / "nothing"))
-    refused("tiny", policy, model={"small": {}})
-
-
-def test_a_tokenizer_of_another_model_is_refused():
-    from embodied_rft.agents.tiny_lm import tiny_tokenizer
-
-    model, tokenizer = tiny_vlm(rng=rng())
-    refused("do not belong together", VLM, model, tiny_tokenizer())
-    small, _ = tiny_vlm(rng=rng())
-    small.resize_token_embeddings(200)
-    refused("token ids up to", VLM, small, tokenizer)
-    tokenizer.eos_token = "a"
-    refused("ends a text", VLM, model, tokenizer)
-
-
-def test_images_and_image_places_must_match():
-    p = policy()
-    refused("has 3 places for images", p.act, observation(1) | {"instruction": [f"find {IMAGE}"]}, greedy=True)
-    refused("exactly once", policy, prompt="{instruction}")
-    refused("exactly once", policy, prompt="{images}{images}{instruction}")
-
-
-@pytest.mark.parametrize(
-    "options, match",
-    [
-        ({"flow": {"num_steps": 2}}, "no effect with head 'tokens'"),
-        ({"train": "head", "freeze_vision": True}, "freeze_vision has no effect"),
-        ({"horizon": 2, "execute": 3}, "1 <= execute <= horizon"),
-        ({"images": ["image/fron"]}, "did you mean 'image/front'"),
-        ({"state": ["stat"]}, "did you mean 'state'"),
-        ({"tokens": {"bins": 1}}, "bins >= 2"),
-        ({"head": "parallel", "parallel": {"min_std": 1.0}}, "min_std <= initial_std"),
-        ({"head": "flow", "flow": {"width": 30}}, "multiple of num_heads"),
-        ({"model": {"tiny": {"hidden_size": 60}}}, "multiple of twice"),
-        ({"model": {"tiny": {"vocab_size": 10}}}, "smaller than the tokenizer"),
-    ],
-)
-def test_options_that_cannot_work_are_refused(options, match):
-    refused(match, policy, **options)
-
-
-def test_observations_that_do_not_fit_are_refused():
-    refused("needs an image", policy, space=gym.spaces.Dict({"state": SPACE["state"]}), instruction="go")
-    refused("set the option instruction", policy, space=gym.spaces.Dict({"image/front": IMAGES}))
-    seen = observation()
-    del seen["image/wrist"]
-    refused("did you mean 'image/front'|has no 'image/wrist'", policy().act, seen, greedy=True)
-    refused("uint8 is expected", policy().vlm.pixels, torch.zeros(1, 32, 32, 3))
-    refused("needs its chain", policy(head="flow").log_prob, tensors(observation()), chunks(), {})
 
 
 # --- scripts for accelerators ----------------------------------------------------------------------------------------
