@@ -289,7 +289,7 @@ class ChainPolicy(nn.Module):
         if len(spread) == 0:
             raise ValueError("there is no data to take statistics of: fill the buffer with demonstrations first")
         batch = buffer.batch(spread, next_observation=False)
-        self.encoder.fit({key: value.to(self.start.device) for key, value in batch.observation.items()})
+        self.encoder.fit({k: v.to(self.start.device) for k, v in batch.observation.items() if isinstance(v, Tensor)})
         if statistics is not None and not bool(statistics.fitted):
             statistics.fit({"action": batch.action.unflatten(-1, (self.horizon, self.action_dim))})
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from embodied_rft.data import Field, Trajectory, Tree
+from embodied_rft.data import Field, Trajectory, Tree, pick
 from embodied_rft.stepping import Incidents, Pool, StepResult, merge
 
 BASE_ACTION = "base_action"  # the observation key of a queued plan
@@ -297,7 +297,7 @@ def chunk_trajectories(
             chunked.append(
                 replace(
                     each,
-                    observation={k: _take(v, rows) for k, v in each.observation.items()},
+                    observation={k: pick(v, rows) for k, v in each.observation.items()},
                     action=windows[starts],
                     reward=_summed(each.reward, starts, execute, gamma),
                     rewards={k: _summed(v, starts, execute, gamma) for k, v in each.rewards.items()},
@@ -312,7 +312,3 @@ def _summed(reward: np.ndarray, starts: np.ndarray, execute: int, gamma: float) 
     padded = np.append(np.asarray(reward, dtype=np.float32), np.zeros(execute, dtype=np.float32))
     factors = gamma ** np.arange(execute, dtype=np.float32)
     return (padded[starts[:, None] + np.arange(execute)] * factors).sum(1).astype(np.float32)
-
-
-def _take(value: Any, rows: np.ndarray) -> Any:
-    return [value[i] for i in rows] if isinstance(value, list) else value[rows]

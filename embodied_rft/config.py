@@ -199,8 +199,8 @@ def recipe_difference(stored: str, recipe: Recipe) -> list[str]:
     for tree in (old, new):
         for harmless in ("description", "logging", "checkpoint_seconds"):
             tree.pop(harmless, None)
-    texts = [yaml.safe_dump(tree, sort_keys=False).splitlines() for tree in (old, new)]
-    lines = difflib.unified_diff(*texts, n=0, lineterm="")
+    before, after = (yaml.safe_dump(tree, sort_keys=False).splitlines() for tree in (old, new))
+    lines = difflib.unified_diff(before, after, n=0, lineterm="")
     return [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
 
 

@@ -31,7 +31,7 @@ def fit_normalizers(agent: Agent, buffer: Any, rows: np.ndarray, *, limit: int =
         spread = rows[:: max(1, len(rows) // limit)][:limit]
         observation = buffer.batch(spread, next_observation=False).observation
         for encoder in waiting:
-            encoder.fit({key: value.to(agent.device) for key, value in observation.items()})
+            encoder.fit({k: v.to(agent.device) for k, v in observation.items() if isinstance(v, Tensor)})
 
 
 def annotate_returns(
