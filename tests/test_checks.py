@@ -20,8 +20,13 @@ VECTORS = spaces.Dict({"state": spaces.Box(-np.inf, np.inf, (5,), np.float32)})
 
 
 @pytest.mark.parametrize("id", [*OURS, "Moody-v0", "Chatter-v0", "CartPole-v1"])
-def test_registered_environments_pass(id):
-    check_env(id)
+def test_registered_environments_pass(id, tmp_path):
+    options = {}
+    if id == "embodied_rft/TextJsonl-v0":  # asks what a file says
+        file = tmp_path / "questions.jsonl"
+        file.write_text("".join(f'{{"prompt": "{n} + 1 =", "answer": "{n + 1}"}}\n' for n in range(20)))
+        options = {"path": str(file)}
+    check_env(id, options=options)
 
 
 def test_an_instance_is_checked_alone():

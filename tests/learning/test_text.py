@@ -82,7 +82,7 @@ def started():
     return lab.agent.policy.state_dict()
 
 
-def learns(started, spec, *, rounds=60, learning_rate=7e-4, tamper=None, references=1, **options):
+def learns(started, spec, *, rounds=100, learning_rate=7e-4, tamper=None, references=1, **options):
     """From about one half to at least 0.7 of held-out sums."""
     lab = Lab(**options)
     lab.agent.policy.load_state_dict(started, strict=not options)
@@ -144,5 +144,5 @@ def test_lora(started, tmp_path):
     cold.agent.policy.save_pretrained(tmp_path)
     lab = Lab(model=str(tmp_path), train="lora")
     require(lab.success() == cold.success(), "fresh adapters must change nothing")
-    lab.finetune({"id": "grpo", **FRESH}, rounds=50, learning_rate=3e-3)
+    lab.finetune({"id": "grpo", **FRESH}, rounds=90, learning_rate=3e-3)
     assert lab.success() >= 0.7
