@@ -60,11 +60,7 @@ class Pretrain(Stage):
         """Annotate once, then update in blocks of `log_every`."""
         config, progress = self.config, session.progress
         learner = session.make_learner(config.learner)
-        if not progress.get("annotated"):
-            session.objective.annotate(
-                session.agent, session.buffer, session.buffer.rows(), session.generator("annotate")
-            )
-            progress["annotated"] = True
+        annotate_once(session)
         rng, sampler = session.generator("learn"), session.numpy_generator("sample")
         metrics: dict[str, float] = {}
         with session.logger.progress(self.title, config.updates) as bar:
@@ -202,11 +198,7 @@ class Finetune(Stage):
 
     def _learn_replay(self, session: Session, amount: int) -> None:
         """Updates from replay, `updates_per_decision` for each of `amount` decisions."""
-        if not session.progress.get("annotated"):
-            session.objective.annotate(
-                session.agent, session.buffer, session.buffer.rows(), session.generator("annotate")
-            )
-            session.progress["annotated"] = True
+        annotate_once(session)
         owed = session.progress.get("owed", 0.0) + amount * self.config.updates_per_decision
         session.progress["owed"] = owed - int(owed)
         plan = off_policy_plan(session.objective, int(owed), self.config.batch_size, self.config.offline_share)
@@ -278,6 +270,14 @@ class Adapt(Stage):
             "trainable parameters": sum(p.numel() for p in policy.parameters() if p.requires_grad),
             "frozen parameters": sum(p.numel() for p in policy.parameters() if not p.requires_grad),
         }
+
+
+def annotate_once(session: Session) -> None:
+    """Let the objective write its columns for what the buffer holds, once in a stage, however often that is resumed."""
+    if not session.progress.get("annotated"):
+        rows, rng = session.buffer.rows(), session.generator("annotate")
+        session.objective.annotate(session.agent, session.buffer, rows, rng)
+        session.progress["annotated"] = True
 
 
 def off_policy_plan(objective: Any, updates: int, batch_size: int, offline_share: float | None) -> Replay:
