@@ -11,21 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.token_loss import Head
-
-
-@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
-class LoraOptions:
-    """Low-rank adapters (Hu et al. 2022, eq. 3), through peft."""
-
-    rank: int = 16
-    alpha: int = 32  # the update is scaled by alpha / rank
-    targets: str | tuple[str, ...] = "all-linear"  # names of the adapted layers; the output layer is never one
+from embodied_rft.tuning import LoraOptions, Train, add_adapters, is_adapted, linear_layers
 
 
 class CausalLM:
@@ -80,34 +70,20 @@ class CausalLM:
                 "logits_scaling, final_logit_softcapping): its log-probabilities would be wrong, so it is refused"
             )
 
-    def select(self, train: Literal["full", "lora", "head"], *, lora: LoraOptions, rng: torch.Generator) -> None:
-        """Freeze everything but what is to be trained; "lora" adds adapters, whose weights `rng` draws."""
-        if train == "lora":
-            self._add_adapters(lora, rng)
-        elif train == "head":
-            layer = self.model.get_output_embeddings()
-            if layer.weight is self.model.get_input_embeddings().weight:
-                raise ValueError(
-                    'train "head": the output layer of this model is also its input embedding, which would change '
-                    'with it; use train "lora" or "full"'
-                )
-            self.model.requires_grad_(False)
-            layer.requires_grad_(True)
-
-    def _add_adapters(self, lora: LoraOptions, rng: torch.Generator) -> None:
-        try:
-            import peft
-        except ImportError:
-            raise ValueError('train "lora" needs the package peft: pip install "embodied-rft[lora]"') from None
-        targets: Any = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-        config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0)
-        self.model.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):  # peft draws weights from the global generator
-            torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
-            peft.inject_adapter_in_model(config, self.model)
-        for name, parameter in self.model.named_parameters():
+    def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
+        """Freeze everything but what is to be trained (see `tuning.tune`); the head is the output layer."""
+        model, layer = self.model, self.model.get_output_embeddings()
+        if "head" in train and layer.weight is model.get_input_embeddings().weight:
+            raise ValueError(
+                f'train "{train}": the output layer of this model is also its input embedding, which would change '
+                'with it; use train "lora" or "full"'
+            )
+        if train.startswith("lora") and not is_adapted(model):
+            add_adapters(model, lora, rng, layers={n for n, m in linear_layers(model).items() if m is not layer})
+        model.requires_grad_(train == "full")
+        for name, parameter in model.named_parameters() if train.startswith("lora") else ():
             parameter.requires_grad_("lora_" in name)
-        self.head()  # refuses adapters on the output layer, which would not be used
+        layer.requires_grad_(train in ("full", "lora+head", "head"))
 
     def checkpoint_layers(self) -> None:
         """Compute each layer twice instead of keeping its activations (Chen et al. 2016).

@@ -300,6 +300,32 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return each.sum(-1)
 
 
+def flow_step(x: Tensor, velocity: Tensor, time: Tensor, *, num_steps: int, level: float, min_std: float) -> Step:
+    """An Euler step of length 1 / S along a flow, and its noisy form (Liu et al. 2025, Flow-GRPO, section 4.2).
+
+    The score is -(x - t v) / (1 - t); with noise of width g(t) = level * (1 - t) the drift g^2 / 2 * score is finite.
+
+    Args:
+        x: [..., D].
+        velocity: at x and time, [..., D].
+        time: [...] in [0, 1), from noise to data.
+        num_steps: S.
+        level: of the noise; its width in a step is level * (1 - t) / sqrt(S), at least `min_std`.
+        min_std: in normalised units.
+    """
+    time = time[..., None]
+    quiet = x + velocity / num_steps
+    mean = quiet - 0.5 * level**2 * (1 - time) * (x - time * velocity) / num_steps
+    return Step(mean, (level * (1 - time) / math.sqrt(num_steps)).clamp_min(min_std), quiet)
+
+
+def flow_target(data: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(x [B, D], time [B], velocity [B, D]) on straight lines from noise to data (Liu et al. 2022, eq. 1)."""
+    noise = torch.randn(data.shape, generator=rng, device=data.device)
+    time = torch.rand(len(data), generator=rng, device=data.device)
+    return torch.lerp(noise, data, time[:, None]), time, data - noise
+
+
 def chain_decisions(action: Tensor, chain: Tensor, log_prob: Tensor) -> Decisions:
     """Decisions of arrays from action [N, D], chain [N, n + 1, D] and log_prob [N, n]."""
     return Decisions(action.cpu().numpy(), log_prob.cpu().numpy(), {"chain": chain.cpu().numpy()})

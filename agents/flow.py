@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agent import require_rng
-from embodied_rft.agents.chunks import STRICT, ChainPolicy, ChunkConfig, Step
+from embodied_rft.agents.chunks import STRICT, ChainPolicy, ChunkConfig, Step, flow_step, flow_target
 from embodied_rft.data import Tree
 from embodied_rft.registry import register
 
@@ -57,26 +57,16 @@ class FlowPolicy(ChainPolicy):
     def step(self, x: Tensor, condition: Tensor, index: Tensor) -> Step:
         """One Euler step of length 1 / S, of the flow (`quiet`) and of its noisy form."""
         c = self.config
-        time, length = index / c.num_steps, 1 / c.num_steps
+        time = index / c.num_steps
         out = self.net(x, condition, time)
         velocity = out[..., : self.size]
-        quiet = x + length * velocity
         if c.noise == "learned":
-            share = torch.sigmoid(out[..., self.size :])
             low, high = math.log(c.min_std), math.log(c.max_std)
-            return Step(quiet, (low + share * (high - low)).exp(), quiet)
-        # The score is -(x - t v) / (1 - t); with width g(t) = level * (1 - t) the drift g^2 / 2 * score stays finite.
-        time = time[..., None]
-        mean = quiet - length * 0.5 * c.noise_level**2 * (1 - time) * (x - time * velocity)
-        std = c.noise_level * (1 - time) * math.sqrt(length)
-        return Step(mean, std.clamp_min(c.min_std), quiet)
+            quiet = x + velocity / c.num_steps
+            return Step(quiet, (low + torch.sigmoid(out[..., self.size :]) * (high - low)).exp(), quiet)
+        return flow_step(x, velocity, time, num_steps=c.num_steps, level=c.noise_level, min_std=c.min_std)
 
     def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
         """[B]: squared error of the velocity on the straight line from noise to data (Liu et al. 2022, eq. 1)."""
-        rng = require_rng(rng)
-        data = self.codec.encode(action)
-        noise = torch.randn(data.shape, generator=rng, device=data.device)
-        time = torch.rand(len(data), generator=rng, device=data.device)
-        x = torch.lerp(noise, data, time[:, None])
-        velocity = self.net(x, self.condition(observation), time)[..., : self.size]
-        return (velocity - (data - noise)).square().mean(-1)
+        x, time, target = flow_target(self.codec.encode(action), require_rng(rng))
+        return (self.net(x, self.condition(observation), time)[..., : self.size] - target).square().mean(-1)

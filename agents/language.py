@@ -22,11 +22,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft.agent import require_rng
-from embodied_rft.agents.causal_lm import CausalLM, LoraOptions, load_model
+from embodied_rft.agents.causal_lm import CausalLM, load_model
 from embodied_rft.agents.tiny_lm import TinyConfig
 from embodied_rft.data import Decisions, Field, Ragged, Tree
 from embodied_rft.networks import linear
 from embodied_rft.registry import register
+from embodied_rft.tuning import LoraOptions, Train
 
 
 @dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
@@ -42,7 +43,7 @@ class LanguageConfig:
     top_k: int | None = None
     top_p: float | None = None
     stop: tuple[str, ...] = ()  # texts that end a reply; the text handed to the environment ends before them
-    train: Literal["full", "lora", "head"] = "full"
+    train: Train = "full"  # all weights, adapters, adapters and output layer, output layer, nothing
     lora: LoraOptions = field(default_factory=LoraOptions)
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights; log-probabilities are always computed in fp32
     gradient_checkpointing: bool = False  # compute a layer twice instead of keeping its activations
@@ -89,12 +90,18 @@ class LanguagePolicy(nn.Module):
         self.model = self.lm.model
         self.tokenizer = self.lm.tokenizer
         self._encode = _make_encoder(self.tokenizer, config.prompt, config.system)
-        self.lm.select(config.train, lora=config.lora, rng=rng)
-        if config.gradient_checkpointing:
-            self.lm.checkpoint_layers()
         if config.value_head:
             self.head = linear(self.lm.hidden_size, 1, gain=0.0, rng=rng)
             self.value = self._value  # objectives look whether there is one
+        self.select(config.train, lora=config.lora, rng=rng)
+        if config.gradient_checkpointing:
+            self.lm.checkpoint_layers()
+
+    def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
+        """Choose what is trained from now on (see `tuning.tune`); a value head learns beside all but "frozen"."""
+        self.lm.select(train, lora=lora, rng=rng)
+        if self.config.value_head:
+            self.head.requires_grad_(train != "frozen")
 
     # --- acting --------------------------------------------------------------------------------------------------
 

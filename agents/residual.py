@@ -109,7 +109,7 @@ class ResidualPolicy(nn.Module):
         if hasattr(self.base, "mode"):
             action = self.base.mode(observation)
         else:
-            arrays = {k: v.cpu().numpy() for k, v in observation.items()}
+            arrays = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in observation.items()}
             action = torch.as_tensor(self.base.act(arrays, greedy=True).action, device=self.scale.half_range.device)
         return self.scale.from_env(action.float())
 

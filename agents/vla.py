@@ -24,16 +24,16 @@ from torch import Tensor, nn
 
 from embodied_rft import networks
 from embodied_rft.agent import observe, require_rng
-from embodied_rft.agents.causal_lm import LoraOptions
 from embodied_rft.agents.chunks import ChunkConfig, Codec
 from embodied_rft.agents.language import texts
 from embodied_rft.agents.tiny_vlm import TinyVLMConfig
-from embodied_rft.agents.vla_backbone import VLM, Context, Train, load_vlm
+from embodied_rft.agents.vla_backbone import VLM, Context, load_vlm
 from embodied_rft.agents.vla_heads import HEADS, FlowOptions, ParallelOptions, Size, TokenOptions
 from embodied_rft.chunking import step_space
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.registry import nearest, register
 from embodied_rft.stepping import flatten_space
+from embodied_rft.tuning import LoraOptions, Train
 
 HEAD_FILE = "vla_head.safetensors"
 INSTRUCTION = "instruction"  # the observation key of the text
@@ -102,10 +102,10 @@ class VLAPolicy(nn.Module):
         chunk = ChunkConfig(horizon=config.horizon, execute=config.execute, statistics=config.statistics)
         codec = Codec(space, config=chunk, layout={"state": self.state_keys, "images": self.image_keys})
         make_head, options = HEADS[config.head]
-        size = Size(codec.action_dim, self.horizon, self.execute)
-        head = make_head(vlm, getattr(config, config.head) or options(), size, rng=rng)
+        shape = Size(codec.action_dim, self.horizon, self.execute)
+        head = make_head(vlm, getattr(config, config.head) or options(), shape, rng=rng)
         # First in the state_dict, so that a checkpoint of another policy is refused before any weight is read.
-        self.identity = Identity({**vlm.identity, "head": config.head, **_shape(size), "state": self.state_keys})
+        self.identity = Identity({**vlm.identity, "head": config.head, **_shape(shape), "state": self.state_keys})
         self.vlm, self.codec, self.head = vlm, codec, head
         self.state = nn.ModuleDict()
         if self.state_keys:
@@ -118,13 +118,18 @@ class VLAPolicy(nn.Module):
         if config.value == "shared":
             self.value_head["last"] = networks.MLP(vlm.hidden_size, (256,), 1, rng=rng, last_gain=0.1)
             self.value = self._value  # objectives look for the method: with it, the value's loss joins the policy's
+        self.action_dim, self.size = codec.action_dim, codec.action_dim * self.horizon
         self.num_units: int = head.num_units
         self.trace_fields: dict[str, Field] = head.trace_fields
         if hasattr(head, "retrace"):
             self.retrace = self._retrace  # a flow cannot tell how a given chunk would have come about
+        if config.head != "tokens":  # tokens have no gradient
+            self.mode, self.rsample = self._mode, self._rsample
+        if config.head == "flow":
+            self.from_noise, self.stochastic = self._from_noise, False  # the entropy of a chain is none of its chunk
         if isinstance(config.model, str) and not config.fresh_head:
             self._load_head(Path(config.model).expanduser() / HEAD_FILE)
-        self.select(config.train, rng=rng)
+        self.select(config.train, lora=config.lora, rng=rng)
         if config.gradient_checkpointing:
             vlm.checkpoint_layers()
 
@@ -143,9 +148,9 @@ class VLAPolicy(nn.Module):
         if self.config.instruction is None and not isinstance(leaves.get(INSTRUCTION), gym.spaces.Text):
             raise ValueError(f'the observation has no text {INSTRUCTION!r}: set the option instruction: "..."')
 
-    def select(self, train: Train, *, rng: torch.Generator) -> None:
-        """Choose what is trained from now on; a learner has to be made after it."""
-        self.vlm.select(train, freeze_vision=self.config.freeze_vision, lora=self.config.lora, rng=rng)
+    def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
+        """Choose what is trained from now on (see `tuning.tune`): the trunk, its adapters, all that is no trunk."""
+        self.vlm.select(train, freeze_vision=self.config.freeze_vision, lora=lora, rng=rng)
         for part in (self.head, self.state):
             part.requires_grad_(train in ("full", "lora+head", "head"))
         self.value_head.requires_grad_(train != "frozen")  # no part of what acts
@@ -155,7 +160,7 @@ class VLAPolicy(nn.Module):
     @torch.no_grad()
     def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
         """N decisions for observation arrays [N, ...]; actions are chunks [N, D] in the environment's units."""
-        tensors = {**observation, **observe(observation, self)}
+        tensors = observe(observation, self)
         generator = None if greedy else self._generator(require_rng(rng))
         acted = self.head.act(self.vlm, self.context(tensors), generator)
         trace = {
@@ -178,6 +183,19 @@ class VLAPolicy(nn.Module):
     def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
         """[B]: cross-entropy of the tokens, absolute error, or flow-matching error of chunks [B, D]."""
         return self.head.loss(self.vlm, self.context(observation), self.codec.encode(action), rng)
+
+    def _mode(self, observation: Tree) -> Tensor:
+        """The greedy chunk [B, D], differentiable."""
+        return self.codec.decode(self.head.act(self.vlm, self.context(observation), None).chunk)
+
+    def _rsample(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """A reparametrised chunk [B, D] and the log-probability [B] of how it came about."""
+        acted = self.head.act(self.vlm, self.context(observation), self._generator(require_rng(rng)))
+        return self.codec.decode(acted.chunk), acted.log_prob.sum(-1)
+
+    def _from_noise(self, observation: Tree, noise: Tensor) -> Tensor:
+        """The chunk [B, D] that noise [B, D] becomes without further noise; differentiable in the noise."""
+        return self.codec.decode(self.head.walk(self.vlm, self.context(observation), noise, None).chunk)
 
     def _retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
         """The trace of given chunks [B, D], as arrays."""

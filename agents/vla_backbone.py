@@ -20,11 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embodied_rft.agents.causal_lm import LoraOptions
 from embodied_rft.agents.tiny_vlm import TinyVLMConfig, tiny_vlm
 from embodied_rft.agents.vla_processing import LAYOUTS, Layout, Pixels, Prompts
-
-Train = Literal["full", "lora", "lora+head", "head", "frozen"]
+from embodied_rft.tuning import LoraOptions, Train, add_adapters, is_adapted
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +99,8 @@ class VLM(nn.Module):
         """Freeze everything but what is to be trained; adapters are added to the decoder, `rng` draws their weights."""
         self.cache.clear()
         self.vision_frozen = train != "full" or freeze_vision
-        adapted = any("lora_" in name for name, _ in self.named_parameters())
-        if train.startswith("lora") and not adapted:
-            _add_adapters(self.decoder, lora, rng)
+        if train.startswith("lora") and not is_adapted(self):
+            add_adapters(self.decoder, lora, rng)
         self.requires_grad_(False)
         if train == "full":
             self.model.base_model.requires_grad_(True)  # an output layer of its own is not used
@@ -376,19 +373,3 @@ def _check_tokenizer(model: Any, tokenizer: Any) -> None:
             f"the tokenizer ends a text with token {own} ({tokenizer.eos_token!r}), the model with {sorted(known)}: "
             "they do not belong together. Load the tokenizer that was saved with the model."
         )
-
-
-def _add_adapters(decoder: nn.Module, lora: LoraOptions, rng: torch.Generator) -> None:
-    try:
-        import peft
-    except ImportError:
-        raise ValueError('train "lora" needs the package peft: pip install "embodied-rft[lora]"') from None
-    targets: Any = lora.targets
-    if targets == "all-linear":
-        targets = sorted({name.split(".")[-1] for name, m in decoder.named_modules() if isinstance(m, nn.Linear)})
-    config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets if isinstance(targets, str) else list(targets)
-    )
-    with torch.random.fork_rng(devices=[]):  # peft draws weights from the global generator
-        torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
-        peft.inject_adapter_in_model(config, decoder)

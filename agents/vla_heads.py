@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embodied_rft.agent import require_rng
-from embodied_rft.agents.chunks import Step, gaussian_log_prob, require_chain
+from embodied_rft.agents.chunks import Step, flow_step, flow_target, gaussian_log_prob, require_chain
 from embodied_rft.agents.vla_backbone import VLM, Context
 from embodied_rft.data import Field
 from embodied_rft.networks import MLP, linear
@@ -226,11 +226,14 @@ class FlowHead(nn.Module):
 
     def act(self, vlm: VLM, context: Context, rng: torch.Generator | None) -> Acted:
         """Integrate from noise; without rng from zero and without noise."""
-        hidden = vlm.states(context)
-        memory, mask = self.expert.read(hidden), context.mask
-        x = hidden.new_zeros((len(hidden), self.size.horizon * self.size.action_dim), dtype=torch.float32)
-        if rng is not None:
-            x = torch.randn(x.shape, generator=rng, device=x.device)
+        shape, device = (len(context.mask), self.size.horizon * self.size.action_dim), context.embeddings.device
+        if rng is None:
+            return self.walk(vlm, context, torch.zeros(shape, device=device), None)
+        return self.walk(vlm, context, torch.randn(shape, generator=rng, device=device), rng)
+
+    def walk(self, vlm: VLM, context: Context, x: Tensor, rng: torch.Generator | None) -> Acted:
+        """Integrate from x [N, D], differentiable in it; without rng without further noise."""
+        memory, mask = self.expert.read(vlm.states(context)), context.mask
         chain, log_probs = [x], []
         for index in range(self.num_units):
             step = self._step(x[:, None], memory, mask, torch.tensor([index], device=x.device))
@@ -250,24 +253,16 @@ class FlowHead(nn.Module):
 
     def loss(self, vlm: VLM, context: Context, chunk: Tensor, rng: torch.Generator | None) -> Tensor:
         """[B]: squared error of the velocity between noise and chunk (Lipman et al. 2022, eq. 23 at sigma 0)."""
-        rng = require_rng(rng)
-        noise = torch.randn(chunk.shape, generator=rng, device=chunk.device)
-        time = torch.rand(len(chunk), 1, generator=rng, device=chunk.device)
-        x = torch.lerp(noise, chunk, time)
+        x, time, target = flow_target(chunk, require_rng(rng))
         memory = self.expert.read(vlm.states(context))
-        velocity = self.expert(x[:, None], time, memory, context.mask)[:, 0]
-        return (velocity - (chunk - noise)).square().mean(1)
+        return (self.expert(x[:, None], time[:, None], memory, context.mask)[:, 0] - target).square().mean(1)
 
     def _step(self, x: Tensor, memory: Memory, mask: Tensor, index: Tensor) -> Step:
         """Steps number `index` [n] from x [B, n, D]: one Euler step, with and without noise."""
-        count, level = self.options.num_steps, self.options.noise_level
-        time = (index / count)[None].expand(len(x), -1)
+        o = self.options
+        time = (index / o.num_steps)[None].expand(len(x), -1)
         velocity = self.expert(x, time, memory, mask)
-        time = time[..., None]
-        quiet = x + velocity / count
-        mean = quiet - 0.5 * level**2 * (1 - time) * (x - time * velocity) / count
-        std = (level * (1 - time) / math.sqrt(count)).clamp_min(self.options.min_std)
-        return Step(mean, std.expand_as(mean), quiet)
+        return flow_step(x, velocity, time, num_steps=o.num_steps, level=o.noise_level, min_std=o.min_std)
 
 
 Memory = list[tuple[Tensor, Tensor]]  # keys and values [B, heads, P, W / heads] of each block

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from embodied_rft import networks, registry
 from embodied_rft.data import Tree
+from embodied_rft.tuning import retune
 
 Spec = Mapping[str, Any]
 
@@ -188,11 +189,13 @@ def build_policy(spec: Spec, observation_space: gym.Space, action_space: gym.Spa
     """The policy that {"id": ..., **options} describes, with weights drawn from `rng`."""
     if "id" not in spec:
         raise ValueError(f"agent {dict(spec)!r} has no id; known: {', '.join(registry.known('agent'))}")
-    options = {k: v for k, v in spec.items() if k != "id"}
+    options = {k: v for k, v in spec.items() if k not in ("id", "tuned")}
     cls = registry.find("agent", spec["id"])
     config = parse_options(cls.Config, options, what=f"agent {spec['id']!r}")
     policy = cls(config, observation_space=observation_space, action_space=action_space, rng=rng)
-    policy.spec = dict(spec)
+    policy.spec = {k: v for k, v in spec.items() if k != "tuned"}
+    if "tuned" in spec:
+        retune(policy, spec["tuned"], rng=rng)
     return policy
 
 
@@ -263,6 +266,6 @@ def require_rng(rng: torch.Generator | None) -> torch.Generator:
     return rng
 
 
-def observe(tree: Tree, policy: nn.Module) -> dict[str, Tensor]:
-    """Observation arrays [N, ...] as tensors on the policy's device."""
-    return networks.as_tensors(tree, next(policy.parameters()).device)
+def observe(tree: Tree, policy: nn.Module) -> dict[str, Any]:
+    """Observation arrays [N, ...] as tensors on the policy's device; texts stay what they are."""
+    return {**tree, **networks.as_tensors(tree, next(policy.parameters()).device)}

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,8 @@ class Session:
             self.logger.message("decisions are different now: the experience so far is dropped")
             return
         for trajectory in old.trajectories():
+            if schema.units != old_schema.units:  # a log-probability of other units is unknown now
+                trajectory = replace(trajectory, log_prob=None)
             self.buffer.add_trajectory(trajectory, retrace=getattr(policy, "retrace", None))
         if old.num_pinned:
             self.buffer.pin()

@@ -23,6 +23,7 @@ from embodied_rft.data import Decisions
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
 from embodied_rft.stepping import encode_text, fields_of
+from embodied_rft.tuning import tune
 from tests.helpers_vla import HEADS, KINDS, SPACE, STEP, chunks, observation, policy, rng, same, tensors
 
 # --- the contract ----------------------------------------------------------------------------------------------------
@@ -385,9 +386,9 @@ def test_nothing_can_be_learned_by_a_frozen_policy():
 def test_what_is_trained_can_change_between_stages():
     """iRe-VLA: reinforcement learning of the head, then supervised learning of everything."""
     p = policy(train="head")
-    p.select("full", rng=rng())
+    tune(p, "full", rng=rng())
     assert any(q.requires_grad for q in p.vlm.parameters()) and not p.vlm.vision_frozen
-    p.select("head", rng=rng())
+    tune(p, "head", rng=rng())
     assert not any(q.requires_grad for q in p.vlm.parameters()) and all(q.requires_grad for q in p.head.parameters())
 
 

@@ -14,9 +14,10 @@ import torch
 from pydantic import Field as Option
 from pydantic.dataclasses import dataclass
 
+from embodied_rft import registry, tuning
 from embodied_rft.agent import wrap_policy
 from embodied_rft.collect import Recording
-from embodied_rft.config import plugin_spec, validate_plugin_config
+from embodied_rft.config import parse, plugin_spec, validate_plugin_config
 from embodied_rft.data import Decisions, Tree
 from embodied_rft.learner import LearnerConfig
 from embodied_rft.plans import Replay
@@ -239,29 +240,44 @@ class Finetune(Stage):
 
 @register("stage", "adapt")
 class Adapt(Stage):
-    """Puts a new policy around the current one, which is frozen: `with: residual` and its options."""
+    """Changes what learns: which weights of the policy (`with: lora`), or a new policy around it (`with: residual`)."""
 
     @dataclass(config=STRICT, kw_only=True)
     class Config:
-        """Which adapter."""
+        """Which weights, or which adapter."""
 
-        with_: str = "residual"  # written `with`: an agent id that takes a base
-        options: dict[str, Any] = field(default_factory=dict)
+        # written `with`: full, lora, lora+head, head, frozen; or an agent id that takes a base, which is frozen
+        with_: str = "residual"
+        options: dict[str, Any] = field(default_factory=dict)  # of the adapters (rank, alpha, targets) or of the agent
 
         def __post_init__(self) -> None:
-            validate_plugin_config(
-                "agent", self.with_, {"base": {"id": "gaussian"}, **self.options}, path="adapt.options"
-            )
+            if self.with_ in tuning.WORDS:
+                if self.options and not self.with_.startswith("lora"):
+                    raise ValueError(f"adapt.options have no effect with {self.with_!r}: leave them out")
+                parse(tuning.LoraOptions, self.options, "adapt.options")
+                return
+            around = [id for id in registry.known("agent") if hasattr(registry.find("agent", id), "load_base")]
+            if self.with_ not in around:
+                raise ValueError(
+                    f"adapt.with is {self.with_!r}; {registry.nearest(self.with_, [*tuning.WORDS, *around])}"
+                )
+            options = {"base": {"id": "gaussian"}, **self.options}
+            validate_plugin_config("agent", self.with_, options, path="adapt.options")
 
     @property
     def title(self) -> str:
         """How the report names this stage."""
-        return f"adapt: {self.config.with_} on the frozen policy"
+        word = self.config.with_
+        return f"adapt: train {word}" if word in tuning.WORDS else f"adapt: {word} on the frozen policy"
 
     def prepare(self, session: Session) -> None:
-        """Wrap the policy."""
-        policy = wrap_policy(self.config.with_, session.agent, session.generator("setup"), **self.config.options)
-        session.replace_policy(policy)
+        """Choose the weights, or wrap the policy."""
+        config, rng = self.config, session.generator("setup")
+        if config.with_ in tuning.WORDS:
+            lora = parse(tuning.LoraOptions, config.options) if config.options else None
+            tuning.tune(session.agent.policy, config.with_, lora=lora, rng=rng)
+        else:
+            session.replace_policy(wrap_policy(config.with_, session.agent, rng, **config.options))
 
     def run(self, session: Session) -> dict[str, Any]:
         """The structure is all there is to it."""

@@ -1,0 +1,146 @@
+"""Which weights of a policy are trained: all, low-rank adapters, the head, or none; one word for every policy.
+
+A policy that has a head or adapters of its own chooses itself, by `select(train, *, lora, rng)`. Boundary: marks
+weights and adds adapters, in place; takes no gradient. peft is imported when the first adapter is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from embodied_rft.registry import nearest
+
+Train = Literal["full", "lora", "lora+head", "head", "frozen"]
+WORDS: tuple[Train, ...] = get_args(Train)
+
+
+@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+class LoraOptions:
+    """Low-rank adapters (Hu et al. 2022, eq. 3), through peft. They start as nothing."""
+
+    rank: int = 16
+    alpha: int = 32  # the update is scaled by alpha / rank
+    targets: str | tuple[str, ...] = "all-linear"  # names of the adapted layers; the output layer is never one
+
+
+def tune(policy: Any, train: Train, *, rng: torch.Generator, lora: LoraOptions | None = None) -> None:
+    """Train these weights of a policy from now on. A learner has to be made after it.
+
+    May be called again: adapters stay where they are and are frozen or trained with the rest. What was chosen is
+    written into the policy's spec, {"tuned": {"train": "lora", "lora": {"rank": 16, ...}}}, which rebuilds it.
+
+    Args:
+        policy: built by `build_policy`.
+        train: "full" (what is not frozen by construction, as the base of a residual is), "lora" (adapters alone),
+            "lora+head", "head", or "frozen".
+        rng: draws the weights of new adapters.
+        lora: of new adapters; None: those of the policy's own options, else the defaults.
+
+    Raises:
+        ValueError: the policy cannot be trained so, or its adapters have other options.
+    """
+    if train not in WORDS:
+        raise ValueError(f"a policy cannot be trained {train!r}; {nearest(train, WORDS)}")
+    made = policy.spec.get("tuned", {}).get("lora")
+    own = getattr(getattr(policy, "config", None), "lora", None)
+    known = LoraOptions(**made) if made else own if _adapters(policy) else None
+    if lora is not None and known is not None and lora != known:
+        raise ValueError(f"the policy has adapters with {known} already: leave the options out, or give the same")
+    lora = known or lora or own or LoraOptions()
+    (getattr(policy, "select", None) or _Default(policy).select)(train, lora=lora, rng=rng)
+    kept = dataclasses.asdict(lora) if _adapters(policy) else None  # type: ignore[call-overload]
+    policy.spec = {**policy.spec, "tuned": {"train": train, "lora": kept}}
+
+
+def retune(policy: Any, tuned: Mapping[str, Any], *, rng: torch.Generator) -> None:
+    """What `tune` wrote into a spec, done again to a policy that was built from it."""
+    if tuned["lora"] is not None:
+        tune(policy, "lora", lora=LoraOptions(**tuned["lora"]), rng=rng)
+    tune(policy, tuned["train"], rng=rng)
+
+
+class _Default:
+    """How a policy without `select` is trained: its own weights, or adapters on its own linear layers.
+
+    Its own are those that could be trained when it was made.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        if not hasattr(policy, "own_weights"):
+            policy.own_weights = [p for p in policy.parameters() if p.requires_grad]
+
+    def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
+        policy, name = self.policy, self.policy.spec.get("id")
+        if train not in ("full", "lora", "frozen"):
+            raise ValueError(
+                f"agent {name!r} has no head that could be trained by {train!r}; possible: full, lora, frozen"
+            )
+        if train == "lora" and not _adapters(policy):
+            own = {id(p) for p in policy.own_weights}
+            add_adapters(policy, lora, rng, layers={n for n, m in linear_layers(policy).items() if id(m.weight) in own})
+        policy.requires_grad_(False)
+        trained = {"full": [*policy.own_weights, *_adapters(policy)], "lora": _adapters(policy), "frozen": []}[train]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """All plain linear layers by their names."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether there are adapters somewhere inside."""
+    return any("lora_" in name for name, _ in module.named_parameters())
+
+
+def add_adapters(module: nn.Module, lora: LoraOptions, rng: torch.Generator, *, layers: set[str] | None = None) -> None:
+    """Put adapters on the linear layers of a module, in place, and train nothing else of it.
+
+    Args:
+        module: whose forward pass stays the same to the bit, since adapters start as nothing.
+        lora: their size, and the last parts of the names of the layers that get one.
+        rng: draws their weights.
+        layers: names of the layers that may get one; None: all linear layers.
+
+    Raises:
+        ValueError: peft is missing, or no layer is left.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise ValueError('adapters need the package peft: pip install "embodied-rft[lora]"') from None
+    names = sorted(linear_layers(module) if layers is None else layers)
+    if not names:
+        raise ValueError(f"{type(module).__name__} has no linear layer that could get an adapter")
+    chosen = names
+    if lora.targets != "all-linear":
+        wanted = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
+        chosen = [n for n in names if any(n == t or n.endswith(f".{t}") for t in wanted)]
+        for target in wanted:
+            if not any(n == target or n.endswith(f".{target}") for n in names):
+                raise ValueError(
+                    f"no linear layer is named {target!r}; {nearest(target, {n.split('.')[-1] for n in names})}"
+                )
+    pattern = "|".join(map(re.escape, chosen))  # a whole name: an equal ending elsewhere is not meant
+    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=pattern, lora_dropout=0.0)
+    with torch.random.fork_rng(devices=[]):  # peft draws weights from the global generator
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
+        peft.inject_adapter_in_model(config, module)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def _adapters(policy: Any) -> list[nn.Parameter]:
+    """The weights of the policy's adapters, without those of a frozen base."""
+    skipped = {id(p) for p in policy.base.parameters()} if hasattr(policy, "load_base") else set()
+    return [p for name, p in policy.named_parameters() if "lora_" in name and id(p) not in skipped]
