@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from embodied_rft.agent import require_rng
 from embodied_rft.agents.causal_lm import CausalLM, load_model
 from embodied_rft.agents.tiny_lm import TinyConfig
-from embodied_rft.data import Decisions, Field, Ragged, Tree
+from embodied_rft.data import Batch, Decisions, Field, Ragged, Tree
 from embodied_rft.networks import linear
+from embodied_rft.packing import plan_within
+from embodied_rft.prefix_tree import Usage
 from embodied_rft.registry import register
 from embodied_rft.tuning import LoraOptions, Train
 
@@ -90,6 +92,7 @@ class LanguagePolicy(nn.Module):
         self.model = self.lm.model
         self.tokenizer = self.lm.tokenizer
         self._encode = _make_encoder(self.tokenizer, config.prompt, config.system)
+        self.usage = Usage()  # of the decoder when it scores
         if config.value_head:
             self.head = linear(self.lm.hidden_size, 1, gain=0.0, rng=rng)
             self.value = self._value  # objectives look whether there is one
@@ -162,6 +165,7 @@ class LanguagePolicy(nn.Module):
             replies,
             num_layers=self.lm.num_layers,
             share=self.config.share_prefix,
+            usage=self.usage,
         )
         targets = torch.from_numpy(replies.values).to(hidden.device)
         head = self.lm.head(self.config.temperature)
@@ -169,6 +173,14 @@ class LanguagePolicy(nn.Module):
         mask = torch.from_numpy(replies.pad()[1]).to(hidden.device)
         log_prob, entropy = (torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, f) for f in flat)
         return log_prob, entropy
+
+    def plan(self, batch: Batch, most: int) -> list[np.ndarray]:
+        """The rows of micro-batches of at most `most` tokens each, padding included, siblings together."""
+        trace = batch.trace
+        if "prompt" not in trace or not trace["prompt"].lengths.all():  # demonstrations
+            trace = self.retrace(batch.observation, batch.action)
+        share = self.config.share_prefix
+        return plan_within(trace["prompt"], trace["reply"], most=most, share=share, atoms=batch.atoms)
 
     def imitation_loss(
         self, observation: Tree, action: Any, *, rng: torch.Generator | None = None, trace: Tree | None = None

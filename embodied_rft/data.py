@@ -174,6 +174,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.reward)
 
+    @property
+    def atoms(self) -> np.ndarray | None:
+        """[B] numbers: decisions of one number belong into one micro-batch; None: each stands for itself."""
+        return None
+
     def take(self, index: slice | np.ndarray) -> Batch:
         """Some decisions of this batch; the normalisers stay those of the whole batch."""
         trees = ("observation", "next_observation", "trace", "next_trace", "notes", "columns")

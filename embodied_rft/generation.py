@@ -102,7 +102,7 @@ def generate(
         allowed: [V] bool, tokens that may be drawn (rows of the embedding that no token uses may not).
     """
     first, kind = distinct_rows(prompts)
-    prefix = Prompts(decoder, prompts.take(first), num_layers=num_layers)
+    prefix = Prompts.read(decoder, prompts.take(first), num_layers=num_layers)
     rows = torch.from_numpy(kind).to(prefix.hidden.device)
     cache = Cache(layers=[_Growing(k, v, rows, sampling.max_new_tokens) for k, v in prefix.keys_values])
     hidden, position = prefix.hidden[:, -1][rows], prefix.lengths[rows]

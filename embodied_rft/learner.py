@@ -23,6 +23,7 @@ from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
 from embodied_rft.networks import polyak
 from embodied_rft.optimizer import AdamW
+from embodied_rft.packing import plan_units
 from embodied_rft.registry import nearest
 
 Metrics = dict[str, float]
@@ -42,7 +43,18 @@ class LearnerConfig:
     clip_norm: float | None = None  # largest gradient norm of a part
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: matrix products under autocast, weights stay fp32
     micro_batch: int | None = None  # decisions per backward pass; None: the whole batch
+    micro_units: int | None = None  # instead: most units of a backward pass, padding (and a text's prompts) included
     ema: float | None = None  # decay of an averaged copy of the policy, e.g. 0.999
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if self.micro_batch is not None and self.micro_units is not None:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} counts decisions, micro_units {self.micro_units} their units: give one"
+            )
+        for name, number in (("micro_batch", self.micro_batch), ("micro_units", self.micro_units)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}: at least 1 is expected, or leave it out")
 
 
 class Learner:
@@ -110,9 +122,19 @@ class Learner:
         device = next(iter(self.parameters.values()))[0].device
         if device.type != "cpu":
             batch = to_device(batch, device)
-        size = self.config.micro_batch
         # A copy of the notes: losses of one update may leave each other intermediate results there.
-        return [replace(b, notes=dict(b.notes)) for b in ([batch] if size is None else batch.split(size))]
+        return [replace(b, notes=dict(b.notes)) for b in self._split(batch)]
+
+    def _split(self, batch: Batch) -> list[Batch]:
+        """By number of decisions, or by what they cost; the policy knows best what that is."""
+        if (size := self.config.micro_batch) is not None:
+            return batch.split(size)
+        if (most := self.config.micro_units) is None:
+            return [batch]
+        plan = getattr(self.agent.policy, "plan", None)
+        units = batch.mask.sum(1).cpu().numpy()
+        rows = plan_units(units, most=most, atoms=batch.atoms) if plan is None else plan(batch, most)
+        return [batch.take(part) for part in rows]
 
     def _step(self, name: str, loss: Any, pieces: list[Batch], rng: torch.Generator) -> None:
         parameters, optimizer = self.parameters[name], self.optimizers[name]
@@ -180,6 +202,10 @@ class Learner:
         """Means of all numbers since the last call, as floats; asking is what waits for the device."""
         means = {key: float(torch.stack(numbers).float().mean()) for key, numbers in self._metrics.items()}
         self._metrics = {}
+        usage = getattr(self.agent.policy, "usage", None)
+        if usage is not None and usage.computed:
+            means["learn/useful_share"] = usage.useful / usage.computed
+            usage.useful = usage.computed = 0
         return means
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Which ragged rows to compute together: micro-batches by cost, and buckets of similar length inside them.
+"""Micro-batches by cost: which decisions of a batch share a backward pass.
 
-Pure integer arithmetic on lengths; nothing here touches a model. Rows that share a prompt (the members of a group) stay
-together, because their prompt is computed once.
+Pure integer arithmetic; nothing here touches a model. Rows that begin alike (the members of a group, the turns of an
+episode) stay together where they can, because what they share is computed once (`prefix_tree`).
 Legend: B rows, P prompt tokens, C reply tokens.
 """
 
@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embodied_rft.data import Batch, Ragged
+from embodied_rft.data import Ragged
+from embodied_rft.prefix_tree import computed, count_tokens, in_order, shared_with_previous
+
+PASS = 256.0  # what a further micro-batch costs, in tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +34,10 @@ class Cost:
         """For a decoder of this width (24 h^2 linear and 4 h L attention operations a token and layer)."""
         return cls(quadratic=1 / (6 * hidden_size), patch=patch)
 
-    def prompt(self, tokens: np.ndarray, patches: np.ndarray | float = 0.0) -> np.ndarray:
-        """Cost of prompts of these lengths, alone."""
-        tokens = np.asarray(tokens, dtype=np.float64)
-        return tokens + self.quadratic * tokens**2 / 2 + self.patch * np.asarray(patches)
-
-    def reply(self, prompt: np.ndarray, reply: np.ndarray) -> np.ndarray:
-        """Cost of replies after prompts that are already there."""
-        prompt, reply = np.asarray(prompt, dtype=np.float64), np.asarray(reply, dtype=np.float64)
-        return reply + self.quadratic * reply * (prompt + reply / 2)
+    def tokens(self, count: np.ndarray) -> np.ndarray:
+        """Cost of texts of these lengths."""
+        count = np.asarray(count, dtype=np.float64)
+        return count + self.quadratic * count**2 / 2
 
 
 def distinct_rows(ragged: Ragged) -> tuple[np.ndarray, np.ndarray]:
@@ -59,102 +57,107 @@ def distinct_rows(ragged: Ragged) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plan_micro_batches(
-    prompt_lengths: np.ndarray,
-    reply_lengths: np.ndarray,
-    group: np.ndarray,
+    prompts: Ragged,
+    replies: Ragged,
     *,
     budget: float,
     cost: Cost | None = None,
     patches: np.ndarray | None = None,
+    atoms: np.ndarray | None = None,
+    share: bool = True,
 ) -> list[np.ndarray]:
-    """Micro-batches of at most `budget` cost: arrays of row numbers that together are a permutation of all rows.
+    """Micro-batches of at most `budget` cost: sorted arrays of row numbers, together a permutation of all rows.
 
-    Groups are placed first-fit in the order of falling cost (Johnson 1973: at most 11/9 of the best number of bins). A
-    group that alone exceeds the budget is cut between members, and pays its prompt once a piece; a single row that
-    exceeds it gets a micro-batch of its own.
+    Rows are laid side by side in the order of their tokens, so that those that begin alike are neighbours, and cut
+    where that costs least: shared beginnings are computed anew behind a cut, and every micro-batch costs `PASS`. The
+    best cuts are found exactly, by dynamic programming. What alone exceeds the budget gets a micro-batch of its own.
 
     Args:
-        prompt_lengths: [B] tokens, equal within a group.
-        reply_lengths: [B] tokens.
-        group: [B] integers; rows of one number share their prompt.
+        prompts: B rows of token ids.
+        replies: B rows of token ids.
         budget: largest cost of a micro-batch, about its number of tokens.
         cost: what tokens cost; default `Cost()`.
         patches: [B] image patches of the prompt.
+        atoms: [B] rows of one number are never separated (the two sides of a pair).
+        share: whether shared beginnings will be computed once.
     """
-    if budget <= 0:
+    if budget < 1:
         raise ValueError(f"budget is {budget}; expected the number of tokens that fit into one micro-batch, e.g. 8192")
-    cost = cost or Cost()
-    prompt = cost.prompt(prompt_lengths, 0.0 if patches is None else patches)
-    reply = cost.reply(prompt_lengths, reply_lengths)
-    pieces: list[tuple[float, np.ndarray]] = []
-    for members in _members(np.asarray(group)):
-        members = members[np.argsort(-reply[members], kind="stable")]  # similar lengths side by side
-        piece: list[int] = []
-        used = float(prompt[members[0]])
-        for row in members:
-            if piece and used + reply[row] > budget:
-                pieces.append((used, np.array(piece)))
-                piece, used = [], float(prompt[row])
-            piece.append(int(row))
-            used += float(reply[row])
-        pieces.append((used, np.array(piece)))
-    pieces.sort(key=lambda item: -item[0])
-    bins: list[tuple[float, list[np.ndarray]]] = []
-    for used, rows in pieces:
-        for index, (filled, content) in enumerate(bins):
-            if filled + used <= budget:
-                bins[index] = (filled + used, [*content, rows])
-                break
-        else:
-            bins.append((used, [rows]))
-    return [np.concatenate(content) for _, content in bins]
+    if not len(prompts):
+        return []
+    cost, sequences = cost or Cost(), computed(prompts, replies)
+    order, whose = in_order(sequences), np.arange(len(prompts)) if atoms is None else np.asarray(atoms)
+    if atoms is not None:
+        rank, kind = np.argsort(order), np.unique(whose, return_inverse=True)[1]
+        leader = np.full(len(order), len(order))
+        np.minimum.at(leader, kind, rank)
+        order = np.lexsort((rank, leader[kind]))
+    common = shared_with_previous(sequences, order) if share else np.zeros_like(order)
+    images = np.zeros(len(order)) if patches is None else cost.patch * np.asarray(patches, dtype=np.float64)[order]
+    whole = cost.tokens(sequences.lengths[order]) + images
+    shared = cost.tokens(common) + np.where(common >= prompts.lengths[order], images, 0.0)
+    new_atom = np.append(True, np.diff(whose[order]) != 0)
+    return [np.sort(order[a:b]) for a, b in _cuts(whole, shared, np.flatnonzero(new_atom), budget)]
 
 
-def _members(group: np.ndarray) -> list[np.ndarray]:
-    """Row numbers of every group."""
-    order = np.argsort(group, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if len(order) else []
-
-
-def split_by_cost(batch: Batch, *, budget: float, cost: Cost | None = None) -> list[Batch]:
-    """Micro-batches of a batch with "prompt" and "reply" in its trace; their losses add up to that of the whole."""
-    prompt, reply = batch.trace["prompt"], batch.trace["reply"]
-    _, kind = distinct_rows(prompt)
-    plan = plan_micro_batches(prompt.lengths, reply.lengths, kind, budget=budget, cost=cost)
-    return [batch.take(rows) for rows in plan]
-
-
-def buckets(lengths: np.ndarray, *, overhead: float = 24.0) -> list[np.ndarray]:
-    """Rows to pad to one length: the partition that minimises padded tokens plus `overhead` tokens a bucket.
-
-    Exact, by dynamic programming over the sorted distinct lengths.
+def _cuts(whole: np.ndarray, shared: np.ndarray, starts: np.ndarray, budget: float) -> list[tuple[int, int]]:
+    """The cheapest partition of neighbours into intervals (from, to) that cost at most `budget`.
 
     Args:
-        lengths: [B] tokens.
-        overhead: what a further call of the model costs, in tokens.
-
-    Returns:
-        Arrays of row numbers, from short to long; together a permutation of all rows.
+        whole: [B] cost of each row alone.
+        shared: [B] what it saves behind the one before it.
+        starts: where an interval may begin.
+        budget: kept, but by intervals that cannot be cut.
     """
-    lengths = np.asarray(lengths)
-    if not len(lengths):
-        return []
-    order = np.argsort(lengths, kind="stable")
-    values, counts = np.unique(lengths, return_counts=True)
-    before = np.concatenate([[0], np.cumsum(counts)])  # rows shorter than the i-th distinct length
-    best = np.zeros(len(values) + 1)
-    start = np.zeros(len(values) + 1, dtype=np.int64)
-    for end in range(1, len(values) + 1):
-        total = best[:end] + (before[end] - before[:end]) * values[end - 1] + overhead
-        start[end] = int(np.argmin(total))
-        best[end] = total[start[end]]
-    parts, end = [], len(values)
+    paid = np.append(0.0, np.cumsum(whole - shared))  # by the rows before
+    ends = np.append(starts[1:], len(whole))
+    best = np.zeros(len(starts) + 1)
+    chosen = np.zeros(len(starts) + 1, dtype=np.int64)
+    for number, end in enumerate(ends.tolist(), start=1):
+        first = starts[:number]
+        price = best[:number] + shared[first] + PASS
+        price[:-1][(shared[first] + paid[end] - paid[first])[:-1] > budget] = np.inf
+        chosen[number] = int(np.argmin(price))
+        best[number] = price[chosen[number]]
+    found, end = [], len(starts)
     while end > 0:
-        parts.append(order[before[start[end]] : before[end]])
-        end = int(start[end])
-    return parts[::-1]
+        found.append((int(starts[chosen[end]]), int(ends[end - 1])))
+        end = int(chosen[end])
+    return found[::-1]
 
 
-def padded_tokens(lengths: np.ndarray, parts: list[np.ndarray]) -> int:
-    """Tokens that are computed when each bucket is padded to its longest row."""
-    return int(sum(len(rows) * int(lengths[rows].max()) for rows in parts))
+def plan_within(
+    prompts: Ragged, replies: Ragged, *, most: int, share: bool = True, atoms: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Micro-batches that send at most `most` tokens through a decoder, padding included: arrays of row numbers.
+
+    What cannot be cut (a row, an atom) and alone exceeds it is computed alone. Other arguments as in
+    `plan_micro_batches`; `share`: whether shared beginnings will be computed once.
+    """
+    target = float(most)
+    while True:  # padding is known only when the rows of a micro-batch are: aim lower until it fits
+        cost = Cost(quadratic=0.0)
+        plan = plan_micro_batches(prompts, replies, budget=target, cost=cost, atoms=atoms, share=share)
+        sizes = [count_tokens(prompts.take(rows), replies.take(rows), share=share).computed for rows in plan]
+        cuttable = [len(rows if atoms is None else np.unique(atoms[rows])) > 1 for rows in plan]
+        largest = max((size for size, cut in zip(sizes, cuttable, strict=True) if cut), default=0)
+        if largest <= most or target == 1:
+            return plan
+        target = max(1.0, target * min(0.97, most / largest))
+
+
+def plan_units(lengths: np.ndarray, *, most: int, atoms: np.ndarray | None = None) -> list[np.ndarray]:
+    """The same for rows that share nothing, padded to the longest of their micro-batch: similar lengths together."""
+    lengths = np.asarray(lengths)
+    kind = np.arange(len(lengths)) if atoms is None else np.unique(atoms, return_inverse=True)[1]
+    longest = np.zeros(len(lengths), dtype=np.int64)
+    np.maximum.at(longest, kind, lengths)
+    plan: list[np.ndarray] = []
+    part: list[int] = []
+    order = np.lexsort((kind, longest[kind]))
+    for rows in np.split(order, np.flatnonzero(np.diff(kind[order])) + 1):
+        if part and (len(part) + len(rows)) * longest[kind[rows[0]]] > most:
+            plan.append(np.sort(part))
+            part = []
+        part += rows.tolist()
+    return [*plan, np.sort(part)] if part else plan

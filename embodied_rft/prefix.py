@@ -1,10 +1,10 @@
-"""Hidden states of replies with each distinct prompt computed once, gradients included.
+"""Hidden states of replies with every shared beginning computed once, gradients included.
 
-The prompt runs once; its keys and values are handed to every reply that continues it, and the replies run as a batch.
-This works with any Hugging Face decoder that takes `past_key_values`, needs no special kernel, and equals the dense
-computation up to rounding. Boundary: turns token ids into hidden states; knows no loss and no sampling. Imported
-lazily: it needs transformers.
-Legend: D distinct prompts, M replies, P prompt tokens, C reply tokens, H hidden size, K key-value heads, E head size.
+A beginning (`prefix_tree`) runs once; its keys and values are handed to all texts that continue it, which run as a
+batch, and so on down the tree. This works with any Hugging Face decoder that takes `past_key_values`, needs no special
+kernel, and equals the dense computation up to rounding. Boundary: turns token ids into hidden states; knows no loss and
+no sampling. Imported lazily: it needs transformers.
+Legend: D beginnings, M continuations, P and C tokens of them, H hidden size, K key-value heads, E head size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,19 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from embodied_rft.data import Ragged
-from embodied_rft.packing import buckets, distinct_rows
+from embodied_rft.packing import distinct_rows
+from embodied_rft.prefix_tree import (
+    OVERHEAD,
+    Pass,
+    Tree,
+    Usage,
+    buckets,
+    computed,
+    padded_tokens,
+    passes,
+    prefix_tree,
+    spans_of,
+)
 
 
 class _Recorder(DynamicLayer):
@@ -32,19 +44,27 @@ class _Recorder(DynamicLayer):
 
 
 class _Prefix(DynamicLayer):
-    """Puts the prompts' keys and values before those of the replies; holds no state of its own.
+    """Puts the prompts' keys and values before those of the replies; a call leaves nothing that a later one reads.
 
-    Stateless, so that gradient checkpointing may run a layer twice.
+    So gradient checkpointing may run a layer twice.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, member_of: Tensor | None, count: int) -> None:
+    whole: tuple[Tensor, Tensor]  # what a layer saw, [M, K, P + C, E] each, if it is to be kept
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, member_of: Tensor | None, count: int, *, keep: bool = False
+    ) -> None:
         super().__init__()
+        self.keep = keep
         self.prompt, self.member_of, self.count = (keys, values), member_of, count
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = (self._for_members(part) for part in self.prompt)
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+        whole = torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+        if self.keep:
+            self.whole = whole
+        return whole
 
     def _for_members(self, part: Tensor) -> Tensor:
         if self.member_of is not None:
@@ -60,21 +80,31 @@ class _Prefix(DynamicLayer):
 
 
 class Prompts:
-    """D prompts after one pass of the decoder: last hidden states and the keys and values of every layer."""
+    """D texts that a decoder has read: the keys and values of every layer, for whatever continues them."""
 
-    def __init__(self, decoder: nn.Module, prompts: Ragged, *, num_layers: int) -> None:
+    hidden: Tensor  # [D, P, H] last states of the tokens read last
+
+    def __init__(self, decoder: nn.Module, lengths: Tensor) -> None:
         self.decoder = decoder
+        self.lengths = lengths  # [D]
+        self.mask: Tensor | None = None  # [D, P] bool, False at padding, which is on the left; None: there is none
+        self.keys_values: list[tuple[Tensor, Tensor]] = []  # of every layer, [D, K, P, E] each
+
+    @classmethod
+    def read(cls, decoder: nn.Module, prompts: Ragged, *, num_layers: int) -> Prompts:
+        """D rows of token ids, none empty; `hidden` is padded on the left."""
         device = next(decoder.parameters()).device
         lengths = prompts.lengths
         if not lengths.all():
             raise ValueError("an empty prompt has no state to predict the first token from; begin it with a bos token")
         ids, mask = (torch.from_numpy(a).to(device) for a in prompts.pad(0, "left"))
-        self.mask = None if bool((lengths == lengths[0]).all()) else mask  # [D, P]
-        self.lengths = torch.from_numpy(lengths).to(device)  # [D]
+        new = cls(decoder, torch.from_numpy(lengths).to(device))
+        new.mask = None if bool((lengths == lengths[0]).all()) else mask
         layers: list[Any] = [_Recorder() for _ in range(num_layers)]
-        position = torch.arange(ids.shape[1], device=device) + (self.lengths - ids.shape[1])[:, None]
-        self.hidden = run(decoder, ids, cache=Cache(layers=layers), mask=self.mask, position=position)
-        self.keys_values = [(layer.keys, layer.values) for layer in layers]
+        position = torch.arange(ids.shape[1], device=device) + (new.lengths - ids.shape[1])[:, None]
+        new.hidden = run(decoder, ids, cache=Cache(layers=layers), mask=new.mask, position=position)
+        new.keys_values = [(layer.keys, layer.values) for layer in layers]
+        return new
 
     def continue_with(self, replies: Ragged, member_of: np.ndarray) -> Tensor:
         """[M, C, H] hidden states of reply tokens after their prompts; padded on the right.
@@ -83,22 +113,41 @@ class Prompts:
             replies: M rows of token ids.
             member_of: [M] which prompt each reply continues.
         """
-        device = self.lengths.device
-        member = torch.from_numpy(member_of).to(device)
         counts = np.bincount(member_of, minlength=len(self.lengths))
         regular = bool((np.diff(member_of) >= 0).all()) and bool((counts == counts[0]).all())
         members, width = int(counts[0]), int(replies.lengths.max())
         if regular and 1 < members * width <= self.keys_values[0][0].shape[-2] and self._takes_any_mask():
             return self._as_one_row(replies, members)
-        layers: list[Any] = [
-            _Prefix(keys, values, None if regular else member, len(member_of)) for keys, values in self.keys_values
-        ]
-        padded, _ = replies.pad(0)
-        ids = torch.from_numpy(padded).to(device)
+        member = torch.from_numpy(member_of).to(self.lengths.device)
+        layers = [_Prefix(*part, None if regular else member, len(member_of)) for part in self.keys_values]
+        return self._run(replies, member, layers)
+
+    def extend(self, texts: Ragged, member_of: np.ndarray) -> Prompts:
+        """The same, with the M longer texts as what further texts may continue; its `hidden` is padded on the right."""
+        member = torch.from_numpy(member_of).to(self.lengths.device)
+        layers = [_Prefix(*part, member, len(member_of), keep=True) for part in self.keys_values]
+        new = Prompts(self.decoder, self.lengths[member] + torch.from_numpy(texts.lengths).to(member))
+        new.hidden = self._run(texts, member, layers)
+        own = torch.from_numpy(texts.pad()[1]).to(member.device)
+        before = own.new_ones((len(own), layers[0].get_seq_length())) if self.mask is None else self.mask[member]
+        real = torch.cat([before, own], dim=1)  # [M, P + C]
+        width = int(new.lengths.max())
+        order = real.to(torch.int8).argsort(dim=1, stable=True)[:, -width:]  # real tokens last, in their order
+        new.mask = None if bool(real.all()) else real.gather(1, order)
+        index = order[:, None, :, None]
+        new.keys_values = [
+            (k.gather(2, index.expand(-1, k.shape[1], -1, k.shape[3])),
+             v.gather(2, index.expand(-1, v.shape[1], -1, v.shape[3])))
+            for k, v in (layer.whole for layer in layers)
+        ]  # fmt: skip
+        return new
+
+    def _run(self, replies: Ragged, member: Tensor, layers: list[Any]) -> Tensor:
+        ids = torch.from_numpy(replies.pad(0)[0]).to(member.device)
         mask = None
         if self.mask is not None:  # padding on the right needs no mask: nothing looks back at it
             mask = torch.cat([self.mask[member], torch.ones_like(ids, dtype=torch.bool)], dim=1)
-        position = self.lengths[member][:, None] + torch.arange(ids.shape[1], device=device)
+        position = self.lengths[member][:, None] + torch.arange(ids.shape[1], device=ids.device)
         return run(self.decoder, ids, cache=Cache(layers=layers), mask=mask, position=position)
 
     def _takes_any_mask(self) -> bool:
@@ -149,106 +198,89 @@ def run(
 
 
 def reply_states(
-    decoder: nn.Module, prompts: Ragged, replies: Ragged, *, num_layers: int, share: bool = True, overhead: float = 24.0
+    decoder: nn.Module,
+    prompts: Ragged,
+    replies: Ragged,
+    *,
+    num_layers: int,
+    share: bool = True,
+    overhead: float = OVERHEAD,
+    usage: Usage | None = None,
 ) -> Tensor:
     """[sum of reply lengths, H]: the state from which each reply token is predicted, in the order of `replies.values`.
 
-    Rows whose prompt appears once run densely; rows that share a prompt run behind it. Either way only rows of similar
-    length are padded to one another.
+    What rows share at their beginning is computed once, and only rows of similar length are padded to one another.
 
     Args:
         decoder: a Hugging Face decoder without its output layer.
         prompts: B rows of token ids, none empty.
         replies: B rows of token ids; empty ones have no state.
         num_layers: of the decoder.
-        share: False computes every prompt as often as it appears (for comparison).
+        share: False computes every row by itself (for comparison).
         overhead: cost of a further call of the decoder, in tokens.
+        usage: counts the tokens.
     """
+    if not prompts.lengths.all():
+        raise ValueError("an empty prompt has no state to predict the first token from; begin it with a bos token")
+    answered = np.flatnonzero(replies.lengths > 0)
     device = next(decoder.parameters()).device
-    first, kind, shared = _plan(prompts, replies, share, overhead)
-    states: list[Tensor] = []
-    places: list[np.ndarray] = []
-    for rows in _split(np.flatnonzero((replies.lengths > 0) & ~shared), prompts.lengths + replies.lengths, overhead):
-        states.append(_dense(decoder, prompts.take(rows), replies.take(rows)))
-        places.append(_places(replies, rows))
-    wanted = np.unique(kind[shared])
-    for group in _split(wanted, prompts.lengths[first], overhead):
-        prefix = Prompts(decoder, prompts.take(first[group]), num_layers=num_layers)
-        member = np.flatnonzero(shared & np.isin(kind, group))
-        member = member[np.argsort(kind[member], kind="stable")]
-        number = np.searchsorted(group, kind[member])
-        states.append(prefix.hidden[:, -1][torch.from_numpy(number).to(device)])
-        places.append(replies.offsets[member])
-        for part in _split(np.arange(len(member)), replies.lengths[member] - 1, overhead):
-            part = part[np.argsort(number[part], kind="stable")]
-            rows = member[part]
-            lengths = replies.lengths[rows] - 1  # the last token predicts nothing that is scored
-            if lengths.max() == 0:
-                continue
-            inputs = Ragged.of([replies.row(row)[:-1] for row in rows], dtype=np.int64)
-            hidden = prefix.continue_with(inputs, number[part])
-            states.append(hidden[torch.from_numpy(inputs.pad()[1]).to(device)])
-            places.append(_places(replies, rows, skip=1))
-    if not states:
+    if not len(answered):
         return torch.zeros((0, decoder.config.hidden_size), device=device)  # type: ignore[union-attr, arg-type]
-    if len(states) == 1 and np.all(np.diff(places[0]) == 1):
-        return states[0]
+    sequences = computed(prompts.take(answered), replies.take(answered))
+    tree = prefix_tree(sequences, share=share, overhead=overhead)
+    plan = passes(tree, overhead=overhead)
+    if usage is not None:
+        usage.useful += tree.distinct
+        usage.computed += padded_tokens(tree, plan)
+    spans = spans_of(tree, prompts.lengths[answered] - 1, replies.lengths[answered], replies.offsets[answered])
+    read: list[Prompts | None] = []  # by pass
+    states, places = [], []
+    for one in plan:
+        tokens = tree.tokens(sequences, one.nodes)
+        hidden, known, shift = _compute(decoder, tokens, one, tree, plan, read, num_layers)
+        read.append(known)
+        index, place = spans.inside(one.nodes, hidden.shape[1], shift)
+        if len(place):
+            states.append(hidden.flatten(0, 1)[torch.from_numpy(index).to(device)])
+            places.append(place)
     inverse = np.argsort(np.concatenate(places), kind="stable")
+    if len(states) == 1 and bool((np.diff(inverse) == 1).all()):
+        return states[0]
     return torch.cat(states)[torch.from_numpy(inverse).to(device)]
 
 
-def _plan(prompts: Ragged, replies: Ragged, share: bool, overhead: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(a row of each distinct prompt [D], the prompt of every row [B], which rows share theirs [B] bool)."""
-    first, kind = distinct_rows(prompts)
-    answered = replies.lengths > 0
-    counts = np.bincount(kind[answered], minlength=len(first))
-    shared = answered & (counts[kind] > 1) & share
-    saved = (np.maximum(counts - 1, 0) * prompts.lengths[first]).sum()
-    if saved <= 2 * overhead:  # two more calls of the decoder cost more than they save
-        shared[:] = False
-    return first, kind, shared
+def _compute(
+    decoder: nn.Module, tokens: Ragged, one: Pass, tree: Tree, plan: list[Pass], read: list[Any], num_layers: int
+) -> tuple[Tensor, Prompts | None, np.ndarray]:
+    """A pass: (hidden [M, C, H], what others may continue, in which column each row begins [M])."""
+    begin = np.zeros(len(tokens), dtype=np.int64)
+    if one.after is None and not one.branches:
+        return _dense(decoder, tokens), None, begin
+    if one.after is None:
+        known = Prompts.read(decoder, tokens, num_layers=num_layers)
+        return known.hidden, known, tokens.lengths.max() - tokens.lengths
+    place = np.argsort(plan[one.after].nodes)
+    member = place[np.searchsorted(plan[one.after].nodes, tree.parent[one.nodes], sorter=place)]
+    if not one.branches:
+        return read[one.after].continue_with(tokens, member), None, begin
+    known = read[one.after].extend(tokens, member)
+    return known.hidden, known, begin
 
 
-def prompt_states(decoder: nn.Module, prompts: Ragged, *, overhead: float = 24.0) -> Tensor:
+def prompt_states(decoder: nn.Module, prompts: Ragged, *, overhead: float = OVERHEAD) -> Tensor:
     """[B, H]: the last state of every prompt, each distinct one computed once."""
-    device = next(decoder.parameters()).device
     first, kind = distinct_rows(prompts)
-    parts = _split(np.arange(len(first)), prompts.lengths[first], overhead)
-    nothing = Ragged.of([[0]] * len(first), dtype=np.int64)
-    states = [_dense(decoder, prompts.take(first[rows]), nothing.take(rows)) for rows in parts]
+    parts = [np.sort(rows) for rows in buckets(prompts.lengths[first], overhead=overhead)]
+    states = []
+    for rows in parts:
+        hidden = _dense(decoder, prompts.take(first[rows]))
+        last = torch.from_numpy(prompts.lengths[first[rows]] - 1).to(hidden.device)
+        states.append(hidden[torch.arange(len(last), device=last.device), last])
     inverse = np.argsort(np.concatenate(parts), kind="stable")[kind]
-    return torch.cat(states)[torch.from_numpy(inverse).to(device)]
+    return torch.cat(states)[torch.from_numpy(inverse).to(states[0].device)]
 
 
-def _dense(decoder: nn.Module, prompts: Ragged, replies: Ragged) -> Tensor:
-    """States of the rows' reply tokens, prompt and reply computed together, padded on the right."""
-    device = next(decoder.parameters()).device
-    both = Ragged.of([np.concatenate([p, r[:-1]]) for p, r in zip(prompts, replies, strict=True)], dtype=np.int64)
-    ids, mask = both.pad()
-    position = np.arange(ids.shape[1])[None, :]
-    scored = mask & (position >= prompts.lengths[:, None] - 1)
-    hidden = run(decoder, torch.from_numpy(ids).to(device), cache=None, mask=None, position=None)
-    return hidden[torch.from_numpy(scored).to(device)]
-
-
-def _split(rows: np.ndarray, lengths: np.ndarray, overhead: float) -> list[np.ndarray]:
-    return [np.sort(rows[part]) for part in buckets(lengths[rows], overhead=overhead)]
-
-
-def _places(replies: Ragged, rows: np.ndarray, *, skip: int = 0) -> np.ndarray:
-    """Where the tokens of these rows, without the first `skip`, lie in `replies.values`."""
-    return np.concatenate([np.arange(replies.offsets[row] + skip, replies.offsets[row + 1]) for row in rows])
-
-
-def computed_tokens(prompts: Ragged, replies: Ragged, *, share: bool = True, overhead: float = 24.0) -> int:
-    """Tokens that `reply_states` sends through the decoder, padding included."""
-    first, kind, shared = _plan(prompts, replies, share, overhead)
-    dense = prompts.lengths + replies.lengths - 1
-    rows = np.flatnonzero((replies.lengths > 0) & ~shared)
-    total = sum(len(part) * int(dense[part].max()) for part in _split(rows, dense, overhead))
-    for group in _split(np.unique(kind[shared]), prompts.lengths[first], overhead):
-        total += len(group) * int(prompts.lengths[first[group]].max())
-        member = np.flatnonzero(shared & np.isin(kind, group))
-        for part in _split(member, replies.lengths - 1, overhead):
-            total += len(part) * int((replies.lengths[part] - 1).max())
-    return total
+def _dense(decoder: nn.Module, texts: Ragged) -> Tensor:
+    """[M, P, H], padded on the right, which needs no mask: nothing looks back at it."""
+    ids = torch.from_numpy(texts.pad(0)[0]).to(next(decoder.parameters()).device)
+    return run(decoder, ids, cache=None, mask=None, position=None)

@@ -6,15 +6,18 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from embodied_rft.agent import build_agent
 from embodied_rft.agents.causal_lm import CausalLM, load_model
 from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm, tiny_tokenizer
 from embodied_rft.buffer import Buffer, Schema
-from embodied_rft.data import Decisions, Ragged, Source, Trajectory
+from embodied_rft.data import Batch, Decisions, Ragged, Source, Trajectory
 from embodied_rft.generation import Sampling, draw
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
+from embodied_rft.prefix_tree import count_tokens
 
 TEXT = gymnasium.spaces.Text(200)
 SPACE = gymnasium.spaces.Dict({"prompt": TEXT})
@@ -165,7 +168,7 @@ def test_empty_replies(lengths):
     assert log_prob.shape == entropy.shape == (2, max(lengths)) and (log_prob[0] == 0).all()
 
 
-def filled_buffer(policy, count=8, groups=2):
+def filled_buffer(policy, count=8, groups=2, seed=3):
     """One-turn episodes of `groups` prompts, rewards drawn at random."""
     schema = Schema(
         {
@@ -177,9 +180,9 @@ def filled_buffer(policy, count=8, groups=2):
     )
     buffer = Buffer(schema, 64)
     prompts = [PROMPTS[2 + i % groups] for i in range(count)]
-    taken = policy.act({"prompt": prompts}, rng=rng(3))
+    taken = policy.act({"prompt": prompts}, rng=rng(seed))
     streams, flags = np.arange(count), np.ones(count, bool)
-    reward = np.random.default_rng(0).random(count).astype(np.float32)
+    reward = np.random.default_rng(seed % 3).random(count).astype(np.float32)
     numbers = {"group": streams % groups, "seed": streams % groups, "step": 0, "version": 1, "source": Source.ONLINE}
     buffer.add(streams, {"prompt": prompts}, taken, reward, flags, ~flags, **numbers)
     buffer.close(streams, {"prompt": prompts})
@@ -216,6 +219,59 @@ def test_through_buffer_and_learner():
     assert moved.float().mean() > 0.2
     # Adam turns rounding of vanishing gradients into whole steps: compare where the gradient is not vanishing.
     assert ((weights[0] - weights[1]).abs() < 1e-4).float().mean() > 0.99
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 400), st.integers(0, 2**16), st.sampled_from(["grpo", "gspo", "bc", "dpo"]))
+def test_micro_units_add_up_to_the_batch(most, seed, name):
+    """Whatever the budget, the lengths and the order of decisions: one gradient, and no piece above the budget."""
+    agent = make(max_new_tokens=9)
+    buffer, _ = filled_buffer(agent.policy, count=12, seed=seed)
+    options = {"grpo": {"num_epochs": 1, "batch_size": 12}, "gspo": {"num_epochs": 1, "batch_size": 12}}
+    options |= {"dpo": {"num_updates": 1, "batch_size": 6}}
+    objective = build_objective({"id": name, **options.get(name, {})})
+    objective.setup(agent, rng())
+    objective.annotate(agent, buffer, buffer.rows(), rng())
+    numbers = np.random.default_rng(seed)
+    batch = next(iter(objective.reading.batches(buffer, numbers, 1)))
+    moments = []
+    for config in (LearnerConfig(), LearnerConfig(micro_units=most)):
+        learner = Learner(copy.deepcopy(agent), objective, config)
+        largest = []
+        for piece in learner._pieces(batch):
+            usage = count_tokens(piece.trace["prompt"], piece.trace["reply"])
+            largest.append(usage.computed if len(piece) > (2 if name == "dpo" else 1) else 0)
+        assert config.micro_units is None or max(largest) <= most
+        learner.update(batch, rng())
+        assert 0 < learner.metrics()["learn/useful_share"] <= 1
+        moments.append(torch.cat([m.flatten() for m in learner.optimizers["policy"].first]))
+    assert (moments[0] - moments[1]).norm() < 1e-5 * moments[0].norm() + 1e-9
+
+
+def test_padding_inside_a_micro_batch_is_no_unit():
+    """Lengths 1 and 3 beside 5: as many units as if all had 3, and still the first is padded."""
+    policy = make().policy
+    reply = Ragged.of([[7], [8, 9, 10], [7, 8, 9, 10, 11]])
+    zeros, padded = torch.zeros(3), torch.zeros(3, 5)
+    batch = Batch(
+        observation={},
+        action=["", "", ""],
+        reward=zeros,
+        discount=zeros,
+        next_observation={},
+        log_prob=padded - 5.0,
+        mask=torch.from_numpy(reply.pad()[1]),
+        trace={"prompt": Ragged.of([[5, 6]] * 3), "reply": reply},
+        notes={"advantage": torch.tensor([1.0, -1.0, 0.5])},
+        num_decisions=3,
+        num_units=9,
+    )
+    objective = build_objective({"id": "grpo"})
+    agent = make()
+    agent.policy = policy
+    whole, _ = objective.policy_loss(agent, batch, rng())
+    parts = [objective.policy_loss(agent, batch.take(np.array(rows)), rng())[0] for rows in ([0, 1], [2])]
+    torch.testing.assert_close(sum(parts), whole)
 
 
 def test_learning_is_bit_equal_when_repeated():

@@ -88,6 +88,32 @@ def test_micro_batches_add_up_to_one_batch(objective, agent, size):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("most, sizes", [(1, [1] * 64), (40, [40, 24]), (1000, [64])])
+def test_micro_units_of_plain_actions(most, sizes):
+    """One unit a decision: the budget is a number of decisions, and the gradient that of the batch."""
+    moments = []
+    for config in (LearnerConfig(), LearnerConfig(micro_units=most)):
+        agent, learner = make(*OBJECTIVES["bc"], config)
+        if config.micro_units:
+            assert [len(piece) for piece in learner._pieces(batches())] == sizes
+        learner.update(batches(), generator())
+        moments.append(torch.cat([m.flatten() for m in learner.optimizers["policy"].first]))
+    torch.testing.assert_close(*moments, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"micro_batch": 4, "micro_units": 100}, "give one"),
+        ({"micro_batch": 0}, "micro_batch is 0: at least 1"),
+        ({"micro_units": -3}, "micro_units is -3: at least 1"),
+    ],
+)
+def test_bad_micro_batches_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        LearnerConfig(**options)
+
+
 class FixedNoise:
     """Makes torch.randn give row i of the batch the same numbers, however the batch is cut."""
 

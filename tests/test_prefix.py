@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from embodied_rft import prefix
 from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.data import Ragged
+from embodied_rft.prefix_tree import Usage, count_tokens
 from embodied_rft.token_loss import Head, plain_token_log_probs, token_log_probs
 
 LAYERS = 2
@@ -67,9 +68,8 @@ def test_shared_gradient_equals_dense(decoder, overhead):
     prompts, replies = rows(np.random.default_rng(0), (37, 12, 12, 3), (0, 0, 1, 1, 1, 2, 2, 3, 0), lengths)
     dense = states_and_gradient(decoder, prompts, replies, share=False)
     shared = states_and_gradient(decoder, prompts, replies, overhead=overhead)
-    assert prefix.computed_tokens(prompts, replies, overhead=overhead) < prefix.computed_tokens(
-        prompts, replies, share=False
-    )
+    alone = count_tokens(prompts, replies, share=False).computed
+    assert count_tokens(prompts, replies, overhead=overhead).computed < alone
     torch.testing.assert_close(shared[0], dense[0], rtol=0, atol=1e-5)
     assert (shared[1] - dense[1]).norm() < 1e-5 * dense[1].norm()
     again = states_and_gradient(decoder, prompts, replies, overhead=overhead)
@@ -90,6 +90,58 @@ def test_members_in_one_row_equal_dense(decoder, prompt_lengths, monkeypatch):
     assert (shared[1] - dense[1]).norm() < 1e-5 * dense[1].norm()
 
 
+def turns(rng, groups=2, siblings=3, length=4, system=60):
+    """Decisions of agents that talk: (prompts, replies); a turn's prompt is all that was said before it."""
+    system = rng.integers(5, 200, size=system)
+    prompts, replies = [], []
+    for _ in range(groups):
+        task = rng.integers(5, 200, size=rng.integers(30, 50))
+        for _ in range(siblings):
+            said = np.concatenate([system, task])
+            for _ in range(length):
+                prompts.append(said)
+                replies.append(rng.integers(5, 200, size=rng.integers(3, 9)))
+                said = np.concatenate([said, replies[-1], rng.integers(5, 200, size=rng.integers(2, 30))])
+    order = rng.permutation(len(prompts))
+    rows = ([values[i] for i in order] for values in (prompts, replies))
+    return tuple(Ragged.of(values, dtype=np.int64) for values in rows)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_turns_are_computed_once(decoder, checkpointing):
+    """A system message, tasks, siblings, their turns: equal to dense, every token computed once but for padding."""
+    prompts, replies = turns(np.random.default_rng(0))
+    alone, shared = (count_tokens(prompts, replies, share=share) for share in (False, True))
+    assert shared.useful / shared.computed > 0.9 and alone.computed > 5 * shared.computed
+    dense = states_and_gradient(decoder, prompts, replies, share=False)
+    if checkpointing:
+        decoder.train().gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in decoder.layers:
+            layer._can_checkpoint_with_cache = True
+    usage = Usage()
+    once = states_and_gradient(decoder, prompts, replies, usage=usage)
+    if checkpointing:
+        decoder.eval().gradient_checkpointing_disable()
+    assert usage == shared
+    torch.testing.assert_close(once[0], dense[0], rtol=0, atol=1e-5)
+    assert (once[1] - dense[1]).norm() < 1e-5 * dense[1].norm()
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.lists(st.integers(5, 6), min_size=2, max_size=9), min_size=1, max_size=9), st.data())
+def test_any_tree_equals_dense(decoder, texts, data):
+    cuts = [data.draw(st.integers(1, len(text))) for text in texts]
+    prompts = Ragged.of([text[:cut] for text, cut in zip(texts, cuts, strict=True)], dtype=np.int64)
+    replies = Ragged.of([text[cut:] for text, cut in zip(texts, cuts, strict=True)], dtype=np.int64)
+    if not len(replies.values):
+        return
+    dense = states_and_gradient(decoder, prompts, replies, share=False)
+    for overhead in (0, 2):
+        shared = states_and_gradient(decoder, prompts, replies, overhead=overhead)
+        torch.testing.assert_close(shared[0], dense[0], rtol=0, atol=1e-5)
+        assert (shared[1] - dense[1]).norm() < 2e-5 * dense[1].norm()
+
+
 def test_a_wrong_prefix_is_noticed(decoder):
     """The equality above means something: another prompt of the same length gives other states."""
     prompts, replies = rows(np.random.default_rng(0), (40, 40), (0, 0, 0, 0), (4, 4, 4, 4))
@@ -105,7 +157,7 @@ def test_each_distinct_prompt_is_computed_once(decoder):
     handle = decoder.embed_tokens.register_forward_hook(lambda module, given, output: seen.append(given[0].numel()))
     prefix.reply_states(decoder, prompts, replies, num_layers=LAYERS, overhead=10)
     handle.remove()
-    assert sum(seen) == 100 + 80 + 16 * 4 == prefix.computed_tokens(prompts, replies, overhead=10)
+    assert sum(seen) == 100 + 80 + 16 * 4 == count_tokens(prompts, replies, overhead=10).computed
 
 
 def test_prompt_states_are_the_last_ones(decoder):

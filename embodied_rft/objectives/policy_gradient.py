@@ -141,8 +141,7 @@ class PPO:
         c, notes = self.config, batch.notes
         log_prob, entropy = agent.policy.log_prob(batch.observation, batch.action, batch.trace)
         old = batch.log_prob if c.correction is None else notes["old_log_prob"]
-        full = batch.num_units == batch.num_decisions * batch.mask.shape[1]  # nothing is padded, in no micro-batch
-        mask = None if full else batch.mask
+        mask = batch.mask if agent.policy.num_units is None else None  # a fixed number of units is never padded
         ratio = losses.log_ratio(log_prob, old, mask, level=c.ratio)
         advantage = notes[f"{self.prefix}advantage"]
         each = losses.clipped_surrogate(ratio, 0.0, advantage, low=c.clip_low, high=c.clip_high, dual=c.dual_clip)

@@ -38,6 +38,11 @@ class PairBatch(Batch):
 
     num_pairs: int = 0  # of the whole batch; kept by split()
 
+    @property
+    def atoms(self) -> np.ndarray:
+        """[B]: the two sides of a pair are never separated."""
+        return self.columns["pair"]
+
     def split(self, max_decisions: int) -> list[Batch]:
         """Micro-batches of at most `max_decisions` that tear no pair; a longer pair is one of its own."""
         ends = np.flatnonzero(np.append(np.diff(self.columns["pair"]) != 0, True)) + 1
