@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,10 +24,9 @@ from torch.nn import functional as F
 from embodied_rft import networks
 from embodied_rft.agent import ActionScale, observe, require_rng
 from embodied_rft.agents.normalisation import Statistics
+from embodied_rft.agents.parts import STRICT
 from embodied_rft.chunking import step_space
 from embodied_rft.data import Decisions, Field, Tree
-
-STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -281,6 +279,10 @@ class ChainPolicy(nn.Module):
         chain, log_prob = self.walk(start, condition, steps=range(self.num_units), rng=rng)
         return self.codec.decode(chain[:, -1]), log_prob.sum(-1)
 
+    def draw(self, observation: Tree, *, rng: torch.Generator | None = None) -> Tensor:
+        """A reparametrised chunk [B, D] as `act` draws it: for objectives that need no log-probability."""
+        return self.rsample(observation, rng=rng)[0]
+
     def fit_statistics(self, buffer: Any, rows: np.ndarray | None = None, *, limit: int = 20_000) -> None:
         """Take the statistics of observations and actions from at most `limit` rows, spread evenly; once."""
         rows = buffer.rows() if rows is None else rows
@@ -339,12 +341,3 @@ def require_chain(trace: Tree) -> Tensor:
             "with bc"
         )
     return trace["chain"]
-
-
-def freeze(policy: nn.Module) -> None:
-    """No gradient, evaluation mode, and statistics that stay as they are."""
-    policy.requires_grad_(False)
-    policy.eval()
-    for module in policy.modules():
-        if isinstance(module, networks.Encoder):
-            module.frozen = True

@@ -11,34 +11,20 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft import networks
 from embodied_rft.agent import ActionScale, observe, require_rng
+from embodied_rft.agents.parts import STRICT, ActorConfig, decide, make_actor
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.registry import register
 
 
-@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
-class GaussianConfig:
-    """Options of a `gaussian` agent."""
+@dataclass(config=STRICT, kw_only=True)
+class GaussianConfig(ActorConfig):
+    """Options of a `gaussian` agent; `last_gain: 0.01` suits on-policy learning from scratch."""
 
-    hidden: tuple[int, ...] = (256, 256)  # sizes of the hidden layers
-    keys: tuple[str, ...] | None = None  # observation keys to read; None: all state vectors and images, sorted
-    normalize: bool = False  # standardise state vectors with statistics of the first data
-    num_image_features: int = 64  # per camera
-    deterministic: bool = False  # a TD3 actor
-    exploration_noise: float = 0.1  # standard deviation in [-1, 1] units, deterministic actors only
-    std: Literal["state", "free"] = "state"  # log std from the observation, or one parameter per dimension
-    initial_log_std: float = 0.0  # in [-1, 1] units before tanh
-    log_std_range: tuple[float, float] = (-5.0, 2.0)
     imitation: Literal["mse", "nll"] = "mse"  # squared error of the mode, or negative log-likelihood
-    last_gain: float = 1.0  # gain of the last layer; 0.01 for on-policy learning from scratch
-    layer_norm: bool = False
-    init: Literal["uniform", "orthogonal"] = "uniform"
-    activation: Literal["relu", "tanh"] = "relu"
 
 
 @register("agent", "gaussian")
@@ -59,27 +45,7 @@ class GaussianPolicy(nn.Module):
         super().__init__()
         self.config = config
         self.scale = ActionScale(action_space)
-        self.encoder = networks.Encoder(
-            observation_space,
-            keys=config.keys,
-            num_image_features=config.num_image_features,
-            normalize=config.normalize,
-            rng=rng,
-        )
-        self.head = networks.ActorHead(
-            self.encoder.size,
-            self.scale.action_dim,
-            hidden=config.hidden,
-            noise=config.exploration_noise if config.deterministic else None,
-            std=config.std,
-            initial_log_std=config.initial_log_std,
-            log_std_range=config.log_std_range,
-            last_gain=config.last_gain,
-            layer_norm=config.layer_norm,
-            init=config.init,
-            activation=config.activation,
-            rng=rng,
-        )
+        self.encoder, self.head = make_actor(config, observation_space, action_dim=self.scale.action_dim, rng=rng)
         self.stochastic = not config.deterministic
         self.trace_fields = {"u": Field((self.scale.action_dim,))}
 
@@ -87,12 +53,7 @@ class GaussianPolicy(nn.Module):
     def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
         """N decisions for observation arrays [N, ...]."""
         features = self.encoder(observe(observation, self))
-        if greedy:
-            centre, _ = self.head(features)
-            action, u = self.head.squash(centre), centre
-            log_prob, _ = self.head.log_prob(features, u)
-        else:
-            action, log_prob, u = self.head.rsample(features, require_rng(rng))
+        action, log_prob, u = decide(self.head, features, greedy=greedy, rng=rng)
         action = self.scale.to_env(action)
         return Decisions(action.cpu().numpy(), log_prob[:, None].cpu().numpy(), {"u": u.cpu().numpy()})
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from embodied_rft import networks
 from embodied_rft.agent import build_policy, observe, require_rng
-from embodied_rft.agents.chunks import STRICT, ChainPolicy, chain_decisions, freeze, require_chain
+from embodied_rft.agents.chunks import ChainPolicy, chain_decisions, require_chain
+from embodied_rft.agents.parts import STRICT, FrozenBase
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.registry import register
 
@@ -29,7 +30,7 @@ class LastStepsConfig:
 
 
 @register("agent", "last_steps")
-class LastStepsPolicy(nn.Module):
+class LastStepsPolicy(FrozenBase):
     """One unit for each of the k tuned steps; the trace holds their part of the chain [k + 1, D].
 
     Made by `adapt: {with: last_steps}` around a trained policy: base and copy start from its weights.
@@ -57,15 +58,8 @@ class LastStepsPolicy(nn.Module):
 
     def load_base(self, policy: nn.Module) -> None:
         """Take the weights of a trained policy of the base's spec, for the frozen and for the tuned steps."""
-        self.base.load_state_dict(policy.state_dict())
+        super().load_base(policy)
         self.tuned.load_state_dict(policy.state_dict())
-        freeze(self.base)
-
-    def train(self, mode: bool = True) -> LastStepsPolicy:
-        """As nn.Module.train, but the base stays in evaluation mode."""
-        super().train(mode)
-        self.base.eval()
-        return self
 
     @property
     def encoder(self) -> networks.Encoder:

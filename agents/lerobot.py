@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft.agent import observe
-from embodied_rft.agents.chunks import STRICT, freeze
+from embodied_rft.agents.parts import STRICT, freeze
 from embodied_rft.chunking import step_space
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.registry import nearest, register

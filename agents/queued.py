@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from embodied_rft.agent import build_policy, observe
-from embodied_rft.agents.chunks import STRICT, freeze
+from embodied_rft.agents.parts import STRICT, FrozenBase, freeze
 from embodied_rft.chunking import BASE_ACTION, ChunkBox
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.registry import register
@@ -35,7 +35,7 @@ class QueuedConfig:
 
 
 @register("agent", "queued")
-class QueuedPolicy(nn.Module):
+class QueuedPolicy(FrozenBase):
     """Acts as its frozen base planned; nothing in it can be trained, put `residual` around it.
 
     Example: {"id": "residual", "base": {"id": "queued", "base": {"id": "diffusion", "horizon": 8}}} in a QueuedPool.
@@ -46,7 +46,6 @@ class QueuedPolicy(nn.Module):
     stochastic = False
     trace_fields: dict[str, Field] = {}  # noqa: RUF012
     spec: dict[str, Any]
-    base: Any  # a chunk policy
 
     def __init__(
         self, config: QueuedConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
@@ -65,17 +64,6 @@ class QueuedPolicy(nn.Module):
         if not 1 <= self.execute <= self.horizon:
             raise ValueError(f"execute {self.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
         freeze(self.base)
-
-    def load_base(self, policy: nn.Module) -> None:
-        """Take the weights of a trained policy of the same spec as the frozen base."""
-        self.base.load_state_dict(policy.state_dict())
-        freeze(self.base)
-
-    def train(self, mode: bool = True) -> QueuedPolicy:
-        """As nn.Module.train, but the base stays in evaluation mode."""
-        super().train(mode)
-        self.base.eval()
-        return self
 
     def plan(self, observation: Tree, *, rng: torch.Generator) -> np.ndarray:
         """The base's next actions [n, E, A] for observation arrays [n, ...]."""

@@ -6,51 +6,37 @@ base's action, and starts near zero. The base is never trained: any policy with 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
-from embodied_rft import networks
 from embodied_rft.agent import ActionScale, build_policy, observe, require_rng
+from embodied_rft.agents.parts import STRICT, ActorConfig, FrozenBase, decide, freeze, make_actor
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.registry import register
 
 
-@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
-class ResidualConfig:
-    """Options of a `residual` agent."""
+@dataclass(config=STRICT, kw_only=True)
+class ResidualConfig(ActorConfig):
+    """Options of a `residual` agent: those of the correction's network (in units of `scale`) and these."""
 
     base: dict[str, Any]  # spec of the frozen base
     scale: float = 0.4  # largest correction, in [-1, 1] units of the action
-    hidden: tuple[int, ...] = (256, 256)
-    keys: tuple[str, ...] | None = None  # observation keys that the correction reads
-    normalize: bool = False
-    num_image_features: int = 64
-    deterministic: bool = False  # a TD3 actor
-    exploration_noise: float = 0.1  # standard deviation in [-1, 1] units of the action, deterministic only
-    std: Literal["state", "free"] = "state"
     initial_log_std: float = -1.0  # of the correction before tanh, before `scale`
-    log_std_range: tuple[float, float] = (-5.0, 2.0)
     last_gain: float = 0.01  # the correction starts near zero
-    layer_norm: bool = False
 
 
 @register("agent", "residual")
-class ResidualPolicy(nn.Module):
-    """One unit a decision. The trace keeps the base's action, so an expensive base is asked once when it matters.
-
-    `load_base` takes over the weights of a base that was trained in an earlier stage.
-    """
+class ResidualPolicy(FrozenBase):
+    """One unit a decision. The trace keeps the base's action, so an expensive base is asked once when it matters."""
 
     Config = ResidualConfig
     num_units = 1
     spec: dict[str, Any]
-    base: Any  # a policy
 
     def __init__(
         self, config: ResidualConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
@@ -61,47 +47,13 @@ class ResidualPolicy(nn.Module):
         self.config = config
         self.scale = ActionScale(action_space)
         self.base = build_policy(config.base, observation_space, action_space, rng)
-        self.freeze_base()
-        self.encoder = networks.Encoder(
-            observation_space,
-            keys=config.keys,
-            num_image_features=config.num_image_features,
-            normalize=config.normalize,
-            rng=rng,
-        )
-        self.head = networks.ActorHead(
-            self.encoder.size + self.scale.action_dim,
-            self.scale.action_dim,
-            hidden=config.hidden,
-            noise=config.exploration_noise / config.scale if config.deterministic else None,
-            std=config.std,
-            initial_log_std=config.initial_log_std,
-            log_std_range=config.log_std_range,
-            last_gain=config.last_gain,
-            layer_norm=config.layer_norm,
-            rng=rng,
+        freeze(self.base)
+        size = self.scale.action_dim
+        self.encoder, self.head = make_actor(
+            config, observation_space, action_dim=size, extra=size, unit=config.scale, rng=rng
         )
         self.stochastic = not config.deterministic
-        self.trace_fields = {"u": Field((self.scale.action_dim,)), "base_action": Field((self.scale.action_dim,))}
-
-    def load_base(self, policy: nn.Module) -> None:
-        """Take the weights of a trained policy of the same spec as the frozen base."""
-        self.base.load_state_dict(policy.state_dict())
-        self.freeze_base()
-
-    def freeze_base(self) -> None:
-        """No gradient, evaluation mode, and statistics that stay as they are."""
-        self.base.requires_grad_(False)
-        self.base.eval()
-        for module in self.base.modules():
-            if isinstance(module, networks.Encoder):
-                module.frozen = True
-
-    def train(self, mode: bool = True) -> ResidualPolicy:
-        """As nn.Module.train, but the base stays in evaluation mode."""
-        super().train(mode)
-        self.base.eval()
-        return self
+        self.trace_fields = {"u": Field((size,)), "base_action": Field((size,))}
 
     @torch.no_grad()
     def base_action(self, observation: Tree) -> Tensor:
@@ -125,11 +77,7 @@ class ResidualPolicy(nn.Module):
         tensors = observe(observation, self)
         base = self.base_action(tensors)
         features = self._features(tensors, base)
-        if greedy:
-            u, _ = self.head(features)
-            correction, (log_prob, _) = self.head.squash(u), self.head.log_prob(features, u)
-        else:
-            correction, log_prob, u = self.head.rsample(features, require_rng(rng))
+        correction, log_prob, u = decide(self.head, features, greedy=greedy, rng=rng)
         action = self._combine(base, correction).cpu().numpy()
         trace = {"u": u.cpu().numpy(), "base_action": base.cpu().numpy()}
         return Decisions(action, log_prob[:, None].cpu().numpy(), trace)

@@ -1,8 +1,9 @@
 """`steering`: chooses the noise from which a frozen diffusion or flow policy starts (Wagenmaker et al. 2025, DSRL).
 
-The base turns (observation, noise) into a chunk without further noise, so the noise is the action of a small policy,
-and any off-policy objective can train it. The critic judges the executed chunk and its gradient reaches the noise
-through the frozen base: DSRL's noise-aliased variant without the distilled second critic. Boundary: the noise policy.
+The base turns (observation, noise) into a chunk without further noise, so the noise is the action of a small policy.
+Three ways to train it differ in what the critic judges: the noise (objective `dsrl_sac`), the executed chunk, distilled
+into a critic of the noise (`dsrl_na`), or the executed chunk with a gradient that reaches the noise through the frozen
+base (any actor-critic objective, e.g. `sac`). Boundary: the noise policy.
 
 Legend: N environments, B rows, D numbers of a chunk and of its noise.
 """
@@ -14,42 +15,31 @@ from typing import Any
 import gymnasium as gym
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
-from embodied_rft import networks
 from embodied_rft.agent import build_policy, observe, require_rng
-from embodied_rft.agents.chunks import STRICT, freeze
+from embodied_rft.agents.parts import STRICT, ActorConfig, FrozenBase, decide, freeze, make_actor
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.registry import register
 
 
 @dataclass(config=STRICT, kw_only=True)
-class SteeringConfig:
-    """Options of a `steering` agent."""
+class SteeringConfig(ActorConfig):
+    """Options of a `steering` agent: those of the noise policy's network, whose output is in units of `scale`, too."""
 
     base: dict[str, Any]  # spec of the frozen base
     scale: float = 1.5  # largest noise in each dimension, in standard deviations of the base's own noise (DSRL: 1 to 3)
-    hidden: tuple[int, ...] = (256, 256)
-    keys: tuple[str, ...] | None = None  # observation keys that the noise policy reads
-    normalize: bool = False
-    num_image_features: int = 64
-    deterministic: bool = False  # a TD3 actor
     exploration_noise: float = 0.2  # standard deviation as a share of `scale`, deterministic only
-    initial_log_std: float = 0.0  # of the noise before tanh
-    layer_norm: bool = False
+    last_gain: float = 0.01  # starts with the noise of greedy decisions
 
 
 @register("agent", "steering")
-class SteeringPolicy(nn.Module):
-    """One unit a decision: the noise, scale * tanh(u). The trace keeps `u` and `noise`.
-
-    `load_base` takes over the weights of a base that was trained in an earlier stage.
-    """
+class SteeringPolicy(FrozenBase):
+    """One unit a decision: the noise, scale * tanh(u). The trace keeps `u` and `noise`."""
 
     Config = SteeringConfig
     num_units = 1
     spec: dict[str, Any]
-    base: Any  # a policy with from_noise
 
     def __init__(
         self, config: SteeringConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
@@ -65,49 +55,17 @@ class SteeringPolicy(nn.Module):
             )
         freeze(self.base)
         self.horizon, self.execute, self.action_dim = self.base.horizon, self.base.execute, self.base.action_dim
-        self.encoder = networks.Encoder(
-            observation_space,
-            keys=config.keys,
-            num_image_features=config.num_image_features,
-            normalize=config.normalize,
-            rng=rng,
-        )
-        self.head = networks.ActorHead(
-            self.encoder.size,
-            self.base.size,
-            hidden=config.hidden,
-            noise=config.exploration_noise if config.deterministic else None,
-            initial_log_std=config.initial_log_std,
-            last_gain=0.01,
-            layer_norm=config.layer_norm,
-            rng=rng,
-        )
+        self.encoder, self.head = make_actor(config, observation_space, action_dim=self.base.size, rng=rng)
         self.stochastic = not config.deterministic
         self.trace_fields = {"u": Field((self.base.size,)), "noise": Field((self.base.size,))}
-
-    def load_base(self, policy: nn.Module) -> None:
-        """Take the weights of a trained policy of the same spec as the frozen base."""
-        self.base.load_state_dict(policy.state_dict())
-        freeze(self.base)
-
-    def train(self, mode: bool = True) -> SteeringPolicy:
-        """As nn.Module.train, but the base stays in evaluation mode."""
-        super().train(mode)
-        self.base.eval()
-        return self
 
     @torch.no_grad()
     def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
         """N decisions for observation arrays [N, ...]; actions are the base's chunks [N, D]."""
         tensors = observe(observation, self)
-        features = self.encoder(tensors)
-        if greedy:
-            u, _ = self.head(features)
-            share, (log_prob, _) = self.head.squash(u), self.head.log_prob(features, u)
-        else:
-            share, log_prob, u = self.head.rsample(features, require_rng(rng))
+        share, log_prob, u = decide(self.head, self.encoder(tensors), greedy=greedy, rng=rng)
         noise = self.config.scale * share
-        action = self.base.from_noise(tensors, noise).cpu().numpy()
+        action = self.from_noise(tensors, noise).cpu().numpy()
         return Decisions(action, log_prob[:, None].cpu().numpy(), {"u": u.cpu().numpy(), "noise": noise.cpu().numpy()})
 
     def log_prob(self, observation: Tree, action: Tensor, trace: Tree) -> tuple[Tensor, Tensor]:
@@ -121,11 +79,28 @@ class SteeringPolicy(nn.Module):
         log_prob, entropy = self.head.log_prob(self.encoder(observation), trace["u"])
         return log_prob[:, None], entropy[:, None]
 
+    def choose(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """Reparametrised noise [B, D] and its log-probability [B]; None for a deterministic noise policy."""
+        features = self.encoder(observation)
+        if not self.stochastic:
+            return self.config.scale * self.head.mode(features), None
+        share, log_prob, _ = self.head.rsample(features, require_rng(rng))
+        return self.config.scale * share, log_prob
+
+    def draw_noise(self, count: int, *, rng: torch.Generator) -> Tensor:
+        """Noise [count, D] as the base itself would start from, within the bounds of what this policy can choose."""
+        noise = torch.randn((count, self.base.size), generator=rng, device=rng.device)
+        return noise.clamp(-self.config.scale, self.config.scale)
+
+    def from_noise(self, observation: Tree, noise: Tensor) -> Tensor:
+        """The base's chunk [B, D] for noise [B, D], differentiable in the noise."""
+        return self.base.from_noise(observation, noise)
+
     def rsample(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Reparametrised chunk [B, D], differentiable through the base, and the log-probability [B] of its noise."""
         share, log_prob, _ = self.head.rsample(self.encoder(observation), require_rng(rng))
-        return self.base.from_noise(observation, self.config.scale * share), log_prob
+        return self.from_noise(observation, self.config.scale * share), log_prob
 
     def mode(self, observation: Tree) -> Tensor:
         """The chunk [B, D] of the most likely noise, differentiable."""
-        return self.base.from_noise(observation, self.config.scale * self.head.mode(self.encoder(observation)))
+        return self.from_noise(observation, self.config.scale * self.head.mode(self.encoder(observation)))

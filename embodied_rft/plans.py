@@ -25,9 +25,9 @@ class Replay:
     RLPD (Ball et al. 2023) is Replay(num_updates=20, offline_share=0.5).
     """
 
-    num_updates: int
+    num_updates: int = 1_000  # per learn call
     batch_size: int = 256
-    offline_share: float | None = None  # share of demonstrations and offline data in each batch; None: uniform
+    offline_share: float | None = None  # of demonstrations and offline data; None: uniform; 0.5: RLPD; 0: WSRL online
     num_steps: int = 1  # n of the n-step return
     gamma: float = 0.99  # discount of one decision
     reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward

@@ -68,7 +68,7 @@ def test_a_new_steering_policy_acts_like_its_greedy_base():
 
 
 @each_base
-@pytest.mark.parametrize("objective", ["sac", "td3"])
+@pytest.mark.parametrize("objective", ["sac", "td3", "dsrl_na"])
 def test_learning_changes_the_noise_policy_and_nothing_of_the_base(base, objective):
     spec = {"id": "steering", "base": base, "hidden": [32, 32], "deterministic": objective == "td3"}
     agent = build_agent(spec, STATE, ACTION, generator())
@@ -82,6 +82,92 @@ def test_learning_changes_the_noise_policy_and_nothing_of_the_base(base, objecti
     assert any(name.startswith("head.") for name in changed)
     assert not any(name.startswith("base.") for name in changed)
     assert not agent.policy.train().base.training
+
+
+def agent_with(objective, *, deterministic=False, base=None, **options):
+    spec = {"id": "steering", "base": base or BASES["flow"], "hidden": [32, 32], "deterministic": deterministic}
+    agent = build_agent(spec, STATE, ACTION, generator())
+    objective = build_objective({"id": objective, "critic_hidden": [32, 32], **options})
+    objective.setup(agent)
+    return agent, objective
+
+
+def batch_with_noise(agent, size=24):
+    """A batch whose trace is of the policy's own decisions."""
+    batch = random_batch(STATE, ACTION, size=size)
+    noise, _ = agent.policy.choose(batch.observation, rng=generator(5))
+    batch.trace["noise"] = noise.detach()
+    return batch
+
+
+def test_dsrl_sac_is_sac_of_an_environment_whose_actions_are_noise():
+    agent, objective = agent_with("dsrl_sac", initial_temperature=0.3)
+    batch = batch_with_noise(agent)
+    with torch.no_grad():
+        noise, log_prob = agent.policy.choose(batch.next_observation, rng=generator(1))
+        value = agent.parts["target_critic"](batch.next_observation, noise).amin(0) - 0.3 * log_prob
+        error = agent.parts["critic"](batch.observation, batch.trace["noise"])
+        error = error - (batch.reward + batch.discount * value)
+        expected = 0.5 * error.square().sum() / len(batch)
+        torch.testing.assert_close(objective.critic_loss(agent, batch, generator(1))[0], expected)
+        noise, log_prob = agent.policy.choose(batch.observation, rng=generator(2))
+        expected = (0.3 * log_prob - agent.parts["critic"](batch.observation, noise).amin(0)).mean()
+        torch.testing.assert_close(objective.policy_loss(agent, batch, generator(2))[0], expected)
+    batch.action = torch.full_like(batch.action, 7.0)  # actions do not count, only noise
+    with torch.no_grad():
+        again, _ = objective.critic_loss(agent, batch, generator(1))
+    torch.testing.assert_close(again, 0.5 * error.square().sum() / len(batch))
+
+
+def test_dsrl_sac_smooths_the_noise_of_deterministic_policies_within_its_bounds():
+    agent, objective = agent_with("dsrl_sac", deterministic=True, target_noise=3.0)
+    assert "temperature" not in agent.parts and float(objective.scale.half_range[0]) == 1.5
+    seen, critic = [], agent.parts["target_critic"].forward
+    agent.parts["target_critic"].forward = lambda o, w, *m: seen.append(w) or critic(o, w, *m)
+    objective.td_target(agent, batch_with_noise(agent), generator())
+    quiet, _ = agent.policy.choose(random_batch(STATE, ACTION, size=24).next_observation)
+    assert seen[0].abs().max() <= 1.5 and (seen[0] - quiet).abs().max() > 0.3
+
+
+def test_dsrl_na_judges_actions_and_distils_them_into_a_critic_of_noise():
+    agent, objective = agent_with("dsrl_na")
+    assert list(objective.losses) == ["critic", "noise_critic", "policy", "temperature"]
+    batch = random_batch(STATE, ACTION, size=24)  # decisions of others: their noise is not known
+    learner = Learner(agent, objective, LearnerConfig(learning_rate=3e-3))
+    for i in range(300):
+        learner.update(batch, generator(i), only=["noise_critic"])
+    noise = agent.policy.draw_noise(24, rng=generator(999))
+    with torch.no_grad():
+        action = agent.policy.from_noise(batch.observation, noise)
+        told = agent.parts["noise_critic"](batch.observation, noise)[0]
+        true = agent.parts["critic"](batch.observation, action).amin(0)
+    assert (told - true).square().mean() < 0.1 * true.var()
+    assert noise.abs().max() <= 1.5
+
+
+def test_dsrl_na_climbs_the_critic_of_noise_alone():
+    agent, objective = agent_with("dsrl_na")
+    batch = batch_with_noise(agent)
+    loss, _ = objective.policy_loss(agent, batch, generator(2))
+    noise, log_prob = agent.policy.choose(batch.observation, rng=generator(2))
+    value = agent.parts["noise_critic"](batch.observation, noise)[0]
+    torch.testing.assert_close(loss, (agent.parts["temperature"].alpha * log_prob - value).mean())
+    touched = torch.autograd.grad(loss, list(agent.parts["critic"].parameters()), allow_unused=True)
+    assert all(gradient is None for gradient in touched)
+
+
+def test_decisions_of_others_and_other_policies_are_refused():
+    agent, objective = agent_with("dsrl_sac")
+    batch = batch_with_noise(agent)
+    batch.trace["noise"][3] = torch.nan
+    with pytest.raises(ValueError, match="offline_share: 0"):
+        objective.critic_loss(agent, batch, generator())
+    plain = build_agent({"id": "gaussian", "hidden": [32]}, STATE, ACTION, generator())
+    for name in ("dsrl_sac", "dsrl_na"):
+        with pytest.raises(ValueError, match="with: steering"):
+            build_objective({"id": name}).setup(plain)
+    with pytest.raises(ValueError, match="cannot imitate"):
+        agent_with("dsrl_na", bc_weight=1.0)
 
 
 def test_load_base_takes_statistics_and_weights():

@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import make_dataclass
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import torch
 from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch, Ragged
 from embodied_rft.learner import to_device
 from embodied_rft.networks import Encoder
+from embodied_rft.registry import nearest, register
 from embodied_rft.returns import monte_carlo, pad_segments
 
 LossFunction = Callable[[Agent, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 Losses = dict[str, LossFunction]
 STRICT = ConfigDict(extra="forbid")  # of every config: an unknown key is an error
+T = TypeVar("T", bound=type)
+
+
+def preset(id: str, **defaults: Any) -> Callable[[T], T]:
+    """Decorator: register an objective that differs from its base class by these defaults (and by what it overrides).
+
+    `@preset("td3", policy_delay=2) class TD3(SAC)` takes every option of `sac`; one of them starts elsewhere.
+    """
+
+    def decorate(cls: T) -> T:
+        base = cls.Config  # type: ignore[attr-defined]
+        hints = get_type_hints(base)
+        for name in defaults:
+            if name not in hints:
+                raise ValueError(f"{base.__name__} has no option {name!r}; {nearest(name, hints)}")
+        fields = [(name, hints[name], value) for name, value in defaults.items()]
+        made = make_dataclass(f"{cls.__name__}Config", fields, bases=(base,), kw_only=True)
+        made.__doc__ = f"Options of `{id}`."
+        cls.Config = dataclass(config=STRICT, kw_only=True)(made)  # type: ignore[attr-defined]
+        return register("objective", id)(cls)
+
+    return decorate
 
 
 def fit_normalizers(agent: Agent, buffer: Any, rows: np.ndarray, *, limit: int = 20_000) -> None:

@@ -16,9 +16,8 @@ from torch import Tensor
 from embodied_rft import losses
 from embodied_rft.agent import ActionScale, Agent
 from embodied_rft.data import Batch, Tree
-from embodied_rft.objectives.common import STRICT, annotate_returns, fit_normalizers
+from embodied_rft.objectives.common import STRICT, annotate_returns, fit_normalizers, preset
 from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig, sample
-from embodied_rft.registry import register
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -27,25 +26,24 @@ class CQLConfig(SACConfig):
 
     conservative_weight: float = 5.0  # alpha of CQL
     num_sampled_actions: int = 4  # of each kind: uniform, the policy's now, the policy's next
-    backup_entropy: bool = False
 
 
-@register("objective", "cql")
+@preset("cql", backup_entropy=False)
 class CQL(SAC):
     """Conservative Q-learning, CQL(H) with importance sampling (Kumar et al. 2020, eq. 4 and appendix F)."""
 
-    Config = CQLConfig
+    Config: type = CQLConfig
 
     def critic_penalty(self, agent: Agent, batch: Batch, q: Tensor, rng: torch.Generator) -> Tensor:
         """The conservative gap."""
         return conservative_penalty(agent, batch, q, self.config, rng)
 
 
-@register("objective", "cal_ql")
+@preset("cal_ql", backup_entropy=False)
 class CalQL(SAC):
     """Calibrated Q-learning (Nakamoto et al. 2023): CQL + a floor at the return of the data."""
 
-    Config = CQLConfig
+    Config: type = CQLConfig
 
     def critic_penalty(self, agent: Agent, batch: Batch, q: Tensor, rng: torch.Generator) -> Tensor:
         """The conservative gap, not below the noted return (rows without one have no floor)."""

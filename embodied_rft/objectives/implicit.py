@@ -19,15 +19,9 @@ from embodied_rft.registry import register
 
 
 @dataclass(config=STRICT, kw_only=True)
-class IQLConfig:
-    """Options of `iql`; the critic's are as in `sac`."""
+class IQLConfig(Replay):
+    """Options of `iql`: how the buffer is read, and these; the critic's are as in `sac`."""
 
-    num_updates: int = 1_000  # per learn call
-    batch_size: int = 256
-    offline_share: float | None = None
-    reward_weights: dict[str, float] | None = None
-    gamma: float = 0.99
-    num_steps: int = 1
     expectile: float = 0.8  # 0.5: the mean over the data's actions; towards 1: the best of them
     inverse_temperature: float = 3.0  # beta; 0 is behaviour cloning
     largest_weight: float = 100.0
@@ -47,14 +41,7 @@ class IQL:
     def __init__(self, config: IQLConfig) -> None:
         self.config = config
         self.losses: Losses = {"value": self.value_loss, "critic": self.critic_loss, "policy": self.policy_loss}
-        self.reading = Replay(
-            num_updates=config.num_updates,
-            batch_size=config.batch_size,
-            offline_share=config.offline_share,
-            num_steps=config.num_steps,
-            gamma=config.gamma,
-            reward_weights=config.reward_weights,
-        )
+        self.reading: Replay = config
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """Critic, target critic and value."""

@@ -17,23 +17,16 @@ from embodied_rft import losses
 from embodied_rft.agent import ActionScale, Agent
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Tree
 from embodied_rft.networks import as_tensors, polyak
-from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers
+from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, preset
 from embodied_rft.plans import Replay
 from embodied_rft.registry import register
 
 
 @dataclass(config=STRICT, kw_only=True)
-class SACConfig:
-    """Options of `sac`; None keeps what an existing critic has, else takes the default of a new one."""
+class SACConfig(Replay):
+    """Options of `sac`: how the buffer is read, and these; None keeps what an existing critic has, else the default."""
 
-    # Reading
-    num_updates: int = 1_000  # per learn call
-    batch_size: int = 256
-    offline_share: float | None = None  # of each batch; None: uniform over the buffer; 0.5: RLPD; 0: WSRL online
-    reward_weights: dict[str, float] | None = None  # mix of reward streams; None: the environment's
     # Targets
-    gamma: float = 0.99
-    num_steps: int = 1  # n-step returns
     target: Literal["min", "mean", "mean_of_pair_minima", "random_subset"] = "min"
     subset_size: int = 2  # of "random_subset" (REDQ)
     target_clip: tuple[float, float] | None = None  # known range of returns
@@ -48,7 +41,7 @@ class SACConfig:
     # Policy
     policy_value: losses.Reduction = "min"  # what of the ensemble the policy climbs
     policy_delay: int = 1  # critic updates per policy update
-    bc_weight: float = 0.0  # imitation of demonstrations and offline actions in the policy loss
+    bc_weight: float = 0.0  # in the policy loss: imitation of demonstrations, interventions and offline actions
     # Temperature
     initial_temperature: float = 1.0
     train_temperature: bool = True
@@ -68,20 +61,15 @@ class SAC:
         self.config = config
         self.losses: Losses = {}  # filled by setup: whether there is a temperature depends on the policy
         self.every = {"policy": config.policy_delay, "temperature": config.policy_delay}
-        self.reading = Replay(
-            num_updates=config.num_updates,
-            batch_size=config.batch_size,
-            offline_share=config.offline_share,
-            num_steps=config.num_steps,
-            gamma=config.gamma,
-            reward_weights=config.reward_weights,
-        )
+        self.reading: Replay = config
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """Critic, target critic and temperature; those that exist are kept unless `warm_start` is off."""
         c = self.config
         fresh = not c.warm_start
-        self.scale = ActionScale(agent.spaces.action).to(agent.device)
+        if c.bc_weight and not hasattr(agent.policy, "imitation_loss"):
+            raise ValueError(f"bc_weight {c.bc_weight}: {type(agent.policy).__name__} cannot imitate; set it to 0")
+        self.scale = ActionScale(self.decision_space(agent)).to(agent.device)
         hidden = None if c.critic_hidden is None else list(c.critic_hidden)
         agent.ensure(
             "critic", "critic", fresh=fresh, hidden=hidden, num_members=c.num_critics, layer_norm=c.critic_layer_norm
@@ -99,7 +87,7 @@ class SAC:
     def critic_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the squared error to the bootstrapped target, summed over members (SAC, eq. 5)."""
         target = self.td_target(agent, batch, rng)
-        q = agent.parts["critic"](batch.observation, batch.action)
+        q = agent.parts["critic"](batch.observation, self.taken(batch))
         loss = 0.5 * losses.squared_error(q, target).sum() / batch.num_decisions
         metrics = {"critic/loss": loss.detach(), "critic/q_mean": q.detach().mean()}
         penalty = self.critic_penalty(agent, batch, q, rng)
@@ -110,9 +98,8 @@ class SAC:
 
     def policy_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of alpha log pi - Q at the policy's own action (SAC, eq. 7); of -Q for a deterministic actor (TD3)."""
-        action, log_prob = sample(agent.policy, batch.observation, rng)
-        q = losses.reduce_ensemble(agent.parts["critic"](batch.observation, action), self.config.policy_value)
-        loss = -q.sum() / batch.num_decisions
+        values, action, log_prob = self.own_values(agent, batch.observation, rng)
+        loss = -losses.reduce_ensemble(values, self.config.policy_value).sum() / batch.num_decisions
         metrics = {"policy/q_mean": -loss.detach()}
         if log_prob is not None:
             batch.notes["policy_log_prob"] = log_prob.detach()  # the temperature loss of this update reads it
@@ -136,11 +123,28 @@ class SAC:
 
     # --- their ingredients ---------------------------------------------------------------------------------------
 
+    def decision_space(self, agent: Agent) -> Any:
+        """The bounded Box of what the critic judges: actions."""
+        return agent.spaces.action
+
+    def taken(self, batch: Batch) -> Tensor:
+        """What the critic judges of decisions in the buffer [B, A]."""
+        return batch.action
+
+    def decide(self, agent: Agent, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """What the critic judges of a new decision [B, A], and its log-probability [B]."""
+        return sample(agent.policy, observation, rng)
+
+    def own_values(self, agent: Agent, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values [E, B] of the policy's own decisions [B, A], differentiable in its weights; log-probability [B]."""
+        action, log_prob = self.decide(agent, observation, rng)
+        return agent.parts["critic"](observation, action), action, log_prob
+
     @torch.no_grad()
     def td_target(self, agent: Agent, batch: Batch, rng: torch.Generator) -> Tensor:
         """[B] target, from the target critic at the policy's next action."""
         c = self.config
-        action, log_prob = sample(agent.policy, batch.next_observation, rng)
+        action, log_prob = self.decide(agent, batch.next_observation, rng)
         if c.target_noise and log_prob is None:
             noise = c.target_noise * torch.randn(action.shape, generator=rng, device=action.device)
             action = self.scale.clip(action + self.scale.half_range * noise.clamp(-0.5, 0.5))
@@ -159,11 +163,10 @@ class SAC:
         return None
 
     def policy_penalty(self, agent: Agent, batch: Batch, action: Tensor, rng: torch.Generator) -> Tensor | None:
-        """Imitation of offline rows, weighed by `bc_weight` (Fujimoto and Gu 2021, TD3+BC, eq. 3)."""
+        """Imitation of what others did, weighed by `bc_weight` (Fujimoto and Gu 2021, TD3+BC, eq. 3)."""
         if not self.config.bc_weight:
             return None
-        offline = np.isin(batch.columns["source"], (Source.DEMONSTRATION, Source.OFFLINE))
-        rows = torch.from_numpy(offline).to(batch.reward)
+        rows = torch.from_numpy(batch.columns["source"] != Source.ONLINE).to(batch.reward)
         each = agent.policy.imitation_loss(batch.observation, batch.action, rng=rng)
         return self.config.bc_weight * (each * rows).sum() / batch.num_decisions
 
@@ -179,19 +182,9 @@ class SAC:
         polyak(agent.parts["target_critic"], agent.parts["critic"], self.config.tau)
 
 
-@dataclass(config=STRICT, kw_only=True)
-class TD3Config(SACConfig):
-    """Options of `td3`: SAC's, with the defaults of Fujimoto et al. 2018."""
-
-    policy_delay: int = 2
-    target_noise: float = 0.2
-
-
-@register("objective", "td3")
+@preset("td3", policy_delay=2, target_noise=0.2)
 class TD3(SAC):
     """The deterministic special case: no entropy, delayed policy, smoothed target action (Fujimoto et al. 2018)."""
-
-    Config = TD3Config
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """As SAC, for deterministic policies only."""
@@ -199,41 +192,32 @@ class TD3(SAC):
         super().setup(agent, rng)
 
 
-@dataclass(config=STRICT, kw_only=True)
-class RLPDConfig(SACConfig):
-    """Options of `rlpd`: SAC's, with the defaults of Ball et al. 2023, table 2."""
-
-    offline_share: float | None = 0.5
-    num_critics: int | None = 10
-    critic_layer_norm: bool | None = True
-    target: Literal["min", "mean", "mean_of_pair_minima", "random_subset"] = "random_subset"
-    policy_value: losses.Reduction = "mean"
-    backup_entropy: bool = False
-
-
-@register("objective", "rlpd")
+@preset(
+    "rlpd",
+    offline_share=0.5,
+    num_critics=10,
+    critic_layer_norm=True,
+    target="random_subset",
+    policy_value="mean",
+    backup_entropy=False,
+)
 class RLPD(SAC):
     """SAC + half demonstrations + an ensemble of critics with LayerNorm (Ball et al. 2023). Nothing else differs."""
-
-    Config = RLPDConfig
 
 
 @dataclass(config=STRICT, kw_only=True)
 class E2OConfig(SACConfig):
     """Options of `e2o`, the online half of a hand-over from a pessimistic offline ensemble."""
 
-    num_critics: int | None = 10
-    target: Literal["min", "mean", "mean_of_pair_minima", "random_subset"] = "mean_of_pair_minima"
-    policy_value: losses.Reduction = "mean"
     explore_candidates: int = 10  # actions that the policy proposes for each decision
     explore_bonus: float = 1.0  # standard deviations of the ensemble added to its mean
 
 
-@register("objective", "e2o")
+@preset("e2o", num_critics=10, target="mean_of_pair_minima", policy_value="mean")
 class E2O(SAC):
     """Less pessimism and optimistic exploration for a critic ensemble trained offline (Zhao et al. 2023, E2O)."""
 
-    Config = E2OConfig
+    Config: type = E2OConfig
 
     @torch.no_grad()
     def explore(self, agent: Agent, observation: Tree, rng: torch.Generator) -> Decisions:
@@ -267,9 +251,14 @@ def require_deterministic(agent: Agent, objective: str) -> None:
 
 
 def sample(policy: Any, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """The policy's action [B, A] and its log-probability [B]; None for a policy without entropy."""
+    """The policy's action [B, A] and its log-probability [B]; None for a policy without entropy.
+
+    A policy without entropy may still be random (a chain that starts from noise): it has `draw`, else its mode counts.
+    """
     if is_stochastic(policy):
         return policy.rsample(observation, rng=rng)
+    if hasattr(policy, "draw"):
+        return policy.draw(observation, rng=rng), None
     return policy.mode(observation), None
 
 

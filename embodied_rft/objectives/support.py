@@ -15,8 +15,8 @@ from torch import Tensor
 
 from embodied_rft.agent import ActionScale, Agent
 from embodied_rft.data import Batch
-from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers
-from embodied_rft.objectives.soft_actor_critic import SAC, TD3Config, require_deterministic
+from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, preset
+from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig, require_deterministic
 from embodied_rft.plans import Replay
 from embodied_rft.registry import register
 
@@ -67,7 +67,7 @@ class DensityObjective:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class SPOTConfig(TD3Config):
+class SPOTConfig(SACConfig):
     """Options of `spot`: those of `td3` and these."""
 
     support_weight: float = 0.1  # lambda, in units of the mean |Q|
@@ -76,11 +76,11 @@ class SPOTConfig(TD3Config):
     beta: float = 0.1  # as in `density`
 
 
-@register("objective", "spot")
+@preset("spot", policy_delay=2, target_noise=0.2)
 class SPOT(SAC):
     """Supported policy optimisation (Wu et al. 2022): TD3 + lambda * negative log-density of the policy's action."""
 
-    Config = SPOTConfig
+    Config: type = SPOTConfig
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """As TD3; the density must exist."""

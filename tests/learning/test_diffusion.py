@@ -170,29 +170,40 @@ def test_ppo_with_shuffled_advantages_does_not(spec):
 
 # --- steering ------------------------------------------------------------------------------------------------------
 
+DDIM = {**DIFFUSION, "denoising_steps": 10, "ddim_steps": 4}
 
-def steer(base, *, scale):
+
+def steer(objective, base, *, scale=1.5, without=None, seed=0):
     """A base that walks to its goal or away from it, at random; steering learns which noise leads to the goal."""
-    lab = Lab(base)
+    lab = Lab(base, seed=seed)
     cloned = lab.clone(updates=600, wrong=0.5)
     lab.agent.policy = wrap_policy("steering", lab.agent, lab.rng, hidden=[64, 64], scale=scale)
-    sac = {"id": "sac", "critic_hidden": [64, 64], "batch_size": 128, "gamma": 0.9, "tau": 0.02}
-    lab.learn({**sac, "initial_temperature": 0.03, "backup_entropy": False}, LearnerConfig(learning_rate=1e-3))
-    for _ in range(7):
+    sac = {"id": objective, "critic_hidden": [64, 64], "batch_size": 128, "gamma": 0.9, "tau": 0.02}
+    made = lab.learn({**sac, "initial_temperature": 0.03, "backup_entropy": False}, LearnerConfig(learning_rate=1e-3))
+    made.losses.pop(without, None)
+    for _ in range(10):
         lab.collect(200)
         lab.learner.learn(lab.buffer, lab.numbers, num_updates=100)
     return cloned, lab.success()
 
 
-@pytest.mark.parametrize("base", [{**DIFFUSION, "denoising_steps": 10, "ddim_steps": 4}, FLOW], ids=lambda s: s["id"])
-def test_steering_finds_the_noise_that_reaches_the_goal(base):
-    cloned, steered = steer(base, scale=1.5)
-    assert cloned < 0.5 and steered > 0.9
+@pytest.mark.parametrize(
+    ("objective", "base"), [("sac", DDIM), ("dsrl_sac", FLOW), ("dsrl_na", FLOW), ("dsrl_na", DDIM)]
+)
+def test_steering_finds_the_noise_that_reaches_the_goal(objective, base):
+    cloned, steered = steer(objective, base)
+    assert cloned < 0.5 and steered > 0.8
 
 
-def test_steering_without_noise_to_choose_does_not():
-    cloned, steered = steer(FLOW, scale=1e-6)
-    assert steered < cloned + 0.1
+@pytest.mark.parametrize("objective", ["sac", "dsrl_sac"])
+def test_steering_without_noise_to_choose_does_not(objective):
+    cloned, steered = steer(objective, FLOW, scale=1e-6)
+    assert cloned < 0.5 and steered < cloned + 0.1
+
+
+def test_steering_by_a_noise_critic_that_is_not_distilled_does_not():
+    cloned, steered = steer("dsrl_na", FLOW, without="noise_critic")
+    assert cloned < 0.5 and steered < 0.6
 
 
 # --- residual on a queued base ---------------------------------------------------------------------------------------

@@ -1,0 +1,109 @@
+"""`dsrl_sac` and `dsrl_na`: learn from which noise a frozen policy starts (Wagenmaker et al. 2025, DSRL).
+
+Both are soft actor-critic whose decision is the noise, for policies such as `steering`: `choose(observation, rng)`
+gives noise, `from_noise(observation, noise)` the action, `draw_noise` the base's own noise; the trace keeps "noise".
+Boundary: what is judged, and by which critic. Legend: B rows, D numbers of a noise.
+"""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from embodied_rft import losses
+from embodied_rft.agent import Agent
+from embodied_rft.data import Batch, Tree
+from embodied_rft.objectives.common import preset
+from embodied_rft.objectives.soft_actor_critic import SAC
+
+
+@preset("dsrl_sac")
+class DSRLSAC(SAC):
+    """DSRL-SAC: the environment together with the frozen base is an environment whose actions are noise.
+
+    It learns from decisions whose noise is known: its own, no demonstrations.
+    """
+
+    def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
+        """As SAC, for policies that choose noise only."""
+        require_steering(agent, "dsrl_sac")
+        super().setup(agent, rng)
+
+    def decision_space(self, agent: Agent) -> gym.Space:
+        """All noise that the policy can choose."""
+        scale, size = agent.policy.config.scale, agent.policy.trace_fields["noise"].shape
+        return gym.spaces.Box(-scale, scale, size)
+
+    def taken(self, batch: Batch) -> Tensor:
+        """The noise [B, D] from which the base started.
+
+        Raises:
+            ValueError: somebody else took these decisions.
+        """
+        noise = batch.trace["noise"]
+        if not noise.isfinite().all():
+            raise ValueError(
+                "dsrl_sac cannot learn from decisions of others (demonstrations): nobody knows the noise that leads to "
+                "their actions. Set offline_share: 0, or use dsrl_na, whose critic judges actions."
+            )
+        return noise
+
+    def decide(self, agent: Agent, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """The policy's noise [B, D] and its log-probability [B]."""
+        return agent.policy.choose(observation, rng=rng)
+
+
+@preset("dsrl_na")
+class DSRLNA(SAC):
+    """DSRL-NA: the critic judges actions, so it learns from everybody's; a critic of noise is distilled from it.
+
+    Noises that lead to the same action (aliases) then have the same value, whether or not they were tried.
+    """
+
+    def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
+        """As SAC, and the part "noise_critic"."""
+        require_steering(agent, "dsrl_na")
+        super().setup(agent, rng)
+        c = self.config
+        hidden = None if c.critic_hidden is None else list(c.critic_hidden)
+        agent.ensure(
+            "noise_critic",
+            "critic",
+            fresh=not c.warm_start,
+            hidden=hidden,
+            num_members=1,
+            layer_norm=c.critic_layer_norm,
+        )
+        first = {"critic": self.losses.pop("critic"), "noise_critic": self.noise_critic_loss}
+        self.losses = first | self.losses
+
+    def noise_critic_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Half the squared error of Q(o, w) to the value of the action that w leads to, at random w.
+
+        Half of the noises are the base's own, half the policy's: its corners are rare among the base's.
+        """
+        with torch.no_grad():
+            noise, _ = agent.policy.choose(batch.observation, rng=rng)
+            drawn = agent.policy.draw_noise(len(batch), rng=rng)
+            noise = torch.where(torch.arange(len(batch), device=noise.device)[:, None] % 2 == 0, drawn, noise)
+            action = agent.policy.from_noise(batch.observation, noise)
+            value = agent.parts["critic"](batch.observation, action)
+            target = losses.reduce_ensemble(value, self.config.policy_value)
+        q = agent.parts["noise_critic"](batch.observation, noise)
+        loss = 0.5 * losses.squared_error(q, target).sum() / batch.num_decisions
+        return loss, {"noise_critic/loss": loss.detach()}
+
+    def own_values(self, agent: Agent, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values [1, B] of the policy's noise [B, D]; no gradient passes through the base."""
+        noise, log_prob = agent.policy.choose(observation, rng=rng)
+        return agent.parts["noise_critic"](observation, noise), noise, log_prob
+
+
+def require_steering(agent: Agent, objective: str) -> None:
+    """Raise ValueError unless the policy chooses the noise of a frozen base."""
+    if not all(hasattr(agent.policy, name) for name in ("choose", "from_noise", "draw_noise")):
+        raise ValueError(
+            f"objective {objective!r} trains the noise of a frozen policy, {type(agent.policy).__name__} has none: put "
+            "`adapt: {with: steering}` before it"
+        )
