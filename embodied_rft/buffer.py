@@ -160,8 +160,8 @@ class Buffer:
         self._streams.table[streams] = state
         return rows
 
-    def close(self, streams: np.ndarray, observation: Tree, trace: Tree | None = None) -> None:
-        """Closing rows for streams whose episode just ended or is cut here.
+    def close(self, streams: np.ndarray, observation: Tree, trace: Tree | None = None) -> np.ndarray:
+        """Closing rows for streams whose episode just ended or is cut here; returns the episodes' numbers [N].
 
         Args:
             streams: [N] streams with an open episode.
@@ -177,6 +177,7 @@ class Buffer:
         book = (-1, state[:, Streams.EPISODE], state[:, Streams.STEP] + 1, -1, -1, -1)
         self._link(state, self._store(len(streams), values, book, 0, unknown=0))
         self._streams.forget(streams)
+        return book[1]
 
     def invalidate(self, streams: np.ndarray) -> None:
         """Forget the open episodes of these streams (a worker crashed): none of their decisions is ever read."""

@@ -34,6 +34,7 @@ class Recording:
     returns: list[float] = field(default_factory=list)  # undiscounted sum of the environment's reward
     lengths: list[int] = field(default_factory=list)
     invalid: int = 0  # episodes thrown away because their environment failed
+    ended: list[int] = field(default_factory=list)  # numbers that `write` found the buffer gives these episodes
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     def write(self, buffer: Buffer) -> np.ndarray:
@@ -43,6 +44,8 @@ class Recording:
             result = getattr(buffer, name)(**arguments)
             if name == "add":
                 rows.append(result)
+            elif name == "close":
+                self.ended += result.tolist()
         self.calls.clear()
         return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
 

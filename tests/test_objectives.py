@@ -11,7 +11,9 @@ from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.collect import Collector
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
+from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.conservative import propose
+from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig
 from embodied_rft.testing import PointReach, random_batch
 
 STATE = gym.spaces.Box(-np.inf, np.inf, (6,))
@@ -108,6 +110,16 @@ def test_a_critic_survives_a_change_of_objective():
         make({"id": "e2o", "num_critics": 3}, make({"id": "cql", "num_critics": 5, **SMALL})[0])
 
 
+def test_presets_change_defaults_and_keep_every_option_of_their_base():
+    config = build_objective({"id": "rlpd", "num_critics": 3}).config
+    assert (config.num_critics, config.offline_share, config.target) == (3, 0.5, "random_subset")
+    assert isinstance(config, SACConfig) and config.tau == SACConfig().tau
+    with pytest.raises(ValueError, match="did you mean 'num_critics'"):
+        preset("wrong", num_critic=3)(type("Wrong", (SAC,), {}))
+    with pytest.raises(ValueError, match="batch_size 0"):
+        build_objective({"id": "rlpd", "batch_size": 0})
+
+
 def test_target_critic_starts_equal_and_moves_by_tau():
     agent, objective = make({"id": "sac", "tau": 0.25, **SMALL})
     online, target = agent.parts["critic"].net.weights[0], agent.parts["target_critic"].net.weights[0]
@@ -156,6 +168,30 @@ def test_conservatism_pushes_proposed_actions_down_and_data_up():
     for i in range(30):
         learner.update(batch, generator(i), only=["critic"])
     assert gap() < before - 1.0
+
+
+@pytest.mark.parametrize("floor", [None, 0.1])
+def test_the_conservative_penalty_equals_a_loop_over_sampled_actions(floor):
+    """All sampled actions go through the critic in one pass; one by one they give the same loss and gradient."""
+    agent, objective = make({"id": "cql" if floor is None else "cal_ql", "num_sampled_actions": 3, **SMALL})
+    batch, critic = batch_of(), agent.parts["critic"]
+    batch.notes["mc_return"] = torch.full((len(batch),), floor or 0.0)
+    q = critic(batch.observation, batch.action)
+    at_once = objective.critic_penalty(agent, batch, q, generator(4))
+    action, density = propose(agent, batch, 3, generator(4))
+    total = torch.zeros(())
+    for member in range(2):
+        for row in range(len(batch)):
+            values = []
+            for k in range(9):
+                one = critic({"observation": batch.observation["observation"][row : row + 1]}, action[k, row : row + 1])
+                value = one[member, 0]
+                values.append((value if floor is None or k < 3 else value.clamp_min(floor)) - density[k, row])
+            total = total + torch.stack(values).exp().mean().log() - q[member, row]
+    expected = 5.0 * total / len(batch)
+    torch.testing.assert_close(at_once, expected, rtol=1e-5, atol=1e-4)
+    ours, theirs = (torch.autograd.grad(x, critic.net.weights[0], retain_graph=True)[0] for x in (at_once, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_calibration_stops_the_push_at_the_return_of_the_data():

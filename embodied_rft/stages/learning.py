@@ -140,7 +140,7 @@ class Finetune(Stage):
         with self._recorder(session, amount) as record, session.logger.progress(self.title, config.decisions) as bar:
             while progress["decisions"] < config.decisions and not self._reached(session):
                 recording = record(lambda: self._learn_replay(session, amount))
-                rows = recording.write(session.buffer)
+                rows = self._write(session, recording)
                 progress["decisions"] += recording.decisions
                 session.counters["decisions"] += recording.decisions
                 noted: dict[str, float] = {}
@@ -155,7 +155,7 @@ class Finetune(Stage):
                 if (
                     not collector.can_save
                 ):  # nothing can be saved inside an episode: end them all, at the same place in every run
-                    collector.cut().write(session.buffer)
+                    self._write(session, collector.cut())
                 session.tick()
         collector.cut().write(session.buffer)
         return headline(learner.metrics()) | {"last success on the curve": progress.get("success")}
@@ -194,6 +194,15 @@ class Finetune(Stage):
                 yield record
             finally:
                 torch.set_num_threads(threads)
+
+    def _write(self, session: Session, recording: Recording) -> np.ndarray:
+        """Put new experience into the buffer; its rows [decisions]. Replayed objectives annotate what has ended."""
+        rows = recording.write(session.buffer)
+        if session.progress.get("annotated") and recording.ended:
+            known = session.buffer.rows()
+            over = known[np.isin(session.buffer.columns(known)["episode"], recording.ended)]
+            session.objective.annotate(session.agent, session.buffer, over, session.generator("annotate"))
+        return rows
 
     # --- learning ------------------------------------------------------------------------------------------------
 
