@@ -174,7 +174,7 @@ class LanguagePolicy(nn.Module):
         log_prob, entropy = (torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, f) for f in flat)
         return log_prob, entropy
 
-    def plan(self, batch: Batch, most: int) -> list[np.ndarray]:
+    def micro_batches(self, batch: Batch, most: int) -> list[np.ndarray]:
         """The rows of micro-batches of at most `most` tokens each, padding included, siblings together."""
         trace = batch.trace
         if "prompt" not in trace or not trace["prompt"].lengths.all():  # demonstrations
