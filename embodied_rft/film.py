@@ -24,7 +24,7 @@ def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tr
     wanted = "success" if success else "failure"
     if not seeds:
         return f"no {wanted} to film"
-    env = session.recipe.env
+    env = session.env
     act = session.actor(greedy=True, rng="film")
     try:
         for seed in seeds[:tries]:

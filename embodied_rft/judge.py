@@ -46,7 +46,7 @@ def evaluate_run(
     try:
         if not session.restore(weights_only=True):
             raise ValueError(f"{folder} holds no whole checkpoint; train it first")
-        options = dict(recipe.env.options)
+        options = dict(session.env.options)
         if official:
             if env is not None:
                 raise ValueError(f"--official and --env {env} exclude each other")

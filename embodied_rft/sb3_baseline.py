@@ -63,7 +63,7 @@ class SB3Stage(Stage):
         if not session.progress.get("saved"):  # where a stopped run takes up again: the start of this stage
             session.progress["saved"] = True
             session.save()
-        spec, options = find_spec(session.recipe.env.id), dict(session.recipe.env.options)
+        spec, options = find_spec(session.env.id), dict(session.env.options)
         seed = training_seed(session.recipe.seed, 0, 0) % (2**31 - config.num_envs)
         try:
             env = make_vec_env(lambda: gymnasium.make(spec, **options), n_envs=config.num_envs, seed=seed)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from embodied_rft import registry
 from embodied_rft.agent import Agent, Spaces, build_agent
 from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.checkpoint import Checkpoints, RunLock
-from embodied_rft.chunking import QueuedPool, find_planner, fit_pool
+from embodied_rft.chunking import QueuedPool, chunk_of, chunk_trajectories, find_planner, fit_pool
 from embodied_rft.collect import Act, Collector, action_field
 from embodied_rft.config import (
     Recipe,
@@ -36,7 +36,7 @@ from embodied_rft.config import (
     validate_plugin_config,
     write_atomically,
 )
-from embodied_rft.data import Decisions, Source, Tree
+from embodied_rft.data import Decisions, Source, Trajectory, Tree
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.log import Logger, write_json
@@ -55,6 +55,7 @@ class Session:
 
     def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False) -> None:
         self.recipe, self.folder = recipe, Path(folder)
+        self.env = recipe.env  # as it is now: a stage may change its options
         self.stages = parse_stages(recipe.stages)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=2)
         self.logger = Logger(self.folder, recipe.logging, quiet=quiet)
@@ -82,7 +83,7 @@ class Session:
     def step_pool(self, purpose: Purpose) -> Pool:
         """The environments for "training" or "evaluation", one decision a step; made once."""
         if purpose not in self._pools:
-            env = self.recipe.env
+            env = self.env
             self._pools[purpose] = make_pool(
                 env.id,
                 num_envs=env.num_envs,
@@ -138,29 +139,59 @@ class Session:
             units=policy.num_units,
         )
 
-    def replace_policy(self, policy: torch.nn.Module) -> None:
+    def replace_policy(self, policy: Any) -> None:
         """Another policy on the same experience: rows are carried over, their traces recomputed for the new policy.
 
-        Where a decision becomes another thing (chunks to single steps), old experience cannot be read and is dropped.
+        Single steps become chunks for a policy that takes chunks, and keys that are no longer observed are left out.
+        What the new policy cannot read (chunks as single steps, keys that nobody recorded) is dropped.
         """
-        old_schema = self.schema()
+        old_schema, old_chunk = self.schema(), chunk_of(self.agent.policy.spec)
         self.agent.policy = policy
         self._fitted.clear()
-        pool = self.pool("training")
-        self.agent.spaces = Spaces(pool.observation_space, pool.action_space)
-        schema = self.schema()
+        schema = self._new_schema()
         if self._buffer is None or schema == old_schema:
             return
         old, self._buffer = self._buffer, None
-        if schema.observation != old_schema.observation or schema.action != old_schema.action:
+        recorded = all(old_schema.observation.get(key) == field for key, field in schema.observation.items())
+        if not recorded or (old_chunk is not None and schema.action != old_schema.action):
             self.logger.message("decisions are different now: the experience so far is dropped")
             return
-        for trajectory in old.trajectories():
-            if schema.units != old_schema.units:  # a log-probability of other units is unknown now
-                trajectory = replace(trajectory, log_prob=None)
-            self.buffer.add_trajectory(trajectory, retrace=getattr(policy, "retrace", None))
+        keys, cut = schema.observation.keys(), None if old_chunk is not None else chunk_of(policy.spec)
+        for each in old.trajectories():
+            log_prob = each.log_prob if schema.units == old_schema.units else None  # else unknown now
+            each = replace(each, observation={k: each.observation[k] for k in keys}, log_prob=log_prob)
+            self.add_trajectories([each], chunk=cut)
         if old.num_pinned:
             self.buffer.pin()
+
+    def replace_env(self, options: dict[str, Any]) -> None:
+        """The environments from here on have these options, too; experience that lacks what they show is dropped."""
+        old_schema = self.schema()
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+        self._fitted.clear()
+        self.env = replace(self.env, options={**self.env.options, **options})
+        if self._new_schema() != old_schema and self._buffer is not None:
+            self._buffer = None
+            self.logger.message("observations are different now: the experience so far is dropped")
+
+    def _new_schema(self) -> Schema:
+        """The columns, after telling the agent that environments or policy are others now."""
+        pool = self.pool("training")
+        self.agent.spaces = Spaces(pool.observation_space, pool.action_space)
+        return self.schema()
+
+    def add_trajectories(self, trajectories: Iterable[Trajectory], *, chunk: tuple[int, int] | None) -> None:
+        """Whole episodes into the buffer, as the current policy's decisions.
+
+        Args:
+            trajectories: of decisions, or of single steps.
+            chunk: (horizon, execute) of the chunks that single steps are to be cut into.
+        """
+        for one in trajectories:
+            for each in [one] if chunk is None else chunk_trajectories([one], horizon=chunk[0], execute=chunk[1]):
+                self.buffer.add_trajectory(each, retrace=getattr(self.agent.policy, "retrace", None))
 
     def make_objective(self, spec: dict[str, Any]) -> Any:
         """The objective {"id": ..., options} that a stage names, with its networks set up on the agent."""

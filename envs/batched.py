@@ -70,10 +70,18 @@ class Simulation:
 
     def step(self, rows: np.ndarray, action: np.ndarray) -> None:
         """One decision in `rows`, actions [K, A] as `check_action` gave them."""
+        if self.task.action_noise:
+            action = self._disturb(rows, action)
         physics = self.physics[rows]
         controls = self.task.controls(physics, self.sensors[rows], self.goal[rows], action)
         self.physics[rows], self.sensors[rows] = self.engine.step(rows, physics, controls)
         self.elapsed[rows] += 1
+
+    def _disturb(self, rows: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """The actions [K, A] as the robot executes them; each row draws from its own generator."""
+        noise = np.stack([self.generators[row].standard_normal(action.shape[1]) for row in rows])
+        space = self.task.action_space
+        return np.clip(action + self.task.action_noise * noise, space.low, space.high)
 
     def observe(self) -> Observation:
         """The observation of all N environments: a pure function of their state."""

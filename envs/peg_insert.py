@@ -11,6 +11,7 @@ A pose is (x, y, z, yaw) of the peg's bottom centre in the world, in metres and 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,10 @@ class PegInsertTask(Task):
         clearance: width of the hole minus width of the peg, metres, in [0.0005, 0.005].
         reward_type: "sparse" is 1 on success, else 0. "dense" is minus the distance to the floor of the hole in units
             of 0.1 m, where a wrong yaw counts as the way of the peg's corners.
+        action_noise: standard deviation of the noise on every executed action, in [-1, 1] units. Nobody can foresee
+            it: a plan of several steps misses by what adds up on the way, a look at every step corrects it.
+        robot_state: observe what the robot knows without seeing the hole as a key of its own, "robot_state" [K, 14]:
+            the observation without its first four numbers. For policies that read it beside a camera.
 
     Reset options: `hole` (x, y, yaw) and `start` (pose of the peg: x, y, z, yaw), metres and radians.
     """
@@ -122,7 +127,14 @@ class PegInsertTask(Task):
     }
     reset_options: Mapping[str, tuple[int, ...]] = {"hole": (3,), "start": (4,)}
 
-    def __init__(self, *, clearance: float = 0.0015, reward_type: str = "sparse") -> None:
+    def __init__(
+        self,
+        *,
+        clearance: float = 0.0015,
+        reward_type: str = "sparse",
+        action_noise: float = 0.0,
+        robot_state: bool = False,
+    ) -> None:
         if not 0.0005 <= clearance <= 0.005:
             raise ValueError(
                 f"clearance is {clearance!r}; expected metres in [0.0005, 0.005]: 0.001 is hard, 0.003 forgiving"
@@ -130,11 +142,15 @@ class PegInsertTask(Task):
         if reward_type not in ("sparse", "dense"):
             hint = registry.nearest(str(reward_type), ("sparse", "dense"))
             raise ValueError(f"unknown reward_type {reward_type!r}; {hint}")
+        if not 0 <= action_noise <= 1:
+            raise ValueError(f"action_noise is {action_noise!r}; expected a standard deviation in [0, 1], 0.2 is a lot")
         self.clearance, self.reward_type = clearance, reward_type
+        self.action_noise, self.robot_state = action_noise, robot_state
         self.model = build_model(clearance)
         self.action_space = Box(-1.0, 1.0, (4,), np.float32)
         size = len(OBSERVATION_UNITS)
-        self.observation_space = Dict(observation=Box(-np.inf, np.inf, (size,), np.float64))
+        parts = {"observation": size} | ({"robot_state": size - 4} if robot_state else {})
+        self.observation_space = Dict({k: Box(-np.inf, np.inf, (n,), np.float64) for k, n in parts.items()})
 
     def start(self, rng: np.random.Generator, options: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """A hole somewhere in reach and the peg at rest somewhere above it."""
@@ -162,7 +178,7 @@ class PegInsertTask(Task):
         parts = [mouth_of(goal) - pose, velocity_of(qpos, qvel), pose - CENTRE, sensors]
         scaled = np.concatenate(parts, axis=1) / OBSERVATION_UNITS
         scaled[:, 12:] = np.clip(scaled[:, 12:], -SENSOR_LIMIT, SENSOR_LIMIT)
-        return {"observation": scaled}
+        return {"observation": scaled} | ({"robot_state": scaled[:, 4:].copy()} if self.robot_state else {})
 
     def judge(
         self, observation: Observation, physics: np.ndarray, sensors: np.ndarray, goal: np.ndarray
@@ -206,19 +222,23 @@ def fixture_pose(goal: np.ndarray) -> np.ndarray:
 
 
 class PegInsertEnv(ManipulationEnv):
-    """One peg insertion; `clearance` and `reward_type` as in `PegInsertTask`, options as in `ManipulationEnv`."""
+    """One peg insertion; the options of `PegInsertTask` go there, all others to `ManipulationEnv`."""
 
-    def __init__(self, *, clearance: float = 0.0015, reward_type: str = "sparse", **options: Any) -> None:
-        super().__init__(PegInsertTask(clearance=clearance, reward_type=reward_type), **options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(PegInsertTask(**_of_task(options)), **options)
 
 
 class PegInsertVectorEnv(ManipulationVectorEnv):
-    """A native batch of peg insertions; arguments as in `PegInsertEnv` and `ManipulationVectorEnv`."""
+    """A native batch of peg insertions; the options of `PegInsertTask` go there, all others to the batch."""
 
-    def __init__(
-        self, *, num_envs: int, clearance: float = 0.0015, reward_type: str = "sparse", **options: Any
-    ) -> None:
-        super().__init__(PegInsertTask(clearance=clearance, reward_type=reward_type), num_envs=num_envs, **options)
+    def __init__(self, *, num_envs: int, **options: Any) -> None:
+        super().__init__(PegInsertTask(**_of_task(options)), num_envs=num_envs, **options)
+
+
+def _of_task(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes those of the options that belong to `PegInsertTask` out of the mapping."""
+    names = inspect.signature(PegInsertTask).parameters
+    return {name: options.pop(name) for name in names if name in options}
 
 
 @registry.register("demonstrator", ENV_ID)

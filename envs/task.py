@@ -69,6 +69,7 @@ class Task:
     cameras: Mapping[str, Camera] = {}  # by the name that users give
     default_camera: str = "front"  # for `render()`
     reset_options: Mapping[str, tuple[int, ...]] = {}  # options that reset takes, and their shape for one environment
+    action_noise: float = 0.0  # standard deviation of what disturbs every action before it is executed, in its units
     settles: bool = False  # whether `settle` has something to do
 
     def start(self, rng: np.random.Generator, options: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

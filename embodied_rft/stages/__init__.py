@@ -6,6 +6,6 @@ give the same structure whenever it is called, and `run(session)`, which does th
 both.
 """
 
-from embodied_rft.stages import control, experience, judging, learning, selection
+from embodied_rft.stages import control, distillation, experience, judging, learning, selection
 
-__all__ = ["control", "experience", "judging", "learning", "selection"]
+__all__ = ["control", "distillation", "experience", "judging", "learning", "selection"]

@@ -11,9 +11,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.buffer import Buffer, Schema, read_trajectories
-from embodied_rft.chunking import chunk_of, chunk_trajectories
+from embodied_rft.chunking import chunk_of
 from embodied_rft.collect import Act, action_field
-from embodied_rft.data import Decisions, Ragged, Source, Trajectory, Tree
+from embodied_rft.data import Decisions, Ragged, Source, Tree
 from embodied_rft.demos import make_demonstrator
 from embodied_rft.pool import Pool
 from embodied_rft.registry import register
@@ -46,7 +46,7 @@ class Demonstrate(Stage):
     def run(self, session: Session) -> dict[str, Any]:
         """Collect in one go (seconds), then pin the rows."""
         config = self.config
-        demonstrator = make_demonstrator(session.recipe.env.id, config.with_, noise=config.noise, **config.options)
+        demonstrator = make_demonstrator(session.env.id, config.with_, noise=config.noise, **config.options)
         chunk = chunk_of(session.agent.policy.spec)
         collector = session.make_collector(source=Source.DEMONSTRATION, pool=session.step_pool("training"))
         units = session.schema().units if chunk is None else 1
@@ -60,7 +60,7 @@ class Demonstrate(Stage):
         else:
             steps = step_buffer(session.step_pool("training"), recording.decisions + 2 * config.episodes)
             recording.write(steps)
-            add_trajectories(session, list(steps.trajectories()))
+            session.add_trajectories(steps.trajectories(), chunk=chunk)
         session.buffer.pin()
         session.log(metrics)
         return {"success of the demonstrations": metrics["collect/success"], "episodes": config.episodes}
@@ -88,7 +88,7 @@ class Load(Stage):
         schema = step_buffer(session.step_pool("training"), 1).schema
         trajectories = read_trajectories(self.config.file, schema=schema)[: self.config.max_episodes]
         trajectories = [replace(t, source=Source[self.config.source.upper()]) for t in trajectories]
-        add_trajectories(session, trajectories)
+        session.add_trajectories(trajectories, chunk=chunk_of(session.agent.policy.spec))
         session.buffer.pin()
         return {"episodes": len(trajectories), "decisions": sum(len(t) for t in trajectories)}
 
@@ -124,15 +124,6 @@ class WarmUp(Stage):
 def step_buffer(pool: Pool, capacity: int) -> Buffer:
     """A buffer of single steps of a pool, for experience that is still to be cut into chunks or written to a file."""
     return Buffer(Schema(observation=dict(pool.fields), action=action_field(pool.action_space)), capacity)
-
-
-def add_trajectories(session: Session, trajectories: list[Trajectory]) -> None:
-    """Single-step episodes into the session's buffer, as the current policy's decisions."""
-    chunk = chunk_of(session.agent.policy.spec)
-    if chunk is not None:
-        trajectories = chunk_trajectories(trajectories, horizon=chunk[0], execute=chunk[1])
-    for trajectory in trajectories:
-        session.buffer.add_trajectory(trajectory, retrace=getattr(session.agent.policy, "retrace", None))
 
 
 def demonstrator_act(demonstrator: Any, rng: np.random.Generator, units: int | None) -> Act:
