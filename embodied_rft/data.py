@@ -185,8 +185,10 @@ class Batch:
         leaves = ("action", "reward", "discount", "log_prob", "mask")
         parts: dict[str, Any] = {n: {k: pick(v, index) for k, v in getattr(self, n).items()} for n in trees}
         parts |= {name: pick(getattr(self, name), index) for name in leaves}
-        used = parts["mask"].any(0).nonzero()
-        width, longest = self.mask.shape[1], int(used[-1]) + 1 if len(used) else 0
+        width = longest = self.mask.shape[1]
+        if width > 1:
+            used = parts["mask"].any(0).nonzero()
+            longest = int(used[-1]) + 1 if len(used) else 0
         if longest < width:  # units of these rows only: what is computed for them is no wider
             parts |= {name: parts[name][:, :longest] for name in ("log_prob", "mask")}
             per_unit = {k for k, v in parts["notes"].items() if v.dim() == 2 and v.shape[1] == width}

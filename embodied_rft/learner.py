@@ -1,14 +1,18 @@
 """The one learner: turns batches into weight changes. It knows parts and named losses, no algorithm.
 
-One optimiser per part; losses in the objective's order, each stepping before the next is computed; micro-batches that
-add up to one batch; a loss that is not finite stops the run before a weight has changed.
+One optimiser per part; losses in the objective's order, each stepping before the next is computed (or all from one
+backward pass, where the objective says that they are `independent`); micro-batches that add up to one batch; a loss that
+is not finite stops the run before a weight has changed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from typing import Any, Literal
@@ -44,6 +48,7 @@ class LearnerConfig:
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: matrix products under autocast, weights stay fp32
     micro_batch: int | None = None  # decisions per backward pass; None: the whole batch
     micro_units: int | None = None  # instead: most units of a backward pass, padding (and a text's prompts) included
+    compile: bool = False  # losses through torch.compile: small networks gain most; the first update waits for it
     ema: float | None = None  # decay of an averaged copy of the policy, e.g. 0.999
 
     def __post_init__(self) -> None:
@@ -52,6 +57,8 @@ class LearnerConfig:
             raise ValueError(
                 f"micro_batch {self.micro_batch} counts decisions, micro_units {self.micro_units} their units: give one"
             )
+        if self.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
+            raise ValueError("compile: true needs a C++ compiler (g++, or what CXX names): install one or leave it out")
         for name, number in (("micro_batch", self.micro_batch), ("micro_units", self.micro_units)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} is {number}: at least 1 is expected, or leave it out")
@@ -81,6 +88,8 @@ class Learner:
         if self.config.ema is not None:
             self.averaged = copy.deepcopy(agent.policy).requires_grad_(False)
         self._every: Mapping[str, int] = getattr(objective, "every", {})
+        self._independent: bool = getattr(objective, "independent", False)
+        self._evaluate = torch.compile(self._sum) if self.config.compile else self._sum
         self._metrics: dict[str, list[Tensor]] = {}
 
     def _optimizer(self, name: str) -> AdamW:
@@ -108,10 +117,11 @@ class Learner:
             name = min(unknown)
             raise ValueError(f"there is no loss {name!r}; {nearest(name, self.parameters)}")
         pieces = self._pieces(batch)
-        for name, loss in self.objective.losses.items():
-            due = (self.updates + 1) % self._every.get(name, 1) == 0
-            if due and (only is None or name in only):
-                self._step(name, loss, pieces, rng)
+        due = [name for name in self.parameters if (self.updates + 1) % self._every.get(name, 1) == 0]
+        due = [name for name in due if only is None or name in only]
+        for names in [due] if self._independent else [[name] for name in due]:
+            if names:
+                self._step(names, pieces, rng)
         self.updates += 1
         self.objective.after_update(self.agent, self.updates)
 
@@ -136,33 +146,52 @@ class Learner:
         rows = plan_units(units, most=most, atoms=batch.atoms) if plan is None else plan(batch, most)
         return [batch.take(part) for part in rows]
 
-    def _step(self, name: str, loss: Any, pieces: list[Batch], rng: torch.Generator) -> None:
-        parameters, optimizer = self.parameters[name], self.optimizers[name]
+    def _step(self, names: Sequence[str], pieces: list[Batch], rng: torch.Generator) -> None:
+        """One step of these losses, from one backward pass."""
+        parameters = [p for name in names for p in self.parameters[name]]
+        optimizers = [self.optimizers[name] for name in names]
         for piece in pieces:
             with self._autocast():
-                value, metrics = loss(self.agent, piece, rng)
-            if not math.isfinite(value.item()):
-                optimizer.clear()
-                raise NonFiniteLossError(
-                    f"loss {name!r} of update {self.updates} is {value.item()}; no weight of {name!r} was changed. "
-                    "Look for extreme rewards or observations, or lower its learning rate."
-                )
-            torch.autograd.backward(value, inputs=parameters)  # only this part: other parts' weights cost nothing
+                total, values, metrics = self._evaluate(names, piece, rng)
+            if not math.isfinite(total.item()):
+                self._stop("loss", values)
+            torch.autograd.backward(total, inputs=parameters)  # only these: other parts' weights cost nothing
             for key, number in metrics.items():
                 self._metrics.setdefault(key, []).append(number)
-        shrink = None
-        if self.config.clip_norm is not None:
-            norm = optimizer.gradient_norm()
-            if not math.isfinite(size := norm.item()):
-                optimizer.clear()
-                raise NonFiniteLossError(f"the gradient of loss {name!r} of update {self.updates} is not finite")
-            shrink = norm / self.config.clip_norm if size > self.config.clip_norm else None
-        optimizer.step(shrink)
-        optimizer.clear()
-        if name == "policy":
-            self.agent.version += 1
+        shrink: list[Tensor | None] = [None] * len(names)
+        if (most := self.config.clip_norm) is not None:
+            norms = [optimizer.gradient_norm() for optimizer in optimizers]
+            sizes = [norm.item() for norm in norms]
+            if not math.isfinite(sum(sizes)):
+                self._stop("the gradient of loss", dict(zip(names, norms, strict=True)))
+            shrink = [norm / most if size > most else None for norm, size in zip(norms, sizes, strict=True)]
+        for optimizer, by in zip(optimizers, shrink, strict=True):
+            optimizer.step(by)
+            optimizer.clear()
+        if "policy" in names:
+            self.agent.version.add_(1)
             if self.averaged is not None:
                 self._average()
+
+    def _sum(
+        self, names: Sequence[str], piece: Batch, rng: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The losses' sum, each of them, and what they say of themselves."""
+        found = [self.objective.losses[name](self.agent, piece, rng) for name in names]
+        values = {name: value for name, (value, _) in zip(names, found, strict=True)}
+        metrics = {key: number for _, more in found for key, number in more.items()}
+        return functools.reduce(torch.add, values.values()), values, metrics
+
+    def _stop(self, what: str, numbers: Mapping[str, Tensor]) -> None:
+        """Name the culprit; no weight has changed."""
+        for name in numbers:
+            self.optimizers[name].clear()
+        bad = [name for name, number in numbers.items() if not math.isfinite(number.item())]
+        name = (bad or [*numbers])[0]  # the sum of finite numbers can be infinite
+        raise NonFiniteLossError(
+            f"{what} {name!r} of update {self.updates} is {numbers[name].item()}; no weight of {name!r} was changed. "
+            "Look for extreme rewards or observations, or lower its learning rate."
+        )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.precision == "fp32":

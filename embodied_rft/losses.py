@@ -7,7 +7,7 @@ unit), not yet averaged: the caller divides by the size of the whole batch, so t
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -125,14 +125,23 @@ def clipped_surrogate(
     """
     advantage = advantage[:, None] if advantage.dim() < log_prob.dim() else advantage
     ratio = (log_prob - old_log_prob if isinstance(old_log_prob, Tensor) else log_prob).exp()
-    if (low, high, dual) == (None, None, None):
-        return ratio * -advantage
-    # The minimum bounds the ratio from above where A > 0, and from below elsewhere.
-    good = advantage > 0
-    highest = torch.where(good, math.inf if high is None else 1 + high, math.inf if dual is None else dual)
-    lowest = torch.where(good, 0.0, 0.0 if low is None else 1 - low)
-    bounded = ratio.detach().clamp(lowest, highest)
-    return torch.where(bounded == ratio, ratio, bounded) * -advantage
+    loss = ratio * -advantage if (low, high) == (None, None) else _Pessimistic.apply(ratio, -advantage, low, high)
+    return loss if dual is None else torch.where(advantage < 0, torch.minimum(loss, -dual * advantage), loss)
+
+
+class _Pessimistic(torch.autograd.Function):
+    """max(ratio cost, clip(ratio) cost) as one node; constant where clipping binds."""
+
+    @staticmethod
+    def forward(ctx: Any, ratio: Tensor, cost: Tensor, low: float | None, high: float | None) -> Tensor:
+        free = ratio * cost
+        bounded = ratio.clamp(None if low is None else 1 - low, None if high is None else 1 + high) * cost
+        ctx.save_for_backward(cost * (free >= bounded))
+        return torch.maximum(free, bounded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient * ctx.saved_tensors[0], None, None, None
 
 
 def log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor | None, *, level: RatioLevel) -> Tensor:
@@ -177,7 +186,7 @@ def value_error(value: Tensor, target: Tensor, old: Tensor | None = None, *, cli
 
     The clipped form is that of the original implementation of PPO (Engstrom et al. 2020, section 3, item 1).
     """
-    error = 0.5 * squared_error(value, target)
+    error = 0.5 * F.mse_loss(value, target, reduction="none")
     if clip is None or old is None:
         return error
     near = old + (value - old).clamp(-clip, clip)

@@ -1,4 +1,4 @@
-"""Network blocks: MLP, image and observation encoders, squashed actor head, stacked critics. They know no algorithm.
+"""Network blocks: image and observation encoders, squashed actor head, critics, values. They know no algorithm.
 
 Shapes: B rows, A action dimensions, E ensemble members, F features. Every initial weight is drawn from the generator
 that is passed in; the global one is never touched.
@@ -6,7 +6,6 @@ that is passed in; the global one is never touched.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -18,60 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embodied_rft.data import Tree
+from embodied_rft.mlp import MLP, Activation, EnsembleMLP, GaussianLogProb, Init, fill, linear
 from embodied_rft.registry import nearest
-
-Init = Literal["uniform", "orthogonal"]
-
-
-def fill(weight: Tensor, *, fan_in: int, gain: float, init: Init, rng: torch.Generator) -> None:
-    """Fill one weight matrix in place: uniform within gain / sqrt(fan_in), or orthogonal times gain * sqrt(2)."""
-    with torch.no_grad():
-        if init == "orthogonal":
-            nn.init.orthogonal_(weight, gain * math.sqrt(2), generator=rng)
-        else:
-            bound = gain / math.sqrt(fan_in)
-            weight.uniform_(-bound, bound, generator=rng)
-
-
-def linear(
-    in_features: int, out_features: int, *, rng: torch.Generator, gain: float = 1.0, init: Init = "uniform"
-) -> nn.Linear:
-    """A linear layer with generator-drawn weights and a zero bias."""
-    layer = nn.utils.skip_init(nn.Linear, in_features, out_features)
-    fill(layer.weight, fan_in=in_features, gain=gain, init=init, rng=rng)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class MLP(nn.Module):
-    """Linear, optional LayerNorm, ReLU (or Tanh) for each hidden size, then one linear layer: [B, in] -> [B, out]."""
-
-    def __init__(
-        self,
-        in_features: int,
-        hidden: Sequence[int],
-        out_features: int,
-        *,
-        rng: torch.Generator,
-        layer_norm: bool = False,
-        last_gain: float = 1.0,
-        init: Init = "uniform",
-        activation: Literal["relu", "tanh"] = "relu",
-    ) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for size in hidden:
-            layers.append(linear(in_features, size, rng=rng, init=init))
-            if layer_norm:
-                layers.append(nn.LayerNorm(size))
-            layers.append(nn.ReLU(inplace=True) if activation == "relu" else nn.Tanh())
-            in_features = size
-        self.hidden = nn.Sequential(*layers)
-        self.last = linear(in_features, out_features, rng=rng, gain=last_gain, init=init)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in] -> [B, out]."""
-        return self.last(self.hidden(x))
 
 
 class ImageEncoder(nn.Module):
@@ -249,7 +196,7 @@ class ActorHead(nn.Module):
         last_gain: float = 1.0,
         layer_norm: bool = False,
         init: Init = "uniform",
-        activation: Literal["relu", "tanh"] = "relu",
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
         if noise is not None and noise <= 0:
@@ -304,13 +251,12 @@ class ActorHead(nn.Module):
     def log_prob(self, features: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability [B] of raw values, and entropy [B] of the Gaussian before squashing (a usual stand-in)."""
         centre, log_std = self(features)
-        log_std = log_std.expand_as(centre)
-        z = (u - centre) * (-log_std).exp()
-        gaussian = -0.5 * (z * z) - log_std
+        log_std = log_std.expand(self.action_dim) if log_std.dim() == 0 else log_std
+        log_prob = GaussianLogProb.apply(u, centre, log_std)
         if self.noise is None:
-            gaussian = gaussian - log_one_minus_tanh_squared(u)
-        constant = 0.5 * math.log(2 * math.pi) * self.action_dim
-        return gaussian.sum(-1) - constant, log_std.sum(-1) + constant + 0.5 * self.action_dim
+            log_prob = log_prob - log_one_minus_tanh_squared(u).sum(-1)
+        entropy = log_std.sum(-1) + 0.5 * (1 + math.log(2 * math.pi)) * self.action_dim
+        return log_prob, entropy.expand_as(log_prob)
 
     def unsquash(self, action: Tensor) -> Tensor:
         """The raw value of an action in [-1, 1] whose trace is unknown (a demonstration)."""
@@ -319,62 +265,7 @@ class ActorHead(nn.Module):
 
 def log_one_minus_tanh_squared(u: Tensor) -> Tensor:
     """log(1 - tanh(u)^2) without overflow: 2 (log 2 - u - softplus(-2u)), the Jacobian of tanh (SAC, app. C)."""
-    return 2 * (math.log(2) - u - F.softplus(-2 * u))
-
-
-class EnsembleMLP(nn.Module):
-    """E independent MLPs with one output each, as one stack of batched matrix products: [B, in] -> [E, B].
-
-    The last layer is a dot product, not a product with a one-column matrix, whose backward pass is many times slower.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        hidden: Sequence[int],
-        *,
-        num_members: int,
-        rng: torch.Generator,
-        layer_norm: bool = False,
-        init: Init = "uniform",
-    ) -> None:
-        super().__init__()
-
-        def stack(fan_in: int, fan_out: int) -> nn.Parameter:
-            weight = torch.empty(num_members, fan_in, fan_out)
-            for member in weight:
-                fill(member, fan_in=fan_in, gain=1.0, init=init, rng=rng)
-            return nn.Parameter(weight)
-
-        self.weights = nn.ParameterList()  # of the hidden layers, [E, in, out]
-        self.biases = nn.ParameterList()  # [E, 1, out]
-        self.norms = nn.ParameterList()  # [2, E, 1, out]: gain and shift
-        for fan_in, fan_out in itertools.pairwise((in_features, *hidden)):
-            self.weights.append(stack(fan_in, fan_out))
-            self.biases.append(nn.Parameter(torch.zeros(num_members, 1, fan_out)))
-            if layer_norm:
-                shape = (num_members, 1, fan_out)
-                self.norms.append(nn.Parameter(torch.stack([torch.ones(shape), torch.zeros(shape)])))
-        self.last = nn.Parameter(
-            stack((in_features, *hidden)[-1], 1).detach().transpose(1, 2).contiguous()
-        )  # [E, 1, in]
-        self.last_bias = nn.Parameter(torch.zeros(num_members, 1))
-
-    def forward(self, x: Tensor, members: Tensor | None = None) -> Tensor:
-        """[B, in] -> [E, B]; only the given members ([M] int64) -> [M, B]."""
-
-        def pick(parameter: Tensor) -> Tensor:
-            return parameter if members is None else parameter[members]
-
-        last = pick(self.last)
-        x = x.expand(len(last), *x.shape)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(pick(bias), x, pick(weight))
-            if len(self.norms):
-                gain, shift = self.norms[i] if members is None else self.norms[i][:, members]
-                x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), gain)
-            x = torch.relu_(x)
-        return torch.linalg.vecdot(x.to(last.dtype), last) + pick(self.last_bias)
+    return math.log(4) - 2 * torch.add(u, F.softplus(u, beta=-2), alpha=-2)
 
 
 class Critic(nn.Module):
@@ -415,11 +306,17 @@ class Value(nn.Module):
     """A state value V(o): observation -> [B]."""
 
     def __init__(
-        self, encoder: Encoder, *, rng: torch.Generator, hidden: Sequence[int] = (256, 256), layer_norm: bool = False
+        self,
+        encoder: Encoder,
+        *,
+        rng: torch.Generator,
+        hidden: Sequence[int] = (256, 256),
+        layer_norm: bool = False,
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.net = MLP(encoder.size, hidden, 1, rng=rng, layer_norm=layer_norm)
+        self.net = MLP(encoder.size, hidden, 1, rng=rng, layer_norm=layer_norm, activation=activation)
 
     def forward(self, observation: Tree) -> Tensor:
         """Values [B]."""

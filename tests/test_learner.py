@@ -275,6 +275,57 @@ def test_the_optimiser_equals_that_of_torch(decay):
     assert torch.equal(ours[1], before)  # no gradient, no change
 
 
+PPO = {"id": "ppo", "value_hidden": [32, 32], "entropy_weight": 0.01}
+
+
+def ppo_batch(seed, size=64):
+    batch, rng = batches(seed, size), generator(seed)
+    batch.trace = {"u": torch.randn(size, 4, generator=rng)}
+    batch.notes = {name: torch.randn(size, generator=rng) for name in ("advantage", "value_target")}
+    batch.log_prob = -5 + torch.randn(size, 1, generator=rng)
+    return batch
+
+
+def train_ppo(config, *, independent=True, sizes=(64, 64, 64)):
+    agent, learner = make(PPO, GAUSSIAN, config)
+    learner._independent = independent
+    for i, size in enumerate(sizes):
+        learner.update(ppo_batch(i, size), generator(i))
+    return agent, learner
+
+
+def test_independent_losses_in_one_backward_pass_are_those_of_two():
+    """Value and policy share no weight: stepping them together changes nothing but the time it takes."""
+    config = LearnerConfig(clip_norm=0.1, learning_rates={"value": 1e-3}, micro_batch=24)
+    (together, a), (apart, b) = (train_ppo(config, independent=flag) for flag in (True, False))
+    assert same(weights(together), weights(apart))
+    assert a.metrics() == b.metrics() and a.version == b.version == 4
+
+
+def test_one_bad_loss_of_several_is_named_and_changes_none():
+    agent, learner = train_ppo(LearnerConfig())
+    before, batch = weights(agent), ppo_batch(9)
+    batch.notes["value_target"][3] = np.nan
+    with pytest.raises(NonFiniteLossError, match="loss 'value'"):
+        learner.update(batch, generator())
+    assert same(before, weights(agent)) and all(p.grad is None for p in agent.parameters())
+
+
+def test_compiled_losses_are_the_same_losses():
+    """Also for a smaller last batch, which torch compiles anew."""
+    (plain, a), (compiled, b) = (train_ppo(LearnerConfig(compile=flag), sizes=(64, 64, 40)) for flag in (False, True))
+    for key, expected in weights(plain).items():
+        torch.testing.assert_close(compiled.state_dict()[key], expected, rtol=1e-4, atol=1e-5)
+    assert b.metrics() == pytest.approx(a.metrics(), rel=1e-4)
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+        LearnerConfig(compile=True)
+
+
 def test_metrics_are_means_since_the_last_call():
     _, learner = make(*OBJECTIVES["bc"])
     values = []

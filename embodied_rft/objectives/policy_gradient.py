@@ -69,6 +69,7 @@ class PPOConfig:
     # Entropy and value
     entropy_weight: float = 0.0
     value_hidden: tuple[int, ...] | None = None  # a new value has (256, 256)
+    value_activation: Literal["relu", "tanh"] | None = None  # a new value has "relu"
     value_clip: float | None = None  # how far a value may move from its old one before its error stops falling
     value_weight: float = 0.5  # of a value head that shares the policy's trunk
 
@@ -88,6 +89,7 @@ class PPO:
     """Proximal policy optimisation (Schulman et al. 2017)."""
 
     Config: type = PPOConfig
+    independent = True  # neither loss reads what the other one's step changes
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -120,7 +122,8 @@ class PPO:
         if self.joint:
             self.losses = {"policy": self.policy_loss}
         else:
-            agent.ensure("value", "value", hidden=None if c.value_hidden is None else list(c.value_hidden))
+            hidden = None if c.value_hidden is None else list(c.value_hidden)
+            agent.ensure("value", "value", hidden=hidden, activation=c.value_activation)
 
     # --- losses, in update order ---------------------------------------------------------------------------------
 
