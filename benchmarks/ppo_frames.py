@@ -8,7 +8,7 @@ after the same number of frames. Ours goes the ordinary way: Collector, Buffer, 
 batched Reacher below has the official one's start, observation, reward and horizon; `parity` checks that first. It
 reads the fingertip from the state after a step, the official one within the integrator's last stage: 0.001 apart.
 
-`ratio` is that of compiled losses (`learner: {compile: true}`; the 20-60 s before the first update fall into the warm-up
+`ratio` is that of compiled losses (`learner: {compile: true}`; the 20-60 s before the first update fall in the warm-up
 iteration and are not counted), `ratio_eager` that of the default.
 
 Bars: ratio (minibatch 64) >= 2.0, ratio_1024 >= 3.0, and ours returns at least what SB3 returns, less 2.

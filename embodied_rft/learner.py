@@ -1,8 +1,8 @@
 """The one learner: turns batches into weight changes. It knows parts and named losses, no algorithm.
 
 One optimiser per part; losses in the objective's order, each stepping before the next is computed (or all from one
-backward pass, where the objective says that they are `independent`); micro-batches that add up to one batch; a loss that
-is not finite stops the run before a weight has changed.
+backward pass, where the objective says that they are `independent`); micro-batches that add up to one batch; a loss
+that is not finite stops the run before a weight has changed.
 """
 
 from __future__ import annotations
