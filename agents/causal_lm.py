@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +44,7 @@ class CausalLM:
         used[list(tokenizer.get_vocab().values())] = True
         self._used = None if bool(used.all()) else used  # embeddings are often padded to a round number
         self._check_head()
+        self._check_cache()
 
     def head(self, temperature: float = 1.0) -> Head:
         """The output layer at a sampling temperature."""
@@ -70,6 +72,30 @@ class CausalLM:
                 "logits_scaling, final_logit_softcapping): its log-probabilities would be wrong, so it is refused"
             )
 
+    @torch.no_grad()
+    def _check_cache(self, when: str = "") -> None:
+        """Refuse decoders that cannot continue a prompt from its keys and values (state-space, linear attention)."""
+        from embodied_rft.data import Ragged
+        from embodied_rft.prefix import reply_states
+
+        ids = min(3, self.model.get_output_embeddings().weight.shape[0]) - 1
+        prompts, replies = Ragged.of([[ids, 0]] * 2, dtype=np.int64), Ragged.of([[0, ids], [ids, ids]], dtype=np.int64)
+        try:
+            plain, shared = (
+                reply_states(self.decoder, prompts, replies, num_layers=self.num_layers, share=share, overhead=0)
+                for share in (False, True)
+            )
+            same = torch.allclose(plain, shared, rtol=0, atol=5e-2 * float(plain.abs().max()))
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            same, reason = False, f" ({error})"
+        else:
+            reason = ""
+        if not same:
+            raise ValueError(
+                f"{type(self.model).__name__} does not continue a prompt from keys and values as a Transformer decoder "
+                f"does{when}{reason}: its replies would be wrong, so it is refused"
+            )
+
     def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
         """Freeze everything but what is to be trained (see `tuning.tune`); the head is the output layer."""
         model, layer = self.model, self.model.get_output_embeddings()
@@ -95,6 +121,7 @@ class CausalLM:
         for layer in layers:
             layer._can_checkpoint_with_cache = True
         self.model.train()  # Hugging Face checkpoints only in training mode; all dropout is off
+        self._check_cache(" with gradient_checkpointing")  # GPT-2 drops the cache then
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer, adapters merged into the weights."""

@@ -68,7 +68,8 @@ class LanguagePolicy(nn.Module):
     """See docs/architecture.md for the methods.
 
     Trace: "prompt" and "reply" are token ids, "cut" says that the reply ran into `max_new_tokens`. A cut reply is a
-    decision like any other; `objectives` or the environment may punish or drop it.
+    decision like any other: the environment judges what there is of it. Collecting counts it ("collect/cut_decisions"),
+    policy gradients leave it out with `cut: drop`, and `overlong` makes it cost.
     """
 
     Config = LanguageConfig
@@ -113,7 +114,7 @@ class LanguagePolicy(nn.Module):
         from embodied_rft.generation import Sampling, generate
 
         c, prompts = self.config, self.prompt_ids(observation)
-        self._check_length(prompts.lengths)
+        self._check_length(prompts.lengths, self.config.max_new_tokens)
         replies = generate(
             self.lm.decoder,
             self.lm.head(c.temperature),
@@ -151,13 +152,12 @@ class LanguagePolicy(nn.Module):
     def log_prob(self, observation: Tree, action: Any, trace: Tree) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of every reply token, [B, U] each, zero behind the end of a reply.
 
-        Scores the ids in the trace; only without them (demonstrations) are the texts tokenised, each once.
+        Scores the ids in the trace; only rows without them (somebody else's decisions) are tokenised, each text once.
         """
         from embodied_rft.prefix import reply_states
         from embodied_rft.token_loss import token_log_probs
 
-        if "reply" not in trace:
-            trace = self.retrace(observation, action)
+        trace = self._complete(observation, action, trace)
         prompts, replies = trace["prompt"], trace["reply"]
         hidden = reply_states(
             self.lm.decoder,
@@ -176,19 +176,37 @@ class LanguagePolicy(nn.Module):
 
     def micro_batches(self, batch: Batch, most: int) -> list[np.ndarray]:
         """The rows of micro-batches of at most `most` tokens each, padding included, siblings together."""
-        trace = batch.trace
-        if "prompt" not in trace or not trace["prompt"].lengths.all():  # demonstrations
-            trace = self.retrace(batch.observation, batch.action)
-        share = self.config.share_prefix
+        trace, share = self._complete(batch.observation, batch.action, batch.trace), self.config.share_prefix
         return plan_within(trace["prompt"], trace["reply"], most=most, share=share, atoms=batch.atoms)
 
     def imitation_loss(
         self, observation: Tree, action: Any, *, rng: torch.Generator | None = None, trace: Tree | None = None
     ) -> Tensor:
         """[B]: mean negative log-likelihood of the trace's reply; without a trace, of the text and an end token."""
-        trace = self.retrace(observation, action) if trace is None else trace
+        trace = self._complete(observation, action, {} if trace is None else trace)
         log_prob, _ = self.log_prob(observation, action, trace)
         return -log_prob.sum(1) / torch.from_numpy(trace["reply"].lengths).to(log_prob).clamp_min(1)
+
+    def _complete(self, observation: Tree, action: Any, trace: Tree) -> dict[str, Ragged]:
+        """Prompt and reply ids of every row: the trace's, or those of the texts where a row has none.
+
+        A prompt is never empty, so an empty one is what a buffer keeps of a decision that came without a trace.
+        """
+        if "reply" not in trace:
+            return self.retrace(observation, action)
+        unknown = np.flatnonzero(trace["prompt"].lengths == 0)
+        if not len(unknown):
+            return trace
+        shown, said = texts(observation[self.key]), texts(action)
+        written = self.retrace({self.key: [shown[row] for row in unknown]}, [said[row] for row in unknown])
+        number = {row: place for place, row in enumerate(unknown)}
+        return {
+            name: Ragged.of(
+                [written[name].row(number[row]) if row in number else ids for row, ids in enumerate(trace[name])],
+                dtype=np.int64,
+            )
+            for name in ("prompt", "reply")
+        }
 
     def retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
         """The trace of given replies: each text as token ids and an end token."""
@@ -197,6 +215,7 @@ class LanguagePolicy(nn.Module):
         prompts = self.prompt_ids({self.key: texts(observation[self.key])[:count]})  # a trajectory has one more
         end = [self.tokenizer.eos_token_id]
         replies = Ragged.of([np.concatenate([self._encode(text, False), end]) for text in action], dtype=np.int64)
+        self._check_length(prompts.lengths, replies.lengths)
         return {"prompt": prompts, "reply": replies, "cut": np.zeros(count, dtype=bool)}
 
     def prompt_ids(self, observation: Tree) -> Ragged:
@@ -205,12 +224,13 @@ class LanguagePolicy(nn.Module):
             raise ValueError(f"the observation has no text {self.key!r}; it has {', '.join(sorted(observation))}")
         return Ragged.of([self._encode(text, True) for text in texts(observation[self.key])], dtype=np.int64)
 
-    def _check_length(self, lengths: np.ndarray) -> None:
-        limit, longest = self.lm.max_tokens, int(lengths.max(initial=0))
-        if limit is not None and longest + self.config.max_new_tokens > limit:
+    def _check_length(self, prompt: np.ndarray, reply: np.ndarray | int) -> None:
+        limit, total = self.lm.max_tokens, prompt + reply
+        if limit is not None and total.max(initial=0) > limit:
+            row = int(total.argmax())
             raise ValueError(
-                f"a prompt of {longest} tokens and a reply of up to {self.config.max_new_tokens} exceed the model's "
-                f"context of {limit} tokens: shorten the prompt or lower max_new_tokens"
+                f"a prompt of {prompt[row]} tokens and {total[row] - prompt[row]} tokens for its reply exceed the "
+                f"model's context of {limit} tokens: shorten the prompt or lower max_new_tokens"
             )
 
     # --- values and files ----------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 class TinyConfig:
     """Size of a random model."""
 
-    kind: Literal["qwen2", "llama"] = "qwen2"
+    kind: Literal["qwen2", "llama", "gpt2"] = "qwen2"  # "gpt2": positions are learned, not rotary
     hidden_size: int = 64
     num_layers: int = 2
     num_heads: int = 4
@@ -79,7 +79,7 @@ def tiny_causal_lm(
     Raises:
         ValueError: the vocabulary is smaller than the tokenizer's.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
     config = config or TinyConfig()
     tokenizer = tiny_tokenizer(merges=config.merges, corpus=corpus)
@@ -99,7 +99,10 @@ def tiny_causal_lm(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    family = {"qwen2": Qwen2Config, "llama": LlamaConfig}[config.kind]
+    if config.kind == "gpt2":
+        del shape["num_key_value_heads"]
+        shape |= {"n_inner": shape.pop("intermediate_size"), "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    family = {"qwen2": Qwen2Config, "llama": LlamaConfig, "gpt2": GPT2Config}[config.kind]
     with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
         model = AutoModelForCausalLM.from_config(family(**shape), dtype=torch.float32)

@@ -35,6 +35,7 @@ class Recording:
     lengths: list[int] = field(default_factory=list)
     invalid: int = 0  # episodes thrown away because their environment failed
     ended: list[int] = field(default_factory=list)  # numbers that `write` found the buffer gives these episodes
+    cut: int | None = None  # decisions that ran into a length limit; None: the policy has none (trace "cut")
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     def write(self, buffer: Buffer) -> np.ndarray:
@@ -53,13 +54,14 @@ class Recording:
         """Means over the episodes that ended while recording."""
         if not self.returns:
             return {}
-        return {
+        metrics = {
             "collect/success": float(np.mean(self.successes)),
             "collect/return": float(np.mean(self.returns)),
             "collect/length": float(np.mean(self.lengths)),
             "collect/episodes": float(len(self.returns)),
             "collect/invalid_episodes": float(self.invalid),
         }
+        return metrics if self.cut is None else metrics | {"collect/cut_decisions": float(self.cut)}
 
 
 class Collector:
@@ -164,6 +166,8 @@ class Collector:
             )
         )
         recording.decisions += len(chosen)
+        if "cut" in kept.trace:
+            recording.cut = (recording.cut or 0) + int(np.sum(kept.trace["cut"]))
         self.returned[chosen] += result.reward[chosen]
         self.step[chosen] += 1
         self.observation = result.observation

@@ -27,7 +27,9 @@ class Sampling:
     """How tokens are drawn.
 
     The log-probability that is reported is that of the whole distribution at this temperature, also when top_k or
-    top_p cut it: it is what a learner computes again.
+    top_p cut it: it is what a learner computes again, so that ratios start at 1 and stay finite when another token gets
+    into the cut. What is learned then is the policy that samples under the cut, from its own samples; a behaviour
+    correction sees no difference and changes nothing.
     """
 
     max_new_tokens: int = 64
@@ -97,7 +99,8 @@ def generate(
         prompts: N rows of token ids, none empty.
         num_layers: of the decoder.
         sampling: how tokens are drawn.
-        rng: None: always the most likely token.
+        rng: None: always the most likely token. One generator serves all rows: the same batch gives the same replies,
+            but what a row draws depends on the batch that it is in.
         stop: whether a reply, given as the ids so far, is complete; asked after every token.
         allowed: [V] bool, tokens that may be drawn (rows of the embedding that no token uses may not).
     """

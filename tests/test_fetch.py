@@ -1,6 +1,7 @@
 import warnings
 
 import gymnasium
+import gymnasium_robotics
 import mujoco
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from embodied_rft.envs.batched import ManipulationEnv, ManipulationVectorEnv
 from embodied_rft.envs.fetch import VARIANTS, FetchEnv, FetchTask, FetchVectorEnv
 from embodied_rft.envs.task import Task
 
-gymnasium_robotics = pytest.importorskip("gymnasium_robotics")
 gymnasium.register_envs(gymnasium_robotics)
 NAMES = list(VARIANTS)
 DEMONSTRATORS = {

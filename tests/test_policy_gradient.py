@@ -145,7 +145,8 @@ class Fake(types.SimpleNamespace):
 
 def trl_loss(loss_type, level, log_prob, old, reference, advantage, mask, *, low, high, beta):
     """What TRL's GRPOTrainer computes from the same numbers."""
-    grpo = pytest.importorskip("trl").GRPOTrainer
+    from trl import GRPOTrainer  # takes seconds: only when it is needed
+
     gather = Fake(gather=lambda x: x, reduce=lambda x, **_: x, num_processes=1)
     fake = Fake(
         _get_per_token_logps_and_entropies=lambda *a, **k: (log_prob, torch.zeros_like(log_prob), None),
@@ -173,7 +174,7 @@ def trl_loss(loss_type, level, log_prob, old, reference, advantage, mask, *, low
         "ref_per_token_logps": reference,
         "num_items_in_batch": mask.sum(),
     }
-    return grpo._compute_loss(fake, None, inputs)
+    return GRPOTrainer._compute_loss(fake, None, inputs)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,6 @@ def test_swapping_a_pair_mirrors_the_loss(seed, kind, beta):
 @pytest.mark.parametrize("kind, name", [("sigmoid", "sigmoid"), ("squared", "ipo"), ("hinge", "hinge")])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_losses_equal_those_of_trl(kind, name, smoothing, monkeypatch):
-    pytest.importorskip("trl")
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
 

@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -235,7 +236,6 @@ def test_ticks_are_round_and_cover(largest):
 
 
 def test_a_film_has_the_frames_that_went_in(tmp_path):
-    av = pytest.importorskip("av")
     path = video.write_video(tmp_path / "f.mp4", frames(), fps=25)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]

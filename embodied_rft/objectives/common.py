@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import make_dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -44,6 +45,13 @@ def preset(id: str, **defaults: Any) -> Callable[[T], T]:
         return register("objective", id)(cls)
 
     return decorate
+
+
+def imitation(agent: Agent, batch: Batch, rng: torch.Generator) -> Tensor:
+    """[B]: the policy's `imitation_loss`, which gets the stored trace if it takes one: what was sampled is trained."""
+    loss = agent.policy.imitation_loss
+    stored = {"trace": batch.trace} if "trace" in inspect.signature(loss).parameters else {}
+    return loss(batch.observation, batch.action, rng=rng, **stored)
 
 
 def fit_normalizers(agent: Agent, buffer: Any, rows: np.ndarray, *, limit: int = 20_000) -> None:

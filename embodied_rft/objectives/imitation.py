@@ -18,7 +18,7 @@ from torch import Tensor
 from embodied_rft.agent import Agent
 from embodied_rft.buffer import Buffer
 from embodied_rft.data import Batch
-from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, segment_returns
+from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, imitation, segment_returns
 from embodied_rft.plans import Replay
 from embodied_rft.registry import register
 
@@ -124,7 +124,7 @@ class BehaviorCloning:
 
     def policy_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean imitation loss."""
-        loss = agent.policy.imitation_loss(batch.observation, batch.action, rng=rng).sum() / batch.num_decisions
+        loss = imitation(agent, batch, rng).sum() / batch.num_decisions
         return loss, {"policy/imitation": loss.detach()}
 
     def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:

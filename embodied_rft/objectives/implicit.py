@@ -13,7 +13,7 @@ from embodied_rft import losses
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
 from embodied_rft.networks import polyak
-from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers
+from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, imitation
 from embodied_rft.plans import Replay
 from embodied_rft.registry import register
 
@@ -83,7 +83,7 @@ class IQL:
         weight = losses.advantage_weights(
             advantage, inverse_temperature=c.inverse_temperature, largest=c.largest_weight
         )
-        each = agent.policy.imitation_loss(batch.observation, batch.action, rng=rng)
+        each = imitation(agent, batch, rng)
         loss = (weight * each).sum() / batch.num_decisions
         return loss, {"policy/loss": loss.detach(), "policy/weight": weight.mean()}
 

@@ -17,7 +17,7 @@ from embodied_rft import losses
 from embodied_rft.agent import ActionScale, Agent
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Tree
 from embodied_rft.networks import as_tensors, polyak
-from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, preset
+from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, imitation, preset
 from embodied_rft.plans import Replay
 from embodied_rft.registry import register
 
@@ -167,7 +167,7 @@ class SAC:
         if not self.config.bc_weight:
             return None
         rows = torch.from_numpy(batch.columns["source"] != Source.ONLINE).to(batch.reward)
-        each = agent.policy.imitation_loss(batch.observation, batch.action, rng=rng)
+        each = imitation(agent, batch, rng)
         return self.config.bc_weight * (each * rows).sum() / batch.num_decisions
 
     # --- around the losses ---------------------------------------------------------------------------------------

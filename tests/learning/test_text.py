@@ -1,6 +1,7 @@
-"""Text: a small model that half knows its sums becomes reliable with every kind of objective; broken twins do not.
+"""Text: a small model that is often wrong becomes reliable with every kind of objective; broken twins do not.
 
-The model is cold-started by imitation of oracle answers, then learns from the reward of `TextSum` alone.
+The model is cold-started by imitation of answers most of which are wrong by one, then learns from the reward of
+`TextSum` alone.
 """
 
 import functools
@@ -14,6 +15,7 @@ from embodied_rft.agent import build_agent
 from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.collect import Collector
 from embodied_rft.data import Source, Trajectory
+from embodied_rft.envs.text_demonstrators import SumDemonstrator
 from embodied_rft.evaluate import evaluate, evaluation_seeds
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
@@ -40,15 +42,17 @@ class Lab:
         schema = Schema(dict(self.pool.fields), self.pool.action_field, dict(policy.trace_fields), units=None)
         return Buffer(schema, 4 * ROWS)
 
-    def cold_start(self, *, demonstrations, updates):
-        """Imitate an oracle on a few problems."""
-        buffer = self.new_buffer()
-        for a, b in self.numbers.integers(10, size=(demonstrations, 2)):
+    def cold_start(self):
+        """Imitate a teacher who is wrong more often than not."""
+        buffer, teacher = self.new_buffer(), SumDemonstrator(noise=0.6)
+        for a, b in self.numbers.integers(10, size=(800, 2)):
             shown = {"prompt": [f"{a}+{b}="] * 2}
-            one = Trajectory(shown, [str(a + b)], np.ones(1, np.float32), "terminated", source=Source.DEMONSTRATION)
+            said = teacher.act({"prompt": shown["prompt"][:1]}, self.numbers)
+            one = Trajectory(shown, said, np.ones(1, np.float32), "terminated", source=Source.DEMONSTRATION)
             buffer.add_trajectory(one, retrace=self.agent.policy.retrace)
-        learner = self.learner({"id": "bc", "batch_size": 32, "num_updates": updates}, learning_rate=3e-3)
+        learner = self.learner({"id": "bc", "batch_size": 32, "num_updates": 400}, learning_rate=3e-3)
         learner.learn(buffer, self.numbers)
+        return self
 
     def learner(self, spec, *, learning_rate):
         objective = build_objective(spec)
@@ -75,16 +79,15 @@ class Lab:
 @pytest.fixture(scope="module")
 def started():
     """Weights after the cold start."""
-    lab = Lab()
-    lab.cold_start(demonstrations=100, updates=250)
+    lab = Lab().cold_start()
     base = lab.success()
-    require(0.35 < base < 0.65, f"the cold start gives {base}: a model that half works is expected")
+    require(0.2 < base < 0.5, f"the cold start gives {base}: a model that is often wrong is expected")
     return lab.agent.policy.state_dict()
 
 
-def learns(started, spec, *, rounds=100, learning_rate=7e-4, tamper=None, references=1, **options):
-    """From about one half to at least 0.7 of held-out sums."""
-    lab = Lab(**options)
+def trained(started, spec, *, rounds, learning_rate=5e-4, tamper=None, references=1, seed=0, **options):
+    """Success after fine-tuning."""
+    lab = Lab(seed=seed, **options)
     lab.agent.policy.load_state_dict(started, strict=not options)
     try:
         for _ in range(references):  # each time around, the reference of a preference is the policy as it is now
@@ -92,7 +95,12 @@ def learns(started, spec, *, rounds=100, learning_rate=7e-4, tamper=None, refere
     except ValueError as error:  # a twin may get so bad that no group has two different rewards
         assert "there is no pair" not in str(error)
         raise
-    assert lab.success() >= 0.7
+    return lab.success()
+
+
+def learns(*args, **kwargs):
+    """From about a third to at least 0.6 of held-out sums."""
+    assert trained(*args, **kwargs) >= 0.6
 
 
 def shuffled(batch, numbers):
@@ -108,33 +116,33 @@ def swapped(batch, numbers):
     return batch
 
 
-FRESH = {"num_epochs": 1, "batch_size": 128}
-GROUP_CREDIT = [{"id": "grpo", **FRESH}, {"id": "rloo", **FRESH}]
-DPO = {"id": "dpo", "num_updates": 8, "batch_size": 64, "beta": 0.3, "chosen_weight": 1.0}
+FRESH = {"num_epochs": 1, "batch_size": 64}
+GROUP_CREDIT = [{"id": "grpo", **FRESH}, {"id": "rloo", **FRESH}, {"id": "dapo", **FRESH, "min_groups": 8}]
+DPO = {"id": "dpo", "num_updates": 8, "batch_size": 64, "chosen_weight": 1.0}
 RAFT = {"id": "raft", "num_updates": 8, "batch_size": 64}
 
 
 @pytest.mark.parametrize("spec", GROUP_CREDIT, ids=lambda spec: spec["id"])
 def test_group_credit(started, spec):
-    learns(started, spec)
-    fails(learns, started, spec, tamper=shuffled)
+    learns(started, spec, rounds=60)
+    fails(learns, started, spec, rounds=60, tamper=shuffled)
 
 
 @pytest.mark.parametrize("options", [{}, {"value_head": True}], ids=["value apart", "shared trunk"])
 def test_ppo(started, options):
     spec = {"id": "ppo", **FRESH}
-    learns(started, spec, rounds=40, learning_rate=5e-4, **options)
-    fails(learns, started, spec, rounds=40, learning_rate=5e-4, tamper=shuffled, **options)
+    learns(started, spec, rounds=40, **options)
+    fails(learns, started, spec, rounds=40, tamper=shuffled, **options)
 
 
 def test_raft(started):
-    learns(started, RAFT | {"selection": {"newest": ROWS, "min_return": 1.0}}, rounds=24)
-    fails(learns, started, RAFT | {"selection": {"newest": ROWS}}, rounds=24)  # copies whatever it said
+    learns(started, RAFT | {"selection": {"newest": ROWS, "min_return": 1.0}}, rounds=16)
+    fails(learns, started, RAFT | {"selection": {"newest": ROWS}}, rounds=16)  # copies whatever it said
 
 
 def test_dpo(started):
-    learns(started, DPO, rounds=40, learning_rate=5e-4, references=5)
-    fails(learns, started, DPO, rounds=40, learning_rate=5e-4, references=5, tamper=swapped)
+    learns(started, DPO, rounds=24, learning_rate=3e-4, references=3)
+    fails(learns, started, DPO, rounds=24, learning_rate=3e-4, references=3, tamper=swapped)
 
 
 def test_lora(started, tmp_path):
@@ -144,5 +152,5 @@ def test_lora(started, tmp_path):
     cold.agent.policy.save_pretrained(tmp_path)
     lab = Lab(model=str(tmp_path), train="lora")
     require(lab.success() == cold.success(), "fresh adapters must change nothing")
-    lab.finetune({"id": "grpo", **FRESH}, rounds=90, learning_rate=3e-3)
-    assert lab.success() >= 0.7
+    lab.finetune({"id": "grpo", **FRESH}, rounds=60, learning_rate=2e-3)
+    assert lab.success() >= 0.6
