@@ -73,7 +73,7 @@ class Statistics(nn.Module):
             self.get_buffer(f"center/{name}").copy_(center)
             self.get_buffer(f"scale/{name}").copy_(scale)
         self.fitted.fill_(True)
-        self.digest.copy_(self._compute_digest())
+        self.digest.copy_(self._compute_digest(dict(self.named_buffers())))
 
     def normalise(self, name: str, value: Tensor) -> Tensor:
         """Data units [..., size] to about [-1, 1] (or zero mean, unit variance)."""
@@ -88,7 +88,7 @@ class Statistics(nn.Module):
     @property
     def hash(self) -> str:
         """First 16 hexadecimal digits of the digest, for reports."""
-        return bytes(self.digest.cpu().tolist()).hex()[:16]
+        return _hash(self.digest)
 
     def _require_fitted(self) -> None:
         if not self.fitted:
@@ -97,9 +97,9 @@ class Statistics(nn.Module):
                 "load a checkpoint that has them"
             )
 
-    def _compute_digest(self) -> Tensor:
+    def _compute_digest(self, numbers: Mapping[str, Any]) -> Tensor:
         names = [f"{part}/{name}" for name in sorted(self.sizes) for part in ("center", "scale")]
-        return _sha256(b"".join(self.get_buffer(n).detach().cpu().numpy().astype("<f4").tobytes() for n in names))
+        return _sha256(b"".join(numbers[n].detach().cpu().numpy().astype("<f4").tobytes() for n in names))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         own = {name: state_dict.get(prefix + name) for name in dict(self.named_buffers())}
@@ -120,15 +120,15 @@ class Statistics(nn.Module):
                 "the checkpoint's statistics belong to another robot or data set: observation keys, action bounds or "
                 "the kind of normalisation differ. Use the checkpoint with the environment that it was trained for."
             )
-        before = self.digest.clone() if bool(self.fitted) else None
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if bool(self.fitted) and not torch.equal(self._compute_digest().cpu(), self.digest.cpu()):
+        digest = own["digest"].cpu()
+        if bool(own["fitted"]) and not torch.equal(self._compute_digest(own), digest):
             raise ValueError("the checkpoint's statistics do not match their own hash: the file was changed or damaged")
-        if before is not None and not torch.equal(before, self.digest):
+        if bool(self.fitted) and not torch.equal(self.digest.cpu(), digest):
             raise ValueError(
-                f"the checkpoint's statistics (hash {self.hash}) differ from those that this policy was trained with: "
-                "the weights would see other units. Load into a fresh policy."
+                f"the checkpoint's statistics (hash {_hash(digest)}) differ from those that this policy was trained "
+                f"with ({self.hash}): the weights would see other units. Load into a fresh policy."
             )
+        super()._load_from_state_dict(state_dict, prefix, *args)  # only now: a refused file changes nothing
 
 
 def _shift_and_scale(values: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
@@ -140,6 +140,10 @@ def _shift_and_scale(values: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     else:
         low, high = (torch.from_numpy(np.quantile(values.numpy(), q, axis=0)).float() for q in (0.01, 0.99))
     return (high + low) / 2, ((high - low) / 2).clamp_min(SMALLEST_SCALE)
+
+
+def _hash(digest: Tensor) -> str:
+    return bytes(digest.cpu().tolist()).hex()[:16]
 
 
 def _sha256(data: bytes) -> Tensor:

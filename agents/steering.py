@@ -51,7 +51,8 @@ class SteeringPolicy(FrozenBase):
         self.base = build_policy(config.base, observation_space, action_space, rng)
         if not hasattr(self.base, "from_noise"):
             raise ValueError(
-                f"agent {config.base.get('id')!r} has no noise to steer; diffusion, flow and consistency do"
+                f"agent {config.base.get('id')!r} has no noise to steer; diffusion, flow, consistency do, and a "
+                "vla with a flow head"
             )
         freeze(self.base)
         self.horizon, self.execute, self.action_dim = self.base.horizon, self.base.execute, self.base.action_dim

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from embodied_rft.agents.tiny_lm import tiny_tokenizer
 
 IMAGE, VISION_START, VISION_END = "<image>", "<|vision_start|>", "<|vision_end|>"
+AROUND, GLOBAL = "<fake_token_around_image>", "<global-img>"
 
 
 @dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
@@ -48,7 +49,7 @@ def tiny_vlm(config: TinyVLMConfig | None = None, *, rng: torch.Generator) -> tu
     from transformers import AutoModelForImageTextToText
 
     tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE, VISION_START, VISION_END]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE, VISION_START, VISION_END, AROUND, GLOBAL]})
     if config.vocab_size is not None and config.vocab_size < len(tokenizer):
         raise ValueError(f"vocab_size is {config.vocab_size}: smaller than the tokenizer's {len(tokenizer)} tokens")
     with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator

@@ -105,8 +105,9 @@ class VLAPolicy(nn.Module):
         shape = Size(codec.action_dim, self.horizon, self.execute)
         head = make_head(vlm, getattr(config, config.head) or options(), shape, rng=rng)
         # First in the state_dict, so that a checkpoint of another policy is refused before any weight is read.
-        self.identity = Identity({**vlm.identity, "head": config.head, **_shape(shape), "state": self.state_keys})
-        self.vlm, self.codec, self.head = vlm, codec, head
+        reads = {"images": self.image_keys, "state": self.state_keys}
+        self.identity = Identity({**vlm.identity, "head": config.head, **head.identity, **_shape(shape), **reads})
+        self.codec, self.vlm, self.head = codec, vlm, head
         self.state = nn.ModuleDict()
         if self.state_keys:
             reader = networks.Encoder(observation_space, keys=self.state_keys, normalize=config.normalize, rng=rng)
@@ -142,6 +143,7 @@ class VLAPolicy(nn.Module):
                 if key not in known:
                     raise ValueError(f"the observation has no {what} {key!r}; {nearest(key, known)}")
         self.image_keys = cameras if self.config.images is None else list(self.config.images)
+        self._image_shapes = {key: boxes[key].shape for key in self.image_keys}
         self.state_keys = vectors if self.config.state is None else list(self.config.state)
         if not self.image_keys:
             raise ValueError("a vla policy needs an image: a uint8 Box of shape [H, W, 3] in the observation space")
@@ -208,6 +210,12 @@ class VLAPolicy(nn.Module):
             if key not in observation:
                 raise ValueError(f"the observation has no {key!r}; {nearest(key, observation)}")
         images = [observation[key] for key in self.image_keys]
+        for key, given in zip(self.image_keys, images, strict=True):
+            if tuple(given.shape[1:]) != self._image_shapes[key]:
+                raise ValueError(
+                    f"images of {key!r} have shape {tuple(given.shape[1:])}, this policy was made for "
+                    f"{self._image_shapes[key]}: another size means another number of image tokens"
+                )
         count = len(images[0])
         said = self.config.instruction
         instructions = texts(observation[INSTRUCTION]) if said is None else [said] * count

@@ -130,6 +130,12 @@ class VLM(nn.Module):
         ids_, mask_ = self.prompts.encode(instructions, [f.shape[1] for f, _ in seen])
         ids, mask = torch.from_numpy(ids_).to(device), torch.from_numpy(mask_).to(device)
         places = ids == self.prompts.image_token
+        wanted = int((ids_ == self.prompts.image_token).sum())
+        if wanted != features.shape[0] * features.shape[1]:
+            raise ValueError(
+                f"{len(instructions)} prompts have {wanted} image tokens, {len(features)} rows of images have "
+                f"{features.shape[0] * features.shape[1]} features: one image of each camera a prompt is expected"
+            )
         embeddings = trunk.get_input_embeddings()(ids.masked_fill(places, 0))
         embeddings = embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
         position = self._positions(ids_, mask_, [g for _, g in seen], device)

@@ -93,6 +93,7 @@ class TokenHead(nn.Module):
         self._start_from_vocabulary(vlm)
         self.num_units = size.execute * size.action_dim
         self.trace_fields = {"tokens": Field((self.num_units,), "int64")}
+        self.identity: dict[str, Any] = {"bins": options.bins}  # what a checkpoint's weights mean
 
     @torch.no_grad()
     def _start_from_vocabulary(self, vlm: VLM) -> None:
@@ -174,6 +175,7 @@ class ParallelHead(nn.Module):
         self.log_std = nn.Parameter(torch.full((size.action_dim,), math.log(options.initial_std)))
         self.num_units = size.execute
         self.trace_fields = {"raw": Field((size.execute * size.action_dim,))}
+        self.identity: dict[str, Any] = {"hidden": list(options.hidden)}
 
     def act(self, vlm: VLM, context: Context, rng: torch.Generator | None) -> Acted:
         """The regressed chunk, with noise on its executed steps if there is an rng."""
@@ -223,6 +225,7 @@ class FlowHead(nn.Module):
         self.expert = Expert(vlm.hidden_size, options, size, rng=rng)
         self.num_units = options.num_steps
         self.trace_fields = {"chain": Field((options.num_steps + 1, size.horizon * size.action_dim))}
+        self.identity: dict[str, Any] = {k: getattr(options, k) for k in ("width", "num_blocks", "num_heads")}
 
     def act(self, vlm: VLM, context: Context, rng: torch.Generator | None) -> Acted:
         """Integrate from noise; without rng from zero and without noise."""

@@ -175,4 +175,11 @@ class Pixels:
         given: Any = [[array] for array in arrays] if self.tiles else arrays
         made = self.processor(images=given, return_tensors="pt", input_data_format="channels_last")
         names = ["pixel_values", *(["image_grid_thw"] * self.patches), *(["pixel_attention_mask"] * self.tiles)]
+        given_size = tuple(made["pixel_values"].shape[-1 if self.patches else -2 :])
+        expected = (3 * self.frames * self.patch**2,) if self.patches else (self.size, self.size)
+        if given_size != expected:
+            raise ValueError(
+                f"the image processor makes {'patches' if self.patches else 'images'} of size {given_size}, the "
+                f"vision tower reads {expected}: load the processor that was saved with the model"
+            )
         return {name: made[name].to(images.device) for name in names if name in made}

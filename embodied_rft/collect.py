@@ -18,6 +18,7 @@ from embodied_rft.buffer import Buffer
 from embodied_rft.data import Decisions, Field, Ragged, Source, Tree
 from embodied_rft.pool import Pool, fields_of
 from embodied_rft.seeding import training_seed
+from embodied_rft.stepping import StepResult
 
 Act = Callable[[Tree], Decisions]
 
@@ -42,6 +43,10 @@ class Recording:
         """Put the rows into the buffer; returns the row numbers of the decisions [decisions]."""
         rows = []
         for name, arguments in self.calls:
+            if name == "add":
+                arguments["reward"] = {
+                    k: arguments["reward"][k] for k in buffer.schema.rewards if k in arguments["reward"]
+                }
             result = getattr(buffer, name)(**arguments)
             if name == "add":
                 rows.append(result)
@@ -154,7 +159,7 @@ class Collector:
                     "streams": chosen,
                     "observation": observation,
                     "decisions": kept,
-                    "reward": result.reward[chosen],
+                    "reward": take_rows(_streams(result), chosen),
                     "terminated": result.terminated[chosen],
                     "truncated": result.truncated[chosen],
                     "group": self.episode[chosen] // self.group_size,
@@ -225,6 +230,14 @@ class Collector:
         self.episode[:], self.seed[:], self.step[:] = state["episode"], state["seed"], state["step"]
         self.returned[:] = state["returned"]
         self.observation = dict(state["observation"])
+
+
+def _streams(result: StepResult) -> dict[str, np.ndarray]:
+    """Streams of reward [N]: the environment's, and 1 for the last decision of a success if success is told."""
+    success = result.info.get("success")
+    if success is None:
+        return {"env": result.reward}
+    return {"env": result.reward, "success": (success & (result.terminated | result.truncated)).astype(np.float32)}
 
 
 def take_rows(tree: Tree, rows: np.ndarray) -> dict[str, Any]:

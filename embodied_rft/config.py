@@ -127,6 +127,7 @@ class BufferConfig:
     """The one buffer of the run."""
 
     capacity: int = 200_000  # rows: decisions plus one closing row an episode
+    success: bool = False  # keep success beside the reward, so that `selection: {successes: true}` finds it
 
 
 @dataclass

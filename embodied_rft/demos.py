@@ -45,7 +45,8 @@ def write_demos(
         collector = Collector(pool, run_seed=seed, source=Source.DEMONSTRATION)
         recording = collector.collect(demonstrator_act(demonstrator, spawn_generator(seed, 1), 1), episodes=episodes)
         metrics = recording.metrics()
-        buffer = step_buffer(pool, recording.decisions + 2 * episodes)
+        streams = tuple(recording.calls[0][1]["reward"])  # "success", too, where the environment tells it
+        buffer = step_buffer(pool, recording.decisions + 2 * episodes, streams)
         recording.write(buffer)
         write_trajectories(Path(out), list(buffer.trajectories()))
     finally:

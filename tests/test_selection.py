@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import embodied_rft.envs  # noqa: F401
 from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.config import load_recipe
 from embodied_rft.data import Decisions, Field
+from embodied_rft.objectives.imitation import Selection, select
 from embodied_rft.optimizer import AdamW
 from embodied_rft.plans import Fresh, read_ahead
 from embodied_rft.registry import find
@@ -117,3 +119,52 @@ def test_shrinking_a_gradient_is_clipping_it():
         optimizer.step()
 
     torch.testing.assert_close(stepped(ours), stepped(theirs))
+
+
+# --- successes, in a run ---------------------------------------------------------------------------------------------
+
+
+def test_successes_are_found_beside_demonstrations(tmp_path):
+    """iRe-VLA's data: both demonstrations and online episodes, those of them that ended in success."""
+    stages = [
+        {"demonstrate": {"episodes": 8, "noise": 0.9}},
+        {"collect": {"episodes": 8}},
+        {"pretrain": {"objective": {"id": "bc", "selection": {"successes": True}}, "updates": 1, "batch_size": 8}},
+    ]
+    for horizon in (1, 2):
+        agent = {"id": "flow", "num_steps": 2, "width": 16, "horizon": horizon}
+        env = {"id": "embodied_rft/FetchReach-v0", "num_envs": 8, "options": {"num_threads": 1}}
+        recipe = {
+            "name": "s",
+            "env": env,
+            "agent": agent,
+            "stages": stages,
+            "buffer": {"capacity": 2_000, "success": True},
+        }
+        (tmp_path / "s.yaml").write_text(yaml.safe_dump(recipe))
+        session = train(load_recipe(tmp_path / "s.yaml"), tmp_path / f"run{horizon}", quiet=True, report=False)
+        shown = [r["metrics"] for r in session.records]
+        # a demonstration is cut into chunks from each of its first `horizon` steps on
+        counted = 8 * (horizon * shown[0]["success of the demonstrations"] + shown[1]["success"])
+        episodes = list(session.buffer.trajectories())
+        assert sum(e.success for e in episodes) == counted > 0
+        rows = select(session.buffer, Selection(successes=True))
+        assert len(rows) == sum(len(e) for e in episodes if e.success) < len(session.buffer.rows())
+        for e in episodes:
+            assert not e.rewards["success"][:-1].any()  # told by the last decision
+
+
+def test_without_the_option_success_is_not_kept(tmp_path):
+    recipe = {
+        "name": "s",
+        "env": {"id": "embodied_rft/FetchReach-v0", "num_envs": 4, "options": {"num_threads": 1}},
+        "agent": "gaussian",
+        "buffer": {"capacity": 2_000},
+        "stages": [
+            {"demonstrate": {"episodes": 4}},
+            {"pretrain": {"objective": {"id": "bc", "selection": {"successes": True}}, "updates": 1}},
+        ],
+    }
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match=r"set buffer\.success"):
+        train(load_recipe(tmp_path / "s.yaml"), tmp_path / "run", quiet=True, report=False)

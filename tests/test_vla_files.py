@@ -1,5 +1,6 @@
 """Vision-language-action policies on disk: what travels with the weights, and what is refused."""
 
+import json
 from pathlib import Path
 
 import gymnasium as gym
@@ -112,6 +113,9 @@ def test_a_folder_without_its_statistics_is_refused(tmp_path):
         ({"head": "flow"}, "head is 'tokens'"),
         ({"horizon": 2}, "horizon is 1"),
         ({"model": {"tiny": {"hidden_size": 32}}}, "hidden_size is 64"),
+        ({"tokens": {"bins": 16}}, "bins is 256"),
+        ({"images": ["image/wrist", "image/front"]}, "images is"),
+        ({"step": gym.spaces.Box(-1, 1, (3,))}, "action_dim is 2, this one's is 3"),
     ],
 )
 def test_a_checkpoint_of_another_architecture_is_refused(options, match):
@@ -120,6 +124,63 @@ def test_a_checkpoint_of_another_architecture_is_refused(options, match):
     before = {k: v.clone() for k, v in other.state_dict().items()}
     refused(match, other.load_state_dict, weights)
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("head", "saved", "own", "match"),
+    [
+        ("flow", {"width": 32}, {"width": 64}, "width is 32"),
+        ("flow", {"num_heads": 2}, {"num_heads": 4}, "num_heads is 2"),  # the shapes are equal, the meaning is not
+        ("parallel", {"hidden": [8]}, {"hidden": [16]}, "hidden is"),
+    ],
+)
+def test_a_head_of_another_shape_is_refused(head, saved, own, match, tmp_path):
+    policy(head=head, **{head: saved}).save_pretrained(tmp_path)
+    refused(match, policy, model=str(tmp_path), head=head, **{head: own})
+
+
+def test_damaged_statistics_are_refused_and_change_nothing(tmp_path):
+    """Before a single weight is read."""
+    weights = fitted(tmp_path).state_dict()
+    weights["codec.statistics.center/action"] = weights["codec.statistics.center/action"] + 0.1
+    fresh = policy(statistics="min_max", seed=3)
+    before = {k: v.clone() for k, v in fresh.state_dict().items()}
+    refused("do not match their own hash", fresh.load_state_dict, weights)
+    other = policy(statistics="min_max", seed=4)
+    other.codec.statistics.fit({"action": chunks(50, seed=9)})
+    refused("differ from those", other.load_state_dict, fitted(tmp_path).state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in fresh.state_dict().items())
+
+
+def test_another_tokenizer_beside_the_weights_is_refused(tmp_path):
+    """One of the same size whose ids mean other texts: nothing but the head's file can tell."""
+    policy().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[5:7]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content))
+    refused("its tokenizer is", policy, model=str(tmp_path))
+
+
+def test_an_image_processor_of_another_model_is_refused(tmp_path):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    model, tokenizer = tiny_vlm(rng=rng())
+    size = {"shortest_edge": 1, "longest_edge": 10**6}
+    for part in (model, tokenizer, Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=size)):
+        part.save_pretrained(tmp_path)
+    p = policy(model=str(tmp_path))
+    refused("the vision tower reads", p.act, observation(), greedy=True)
+
+
+def test_images_of_another_size_or_number_are_refused():
+    p, seen = policy(), observation()
+    refused("was made for", p.act, seen | {"image/front": seen["image/front"][:, :16]}, greedy=True)
+    images = [torch.from_numpy(seen["image/front"])]
+    refused("one image of each camera", p.vlm.read, images, ["go"] * 2)
+    refused("one image of each camera", p.vlm.read, images, ["go"] * 4)
 
 
 def test_a_text_model_is_refused(tmp_path):

@@ -56,7 +56,7 @@ def select(buffer: Buffer, selection: Selection, reward_weights: dict[str, float
         keep &= returned >= selection.min_return
     if selection.successes:
         if "success" not in buffer.schema.rewards:
-            raise ValueError("the buffer has no reward stream 'success': select by min_return instead")
+            raise ValueError("the buffer has no reward stream 'success': set buffer.success, or select by min_return")
         keep &= segment_returns(buffer, segments, reward_weights={"success": 1.0}) > 0
     if selection.best_of is not None and segments:
         group = buffer.columns(np.array([s[0] for s in segments]))["group"]

@@ -58,7 +58,8 @@ class Demonstrate(Stage):
         if chunk is None:
             recording.write(session.buffer)
         else:
-            steps = step_buffer(session.step_pool("training"), recording.decisions + 2 * config.episodes)
+            room, rewards = recording.decisions + 2 * config.episodes, session.schema().rewards
+            steps = step_buffer(session.step_pool("training"), room, rewards)
             recording.write(steps)
             session.add_trajectories(steps.trajectories(), chunk=chunk)
         session.buffer.pin()
@@ -121,9 +122,10 @@ class WarmUp(Stage):
         return {"success while warming up": metrics.get("collect/success")}
 
 
-def step_buffer(pool: Pool, capacity: int) -> Buffer:
+def step_buffer(pool: Pool, capacity: int, rewards: tuple[str, ...] = ("env",)) -> Buffer:
     """A buffer of single steps of a pool, for experience that is still to be cut into chunks or written to a file."""
-    return Buffer(Schema(observation=dict(pool.fields), action=action_field(pool.action_space)), capacity)
+    schema = Schema(observation=dict(pool.fields), action=action_field(pool.action_space), rewards=rewards)
+    return Buffer(schema, capacity)
 
 
 def demonstrator_act(demonstrator: Any, rng: np.random.Generator, units: int | None) -> Act:
