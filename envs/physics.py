@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -39,12 +40,8 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class ExactEngine:
-    """N states stepped one by one with `mj_step` on Python threads (it releases the GIL), solver warm start kept.
-
-    Each thread has one `MjData`, hot in its cache: an environment's physics and warm start are loaded, stepped and
-    stored. Nothing else in an `MjData` outlives a step, so this equals one persistent `MjData` for each environment
-    bit by bit.
+class Engine:
+    """What every engine has.
 
     Args:
         model: the compiled model; never modified.
@@ -66,11 +63,23 @@ class ExactEngine:
         num_threads: int | None = None,
         settle: Settle | None = None,
     ) -> None:
-        self.model, self.settle = model, settle
+        self.model, self.settle, self.num_envs = model, settle, num_envs
         self.num_substeps, self.control_spec = num_substeps, control_spec
         self.num_threads = min(num_threads or num_cores(), num_envs)
-        self.warmstart = np.zeros((num_envs, model.nv))
         self._data = [mujoco.MjData(model) for _ in range(self.num_threads)]
+
+
+class ExactEngine(Engine):
+    """N states stepped one by one with `mj_step` on Python threads (it releases the GIL), solver warm start kept.
+
+    Each thread has one `MjData`, hot in its cache: an environment's physics and warm start are loaded, stepped and
+    stored. Nothing else in an `MjData` outlives a step, so this equals one persistent `MjData` for each environment
+    bit by bit.
+    """
+
+    def __init__(self, model: mujoco.MjModel, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.warmstart = np.zeros((self.num_envs, model.nv))
         self._pool: ThreadPoolExecutor | None = None  # made on first use, so that a forked copy has its own
 
     def reset(self, rows: np.ndarray, physics: np.ndarray, controls: np.ndarray) -> np.ndarray:
@@ -139,35 +148,23 @@ class ExactEngine:
             self._pool = None
 
 
-class RolloutEngine:
-    """A batch of states stepped by `mujoco.rollout` on native threads; arguments and methods as in `ExactEngine`.
+class RolloutEngine(Engine):
+    """A batch of states stepped by `mujoco.rollout` on native threads; methods as in `ExactEngine`.
 
     Keeps no state between calls, so a row's result depends on nothing but its own physics and controls: neither on the
     other rows nor on the number of threads.
     """
 
-    def __init__(
-        self,
-        model: mujoco.MjModel,
-        *,
-        num_envs: int,
-        num_substeps: int,
-        control_spec: int,
-        num_threads: int | None = None,
-        settle: Settle | None = None,
-    ) -> None:
-        self.model, self.settle = model, settle
-        self.num_substeps, self.control_spec = num_substeps, control_spec
-        self.num_threads = min(num_threads or num_cores(), num_envs)
+    def __init__(self, model: mujoco.MjModel, **options: Any) -> None:
+        super().__init__(model, **options)
         num_state = mujoco.mj_stateSize(model, PHYSICS)
-        num_control = mujoco.mj_stateSize(model, control_spec)
-        self._models = [model] * num_envs
-        self._data = [mujoco.MjData(model) for _ in range(self.num_threads)]
+        num_control = mujoco.mj_stateSize(model, self.control_spec)
+        self._models = [model] * self.num_envs
         self._rollout: rollout.Rollout | None = None  # made on first use, so that a forked copy has its own threads
         # Buffers of the native call; MuJoCo writes every substep, we read the last one.
-        self._controls = np.empty((num_envs, num_substeps, num_control))
-        self._physics = np.empty((num_envs, num_substeps, num_state))
-        self._sensors = np.empty((num_envs, num_substeps, model.nsensordata))
+        self._controls = np.empty((self.num_envs, self.num_substeps, num_control))
+        self._physics = np.empty((self.num_envs, self.num_substeps, num_state))
+        self._sensors = np.empty((self.num_envs, self.num_substeps, model.nsensordata))
 
     def reset(self, rows: np.ndarray, physics: np.ndarray, controls: np.ndarray) -> np.ndarray:
         """Readings [K, M] of `physics` [K, S] with `controls` [K, C] applied."""
