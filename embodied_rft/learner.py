@@ -141,9 +141,9 @@ class Learner:
             return batch.split(size)
         if (most := self.config.micro_units) is None:
             return [batch]
-        plan = getattr(self.agent.policy, "plan", None)
+        own = getattr(self.agent.policy, "micro_batches", None)
         units = batch.mask.sum(1).cpu().numpy()
-        rows = plan_units(units, most=most, atoms=batch.atoms) if plan is None else plan(batch, most)
+        rows = plan_units(units, most=most, atoms=batch.atoms) if own is None else own(batch, most)
         return [batch.take(part) for part in rows]
 
     def _step(self, names: Sequence[str], pieces: list[Batch], rng: torch.Generator) -> None:

@@ -179,3 +179,17 @@ def test_doctor_reports_what_is_broken(monkeypatch, capsys):
     assert "broken" in capsys.readouterr().out
     monkeypatch.setattr("mujoco.__version__", "3.17.0")
     assert doctor.check_mujoco().state == "broken" and "mujoco==3.3.0" in doctor.check_mujoco().advice
+
+
+def test_a_loss_that_explodes_stops_the_run_and_leaves_a_whole_checkpoint(tmp_path, monkeypatch, capsys):
+    from embodied_rft.checkpoint import load
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(
+        "extends: text/grpo\nstages:\n  - demonstrate: {episodes: 40}\n"
+        "  - pretrain: {objective: bc, updates: 20, batch_size: 32, learner: {learning_rate: 1.0e+30}}\n"
+    )
+    assert run("train", "mine.yaml", "--run", "run") == cli.USER
+    said = capsys.readouterr().err
+    assert "loss 'policy' of update" in said and "is nan" in said and "no weight" in said and "Traceback" not in said
+    assert load(max((tmp_path / "run" / "checkpoints").iterdir()))

@@ -51,7 +51,7 @@ class PPOConfig:
     normalize_advantage: bool = True  # over everything read at once, not over a minibatch
     reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward
     overlong: tuple[int, int] | None = None  # (limit, margin) in units: longer decisions lose up to 1 (DAPO, eq. 13)
-    cut: Literal["keep", "drop"] = "keep"  # decisions cut by a length limit (trace "cut"): learn from them or not
+    cut: Literal["keep", "drop"] = "keep"  # what ran into a length limit; dropped, it still counts in its group
     # Surrogate
     ratio: losses.RatioLevel = "unit"
     clip_low: float | None = 0.2  # None: no bound
@@ -238,8 +238,6 @@ class PPO:
             penalty = returns.overlong_penalty(batch.mask.sum(1), limit=c.overlong[0], margin=c.overlong[1])
             batch.reward = batch.reward + penalty
             metrics["credit/overlong"] = float(penalty.mean())
-        if "cut" in batch.trace:
-            metrics["credit/cut"] = float(batch.trace["cut"].sum())
         if c.kl_weight:
             each = losses.kl(batch.log_prob, batch.notes["reference_log_prob"], estimator=c.kl_estimator)
             each = torch.where(batch.mask, each, 0.0)
