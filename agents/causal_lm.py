@@ -25,13 +25,14 @@ class CausalLM:
     Args:
         model: a Hugging Face `...ForCausalLM`.
         tokenizer: a fast tokenizer.
+        continues: whether prompts of tokens alone will be continued from keys and values, which is then checked.
 
     Raises:
         ValueError: the tokenizer does not belong to the model, or the model's logits are not what its output layer
             gives.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, continues: bool = True) -> None:
         config = model.config.get_text_config()
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self.decoder: nn.Module = model.base_model
@@ -44,7 +45,8 @@ class CausalLM:
         used[list(tokenizer.get_vocab().values())] = True
         self._used = None if bool(used.all()) else used  # embeddings are often padded to a round number
         self._check_head()
-        self._check_cache()
+        if continues:
+            self._check_cache()
 
     def head(self, temperature: float = 1.0) -> Head:
         """The output layer at a sampling temperature."""
