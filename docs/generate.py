@@ -77,17 +77,11 @@ def stage_table() -> str:
 
 def env_table() -> str:
     """| id | what it is | of our environments."""
-    import gymnasium
+    from embodied_rft.cli import known_of
 
-    from embodied_rft import registry
-    from embodied_rft.cli import first_line
-
-    registry.load_plugins()
-    rows = ["| id | what it is |", "| --- | --- |"]
-    for id, spec in sorted(gymnasium.registry.items()):
-        if id.startswith("embodied_rft/"):
-            rows.append(f"| `{id}` | {first_line(spec.entry_point)} |")
-    return "\n".join(rows)
+    return "\n".join(
+        ["| id | what it is |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in sorted(known_of("envs").items()))]
+    )
 
 
 def _first_line(target: object) -> str:

@@ -121,14 +121,14 @@ def list_known(kind: Annotated[Positional[str], arg(metavar="KIND")] = "all") ->
     if kind != "all" and kind not in LISTED:
         raise ValueError(f"erft list {kind}: unknown kind; {nearest(kind, LISTED)}")
     for name in LISTED if kind == "all" else (kind,):
-        entries = _entries(name)
+        entries = known_of(name)
         width = max((len(id) for id in entries), default=0)
         print(f"{name}:" if kind == "all" else "", end="\n" if kind == "all" else "")
         for id, line in sorted(entries.items()):
             print(f"  {id:<{width}}  {line}".rstrip())
 
 
-def _entries(kind: str) -> dict[str, str]:
+def known_of(kind: str) -> dict[str, str]:
     """{id: one line} of everything of a kind."""
     from embodied_rft import registry
 
@@ -140,21 +140,22 @@ def _entries(kind: str) -> dict[str, str]:
         import gymnasium
 
         registry.load_plugins()
-        return {
-            id: first_line(spec.entry_point)
-            for id, spec in gymnasium.registry.items()
-            if id.startswith("embodied_rft/")
-        }
+        return {id: describe_env(spec) for id, spec in gymnasium.registry.items() if id.startswith("embodied_rft/")}
     singular = kind.removesuffix("s")
     return {id: first_line(registry.find(singular, id)) for id in registry.known(singular)}
 
 
-def first_line(target: Any) -> str:
-    """The first line of the docstring of a class, function or "module:name"."""
-    if isinstance(target, str):
-        from gymnasium.envs.registration import load_env_creator
+def describe_env(spec: Any) -> str:
+    """One line about a registered environment: what its creator's `describe(**kwargs)` says, else its docstring."""
+    from gymnasium.envs.registration import load_env_creator
 
-        target = load_env_creator(target)
+    creator = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
+    describe = getattr(creator, "describe", None)
+    return first_line(creator) if describe is None else describe(**spec.kwargs)
+
+
+def first_line(target: Any) -> str:
+    """The first line of the docstring of a class or function."""
     return (getattr(target, "__doc__", None) or "").strip().partition("\n")[0]
 
 

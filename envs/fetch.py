@@ -106,9 +106,7 @@ def _scene(name: str) -> _Scene:
     variant = VARIANTS[name]
     package = find_spec("gymnasium_robotics")  # only its files: importing it registers and prints what nobody asked for
     if package is None or package.origin is None:
-        raise ValueError(
-            "the model files of Fetch come with gymnasium-robotics: pip install gymnasium-robotics"
-        )
+        raise ValueError("the model files of Fetch come with gymnasium-robotics: pip install gymnasium-robotics")
     spec = mujoco.MjSpec.from_file(str(Path(package.origin).parent / "envs" / "assets" / "fetch" / variant.model))
     _add_sensors(spec, variant.has_object)
     _add_wrist_camera(spec)
@@ -327,6 +325,11 @@ def _euler(x: np.ndarray, y: np.ndarray, z: np.ndarray, out: np.ndarray) -> None
 
 class FetchEnv(ManipulationEnv):
     """One Fetch environment; `name` and `reward_type` as in `FetchTask`, further options as in `ManipulationEnv`."""
+
+    @staticmethod
+    def describe(name: str) -> str:
+        """One line about a task."""
+        return f"Fetch arm: {VARIANTS[name].instruction} (Plappert et al. 2018)"
 
     def __init__(self, name: str, *, reward_type: str = "sparse", **options: Any) -> None:
         super().__init__(FetchTask(name, reward_type=reward_type), **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import string
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -45,7 +46,7 @@ class Problem(NamedTuple):
 
 
 class TextTask(Protocol):
-    """Where problems come from."""
+    """Where problems come from; an attribute `held_out` is the default of the option of that name."""
 
     def draw(self, rng: np.random.Generator) -> Problem:
         """One problem; all its randomness is from `rng`."""
@@ -138,9 +139,13 @@ class JsonlTask:
         path: the file, UTF-8.
         checker: rule for lines without one.
 
+    A tenth of the prompts is held out for evaluation, unless `held_out` says otherwise.
+
     Raises:
         ValueError: with the line's number, when the file is missing, empty, or a line is not as above.
     """
+
+    held_out = 0.1
 
     def __init__(self, *, path: str | Path, checker: str | Mapping[str, Any] = "exact") -> None:
         file = Path(path)
@@ -183,6 +188,11 @@ def _problem(line: str, checker: str | Mapping[str, Any]) -> Problem:
     return Problem(prompt, str(answer), judge)
 
 
+def is_held_out(prompt: str, share: float) -> bool:
+    """Whether a prompt is one of those that only evaluation shows; the same on every machine."""
+    return zlib.crc32(prompt.encode()) < share * 2**32
+
+
 class TextBatch:
     """N problems and their generators: what both kinds of environment share.
 
@@ -191,24 +201,52 @@ class TextBatch:
         num_envs: N.
         max_chars: longest prompt and reply.
         overlong: (limit, margin) in characters: adds `overlong_penalty` to the reward; None: no.
+        held_out: share of all prompts, chosen by their hash, that evaluation seeds (2**31 and above) show and other
+            seeds never do. 0: both show all. None: the task's own.
     """
 
     def __init__(
-        self, task: TextTask, *, num_envs: int, max_chars: int = 65_536, overlong: tuple[int, int] | None = None
+        self,
+        task: TextTask,
+        *,
+        num_envs: int,
+        max_chars: int = 65_536,
+        overlong: tuple[int, int] | None = None,
+        held_out: float | None = None,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}, expected at least 1")
+        self.held_out: float = getattr(task, "held_out", 0.0) if held_out is None else held_out
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out is {held_out}, expected a share of the prompts: at least 0 and below 1")
         self.task, self.overlong = task, overlong
+        self.evaluates = np.zeros(num_envs, dtype=bool)
         self.generators = [seeding.np_random(None)[0] for _ in range(num_envs)]
         self.problems: list[Problem | None] = [None] * num_envs
         self.before = np.zeros((num_envs, 6), dtype=np.uint64)  # the generators before they drew the problems
         self.observation_space = spaces.Dict({"prompt": AnyText(max_chars)})
         self.action_space = AnyText(max_chars)
 
+    def start(self, row: int, generator: np.random.Generator, seed: int | None) -> None:
+        """A new problem from a generator that was made from `seed`; None: it goes on."""
+        self.generators[row] = generator
+        if seed is not None:
+            self.evaluates[row] = seed >= 2**31
+        self.draw(row)
+
     def draw(self, row: int) -> None:
-        """A new problem."""
+        """A new problem, of those that may be shown."""
         self.before[row] = pack_generator(self.generators[row])
-        self.problems[row] = self.task.draw(self.generators[row])
+        for _ in range(10_000):
+            problem = self.task.draw(self.generators[row])
+            if not self.held_out or is_held_out(problem.prompt, self.held_out) == self.evaluates[row]:
+                self.problems[row] = problem
+                return
+        raise ValueError(
+            f"no prompt {'is held out' if self.evaluates[row] else 'is left for training'} with held_out "
+            f"{self.held_out} (10,000 were drawn): add problems, change the share, or set held_out: 0 to show the same "
+            "ones in training and evaluation"
+        )
 
     def judge(self, row: int, reply: Any) -> tuple[float, bool]:
         """Reward and success of a reply. Raises ValueError if it is no text."""
@@ -233,12 +271,13 @@ class TextBatch:
         """Generators as they are and as they were before the current problems, which a restored batch draws again."""
         now = np.stack([pack_generator(generator) for generator in self.generators])
         shown = np.array([problem is not None for problem in self.problems])
-        return {"rng": now, "rng_before": self.before.copy(), "shown": shown}
+        return {"rng": now, "rng_before": self.before.copy(), "shown": shown, "evaluates": self.evaluates.copy()}
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue exactly from `get_state`."""
         if len(state["rng"]) != len(self.generators):
             raise ValueError(f"the state is of {len(state['rng'])} environments, expected {len(self.generators)}")
+        self.evaluates = np.array(state["evaluates"], dtype=bool)
         for row, generator in enumerate(self.generators):
             self.problems[row] = None
             if state["shown"][row]:
@@ -265,8 +304,7 @@ class TextEnv(gymnasium.Env):
     ) -> tuple[dict[str, str], dict[str, Any]]:
         """A new problem; the same seed gives the same one."""
         super().reset(seed=seed)
-        self.batch.generators[0] = self.np_random
-        self.batch.draw(0)
+        self.batch.start(0, self.np_random, seed)
         return {"prompt": self.batch.prompt(0)}, {}
 
     def step(self, action: str) -> tuple[dict[str, str], float, bool, bool, dict[str, Any]]:
@@ -333,9 +371,8 @@ class TextVectorEnv(gymnasium.vector.VectorEnv):
         rows = range(self.num_envs) if mask is None else np.flatnonzero(check_mask(mask, self.num_envs)).tolist()
         seeds = spread_seeds(seed, self.num_envs)
         for row in rows:
-            if seeds[row] is not None:
-                self.batch.generators[row] = seeding.np_random(seeds[row])[0]
-            self.batch.draw(row)
+            seed = seeds[row]
+            self.batch.start(row, self.batch.generators[row] if seed is None else seeding.np_random(seed)[0], seed)
         self._done[list(rows)] = False
         return self._observe(), {}
 
@@ -382,13 +419,13 @@ TASKS: dict[str, Callable[..., TextTask]] = {
 
 def make_env(task: str, *, render_mode: str | None = None, **options: Any) -> TextEnv:
     """An environment of a task by name: options of the batch go there, all others to the task."""
-    batch = {key: options.pop(key) for key in ("max_chars", "overlong") if key in options}
+    batch = {key: options.pop(key) for key in ("max_chars", "overlong", "held_out") if key in options}
     return TextEnv(TASKS[task](**options), render_mode=render_mode, **batch)
 
 
 def make_vector_env(task: str, *, num_envs: int, **options: Any) -> TextVectorEnv:
     """As `make_env`, N of them."""
-    keys = ("max_chars", "overlong", "autoreset_mode", "render_mode")
+    keys = ("max_chars", "overlong", "held_out", "autoreset_mode", "render_mode")
     batch = {key: options.pop(key) for key in keys if key in options}
     return TextVectorEnv(TASKS[task](**options), num_envs=num_envs, **batch)
 
@@ -411,6 +448,12 @@ def unpack_generator(generator: np.random.Generator, packed: np.ndarray) -> None
     }
 
 
+def describe(task: str) -> str:
+    """One line about a task."""
+    return (TASKS[task].__doc__ or "").partition("\n")[0]
+
+
+setattr(make_env, "describe", describe)  # noqa: B010  (a function with an attribute, said so that mypy agrees)
 for _name, _task in zip(("Sum", "Countdown", "Format", "Jsonl"), TASKS, strict=True):
     gymnasium.register(
         id=f"embodied_rft/Text{_name}-v0",

@@ -200,7 +200,8 @@ def test_jsonl(tmp_path):
     path = tmp_path / "problems.jsonl"
     lines = [{"prompt": "2+2=", "answer": 4, "checker": "numeric"}, {"prompt": "Say yes", "answer": "yes"}]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n", encoding="utf-8")
-    env = gymnasium.make("embodied_rft/TextJsonl-v0", path=str(path), checker={"id": "exact", "ignore_case": True})
+    rule = {"id": "exact", "ignore_case": True}
+    env = gymnasium.make("embodied_rft/TextJsonl-v0", path=str(path), checker=rule, held_out=0)
     seen = set()
     for seed in range(20):
         prompt = env.reset(seed=seed)[0]["prompt"]
@@ -231,6 +232,43 @@ def test_bad_problem_files(tmp_path, content, message):
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         gymnasium.make("embodied_rft/TextJsonl-v0", path=str(path))
+
+
+def shown(env, seeds):
+    return {env.reset(seed=int(seed))[0]["prompt"] for seed in seeds}
+
+
+def test_evaluation_seeds_alone_show_the_held_out_prompts(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"say {i}", "answer": i}) + "\n" for i in range(200)))
+    env = gymnasium.make("embodied_rft/TextJsonl-v0", path=str(path))
+    training, evaluation = shown(env, range(2_000)), shown(env, range(2**31, 2**31 + 400))
+    assert len(training) + len(evaluation) == 200 and not training & evaluation
+    assert 10 <= len(evaluation) <= 32  # a tenth, by their hashes
+    env = gymnasium.make("embodied_rft/TextJsonl-v0", path=str(path), held_out=0)
+    assert shown(env, range(2_000)) == training | evaluation
+    sums = gymnasium.make("embodied_rft/TextSum-v0", held_out=0.3)
+    assert not shown(sums, range(500)) & shown(sums, range(2**31, 2**31 + 500))
+
+
+def test_a_batch_keeps_its_sides_through_resets_and_restores():
+    env = gymnasium.make_vec("embodied_rft/TextSum-v0", num_envs=2, held_out=0.3)
+    env.reset(seed=[5, 2**31 + 5])
+    state, seen = env.unwrapped.get_state(), []
+    for _ in range(2):
+        prompts = []
+        for _ in range(60):  # a step with a reply, then one that shows the next problem
+            prompts.append(env.step(("1", "1"))[0]["prompt"])
+        seen.append(prompts)
+        env.unwrapped.set_state(state)
+    assert seen[0] == seen[1]
+    assert not {p[0] for p in seen[0]} & {p[1] for p in seen[0]}
+
+
+@pytest.mark.parametrize("share, message", [(1.0, "below 1"), (-0.1, "at least 0"), (1e-9, "no prompt is held out")])
+def test_impossible_shares_are_refused(share, message):
+    with pytest.raises(ValueError, match=message):
+        gymnasium.make("embodied_rft/TextSum-v0", held_out=share).reset(seed=2**31)
 
 
 def test_missing_problem_file(tmp_path):
