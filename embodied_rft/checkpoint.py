@@ -331,10 +331,14 @@ class Checkpoints:
             _remove(self.path(old))
         return self.path(step)
 
-    def newest(self) -> tuple[int, Any] | None:
-        """(step, tree) of the newest whole checkpoint, None if there is none; damaged ones are named in a warning."""
+    def newest(self, *, at_most: int | None = None) -> tuple[int, Any] | None:
+        """(step, tree) of the newest whole checkpoint, None if there is none; damaged ones are named in a warning.
+
+        Args:
+            at_most: newer ones are passed over (other processes do not have them).
+        """
         self._clean()
-        for step in reversed(self.steps()):
+        for step in reversed([s for s in self.steps() if at_most is None or s <= at_most]):
             try:
                 return step, load(self.path(step))
             except CheckpointError as error:

@@ -40,6 +40,7 @@ def train(
         seed: Seed of everything; the same as seed=N.
         quiet: Say nothing but where the report is.
     """
+    from embodied_rft import distributed
     from embodied_rft.config import load_recipe
     from embodied_rft.report import write_report, write_run_facts
     from embodied_rft.session import train as train_recipe
@@ -47,9 +48,13 @@ def train(
     changes = [*overrides, *([] if seed is None else [f"seed={seed}"])]
     loaded = load_recipe(recipe, changes)
     folder = run or Path("runs") / (loaded.name if seed is None else f"{loaded.name}-seed{seed}")
-    write_run_facts(folder, ["erft", "train", recipe, *changes, "--run", str(folder)])
-    train_recipe(loaded, folder, quiet=quiet, report=False)
-    print(f"report: {write_report(folder)}")
+    with distributed.joined():
+        first = distributed.rank() == 0
+        if first:
+            write_run_facts(folder, ["erft", "train", recipe, *changes, "--run", str(folder)])
+        train_recipe(loaded, folder, quiet=quiet, report=False)
+    if first:
+        print(f"report: {write_report(folder)}")
 
 
 def evaluate(

@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from embodied_rft import distributed
 from embodied_rft.buffer import Buffer
 from embodied_rft.data import Decisions, Field, Ragged, Source, Tree
 from embodied_rft.pool import Pool, fields_of
@@ -56,31 +57,32 @@ class Recording:
         return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
 
     def metrics(self) -> dict[str, float]:
-        """Means over the episodes that ended while recording."""
-        if not self.returns:
+        """Means over the episodes that ended while recording, those of all processes."""
+        own: dict[str, list[Any]] = {"success": self.successes, "return": self.returns, "length": self.lengths}
+        all_ = distributed.total({name: [float(v) for v in values] for name, values in own.items()})
+        if not all_["return"]:
             return {}
-        metrics = {
-            "collect/success": float(np.mean(self.successes)),
-            "collect/return": float(np.mean(self.returns)),
-            "collect/length": float(np.mean(self.lengths)),
-            "collect/episodes": float(len(self.returns)),
-            "collect/invalid_episodes": float(self.invalid),
+        metrics = {f"collect/{name}": float(np.mean(values)) for name, values in all_.items()} | {
+            "collect/episodes": float(len(all_["return"])),
+            "collect/invalid_episodes": float(sum(distributed.gather(self.invalid))),
         }
-        return metrics if self.cut is None else metrics | {"collect/cut_decisions": float(self.cut)}
+        if self.cut is not None:
+            metrics["collect/cut_decisions"] = float(sum(distributed.gather(self.cut)))
+        return metrics
 
 
 class Collector:
     """Keeps the environments of a pool running from episode to episode.
 
-    Episode e of a run starts from `training_seed(run_seed, 0, e // group_size)`: every episode can be repeated alone,
-    and the `group_size` siblings of a group share their initial state.
+    Episode e of process r starts from `training_seed(run_seed, r, e // group_size)`: every episode can be repeated
+    alone, and the `group_size` siblings of a group share their initial state.
     """
 
     def __init__(
         self, pool: Pool, *, run_seed: int, first_episode: int = 0, group_size: int = 1, source: Source = Source.ONLINE
     ) -> None:
         self.pool, self.run_seed, self.group_size, self.source = pool, run_seed, group_size, source
-        self.next_episode = first_episode
+        self.next_episode = -(-first_episode // group_size) * group_size  # a group begins with its first sibling
         count = pool.num_envs
         self.episode = np.full(count, -1, dtype=np.int64)  # -1: idle
         self.seed = np.zeros(count, dtype=np.int64)
@@ -135,7 +137,8 @@ class Collector:
             idle = idle[: max(0, self._last_episode - self.next_episode)]
         self.episode[idle] = self.next_episode + np.arange(len(idle))
         self.next_episode += len(idle)
-        self.seed[idle] = [training_seed(self.run_seed, 0, int(e) // self.group_size) for e in self.episode[idle]]
+        rank, group = distributed.rank(), self.episode[idle] // self.group_size
+        self.seed[idle] = [training_seed(self.run_seed, rank, int(number)) for number in group]
         self.step[idle] = 0
         self.returned[idle] = 0.0
         first = self.observation is None  # the pool has never been reset: all of it must be, once

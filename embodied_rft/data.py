@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -173,6 +173,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.reward)
+
+    @property
+    def normalizers(self) -> dict[str, int]:
+        """By what losses divide, e.g. {"num_decisions": 256, "num_units": 256}."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name.startswith("num_")}
 
     @property
     def atoms(self) -> np.ndarray | None:

@@ -23,6 +23,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from embodied_rft import distributed
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
 from embodied_rft.networks import polyak
@@ -101,11 +102,11 @@ class Learner:
         """How many updates the agent's policy has seen, over all stages (starts at 1; 0 is older experience)."""
         return int(self.agent.version)
 
-    def update(self, batch: Batch, rng: torch.Generator, *, only: Sequence[str] | None = None) -> None:
+    def update(self, batch: Batch | None, rng: torch.Generator, *, only: Sequence[str] | None = None) -> None:
         """One step of every loss that is due, in order. The numbers are kept for `metrics`.
 
         Args:
-            batch: B decisions.
+            batch: B decisions; None: this process has none left, but others do (`distributed.in_step`).
             rng: for the losses' random numbers.
             only: names of the losses to step; None: all.
 
@@ -125,10 +126,15 @@ class Learner:
         self.updates += 1
         self.objective.after_update(self.agent, self.updates)
 
-    def _pieces(self, batch: Batch) -> list[Batch]:
-        """The batch as micro-batches on the agent's device, with the normalisers of the whole."""
-        if not batch.num_decisions:
+    def _pieces(self, batch: Batch | None) -> list[Batch]:
+        """The batch as micro-batches on the agent's device, with the normalisers of the whole, of all processes."""
+        if batch is not None and not batch.num_decisions:
             batch = replace(batch, num_decisions=len(batch), num_units=int(batch.mask.sum()))
+        if distributed.size() > 1:
+            counts = distributed.total({} if batch is None else batch.normalizers)
+            batch = batch and replace(batch, **counts)
+        if batch is None:
+            return []
         device = next(iter(self.parameters.values()))[0].device
         if device.type != "cpu":
             batch = to_device(batch, device)
@@ -150,6 +156,7 @@ class Learner:
         """One step of these losses, from one backward pass."""
         parameters = [p for name in names for p in self.parameters[name]]
         optimizers = [self.optimizers[name] for name in names]
+        seen: dict[str, list[Tensor]] = {}
         for piece in pieces:
             with self._autocast():
                 total, values, metrics = self._evaluate(names, piece, rng)
@@ -157,7 +164,10 @@ class Learner:
                 self._stop("loss", values)
             torch.autograd.backward(total, inputs=parameters)  # only these: other parts' weights cost nothing
             for key, number in metrics.items():
-                self._metrics.setdefault(key, []).append(number)
+                seen.setdefault(key, []).append(number)
+        for key, parts in seen.items():
+            self._metrics.setdefault(key, []).append(_together(key, parts))
+        distributed.sum_gradients(parameters)
         shrink: list[Tensor | None] = [None] * len(names)
         if (most := self.config.clip_norm) is not None:
             norms = [optimizer.gradient_norm() for optimizer in optimizers]
@@ -223,18 +233,26 @@ class Learner:
             reading = replace(reading, num_updates=num_updates)
         rows = buffer.rows(min_version=self.version - reading.max_lag) if fresh else buffer.rows()
         noted = self.objective.annotate(self.agent, buffer, rows, generator)
-        for batch in reading.batches(buffer, rng, self.version):
+        for batch in distributed.in_step(reading.batches(buffer, rng, self.version)):
             self.update(batch, generator)
         return noted | self.metrics()
 
     def metrics(self) -> Metrics:
-        """Means of all numbers since the last call, as floats; asking is what waits for the device."""
+        """Means of all numbers since the last call, as floats; asking is what waits for the device, and the others."""
         means = {key: float(torch.stack(numbers).float().mean()) for key, numbers in self._metrics.items()}
+        counts = {key: len(numbers) for key, numbers in self._metrics.items()}
         self._metrics = {}
         usage = getattr(self.agent.policy, "usage", None)
         if usage is not None and usage.computed:
             means["learn/useful_share"] = usage.useful / usage.computed
             usage.useful = usage.computed = 0
+        if distributed.size() == 1:
+            return means
+        own = {key: [number * counts.get(key, 1), counts.get(key, 1)] for key, number in means.items()}
+        given = distributed.gather(own)
+        for key in sorted(set().union(*given)):  # a loss is a sum over processes, every other number a mean
+            amounts, updates = zip(*(one[key] for one in given if key in one), strict=True)
+            means[key] = sum(amounts) / (max(updates) if key.endswith("loss") else sum(updates))
         return means
 
     def state_dict(self) -> dict[str, Any]:
@@ -259,6 +277,14 @@ class Learner:
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
         self._metrics = {k: list(v.unbind()) for k, v in state["metrics"].items()}
+
+
+def _together(key: str, parts: list[Tensor]) -> Tensor:
+    """A number of a whole batch from those of its micro-batches: losses add up, everything else is a mean."""
+    if len(parts) == 1:
+        return parts[0]
+    stacked = torch.stack(parts).float()
+    return stacked.sum() if key.endswith("loss") else stacked.mean()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

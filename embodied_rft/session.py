@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from embodied_rft import registry
+from embodied_rft import distributed, registry
 from embodied_rft.agent import Agent, Spaces, build_agent
 from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.checkpoint import Checkpoints, RunLock
@@ -39,7 +39,8 @@ from embodied_rft.config import (
 from embodied_rft.data import Decisions, Source, Trajectory, Tree
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
 from embodied_rft.learner import Learner, LearnerConfig
-from embodied_rft.log import Logger, write_json
+from embodied_rft.log import LogConfig, Logger, write_json
+from embodied_rft.plans import Fresh
 from embodied_rft.pool import Pool, Purpose, make_pool
 from embodied_rft.seeding import spawn_generator
 
@@ -84,9 +85,10 @@ class Session:
         """The environments for "training" or "evaluation", one decision a step; made once."""
         if purpose not in self._pools:
             env = self.env
+            num_envs = env.num_envs if purpose == "evaluation" else distributed.share(env.num_envs, "env.num_envs")
             self._pools[purpose] = make_pool(
                 env.id,
-                num_envs=env.num_envs,
+                num_envs=num_envs,
                 options=env.options,
                 kind=env.pool,
                 num_workers=env.num_workers,
@@ -108,16 +110,16 @@ class Session:
         return QueuedPool(pool, planner)
 
     def generator(self, name: str) -> torch.Generator:
-        """The torch generator `name` of the running stage; its seed depends on run, stage and name alone."""
+        """The torch generator `name` of the running stage; its seed depends on run, stage, name and process alone."""
         if name not in self.generators:
-            seed = spawn_generator(self.recipe.seed, *self.path, *name.encode()).integers(2**62)
+            seed = spawn_generator(self.recipe.seed, *self.path, *_key(name)).integers(2**62)
             self.generators[name] = torch.Generator().manual_seed(int(seed))
         return self.generators[name]  # type: ignore[return-value]
 
     def numpy_generator(self, name: str) -> np.random.Generator:
         """The NumPy generator `name` of the running stage."""
         if name not in self.generators:
-            self.generators[name] = spawn_generator(self.recipe.seed, *self.path, *name.encode())
+            self.generators[name] = spawn_generator(self.recipe.seed, *self.path, *_key(name))
         return self.generators[name]  # type: ignore[return-value]
 
     @property
@@ -206,10 +208,14 @@ class Session:
         config = validate_plugin_config("objective", id, options)
         self.objective = registry.find("objective", id)(config)
         self.objective.setup(self.agent, self.generator("setup"))
+        if distributed.size() > 1 and isinstance(reading := self.objective.reading, Fresh):
+            batch_size = distributed.share(reading.batch_size, "objective.batch_size")
+            self.objective.reading = replace(reading, batch_size=batch_size)
         return self.objective
 
     def make_learner(self, config: LearnerConfig) -> Learner:
         """The learner of the running stage for the current objective, restored if the stage is being resumed."""
+        distributed.equalize(self.agent.state_dict().values())
         self.learner = Learner(self.agent, self.objective, config)
         if self._resume is not None and self._resume["learner"] is not None:
             self.learner.load_state_dict(self._resume["learner"])
@@ -286,6 +292,8 @@ class Session:
     def tick(self) -> None:
         """Called by stages wherever they can be continued from: saves when it is time, stops when asked to."""
         due = time.perf_counter() - self._saved_at > self.recipe.checkpoint_seconds
+        if distributed.size() > 1:  # all save at the same place
+            due, self.stopping = distributed.any_of(due), distributed.any_of(self.stopping)
         if due or self.stopping:
             self.save()
         if self.stopping:
@@ -297,6 +305,7 @@ class Session:
         self.counters["saves"] += 1
         state = {
             "format": 1,
+            "processes": distributed.size(),
             "recipe": dump_recipe(self.recipe),
             "path": list(self.path),
             "finished": finished,
@@ -311,14 +320,23 @@ class Session:
             "logger": self.logger.state_dict(),
         }
         self.checkpoints.write(self.counters["saves"], state)
+        distributed.gather(None)  # no process goes on before all have written: their newest are never two apart
         self._saved_at = time.perf_counter()
 
     def restore(self, *, weights_only: bool = False) -> bool:
         """Load the newest whole checkpoint, if there is one. `weights_only` leaves buffer and logs alone."""
         newest = self.checkpoints.newest()
+        everywhere = min(distributed.gather(0 if newest is None else newest[0]))
+        if newest is not None and newest[0] > everywhere:
+            newest = self.checkpoints.newest(at_most=everywhere)
         if newest is None:
             return False
         _, state = newest
+        if not weights_only and (before := state.get("processes", 1)) != distributed.size():
+            raise ValueError(
+                f"{self.folder} holds a run of {before} processes, {distributed.size()} were started now: continue it "
+                f"with {before}, or choose another folder"
+            )
         if not weights_only:
             self._check_recipe(state["recipe"])
         target = tuple(state["path"])
@@ -407,6 +425,12 @@ class Session:
         self.logger.close()
 
 
+def _key(name: str) -> tuple[int, ...]:
+    """What the seed of a generator depends on; weights are drawn alike in all processes, everything else is not."""
+    rank = 0 if name in ("agent", "setup") else distributed.rank()
+    return (*name.encode(), *([256 + rank] if rank else []))
+
+
 def walk(stages: list[StageSpec], prefix: Path_) -> Iterator[tuple[Path_, Any]]:
     """All leaf stages in the order they run; a stage that holds stages says how (`expand`)."""
     for index, spec in enumerate(stages):
@@ -427,8 +451,11 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False, report: bo
         ValueError: the folder holds a run of another recipe, or another process is working in it.
         Interrupted: Ctrl-C; the run was saved and the same call continues it.
     """
-    folder = Path(folder)
+    rank = distributed.rank()
+    folder = Path(folder) if not rank else Path(folder) / "ranks" / str(rank)
     folder.mkdir(parents=True, exist_ok=True)
+    if rank:  # rank 0 speaks for all; the others keep only what they need to be continued
+        quiet, report, recipe = True, False, replace(recipe, logging=LogConfig(console=False, csv=False))
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     with RunLock(folder):

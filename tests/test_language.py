@@ -302,6 +302,32 @@ def test_sharing_and_checkpointing_leave_the_gradient_as_it_is():
         assert (flat - reference).norm() < 1e-5 * reference.norm()
 
 
+def test_checkpointing_and_bf16_save_memory():
+    """What the backward pass keeps, in bytes: less with either; the loss is the same, or close in bf16."""
+    prompts = [f"a prompt of its own, number {i}, not shared with anything else" for i in range(8)]
+    tiny = {"hidden_size": 64, "num_layers": 6}
+    taken = make(tiny=tiny).policy.act({"prompt": prompts}, rng=rng(1))
+    kept, losses = {}, {}
+    for name, options in {"plain": {}, "checkpointing": {"gradient_checkpointing": True}, "bf16": {}}.items():
+        policy, seen = make(tiny=tiny, **options).policy, {}
+        weights = {p.data_ptr() for p in policy.parameters()}
+
+        def keep(tensor, seen=seen, weights=weights):
+            if tensor.data_ptr() not in weights:
+                seen[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            loss = -policy.log_prob({}, taken.action, taken.trace)[0].sum() / 8
+        kept[name], losses[name] = sum(seen.values()), float(loss.detach())
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.parameters())
+    assert kept["checkpointing"] < 0.4 * kept["plain"] and kept["bf16"] < 0.85 * kept["plain"], kept
+    assert losses["checkpointing"] == pytest.approx(losses["plain"], rel=1e-6)
+    assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.02)
+
+
 def test_lora_changes_nothing_but_adapters():
     agent = make(train="lora", lora={"rank": 2, "alpha": 4})
     before = {name: p.detach().clone() for name, p in agent.policy.named_parameters()}

@@ -333,12 +333,12 @@ def test_metrics_are_means_since_the_last_call():
     values = []
     for i in range(2):
         learner.update(batches(i), generator())
-        values.append(learner.metrics()["policy/imitation"])
+        values.append(learner.metrics()["policy/loss"])
     assert learner.metrics() == {} and all(isinstance(v, float) for v in values)
     _, learner = make(*OBJECTIVES["bc"])
     for i in range(2):
         learner.update(batches(i), generator())
-    assert learner.metrics()["policy/imitation"] == pytest.approx(np.mean(values))
+    assert learner.metrics()["policy/loss"] == pytest.approx(np.mean(values))
 
 
 @pytest.mark.parametrize(

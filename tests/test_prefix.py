@@ -115,13 +115,13 @@ def test_turns_are_computed_once(decoder, checkpointing):
     assert shared.useful / shared.computed > 0.9 and alone.computed > 5 * shared.computed
     dense = states_and_gradient(decoder, prompts, replies, share=False)
     if checkpointing:
-        decoder.train().gradient_checkpointing_enable({"use_reentrant": False})
+        decoder.train().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         for layer in decoder.layers:
             layer._can_checkpoint_with_cache = True
     usage = Usage()
     once = states_and_gradient(decoder, prompts, replies, usage=usage)
     if checkpointing:
-        decoder.eval().gradient_checkpointing_disable()
+        decoder.eval().activation_checkpointing_disable()
     assert usage == shared
     torch.testing.assert_close(once[0], dense[0], rtol=0, atol=1e-5)
     assert (once[1] - dense[1]).norm() < 1e-5 * dense[1].norm()
@@ -190,8 +190,8 @@ def test_token_loss_equals_plain(softcap, bias, keep_elements, seed, tokens, chu
 
     plain = value_and_gradient(plain_token_log_probs(hidden, targets, head))
     chunked = value_and_gradient(token_log_probs(hidden, targets, head, chunk=chunk, keep_elements=keep_elements))
-    for a, b in zip(chunked, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(chunked, plain, strict=True):  # a gradient grows with scale / temperature, and so does its rounding
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * (1 + float(b.abs().max())))
 
 
 def test_token_loss_leaves_out_gradients_nobody_wants():

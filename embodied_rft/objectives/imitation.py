@@ -125,7 +125,7 @@ class BehaviorCloning:
     def policy_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean imitation loss."""
         loss = imitation(agent, batch, rng).sum() / batch.num_decisions
-        return loss, {"policy/imitation": loss.detach()}
+        return loss, {"policy/loss": loss.detach()}
 
     def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
         """Take the statistics of the observations, once."""

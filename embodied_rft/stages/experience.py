@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from embodied_rft import distributed
 from embodied_rft.buffer import Buffer, Schema, read_trajectories
 from embodied_rft.chunking import chunk_of
 from embodied_rft.collect import Act, action_field
@@ -52,9 +53,10 @@ class Demonstrate(Stage):
         units = session.schema().units if chunk is None else 1
         act = demonstrator_act(demonstrator, session.numpy_generator("demonstrate"), units)
         session.buffer  # noqa: B018  announces the memory before the first episode
-        recording = collector.collect(act, episodes=config.episodes)
-        metrics = {**recording.metrics(), "demonstrations/decisions": float(recording.decisions)}
-        session.counters["decisions"] += recording.decisions
+        recording = collector.collect(act, episodes=distributed.share(config.episodes, "episodes"))
+        count = sum(distributed.gather(recording.decisions))
+        metrics = {**recording.metrics(), "demonstrations/decisions": float(count)}
+        session.counters["decisions"] += count
         if chunk is None:
             recording.write(session.buffer)
         else:
@@ -113,11 +115,12 @@ class WarmUp(Stage):
     def run(self, session: Session) -> dict[str, Any]:
         """Collect in one go; a kill starts this stage again."""
         collector = session.make_collector()
-        recording = collector.collect(session.actor(greedy=self.config.greedy), decisions=self.config.decisions)
+        count = distributed.share(self.config.decisions, "decisions")
+        recording = collector.collect(session.actor(greedy=self.config.greedy), decisions=count)
         metrics = recording.metrics()
         recording.write(session.buffer)
         collector.cut().write(session.buffer)
-        session.counters["decisions"] += recording.decisions
+        session.counters["decisions"] += sum(distributed.gather(recording.decisions))
         session.log(metrics)
         return {"success while warming up": metrics.get("collect/success")}
 

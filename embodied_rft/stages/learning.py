@@ -14,7 +14,7 @@ import torch
 from pydantic import Field as Option
 from pydantic.dataclasses import dataclass
 
-from embodied_rft import registry, tuning
+from embodied_rft import distributed, registry, tuning
 from embodied_rft.agent import wrap_policy
 from embodied_rft.collect import Recording
 from embodied_rft.config import parse, plugin_spec, validate_plugin_config
@@ -68,7 +68,7 @@ class Pretrain(Stage):
             while (done := progress.setdefault("updates", 0)) < config.updates:
                 count = min(config.log_every, config.updates - done)
                 plan = off_policy_plan(session.objective, count, config.batch_size, config.offline_share)
-                for batch in plan.batches(session.buffer, sampler, learner.version):
+                for batch in distributed.in_step(plan.batches(session.buffer, sampler, learner.version)):
                     learner.update(batch, rng, only=config.only)
                 metrics = learner.metrics()
                 progress["updates"] += count
@@ -130,7 +130,9 @@ class Finetune(Stage):
         learner = session.make_learner(config.learner)
         collector = session.make_collector(group_size=config.group_size)
         pool = session.pool("training")
-        amount = config.decisions_per_iteration or 50 * pool.num_envs
+        amount = 50 * pool.num_envs
+        if config.decisions_per_iteration is not None:
+            amount = distributed.share(config.decisions_per_iteration, "decisions_per_iteration")
         replayed = isinstance(session.objective.reading, Replay)
         if config.overlap and not replayed:
             raise ValueError(
@@ -141,17 +143,18 @@ class Finetune(Stage):
             while progress["decisions"] < config.decisions and not self._reached(session):
                 recording = record(lambda: self._learn_replay(session, amount))
                 rows = self._write(session, recording)
-                progress["decisions"] += recording.decisions
-                session.counters["decisions"] += recording.decisions
+                new = sum(distributed.gather(recording.decisions))
+                progress["decisions"] += new
+                session.counters["decisions"] += new
                 noted: dict[str, float] = {}
                 if not replayed:
                     noted = self._learn_fresh(session, rows)
                 elif not config.overlap:
                     self._learn_replay(session, recording.decisions if config.episodes_per_iteration else amount)
-                metrics = noted | learner.metrics() | recording.metrics()
+                metrics = distributed.mean(noted) | learner.metrics() | recording.metrics()
                 session.log(metrics)
                 bar.update(progress["decisions"], **headline(metrics))
-                self._evaluate(session, recording.decisions)
+                self._evaluate(session, new)
                 if (
                     not collector.can_save
                 ):  # nothing can be saved inside an episode: end them all, at the same place in every run
@@ -170,6 +173,8 @@ class Finetune(Stage):
         if not self.config.overlap:
             act = session.actor()
             episodes = self.config.episodes_per_iteration
+            if episodes is not None:
+                episodes = distributed.share(episodes, "episodes_per_iteration")
             how_much = {"decisions": amount} if episodes is None else {"episodes": episodes}
             yield lambda learn: collector.collect(act, **how_much, version=learner.version)
             return
@@ -207,8 +212,9 @@ class Finetune(Stage):
     # --- learning ------------------------------------------------------------------------------------------------
 
     def _learn_replay(self, session: Session, amount: int) -> None:
-        """Updates from replay, `updates_per_decision` for each of `amount` decisions."""
+        """Updates from replay, `updates_per_decision` for each of `amount` decisions of every process."""
         annotate_once(session)
+        amount = sum(distributed.gather(amount))
         owed = session.progress.get("owed", 0.0) + amount * self.config.updates_per_decision
         session.progress["owed"] = owed - int(owed)
         plan = off_policy_plan(session.objective, int(owed), self.config.batch_size, self.config.offline_share)
@@ -223,9 +229,9 @@ class Finetune(Stage):
         learner, rng = session.learner, session.generator("learn")
         assert learner is not None
         noted = session.objective.annotate(session.agent, session.buffer, rows, rng)
-        for batch in session.objective.reading.batches(
-            session.buffer, session.numpy_generator("sample"), learner.version
-        ):
+        distributed.equalize(session.agent.buffers())  # statistics of the data
+        sampler, reading = session.numpy_generator("sample"), session.objective.reading
+        for batch in distributed.in_step(reading.batches(session.buffer, sampler, learner.version)):
             learner.update(batch, rng)
             session.counters["updates"] += 1
         return noted
@@ -242,9 +248,9 @@ class Finetune(Stage):
         until, progress = self.config.until, session.progress
         if until is None:
             return False
-        if until.minutes is not None and session.seconds() - progress["before"]["seconds"] > 60 * until.minutes:
-            return True
-        return until.success is not None and progress.get("success", -1.0) >= until.success
+        late = until.minutes is not None and session.seconds() - progress["before"]["seconds"] > 60 * until.minutes
+        good = until.success is not None and progress.get("success", -1.0) >= until.success
+        return distributed.any_of(late or good)
 
 
 @register("stage", "adapt")
@@ -302,6 +308,7 @@ def annotate_once(session: Session) -> None:
     if not session.progress.get("annotated"):
         rows, rng = session.buffer.rows(), session.generator("annotate")
         session.objective.annotate(session.agent, session.buffer, rows, rng)
+        distributed.equalize(session.agent.buffers())  # statistics of the data
         session.progress["annotated"] = True
 
 
@@ -312,6 +319,7 @@ def off_policy_plan(objective: Any, updates: int, batch_size: int, offline_share
             f"objective {type(objective).__name__} learns from fresh experience only: use finetune, not pretrain"
         )
     share = objective.reading.offline_share if offline_share is None else offline_share
+    batch_size = distributed.share(batch_size, "batch_size")
     return replace(objective.reading, num_updates=updates, batch_size=batch_size, offline_share=share)
 
 

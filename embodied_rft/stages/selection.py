@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
+from embodied_rft import distributed
 from embodied_rft.registry import register
 from embodied_rft.stages.base import Stage
 from embodied_rft.stages.experience import STRICT
@@ -41,9 +42,9 @@ class Collect(Stage):
         config = self.config
         collector = session.make_collector(group_size=config.group_size)
         act, version = session.actor(greedy=config.greedy), int(session.agent.version)
-        recording = collector.collect(act, episodes=config.episodes, version=version)
+        recording = collector.collect(act, episodes=distributed.share(config.episodes, "episodes"), version=version)
         metrics = recording.metrics()
         recording.write(session.buffer)
-        session.counters["decisions"] += recording.decisions
+        session.counters["decisions"] += sum(distributed.gather(recording.decisions))
         session.log(metrics)
         return {"return": metrics.get("collect/return"), "success": metrics.get("collect/success")}
