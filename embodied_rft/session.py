@@ -112,14 +112,14 @@ class Session:
     def generator(self, name: str) -> torch.Generator:
         """The torch generator `name` of the running stage; its seed depends on run, stage, name and process alone."""
         if name not in self.generators:
-            seed = spawn_generator(self.recipe.seed, *self.path, *_key(name)).integers(2**62)
+            seed = spawn_generator(self.recipe.seed, *self.path, *distributed.seed_key(name)).integers(2**62)
             self.generators[name] = torch.Generator().manual_seed(int(seed))
         return self.generators[name]  # type: ignore[return-value]
 
     def numpy_generator(self, name: str) -> np.random.Generator:
         """The NumPy generator `name` of the running stage."""
         if name not in self.generators:
-            self.generators[name] = spawn_generator(self.recipe.seed, *self.path, *_key(name))
+            self.generators[name] = spawn_generator(self.recipe.seed, *self.path, *distributed.seed_key(name))
         return self.generators[name]  # type: ignore[return-value]
 
     @property
@@ -325,10 +325,7 @@ class Session:
 
     def restore(self, *, weights_only: bool = False) -> bool:
         """Load the newest whole checkpoint, if there is one. `weights_only` leaves buffer and logs alone."""
-        newest = self.checkpoints.newest()
-        everywhere = min(distributed.gather(0 if newest is None else newest[0]))
-        if newest is not None and newest[0] > everywhere:
-            newest = self.checkpoints.newest(at_most=everywhere)
+        newest = distributed.newest(self.checkpoints)
         if newest is None:
             return False
         _, state = newest
@@ -423,12 +420,6 @@ class Session:
         for pool in self._pools.values():
             pool.close()
         self.logger.close()
-
-
-def _key(name: str) -> tuple[int, ...]:
-    """What the seed of a generator depends on; weights are drawn alike in all processes, everything else is not."""
-    rank = 0 if name in ("agent", "setup") else distributed.rank()
-    return (*name.encode(), *([256 + rank] if rank else []))
 
 
 def walk(stages: list[StageSpec], prefix: Path_) -> Iterator[tuple[Path_, Any]]:
