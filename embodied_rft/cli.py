@@ -7,6 +7,7 @@ mend and shows its traceback. Everything heavy is imported by the verb that need
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shlex
 import sys
@@ -186,7 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
-    sys.exit(_run(given, debug=debug))
+    code = _run(given, debug=debug)
+    if "WORLD_SIZE" in os.environ:  # of a launcher of several processes
+        from embodied_rft import distributed
+
+        distributed.leave(code)
+    sys.exit(code)
 
 
 def _run(given: list[str], *, debug: bool) -> int:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ BUCKET_ELEMENTS = 2**24  # gradients that are summed in one message: 64 MB
 TIMEOUT_SECONDS = 1800.0  # longest wait for another process; EMBODIED_RFT_TIMEOUT changes it
 
 
-class LostRankError(RuntimeError):
+class LostRankError(ConnectionError):
     """Another process died or is too late: this one cannot go on, and must not wait for ever."""
 
 
@@ -56,11 +57,22 @@ def joined() -> Iterator[None]:
     timeout = timedelta(seconds=float(os.environ.get("EMBODIED_RFT_TIMEOUT", TIMEOUT_SECONDS)))
     with _no_endless_wait():
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
-    try:
-        yield
-        gather(None)  # nobody leaves while another still listens
-    finally:
-        dist.destroy_process_group()
+    yield
+    gather(None)  # nobody leaves while another still listens; after an error nothing is waited for
+    dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    One of several skips the interpreter's shutdown: threads of gloo that still let go of a tensor abort in it (pytorch
+    issue 179291).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def share(count: int, what: str) -> int:
@@ -185,7 +197,7 @@ def _no_endless_wait() -> Iterator[None]:
     """Errors of the connection as one that says what has happened."""
     try:
         yield
-    except (RuntimeError, dist.DistError) as error:
+    except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise LostRankError(
             f"process {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')} waits for one that has died "

@@ -108,3 +108,4 @@ def main(name: str, folder: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    distributed.leave(0)
