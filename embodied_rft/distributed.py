@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -147,6 +148,15 @@ def newest(checkpoints: Checkpoints) -> tuple[int, Any] | None:
     found = checkpoints.newest()
     common = min(gather(0 if found is None else found[0]))
     return found if found is None or found[0] == common else checkpoints.newest(at_most=common)
+
+
+def check_size(before: int, folder: Path) -> None:
+    """Raise ValueError when the run in a folder was started with another number of processes."""
+    if before != size():
+        raise ValueError(
+            f"{folder} holds a run of {before} processes, {size()} were started now: continue it with {before}, or "
+            "choose another folder"
+        )
 
 
 def equalize(tensors: Iterable[Tensor]) -> None:

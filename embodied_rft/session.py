@@ -329,12 +329,8 @@ class Session:
         if newest is None:
             return False
         _, state = newest
-        if not weights_only and (before := state.get("processes", 1)) != distributed.size():
-            raise ValueError(
-                f"{self.folder} holds a run of {before} processes, {distributed.size()} were started now: continue it "
-                f"with {before}, or choose another folder"
-            )
         if not weights_only:
+            distributed.check_size(state.get("processes", 1), self.folder)
             self._check_recipe(state["recipe"])
         target = tuple(state["path"])
         self._prepare_until(self.stages, (), target)
