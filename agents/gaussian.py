@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from embodied_rft.agent import ActionScale, observe, require_rng
 from embodied_rft.agents.parts import STRICT, ActorConfig, decide, make_actor
+from embodied_rft.chunking import ChunkBox, step_space
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.registry import register
 
@@ -24,6 +25,8 @@ from embodied_rft.registry import register
 class GaussianConfig(ActorConfig):
     """Options of a `gaussian` agent; `last_gain: 0.01` suits on-policy learning from scratch."""
 
+    horizon: int = 1  # environment steps that a decision holds: a chunk of them, executed open loop
+    execute: int | None = None  # how many of them are executed before the next decision; None: all
     imitation: Literal["mse", "nll"] = "mse"  # squared error of the mode, or negative log-likelihood
 
 
@@ -44,7 +47,12 @@ class GaussianPolicy(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.scale = ActionScale(action_space)
+        self.horizon, self.execute = config.horizon, config.execute or config.horizon
+        if not 1 <= self.execute <= self.horizon:
+            raise ValueError(f"execute {config.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
+        step = step_space(action_space, horizon=self.horizon)
+        self.scale = ActionScale(step if self.horizon == 1 else ChunkBox(step, horizon=self.horizon))
+        self.action_dim = self.scale.action_dim // self.horizon  # of one step
         self.encoder, self.head = make_actor(config, observation_space, action_dim=self.scale.action_dim, rng=rng)
         self.stochastic = not config.deterministic
         self.trace_fields = {"u": Field((self.scale.action_dim,))}

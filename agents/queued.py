@@ -58,7 +58,7 @@ class QueuedPolicy(FrozenBase):
             action_space = action_space.step_space
         self.base = build_policy(config.base, observation_space, action_space, rng)
         if not hasattr(self.base, "horizon"):
-            raise ValueError(f"agent {config.base.get('id')!r} plans no chunks; diffusion, flow and consistency do")
+            raise ValueError(f"agent {config.base.get('id')!r} plans no chunks; diffusion, flow, gaussian do")
         self.horizon, self.action_dim = self.base.horizon, self.base.action_dim
         self.execute = self.base.execute if config.execute is None else config.execute
         if not 1 <= self.execute <= self.horizon:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied_rft.agent import build_agent, build_policy, wrap_policy
+from embodied_rft.chunking import ChunkBox
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.networks import EnsembleMLP, as_tensors, log_one_minus_tanh_squared
 from embodied_rft.objectives import build_objective
@@ -233,3 +234,20 @@ def test_random_decisions_without_a_generator_are_refused():
     policy = build_policy(SPECS["gaussian"], STATE, ACTION, generator())
     with pytest.raises(ValueError, match="pass one, or greedy=True"):
         policy.act(observations(STATE, 2))
+
+
+def test_a_gaussian_takes_chunks_and_plans_them():
+    chunks = ChunkBox(WIDE, horizon=4)
+    spec = {"id": "gaussian", "horizon": 4, "execute": 2, **SMALL}
+    policy = build_policy(spec, STATE, chunks, generator())
+    taken = policy.act(observations(STATE, 5), rng=generator(1))
+    assert taken.action.shape == (5, 12) and chunks.contains(taken.action[0])
+    queued = build_policy({"id": "queued", "base": spec}, STATE, WIDE, generator())
+    queued.load_base(policy)
+    plan = queued.plan(observations(STATE, 5), rng=generator())
+    assert plan.shape == (5, 2, 3)
+    assert np.array_equal(plan.reshape(5, -1), policy.act(observations(STATE, 5), greedy=True).action[:, :6])
+    with pytest.raises(ValueError, match="chunks of 3 steps; the policy gives 4"):
+        build_policy(spec, STATE, ChunkBox(WIDE, horizon=3), generator())
+    with pytest.raises(ValueError, match="1 <= execute <= horizon"):
+        build_policy(spec | {"execute": 5}, STATE, chunks, generator())

@@ -185,6 +185,7 @@ def test_which_pool_a_spec_needs():
     steering = {"id": "steering", "base": BASE}
     assert chunk_of(BASE) == chunk_of(steering) == (4, 3)
     assert chunk_of({"id": "gaussian"}) is None
+    assert chunk_of({"id": "gaussian", "horizon": 2}) == (2, 2)
     assert chunk_of({"id": "residual", "base": {"id": "queued", "base": BASE}}) is None
     assert isinstance(fit_pool(reach(), steering), ChunkPool)
     plain = reach()
@@ -304,7 +305,8 @@ def test_queued_alone_meets_the_contract_and_asks_for_its_pool():
     with pytest.raises(ValueError, match="QueuedPool"):
         policy.act({"observation": np.zeros((2, 4), np.float32)}, greedy=True)
     with pytest.raises(ValueError, match="plans no chunks"):
-        build_policy({"id": "queued", "base": {"id": "gaussian"}}, space, gym.spaces.Box(-1, 1, (2,)), generator())
+        stepwise = {"id": "residual", "base": {"id": "gaussian"}}
+        build_policy({"id": "queued", "base": stepwise}, space, gym.spaces.Box(-1, 1, (2,)), generator())
     with pytest.raises(ValueError, match="queued twice"):
         QueuedPool(QueuedPool(reach(), Counting()), Counting())
 
