@@ -17,13 +17,14 @@ SMALL = {
     "capacity": 2_000,
     "batch_size": 16,
     "timesteps": 300,
+    "min_return": 0,  # what has learned so little reaches none
 }
 
 
 def shrink(tree):
     """The recipe with every amount cut down; what is learned, and how, stays."""
     if isinstance(tree, dict):
-        return {k: min(v, SMALL[k]) if k in SMALL and isinstance(v, int) else shrink(v) for k, v in tree.items()}
+        return {k: min(v, SMALL[k]) if k in SMALL and isinstance(v, (int, float)) else shrink(v) for k, v in tree.items()}
     return [shrink(item) for item in tree] if isinstance(tree, list) else tree
 
 
