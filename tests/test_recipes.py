@@ -24,7 +24,8 @@ SMALL = {
 def shrink(tree):
     """The recipe with every amount cut down; what is learned, and how, stays."""
     if isinstance(tree, dict):
-        return {k: min(v, SMALL[k]) if k in SMALL and isinstance(v, (int, float)) else shrink(v) for k, v in tree.items()}
+        small = {k: min(v, SMALL[k]) for k, v in tree.items() if k in SMALL and isinstance(v, int | float)}
+        return {k: small[k] if k in small else shrink(v) for k, v in tree.items()}
     return [shrink(item) for item in tree] if isinstance(tree, list) else tree
 
 
