@@ -93,9 +93,9 @@ class _Default:
             parameter.requires_grad_(True)
 
 
-def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    """All plain linear layers by their names."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+def linear_layers(module: nn.Module) -> dict[str, Any]:
+    """All plain linear layers by their names, GPT-2's (transposed) among them."""
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -132,7 +132,10 @@ def add_adapters(module: nn.Module, lora: LoraOptions, rng: torch.Generator, *, 
                     f"no linear layer is named {target!r}; {nearest(target, {n.split('.')[-1] for n in names})}"
                 )
     pattern = "|".join(map(re.escape, chosen))  # a whole name: an equal ending elsewhere is not meant
-    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=pattern, lora_dropout=0.0)
+    transposed = all(type(module.get_submodule(n)).__name__ == "Conv1D" for n in chosen)
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=pattern, lora_dropout=0.0, fan_in_fan_out=transposed
+    )
     with torch.random.fork_rng(devices=[]):  # peft draws weights from the global generator
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
         peft.inject_adapter_in_model(config, module)

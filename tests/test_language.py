@@ -219,6 +219,21 @@ def test_through_buffer_and_learner():
     assert ((weights[0] - weights[1]).abs() < 1e-4).float().mean() > 0.99
 
 
+def test_cut_replies_are_counted_and_learned_from_or_not():
+    """The rule of `cut`: a cut reply is credited like any other, or left out of every batch."""
+    agent = make(max_new_tokens=150, tiny={"merges": 0})  # so that about half of the replies end by themselves
+    read = {}
+    for cut in ("keep", "drop"):
+        buffer, taken = filled_buffer(agent.policy)
+        objective = build_objective({"id": "ppo", "credit": "return", "num_epochs": 1, "batch_size": 5, "cut": cut})
+        objective.setup(agent, rng())
+        objective.annotate(agent, buffer, buffer.rows(), rng())
+        batches = list(objective.reading.batches(buffer, np.random.default_rng(0), agent.version.item()))
+        read[cut] = np.concatenate([batch.trace["cut"].numpy().ravel() for batch in batches])
+    assert len(read["keep"]) == len(taken.trace["cut"]) and read["keep"].sum() == taken.trace["cut"].sum() > 0
+    assert len(read["drop"]) == (~taken.trace["cut"]).sum() > 0 and not read["drop"].any()
+
+
 def test_learning_is_bit_equal_when_repeated():
     ends = []
     for _ in range(2):
@@ -278,6 +293,37 @@ def test_saved_folders_load_by_the_same_path(tmp_path, options):
     a, b = (p.act({"prompt": PROMPTS}, greedy=True) for p in (policy, loaded))
     assert a.action == b.action
     np.testing.assert_allclose(a.log_prob.values, b.log_prob.values, atol=1e-4)
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_a_library_folder_is_fine_tuned_and_saved_again(tmp_path, kind, train):
+    """A folder that Hugging Face wrote, not we: GRPO raises what was rewarded, the result loads there again."""
+    from transformers import AutoModelForCausalLM
+
+    source = make(tiny={"kind": kind}).policy
+    source.model.save_pretrained(tmp_path / "theirs")
+    source.tokenizer.save_pretrained(tmp_path / "theirs")
+    spec = {"id": "language", "model": str(tmp_path / "theirs"), "max_new_tokens": 12, "train": train}
+    agent = build_agent(spec, SPACE, TEXT, rng())
+    np.testing.assert_allclose(
+        agent.policy.act({"prompt": PROMPTS}, greedy=True).log_prob.values,
+        source.act({"prompt": PROMPTS}, greedy=True).log_prob.values,
+        atol=1e-5,
+    )
+    buffer, _ = filled_buffer(agent.policy)
+    objective = build_objective({"id": "grpo", "num_epochs": 4, "batch_size": 24})
+    objective.setup(agent, rng())
+    Learner(agent, objective, LearnerConfig(learning_rate=3e-3)).learn(buffer, np.random.default_rng(0))
+    batch = buffer.batch(buffer.rows())
+    with torch.no_grad():
+        log_prob, _ = agent.policy.log_prob(batch.observation, batch.action, batch.trace)
+    gain = torch.where(batch.mask, log_prob - batch.log_prob, 0.0).sum(1)
+    assert (gain * batch.notes["advantage"]).mean() > 0.1
+    agent.policy.save_pretrained(tmp_path / "ours")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    torch.testing.assert_close(saved(ids).logits, agent.policy.model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_bf16_weights():
