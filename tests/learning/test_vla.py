@@ -81,7 +81,7 @@ class SeenLab(Lab):
 def improve(agent, objective, *, rate, rounds, imitation=150, group_size=1, seed=0, tamper=None):
     """Fine-tuning must add at least 0.15 to a success rate that imitation left below 0.8.
 
-    On sheets 3 and 4, several seeds: PPO on tokens adds 0.21 to 0.48, GRPO 0.18 to 0.41, PPO on a flow 0.29 and 0.48 (on
+    On sheets 3 and 4: PPO on tokens adds 0.21 to 0.48, GRPO 0.18 to 0.41, PPO on a flow 0.29 and 0.48 (on
     two further seeds imitation alone was above 0.8); the broken twins lose.
     """
     lab = SeenLab(agent, seed=seed, tamper=tamper)
