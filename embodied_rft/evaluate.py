@@ -120,7 +120,7 @@ def evaluate(
     current = np.full(pool.num_envs, seeds[0] if count else evaluation_seed(0), dtype=np.int64)
     observation: Any = None
     over = np.ones(pool.num_envs, dtype=bool)
-    ended = 0
+    ended = won = 0
     while ended < count:
         idle = np.flatnonzero(running < 0)
         fresh = idle[: len(waiting)]
@@ -140,8 +140,9 @@ def evaluate(
             else:
                 outcome.record(episode, result, int(env))
                 ended += int(over[env])
+                won += int(over[env] and outcome.results[episode])
         running[over] = -1
         if progress is not None:
-            progress(ended, sum(outcome.results))
+            progress(ended, won)
     outcome.seconds = time.perf_counter() - started
     return outcome

@@ -321,7 +321,7 @@ def test_statistics_refuse_bad_data():
         ({"id": "flow", "noise": "learned", "max_std": 0.01}, "max_std"),
         ({"id": "consistency", "sigma_min": 20.0}, "sigma_min"),
         ({"id": "last_steps", "base": CHAINS["ddpm"], "num_steps": 9}, "6 steps"),
-        ({"id": "last_steps", "base": {"id": "gaussian"}}, "diffusion, flow or consistency"),
+        ({"id": "last_steps", "base": {"id": "gaussian", "horizon": 4}}, "diffusion, flow or consistency"),
         ({"id": "diffusion", "horizon": 3}, "chunks of 4 steps"),
     ],
 )

@@ -32,7 +32,9 @@ def test_wilson_contains_the_rate_and_mirrors(pair):
 @pytest.mark.parametrize("num_envs", [1, 3, 7, 50])
 def test_every_episode_of_the_list_is_run_once_whatever_the_number_of_environments(num_envs):
     seeds = evaluation_seeds(23)
-    outcome = evaluate(act, SeedPool(num_envs), seeds)
+    shown = []
+    outcome = evaluate(act, SeedPool(num_envs), seeds, progress=lambda ended, won: shown.append((ended, won)))
+    assert all(won <= ended for ended, won in shown) and shown[-1] == (23, sum(outcome.results))
     assert outcome.seeds == seeds
     assert outcome.results == [seed % 3 == 0 for seed in seeds]  # SeedPool succeeds on multiples of three
     assert outcome.lengths == [1 + seed % 5 for seed in seeds]

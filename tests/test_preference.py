@@ -104,7 +104,6 @@ def test_pairs_stay_together_in_micro_batches():
 @pytest.mark.parametrize(
     "returned, groups, message",
     [
-        ([1.0, 1.0], [0, 0], "there is no pair"),
         ([1.0, 0.0], [0, 1], "there is no pair"),
         ([1.0, 0.0], [-1, -1], "no pair"),
     ],
@@ -112,6 +111,12 @@ def test_pairs_stay_together_in_micro_batches():
 def test_without_pairs_it_says_what_to_do(returned, groups, message):
     with pytest.raises(ValueError, match=message):
         drawn(filled(returned, groups))
+
+
+def test_equal_returns_teach_nothing_and_stop_nothing():
+    plan = PairPlan(num_updates=3, batch_size=4)
+    assert not list(plan.batches(filled([1.0, 1.0], [0, 0]), np.random.default_rng(0), 1))
+    assert len(list(plan.batches(filled([1.0, 0.5], [0, 0]), np.random.default_rng(0), 1))) == 3
 
 
 # --- losses ------------------------------------------------------------------------------------------------------

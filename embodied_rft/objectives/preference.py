@@ -64,14 +64,14 @@ class PairPlan(Replay):
     min_gap: float = 0.0  # returns that differ by no more are a draw
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
-        """`num_updates` batches.
+        """`num_updates` batches; none if all that can be compared is equally good: then there is nothing to learn.
 
         Raises:
             ValueError: no two pieces can be compared.
         """
         pieces, score, kind = self._pieces(buffer)
         best, worst = self._extremes(score, kind)
-        for _ in range(self.num_updates):
+        for _ in range(self.num_updates if len(best) else 0):
             if self.pairing == "extremes":
                 drawn = rng.integers(len(best), size=self.batch_size)
                 chosen, rejected = best[drawn], worst[drawn]
@@ -97,12 +97,12 @@ class PairPlan(Replay):
         last = np.flatnonzero(np.append(np.diff(kind[order]) != 0, True))
         first = np.append(0, last[:-1] + 1)
         worst, best = order[first], order[last]
-        differ = score[best] - score[worst] > self.min_gap
-        if not differ.any():
+        if len(last) == len(order):
             raise ValueError(
-                f"there is no pair: in none of {len(last)} ({self.within}) do two returns differ by more than "
-                f"{self.min_gap}. Collect with a group_size of at least 2, or compare within seed or all."
+                f"there is no pair: each of {len(order)} pieces is alone in its {self.within}. Collect with a group_size "
+                "of at least 2, or compare within seed or all."
             )
+        differ = score[best] - score[worst] > self.min_gap
         return best[differ], worst[differ]
 
     def _draw(

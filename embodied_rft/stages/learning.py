@@ -68,11 +68,15 @@ class Pretrain(Stage):
             while (done := progress.setdefault("updates", 0)) < config.updates:
                 count = min(config.log_every, config.updates - done)
                 plan = off_policy_plan(session.objective, count, config.batch_size, config.offline_share)
+                made = 0
                 for batch in distributed.in_step(plan.batches(session.buffer, sampler, learner.version)):
                     learner.update(batch, rng, only=config.only)
+                    made += 1
                 metrics = learner.metrics()
+                if made < count:
+                    metrics["learn/skipped_updates"] = count - made  # there was nothing to learn from
                 progress["updates"] += count
-                session.counters["updates"] += count
+                session.counters["updates"] += made
                 session.log(metrics)
                 bar.update(progress["updates"], **headline(metrics))
                 if config.evaluate_every and progress["updates"] % config.evaluate_every < count:
