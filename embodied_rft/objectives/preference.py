@@ -99,8 +99,8 @@ class PairPlan(Replay):
         worst, best = order[first], order[last]
         if len(last) == len(order):
             raise ValueError(
-                f"there is no pair: each of {len(order)} pieces is alone in its {self.within}. Collect with a group_size "
-                "of at least 2, or compare within seed or all."
+                f"there is no pair: each of {len(order)} pieces is alone in its {self.within}. Collect with a "
+                "group_size of at least 2, or compare within seed or all."
             )
         differ = score[best] - score[worst] > self.min_gap
         return best[differ], worst[differ]
