@@ -118,7 +118,7 @@ class Learner:
             name = min(unknown)
             raise ValueError(f"there is no loss {name!r}; {nearest(name, self.parameters)}")
         pieces = self._pieces(batch)
-        due = [name for name in self.parameters if (self.updates + 1) % self._every.get(name, 1) == 0]
+        due = [name for name in self.objective.losses if (self.updates + 1) % self._every.get(name, 1) == 0]
         due = [name for name in due if only is None or name in only]
         for names in [due] if self._independent else [[name] for name in due]:
             if names:
