@@ -23,7 +23,7 @@ from embodied_rft.data import Ragged
 
 
 def same(a, b):
-    """Equal to the last bit, NaN included, and of the same type."""
+    """Equal to the last bit, NaN included, and of the same type; a bare NaN is any NaN (JSON has one)."""
     assert type(a) is type(b), (a, b)
     if isinstance(a, dict):
         assert list(a) == list(b)
@@ -42,7 +42,7 @@ def same(a, b):
         same(a.values, b.values)
         same(a.offsets, b.offsets)
     elif isinstance(a, float):
-        assert np.float64(a).tobytes() == np.float64(b).tobytes()
+        assert np.float64(a).tobytes() == np.float64(b).tobytes() or (np.isnan(a) and np.isnan(b))
     else:
         assert a == b
 

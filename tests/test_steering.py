@@ -162,7 +162,7 @@ def test_decisions_of_others_and_other_policies_are_refused():
     batch.trace["noise"][3] = torch.nan
     with pytest.raises(ValueError, match="offline_share: 0"):
         objective.critic_loss(agent, batch, generator())
-    plain = build_agent({"id": "gaussian", "hidden": [32]}, STATE, ACTION, generator())
+    plain = build_agent({"id": "gaussian", "horizon": 2, "hidden": [32]}, STATE, ACTION, generator())
     for name in ("dsrl_sac", "dsrl_na"):
         with pytest.raises(ValueError, match="with: steering"):
             build_objective({"id": name}).setup(plain)
@@ -187,7 +187,7 @@ def test_load_base_takes_statistics_and_weights():
 @pytest.mark.parametrize(
     ("base", "options", "message"),
     [
-        ({"id": "gaussian"}, {}, "no noise to steer"),
+        ({"id": "gaussian", "horizon": 2}, {}, "no noise to steer"),
         (BASES["flow"], {"scale": 0.0}, "positive"),
         (BASES["flow"], {"noise_scale": 1.0}, "did you mean 'scale'|no option 'noise_scale'"),
     ],
