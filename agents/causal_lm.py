@@ -6,7 +6,6 @@ are imported when a model is made.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.token_loss import Head
-from embodied_rft.tuning import LoraOptions, Train, add_adapters, is_adapted, linear_layers
+from embodied_rft.tuning import LoraOptions, Train, add_adapters, is_adapted, linear_layers, merged
 
 
 class CausalLM:
@@ -127,14 +126,7 @@ class CausalLM:
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer, adapters merged into the weights."""
-        model = copy.deepcopy(self.model)
-        for name, module in list(model.named_modules()):
-            if hasattr(module, "get_base_layer"):
-                module.merge()
-                model.set_submodule(name, module.get_base_layer())
-        for attribute in ("peft_config", "_hf_peft_config_loaded"):
-            model.__dict__.pop(attribute, None)
-        model.save_pretrained(folder)
+        merged(self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 

@@ -7,7 +7,6 @@ Legend: N rows, P tokens of a prompt (images and extra vectors included), C furt
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 from collections import OrderedDict
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from embodied_rft.agents.tiny_vlm import TinyVLMConfig, tiny_vlm
 from embodied_rft.agents.vla_processing import LAYOUTS, Layout, Pixels, Prompts
-from embodied_rft.tuning import LoraOptions, Train, add_adapters, is_adapted
+from embodied_rft.tuning import LoraOptions, Train, add_adapters, is_adapted, merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,15 +236,7 @@ class VLM(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write model, tokenizer and image processor, adapters merged into the weights."""
-        model = copy.deepcopy(self.model)
-        for name, module in list(model.named_modules()):
-            if hasattr(module, "get_base_layer"):
-                module.merge()
-                model.set_submodule(name, module.get_base_layer())
-        for module in model.modules():
-            for attribute in ("peft_config", "_hf_peft_config_loaded"):
-                module.__dict__.pop(attribute, None)
-        model.save_pretrained(folder)
+        merged(self.model).save_pretrained(folder)
         for part in (self.tokenizer, self.processor):
             if part is not None:
                 part.save_pretrained(folder)

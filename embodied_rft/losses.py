@@ -186,7 +186,7 @@ def value_error(value: Tensor, target: Tensor, old: Tensor | None = None, *, cli
 
     The clipped form is that of the original implementation of PPO (Engstrom et al. 2020, section 3, item 1).
     """
-    error = 0.5 * F.mse_loss(value, target, reduction="none")
+    error = 0.5 * squared_error(value, target)
     if clip is None or old is None:
         return error
     near = old + (value - old).clamp(-clip, clip)

@@ -6,6 +6,7 @@ weights and adds adapters, in place; takes no gradient. peft is imported when th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -141,6 +142,19 @@ def add_adapters(module: nn.Module, lora: LoraOptions, rng: torch.Generator, *, 
         peft.inject_adapter_in_model(config, module)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_("lora_" in name)
+
+
+def merged(module: nn.Module) -> Any:
+    """A copy without adapters, what they have learned added to the weights; a library can save and load it."""
+    module = copy.deepcopy(module)
+    for name, layer in list(module.named_modules()):
+        if hasattr(layer, "get_base_layer"):
+            layer.merge()
+            module.set_submodule(name, layer.get_base_layer())
+    for layer in module.modules():
+        for attribute in ("peft_config", "_hf_peft_config_loaded"):
+            layer.__dict__.pop(attribute, None)
+    return module
 
 
 def _adapters(policy: Any) -> list[nn.Parameter]:

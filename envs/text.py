@@ -22,6 +22,7 @@ from gymnasium.vector.utils import batch_space
 
 from embodied_rft.envs.batched import check_mask, spread_seeds
 from embodied_rft.envs.text_rewards import make_rule, overlong_penalty
+from embodied_rft.seeding import FIRST_EVALUATION_SEED
 
 State = dict[str, np.ndarray]
 
@@ -231,7 +232,7 @@ class TextBatch:
         """A new problem from a generator that was made from `seed`; None: it goes on."""
         self.generators[row] = generator
         if seed is not None:
-            self.evaluates[row] = seed >= 2**31
+            self.evaluates[row] = seed >= FIRST_EVALUATION_SEED
         self.draw(row)
 
     def draw(self, row: int) -> None:
