@@ -13,89 +13,117 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embodied_rft.agents.pretrained import (
+    check_tokenizer,
+    checkpoint_layers,
+    close,
+    decoder_of,
+    load_pretrained,
+    output_form,
+)
 from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.token_loss import Head
 from embodied_rft.tuning import LoraOptions, Train, add_adapters, is_adapted, linear_layers, merged
+
+STATEFUL = ("linear", "mamba", "conv", "recurrent", "hybrid")  # in names of kinds of layers: no keys and values alone
+WRONG = (
+    "looks ahead, or computes something else when rows are padded to one length",
+    "computes something else when a prompt is continued from its keys and values",
+)
 
 
 class CausalLM:
     """A model and its tokenizer.
 
     Args:
-        model: a Hugging Face `...ForCausalLM`.
+        model: a Hugging Face `...ForCausalLM`, or a vision-language model that will see no image.
         tokenizer: a fast tokenizer.
         continues: whether prompts of tokens alone will be continued from keys and values, which is then checked.
 
     Raises:
-        ValueError: the tokenizer does not belong to the model, or the model's logits are not what its output layer
-            gives.
+        ValueError: the tokenizer does not belong to the model, or the model is no decoder as it is expected here.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, continues: bool = True) -> None:
         config = model.config.get_text_config()
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
-        self.decoder: nn.Module = model.base_model
+        if getattr(model.config, "is_encoder_decoder", False):
+            self._refuse("it has an encoder and a decoder")
+        kinds = {k for k in getattr(config, "layer_types", None) or () if any(word in str(k) for word in STATEFUL)}
+        if continues and kinds:
+            self._refuse(f"its layers of kind {', '.join(sorted(kinds))} keep a state that a group cannot share")
+        self.eos = check_tokenizer(model, tokenizer)
+        read, self.scale, self.softcap = output_form(model)
+        self.decoder: nn.Module = decoder_of(model)
+        own = self._states(torch.arange(read.shape[1], device=read.device)[None])
+        if not close(own, read):  # MiniCPM scales its states before the output layer
+            factor = float((own * read).sum() / own.square().sum())
+            if (
+                own.shape != read.shape
+                or not close(factor * own, read)
+                or model.get_output_embeddings().bias is not None
+            ):
+                self._refuse("it changes its states before the output layer")
+            self.scale *= factor
         self.num_layers: int = config.num_hidden_layers
-        self.hidden_size: int = config.hidden_size
+        self.hidden_size: int = read.shape[-1]
         self.max_tokens: int | None = getattr(config, "max_position_embeddings", None)
-        self.eos = _check_tokenizer(model, tokenizer)
         size = model.get_output_embeddings().weight.shape[0]
         used = torch.zeros(size, dtype=torch.bool)
-        used[list(tokenizer.get_vocab().values())] = True
+        used[[token for token in tokenizer.get_vocab().values() if token < size]] = True
         self._used = None if bool(used.all()) else used  # embeddings are often padded to a round number
-        self._check_head()
         if continues:
-            self._check_cache()
+            self._check_states()
 
     def head(self, temperature: float = 1.0) -> Head:
         """The output layer at a sampling temperature."""
-        layer, config = self.model.get_output_embeddings(), self.config
-        if type(layer) is not nn.Linear:
-            raise ValueError(f"the output layer is a {type(layer).__name__}; a plain linear layer is expected")
-        # Granite divides its logits, Cohere multiplies them.
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(layer.weight, layer.bias, scale=scale, softcap=softcap, temperature=temperature)
+        layer = self.model.get_output_embeddings()
+        return Head(layer.weight, layer.bias, scale=self.scale, softcap=self.softcap, temperature=temperature)
 
     @property
     def allowed(self) -> Tensor | None:
         """[V] bool, the tokens that the tokenizer knows; None: all."""
         return None if self._used is None else self._used.to(self.model.device)
 
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        ids = torch.arange(min(3, self.model.get_output_embeddings().weight.shape[0]), device=self.model.device)[None]
-        expected = self.model(input_ids=ids).logits.float()
-        given = self.head().logits(self.decoder(input_ids=ids).last_hidden_state)
-        if not torch.allclose(expected, given, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-            raise ValueError(
-                f"{type(self.model).__name__} changes its logits in a way that is not known here (known: logit_scale, "
-                "logits_scaling, final_logit_softcapping): its log-probabilities would be wrong, so it is refused"
-            )
+    def _refuse(self, reason: str, error: Exception | None = None) -> None:
+        raise ValueError(
+            f"{type(self.model).__name__} is refused: {reason}. A decoder is expected whose layers all attend to the "
+            "keys and values of the whole prompt (Llama, Qwen 2 and 3, Mistral, Gemma, ...: see docs/text.md)"
+        ) from error
 
     @torch.no_grad()
-    def _check_cache(self, when: str = "") -> None:
-        """Refuse decoders that cannot continue a prompt from its keys and values (state-space, linear attention)."""
+    def _check_states(self, when: str = "") -> None:
+        """Refuse what does not compute, padded or continued from keys and values, what it computes for a row alone.
+
+        Such are state-space models and linear attention, encoders, and models that take no positions.
+        """
         from embodied_rft.data import Ragged
         from embodied_rft.prefix import reply_states
 
-        ids = min(3, self.model.get_output_embeddings().weight.shape[0]) - 1
-        prompts, replies = Ragged.of([[ids, 0]] * 2, dtype=np.int64), Ragged.of([[0, ids], [ids, ids]], dtype=np.int64)
+        tokens = np.random.default_rng(0).integers(0, len(self.model.get_output_embeddings().weight), (4, 12))
+        cuts = ((9, 3), (9, 2), (5, 4), (5, 1))  # members share their prompt
+        for row in (1, 3):
+            tokens[row, : cuts[row][0]] = tokens[row - 1, : cuts[row][0]]
+        prompts = Ragged.of([row[:p] for row, (p, _) in zip(tokens, cuts, strict=True)], dtype=np.int64)
+        replies = Ragged.of([row[p : p + r] for row, (p, r) in zip(tokens, cuts, strict=True)], dtype=np.int64)
+        rows = torch.from_numpy(tokens).to(self.model.device)
         try:
-            plain, shared = (
+            alone = torch.cat(
+                [self._states(row[None, : p + r])[0, p - 1 : p + r - 1] for row, (p, r) in zip(rows, cuts, strict=True)]
+            )
+            ways = [
                 reply_states(self.decoder, prompts, replies, num_layers=self.num_layers, share=share, overhead=0)
                 for share in (False, True)
-            )
-            same = torch.allclose(plain, shared, rtol=0, atol=5e-2 * float(plain.abs().max()))
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            same, reason = False, f" ({error})"
-        else:
-            reason = ""
-        if not same:
-            raise ValueError(
-                f"{type(self.model).__name__} does not continue a prompt from keys and values as a Transformer decoder "
-                f"does{when}{reason}: its replies would be wrong, so it is refused"
-            )
+            ]
+        except Exception as error:  # a model of another kind fails in its own ways
+            self._refuse(f"it does not take the keys and values of a prompt{when} ({error})", error)
+        for way, what in zip(ways, WRONG, strict=True):
+            if not close(way, alone):
+                self._refuse(f"it {what}{when}")
+
+    @torch.no_grad()
+    def _states(self, ids: Tensor) -> Tensor:
+        return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
 
     def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
         """Freeze everything but what is to be trained (see `tuning.tune`); the head is the output layer."""
@@ -106,7 +134,8 @@ class CausalLM:
                 'with it; use train "lora" or "full"'
             )
         if train.startswith("lora") and not is_adapted(model):
-            add_adapters(model, lora, rng, layers={n for n, m in linear_layers(model).items() if m is not layer})
+            inside = {id(part) for part in self.decoder.modules() if part is not layer}
+            add_adapters(model, lora, rng, layers={n for n, m in linear_layers(model).items() if id(m) in inside})
         model.requires_grad_(train == "full")
         for name, parameter in model.named_parameters() if train.startswith("lora") else ():
             parameter.requires_grad_("lora_" in name)
@@ -117,12 +146,12 @@ class CausalLM:
 
         Our caches keep no state of their own in the backward pass, so they may stay when layers are computed again.
         """
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(self.model)
         layers = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
         for layer in layers:
             layer._can_checkpoint_with_cache = True
         self.model.train()  # Hugging Face checkpoints only in training mode; all dropout is off
-        self._check_cache(" with gradient_checkpointing")  # GPT-2 drops the cache then
+        self._check_states(when=" with gradient_checkpointing")  # GPT-2 drops the cache then
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer, adapters merged into the weights."""
@@ -138,54 +167,13 @@ def load_model(
     Raises:
         ValueError: nothing is there, it is no causal language model, or model and tokenizer do not fit.
     """
-    number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     if isinstance(source, dict):
         if list(source) != ["tiny"]:
             raise ValueError(
                 f'model is {source!r}; expected a folder, a hub id, or {{"tiny": {{...}}}} for random weights'
             )
         model, tokenizer = tiny_causal_lm(source["tiny"], rng=rng)
-        return CausalLM(model.to(number), tokenizer)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    if source.startswith((".", "/", "~")):
-        source = str(Path(source).expanduser())
-        if not Path(source).is_dir():
-            raise ValueError(f"model folder {source!r} does not exist; expected one that save_pretrained has written")
-    try:
-        config = AutoConfig.from_pretrained(source)
-        text = config.get_text_config()
-        for name, value in vars(text).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(text, name, 0.0)  # a decision that is scored again must get the same probability
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=number)
-    except (OSError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"model {source!r} cannot be loaded as a causal language model: {reason}") from error
+        return CausalLM(model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]), tokenizer)
+    kinds = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+    _, model, tokenizer = load_pretrained(source, kinds, what="causal language model", dtype=dtype)
     return CausalLM(model, tokenizer)
-
-
-def _check_tokenizer(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a reply. Raises ValueError when tokenizer and model do not belong together."""
-    rows = min(model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0])
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise ValueError(
-            f"the tokenizer has token ids up to {largest}, the model knows {rows} tokens: they do not belong together. "
-            "Load the tokenizer that was saved with the model, or resize the model's embeddings."
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer has no end token (eos_token): a reply could never end; set one and save it again"
-        )
-    known: set[int] = set()
-    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
-        eos = getattr(config, "eos_token_id", None)
-        known |= set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    if known and tokenizer.eos_token_id not in known:
-        raise ValueError(
-            f"the tokenizer ends a text with token {tokenizer.eos_token_id} ({tokenizer.eos_token!r}), the model with "
-            f"{sorted(known)}: they do not belong together. Load the tokenizer that was saved with the model."
-        )
-    return frozenset({tokenizer.eos_token_id, *(token for token in known if token < rows)})

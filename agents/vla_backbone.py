@@ -11,7 +11,7 @@ import hashlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embodied_rft.agents.pretrained import check_tokenizer, checkpoint_layers, close, decoder_of, load_pretrained
 from embodied_rft.agents.tiny_vlm import TinyVLMConfig, tiny_vlm
-from embodied_rft.agents.vla_processing import LAYOUTS, Layout, Pixels, Prompts
+from embodied_rft.agents.vla_processing import Pixels, Prompts, layout_of
 from embodied_rft.tuning import LoraOptions, Train, add_adapters, is_adapted, merged
+
+APART = 2**30  # number of the block of inputs after a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,11 @@ class Context:
     mask: Tensor  # [N, P] bool
     position: Tensor  # [N, P], or [3, N, P] for models with three-dimensional positions
     next_position: Tensor  # [N], of what follows
+    blocks: Tensor | None = (
+        None  # [N, P] int64: equal numbers see each other in both directions; -1 sees what was before
+    )
+    visual: Tensor | None = None  # [N, P] bool, places of images; None: only the first layer reads them
+    deep: tuple[Tensor, ...] = ()  # [images' places of all rows, H] each: what further layers add there (Qwen3-VL)
 
 
 class VLM(nn.Module):
@@ -52,24 +60,29 @@ class VLM(nn.Module):
         self, model: Any, tokenizer: Any, *, processor: Any = None, prompt: str | None = None, cache_bytes: int = 2**28
     ) -> None:
         super().__init__()
-        trunk = model.base_model
+        trunk, config = model.base_model, model.config
         self.model, self.tokenizer, self.processor = model.eval(), tokenizer, processor
-        if not hasattr(trunk, "get_image_features") or getattr(model.config, "image_token_id", None) is None:
+        needed = (getattr(trunk, "get_image_features", None), getattr(config, "image_token_id", None))
+        if None in needed or not hasattr(config, "vision_config") or config.is_encoder_decoder:
             raise ValueError(
-                f"{type(model).__name__} has no get_image_features or no image token: a vision-language model with "
-                "images as tokens is expected"
+                f"{type(model).__name__} does not read images as tokens of a decoder (no get_image_features, image "
+                "token or vision_config, or an encoder of text): a vision-language model like Qwen-VL, LLaVA, "
+                "PaliGemma, Gemma 3, InternVL or SmolVLM is expected; see docs/text.md"
             )
-        self.config = model.config.get_text_config()
+        self.config = config.get_text_config()
         self.hidden_size: int = self.config.hidden_size
-        self.layout = LAYOUTS.get(model.config.model_type, Layout())
-        _check_tokenizer(model, tokenizer)
+        check_tokenizer(model, tokenizer, ends=False)
+        self.layout = layout_of(config, tokenizer)
         self.prompts = Prompts(tokenizer, image_token=model.config.image_token_id, layout=self.layout, template=prompt)
-        names = list(inspect.signature(trunk.get_image_features).parameters)
+        known = inspect.signature(trunk.get_image_features).parameters
+        pixtral = getattr(config.vision_config, "model_type", "") == "pixtral"  # LLaVA takes sizes for this tower only
+        names = [n for n, p in known.items() if n != "image_sizes" or p.default is p.empty or pixtral]
         self.pixels = Pixels(model.config, names=names, processor=processor)
         self.cache = FeatureCache(cache_bytes)
         self.checkpointing = False
         self.vision_frozen = False  # by `select`: what decides whether features of images may be kept
         self._grids: dict[tuple[int, ...], np.ndarray] = {}  # patches of an image by its shape
+        self._compared = False  # with the model's own forward pass
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.cache.clear()
@@ -78,7 +91,7 @@ class VLM(nn.Module):
     @property
     def decoder(self) -> Any:
         """The language model without its output layer."""
-        return self.model.base_model.get_decoder()
+        return decoder_of(self.model)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -111,7 +124,7 @@ class VLM(nn.Module):
 
     def checkpoint_layers(self) -> None:
         """Compute each layer of the decoder twice instead of keeping its activations (Chen et al. 2016)."""
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(self.model)
         self.checkpointing = True
 
     def _image_parameters(self) -> list[nn.Parameter]:
@@ -123,6 +136,32 @@ class VLM(nn.Module):
 
     def read(self, images: Sequence[Tensor], instructions: Sequence[str], extra: Tensor | None = None) -> Context:
         """Images of each camera [N, H, W, 3] uint8, N instructions and further vectors [N, E, H] after them."""
+        context = self._read(images, instructions)
+        if not self._compared:
+            self._compare(images[0][:1], instructions[0])
+            self._compared = True
+        if self.layout.blocks is not None:
+            context = replace(context, blocks=self._blocks(context))
+        if extra is None:
+            return context
+        count, mask, position = extra.shape[1], context.mask, context.position
+        following = context.next_position
+        inside, no_image = context.blocks, mask.new_zeros(len(mask), count)
+        if inside is not None:
+            inside = torch.cat(
+                [inside, inside.new_full((len(mask), count), 0 if self.layout.blocks == "prompt" else -1)], 1
+            )
+        return replace(
+            context,
+            embeddings=torch.cat([context.embeddings, extra.to(context.embeddings.dtype)], 1),
+            mask=torch.cat([mask, mask.new_ones(len(mask), count)], 1),
+            position=torch.cat([position, _after(position, following, count)], -1),
+            next_position=following + count,
+            blocks=inside,
+            visual=None if context.visual is None else torch.cat([context.visual, no_image], 1),
+        )
+
+    def _read(self, images: Sequence[Tensor], instructions: Sequence[str]) -> Context:
         trunk, device = self.model.base_model, images[0].device
         seen = [self._features(camera) for camera in images]
         features = torch.cat([f for f, _ in seen], 1)
@@ -136,31 +175,79 @@ class VLM(nn.Module):
                 f"{features.shape[0] * features.shape[1]} features: one image of each camera a prompt is expected"
             )
         embeddings = trunk.get_input_embeddings()(ids.masked_fill(places, 0))
-        embeddings = embeddings.masked_scatter(places[..., None], features.to(embeddings.dtype))
+        if features.shape[-1] % embeddings.shape[-1]:
+            raise ValueError(
+                f"{type(self.model).__name__} is refused: its image features have size {features.shape[-1]}, its tokens "
+                f"{embeddings.shape[-1]}. See docs/text.md for families that are known"
+            )
+        first, *deep = features.flatten(0, 1).split(embeddings.shape[-1], -1)
+        embeddings = embeddings.masked_scatter(places[..., None], first.to(embeddings.dtype))
         position = self._positions(ids_, mask_, [g for _, g in seen], device)
         following = position.amax((0, 2) if position.dim() == 3 else 1) + 1
-        if extra is not None:
-            count = extra.shape[1]
-            embeddings = torch.cat([embeddings, extra.to(embeddings.dtype)], 1)
-            mask = torch.cat([mask, mask.new_ones(len(mask), count)], 1)
-            position, following = torch.cat([position, _after(position, following, count)], -1), following + count
-        return Context(embeddings, mask, position, following)
+        return Context(embeddings, mask, position, following, visual=places, deep=tuple(deep))
+
+    def _blocks(self, context: Context) -> Tensor:
+        """[N, P]: the prompt is one block, or each run of image tokens is."""
+        visual = context.visual
+        assert visual is not None
+        if self.layout.blocks == "prompt":
+            return torch.zeros_like(visual, dtype=torch.int64)
+        begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+        return torch.where(visual, begins.cumsum(1) - 1, -1)
 
     def _features(self, images: Tensor) -> tuple[Tensor, np.ndarray | None]:
-        """Features [N, n, H] of one camera's images and, for models that ask for it, the grid [3] of their patches."""
+        """Features [N, n, H] of one camera's images and, for models that ask for it, the grid [3] of their patches.
+
+        What a model adds in further layers comes behind, [N, n, H * (1 + layers)].
+        """
         trunk, shape = self.model.base_model, tuple(images.shape[1:])
 
         def compute(chosen: Tensor) -> Tensor:
             given = self.pixels(chosen)
             if self.pixels.patches:
                 self._grids[shape] = given["image_grid_thw"][0].cpu().numpy()
-            made = trunk.get_image_features(**given)
-            made = getattr(made, "pooler_output", made)
-            made = made if isinstance(made, Tensor) else torch.stack(list(made))
-            return made.reshape(len(chosen), -1, made.shape[-1])
+            try:
+                made = trunk.get_image_features(**given)
+                first = getattr(made, "pooler_output", None)
+                first = getattr(made, "last_hidden_state", made) if first is None else first
+                parts = [first, *(getattr(made, "deepstack_features", None) or ())]
+                return torch.cat([_of_each(part, len(chosen)) for part in parts], -1)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"{type(self.model).__name__} cannot read images of shape {shape} ({error}): give it images of "
+                    "another size, and the image processor that was saved with it"
+                ) from error
 
         features = self.cache(images, compute) if self.vision_frozen else compute(images)
         return features, self._grids.get(shape)
+
+    @torch.no_grad()
+    def _compare(self, image: Tensor, instruction: str) -> None:
+        """The first prompt that is read is read by the model itself, too; what it computes otherwise is refused."""
+        trunk, name = self.model.base_model, type(self.model).__name__
+        with torch.autocast(image.device.type, enabled=False):
+            context = self._read([image], [instruction])
+            if self.layout.blocks is not None:
+                context = replace(context, blocks=self._blocks(context))
+            own = self.states(context)
+            tokens = context.visual.sum().item()
+            ids, mask = (torch.from_numpy(a).to(image.device) for a in self.prompts.encode([instruction], [tokens]))
+            kinds = context.visual.long()
+            given = {
+                "token_type_ids": 0 * kinds if self.layout.blocks == "prompt" else kinds,
+                "mm_token_type_ids": kinds,
+            }
+            known = inspect.signature(trunk.forward).parameters
+            given = {key: value for key, value in given.items() if key in known} | self.pixels(image)
+            try:
+                theirs = trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False, **given).last_hidden_state
+            except Exception as error:  # a model of another kind fails in its own ways
+                raise ValueError(f"{name} is refused: it does not read an image and a text ({error})") from error
+        if own.shape != theirs.shape or not close(own, theirs):
+            raise ValueError(
+                f"{name} is refused: it reads an image and a text in a way that is not known here, so its actions and "
+                "probabilities would be wrong. See docs/text.md for families that are known"
+            )
 
     def _positions(
         self, ids: np.ndarray, mask: np.ndarray, grids: list[np.ndarray | None], device: torch.device
@@ -195,43 +282,59 @@ class VLM(nn.Module):
         if further is not None:
             embeddings = torch.cat([embeddings, further.to(embeddings.dtype)], 1)
             position = torch.cat([position, _after(position, context.next_position, count)], -1)
-        allowed = self._allowed(context.mask, count, bidirectional)
-        return self._run(embeddings, position, allowed, None)
+        mask, blocks = context.mask, context.blocks
+        if count:
+            mask = torch.cat([mask, mask.new_ones(len(mask), count)], 1)
+            if blocks is not None or bidirectional:
+                before = torch.full_like(context.mask, -1, dtype=torch.int64) if blocks is None else blocks
+                blocks = torch.cat([before, before.new_full((len(mask), count), APART if bidirectional else -1)], 1)
+        return self._run(embeddings, position, mask, None, blocks=blocks, context=context)
 
     def start(self, context: Context) -> tuple[Tensor, Decoding]:
         """Last hidden states [N, P, H] of the prompts, and the means to go on one input at a time; no gradient."""
         from transformers.cache_utils import DynamicCache
 
-        cache = DynamicCache()
-        hidden = self._run(context.embeddings, context.position, self._allowed(context.mask, 0, False), cache)
+        cache = DynamicCache(config=self.decoder.config)
+        hidden = self._run(
+            context.embeddings, context.position, context.mask, cache, blocks=context.blocks, context=context
+        )
         return hidden, Decoding(self, cache, context)
 
-    def _allowed(self, mask: Tensor, count: int, bidirectional: bool) -> Tensor:
-        """[N, 1, P + C, P + C] bool: who sees whom."""
-        prompt, total = mask.shape[1], mask.shape[1] + count
-        place = torch.arange(total, device=mask.device)
-        allowed = place[:, None] >= place[None, :]
-        inside = place < prompt
-        if self.layout.bidirectional:
-            allowed = allowed | (inside[:, None] & inside[None, :])
-        if bidirectional:
-            allowed = allowed | ~(inside[:, None] | inside[None, :])
-        visible = torch.cat([mask, mask.new_ones(len(mask), count)], 1)
-        # Padding sees itself, so that no row of the softmax is empty.
-        return ((allowed & visible[:, None, :]) | torch.eye(total, dtype=torch.bool, device=mask.device))[:, None]
+    def _run(
+        self,
+        embeddings: Tensor,
+        position: Tensor,
+        mask: Tensor,
+        cache: Any,
+        *,
+        blocks: Tensor | None = None,
+        context: Context | None = None,
+    ) -> Tensor:
+        """Last hidden states [N, C, H] of inputs [N, C, H].
 
-    def _run(self, embeddings: Tensor, position: Tensor, allowed: Tensor, cache: Any) -> Tensor:
+        Args:
+            embeddings: the inputs.
+            position: of the inputs.
+            mask: [N, past + C] bool, False at padding.
+            cache: keys and values of the past.
+            blocks: [N, C], as in `Context`; only without a past.
+            context: of the prompts at the beginning of the inputs.
+        """
         decoder = self.decoder
         if self.checkpointing:  # Hugging Face checkpoints only in training mode; all dropout is off
             decoder.train(cache is None and torch.is_grad_enabled())
-        lowest = torch.finfo(embeddings.dtype).min
-        mask = torch.zeros(allowed.shape, dtype=embeddings.dtype, device=allowed.device).masked_fill(~allowed, lowest)
+        deep: dict[str, Any] = {}
+        if context is not None and context.deep and context.visual is not None:
+            further = mask.shape[1] - context.visual.shape[1]
+            places = torch.nn.functional.pad(context.visual, (0, further))
+            deep = {"visual_pos_masks": places, "deepstack_visual_embeds": list(context.deep)}
         return decoder(
             inputs_embeds=embeddings,
-            attention_mask=mask,
+            attention_mask=mask if blocks is None else _block_mask(decoder, embeddings, mask, blocks),
             position_ids=position,
             past_key_values=cache,
             use_cache=cache is not None,
+            **deep,
         ).last_hidden_state
 
     def save(self, folder: Path) -> None:
@@ -256,7 +359,7 @@ class Decoding:
         position = self.next_position[:, None]
         position = position.expand(3, *position.shape) if self.three else position
         self.next_position = self.next_position + 1
-        return self.vlm._run(embedding[:, None].to(self.dtype), position, self.mask[:, None, None, :], self.cache)[:, 0]
+        return self.vlm._run(embedding[:, None].to(self.dtype), position, self.mask, self.cache)[:, 0]
 
 
 class FeatureCache:
@@ -314,26 +417,16 @@ def load_vlm(
     Raises:
         ValueError: nothing is there, it is no vision-language model, or model and tokenizer do not fit.
     """
-    number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     if isinstance(source, dict):
         if list(source) != ["tiny"]:
             raise ValueError(f'model is {source!r}; expected a folder, a hub id, or {{"tiny": {{...}}}}')
         model, tokenizer = tiny_vlm(source["tiny"], rng=rng)
+        number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         return VLM(model.to(number), tokenizer, prompt=prompt, cache_bytes=cache_bytes)
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoImageProcessor
 
-    if source.startswith((".", "/", "~")):
-        source = str(Path(source).expanduser())
-        if not Path(source).is_dir():
-            raise ValueError(f"model folder {source!r} does not exist; expected one that save_pretrained has written")
-    try:
-        config = AutoConfig.from_pretrained(source)
-        _no_dropout(config)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=number)
-    except (OSError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"model {source!r} cannot be loaded as a vision-language model: {reason}") from error
+    kinds = ("AutoModelForImageTextToText",)
+    source, model, tokenizer = load_pretrained(source, kinds, what="vision-language model", dtype=dtype)
     try:
         processor = AutoImageProcessor.from_pretrained(source, backend="pil")
     except (OSError, ValueError, ImportError):
@@ -347,26 +440,17 @@ def _after(position: Tensor, following: Tensor, count: int) -> Tensor:
     return further.expand(3, *further.shape) if position.dim() == 3 else further
 
 
-def _no_dropout(config: Any) -> None:
-    """A decision that is scored again must get the same probability."""
-    for part in (config, config.get_text_config(), getattr(config, "vision_config", None)):
-        for name, value in vars(part).items() if part is not None else ():
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
+def _of_each(made: Any, count: int) -> Tensor:
+    """[M, n, H] from features of M images of one size, in whichever form a model gives them."""
+    made = made if isinstance(made, Tensor) else torch.cat([part.flatten(0, -2) for part in made])
+    return made.reshape(count, -1, made.shape[-1])
 
 
-def _check_tokenizer(model: Any, tokenizer: Any) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    used = {i for i in tokenizer.get_vocab().values() if i != model.config.image_token_id}
-    if max(used) >= rows:
-        raise ValueError(
-            f"the tokenizer has token ids up to {max(used)}, the model knows {rows} tokens: they do not belong "
-            "together. Load the tokenizer that was saved with the model."
-        )
-    eos, own = getattr(model.config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id
-    known = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    if known and own is not None and own not in known:
-        raise ValueError(
-            f"the tokenizer ends a text with token {own} ({tokenizer.eos_token!r}), the model with {sorted(known)}: "
-            "they do not belong together. Load the tokenizer that was saved with the model."
-        )
+def _block_mask(decoder: Any, embeddings: Tensor, mask: Tensor, blocks: Tensor) -> Any:
+    """Masks as the decoder makes them itself (sliding windows included), where blocks see themselves both ways."""
+    from transformers.masking_utils import create_masks_for_generate
+
+    made = create_masks_for_generate(decoder.config, embeddings, mask, None, block_sequence_ids=blocks)
+    if made is mask:
+        raise ValueError(f"{type(decoder).__name__} cannot look ahead: with head parallel, choose attention: causal")
+    return next(iter(made.values())) if isinstance(made, dict) and len(made) == 1 else made

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_FAMILIES = {"qwen2_vl", "qwen2_5_vl", "glm4v", "clip_vision_model", "pixtral"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Layout:
     after: str = ""
     prompt: str = "{images}{instruction}\n"
     first_position: int = 0  # of the first token
-    bidirectional: bool = False  # the tokens of the prompt see each other in both directions
+    blocks: Literal["prompt", "images"] | None = None  # what sees itself in both directions; None: nothing does
 
 
 QWEN = Layout(
@@ -41,13 +42,31 @@ IDEFICS = Layout(
     after="<fake_token_around_image>",
     prompt="<|im_start|>User:{images}What action should the robot take to {instruction}?<end_of_utterance>\nAssistant:",
 )
-LAYOUTS = {  # by model_type; every other family gets Layout()
-    "qwen2_vl": QWEN,
-    "qwen2_5_vl": QWEN,
+LAYOUTS = {  # by model_type; of every other family see `layout_of`
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), QWEN),
     "idefics3": IDEFICS,
     "smolvlm": IDEFICS,
-    "paligemma": Layout(prompt="{images}{bos}{instruction}\n", first_position=1, bidirectional=True),
+    "paligemma": Layout(prompt="{images}{bos}{instruction}\n", first_position=1, blocks="prompt"),
+    "gemma3": Layout(blocks="images"),
 }
+AROUND = (  # names under which a configuration has the tokens before and after an image
+    ("vision_start_token_id", "vision_end_token_id"),
+    ("image_start_token_id", "image_end_token_id"),
+    ("boi_token_index", "eoi_token_index"),
+    ("boi_token_id", "eoi_token_id"),
+)
+
+
+def layout_of(config: Any, tokenizer: Any) -> Layout:
+    """What a model's family wants, with the tokens around an image that its configuration names."""
+    layout = LAYOUTS.get(config.model_type, Layout())
+    for names in AROUND:
+        ids = [getattr(config, name, None) for name in names]
+        if None not in ids and max(ids) < len(tokenizer):
+            before, after = tokenizer.convert_ids_to_tokens(ids)
+            if before is not None and after is not None:
+                return replace(layout, before=before, after=after)
+    return layout
 
 
 class Prompts:
@@ -121,18 +140,30 @@ class Pixels:
         config: of the model.
         names: parameters that its `get_image_features` knows.
         processor: the model's own image processor, or None.
+
+    Raises:
+        ValueError: there is no image processor, and the model wants its images in a way that ours does not know.
     """
 
     def __init__(self, config: Any, *, names: Sequence[str], processor: Any = None) -> None:
         vision = config.vision_config
-        self.patches, self.tiles = "image_grid_thw" in names, "pixel_attention_mask" in names
-        self.patch, self.merge = vision.patch_size, getattr(vision, "spatial_merge_size", 1)
+        self.names, self.patches, self.tiles = names, "image_grid_thw" in names, "pixel_attention_mask" in names
+        self.patch, self.merge = _side(vision.patch_size), getattr(vision, "spatial_merge_size", 1)
         self.frames = getattr(vision, "temporal_patch_size", 1)
-        self.size: int | None = None if self.patches else vision.image_size
-        self.mean, self.std = (CLIP_MEAN, CLIP_STD) if self.patches else ((0.5,) * 3, (0.5,) * 3)
+        size = None if self.patches else getattr(vision, "image_size", None)
+        self.size = None if size is None else (size, size) if isinstance(size, int) else (size[0], size[1])
+        clip = {config.model_type, getattr(vision, "model_type", "")} & CLIP_FAMILIES
+        self.mean, self.std = (CLIP_MEAN, CLIP_STD) if clip else ((0.5,) * 3, (0.5,) * 3)
         self.processor = processor
-        if processor is not None and hasattr(processor, "do_image_splitting"):
-            processor.do_image_splitting = False  # one view of a camera, not a mosaic
+        for option in ("do_image_splitting", "crop_to_patches", "do_pan_and_scan"):
+            if hasattr(processor, option):
+                setattr(processor, option, False)  # one view of a camera, not a mosaic
+        foreign = {"image_sizes", "spatial_shapes"} & set(names)
+        if processor is None and foreign and getattr(vision, "model_type", "") != "pixtral":
+            raise ValueError(
+                f"a {config.model_type} model needs its own image processor (it wants {', '.join(sorted(foreign))}): "
+                "save it into the model's folder, processor.save_pretrained(folder)"
+            )
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Keyword arguments for `get_image_features`, on the device of the images."""
@@ -152,11 +183,16 @@ class Pixels:
         if self.tiles:
             mask = torch.ones(len(x), 1, height, width, dtype=torch.bool, device=x.device)
             return {"pixel_values": x[:, None], "pixel_attention_mask": mask}
+        if "image_sizes" in self.names:
+            return {
+                "pixel_values": x,
+                "image_sizes": torch.tensor([[height, width]], device=x.device).expand(len(x), 2),
+            }
         return {"pixel_values": x}
 
     def _target(self, height: int, width: int) -> tuple[int, int]:
         if self.size is not None:
-            return self.size, self.size
+            return self.size
         unit = self.patch * self.merge
         return max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)
 
@@ -174,12 +210,20 @@ class Pixels:
         arrays: list[Any] = list(images.cpu().numpy())
         given: Any = [[array] for array in arrays] if self.tiles else arrays
         made = self.processor(images=given, return_tensors="pt", input_data_format="channels_last")
-        names = ["pixel_values", *(["image_grid_thw"] * self.patches), *(["pixel_attention_mask"] * self.tiles)]
-        given_size = tuple(made["pixel_values"].shape[-1 if self.patches else -2 :])
-        expected = (3 * self.frames * self.patch**2,) if self.patches else (self.size, self.size)
-        if given_size != expected:
+        if "pixel_values" not in made:
             raise ValueError(
-                f"the image processor makes {'patches' if self.patches else 'images'} of size {given_size}, the "
+                f"the image processor makes {', '.join(made)}, but no pixel_values: a processor is expected"
+            )
+        size = tuple(made["pixel_values"].shape[-1 if self.patches else -2 :])
+        expected = (3 * self.frames * self.patch**2,) if self.patches else self.size
+        if size != expected and not {"image_sizes", "spatial_shapes", "pixel_attention_mask"} & set(self.names):
+            raise ValueError(
+                f"the image processor makes {'patches' if self.patches else 'images'} of size {size}, the "
                 f"vision tower reads {expected}: load the processor that was saved with the model"
             )
-        return {name: made[name].to(images.device) for name in names if name in made}
+        return {name: torch.as_tensor(made[name]).to(images.device) for name in self.names if name in made}
+
+
+def _side(size: Any) -> int:
+    """Of a square that some configurations write as a number and others as two."""
+    return int(size if isinstance(size, int) else size[0])

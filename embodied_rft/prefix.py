@@ -152,7 +152,8 @@ class Prompts:
 
     def _takes_any_mask(self) -> bool:
         config: Any = self.decoder.config
-        plain = "sliding_attention" not in (getattr(config, "layer_types", None) or ())
+        limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        plain = {*(getattr(config, "layer_types", None) or ())} <= {"full_attention"} and not any(limits)
         return plain and config._attn_implementation == "sdpa"  # takes masks of bool [rows, 1, tokens, past + tokens]
 
     def _as_one_row(self, replies: Ragged, members: int) -> Tensor:

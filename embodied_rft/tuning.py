@@ -95,8 +95,9 @@ class _Default:
 
 
 def linear_layers(module: nn.Module) -> dict[str, Any]:
-    """All plain linear layers by their names, GPT-2's (transposed) among them."""
-    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    """All plain linear layers by their names, GPT-2's (transposed) among them; a router of experts is none."""
+    found = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    return {n: m for n, m in found.items() if "router" not in type(m).__name__.lower()}
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -132,14 +133,15 @@ def add_adapters(module: nn.Module, lora: LoraOptions, rng: torch.Generator, *, 
                 raise ValueError(
                     f"no linear layer is named {target!r}; {nearest(target, {n.split('.')[-1] for n in names})}"
                 )
-    pattern = "|".join(map(re.escape, chosen))  # a whole name: an equal ending elsewhere is not meant
+    pattern = "|".join(re.escape(f"of.{n}") for n in chosen)  # a whole name: an equal ending elsewhere is not meant
     transposed = all(type(module.get_submodule(n)).__name__ == "Conv1D" for n in chosen)
     config = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=pattern, lora_dropout=0.0, fan_in_fan_out=transposed
     )
     with torch.random.fork_rng(devices=[]):  # peft draws weights from the global generator
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
-        peft.inject_adapter_in_model(config, module)
+        # In a box without a configuration: peft would rewrite names of layers of models that it knows.
+        peft.inject_adapter_in_model(config, nn.ModuleDict({"of": module}))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
@@ -147,10 +149,10 @@ def add_adapters(module: nn.Module, lora: LoraOptions, rng: torch.Generator, *, 
 def merged(module: nn.Module) -> Any:
     """A copy without adapters, what they have learned added to the weights; a library can save and load it."""
     module = copy.deepcopy(module)
-    for name, layer in list(module.named_modules()):
-        if hasattr(layer, "get_base_layer"):
-            layer.merge()
-            module.set_submodule(name, layer.get_base_layer())
+    adapted = [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "get_base_layer")]
+    for name, layer in adapted:
+        layer.merge()
+        module.set_submodule(name, layer.get_base_layer())
     for layer in module.modules():
         for attribute in ("peft_config", "_hf_peft_config_loaded"):
             layer.__dict__.pop(attribute, None)

@@ -1,0 +1,194 @@
+"""Hugging Face checkpoints: loading them, and refusing what would silently give wrong numbers.
+
+A folder must hold all weights, finite ones, and a tokenizer that belongs to them; an output layer must give the model's
+own logits. Boundary: files to a checked model and tokenizer; knows no policy. transformers is imported when a model is
+loaded.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from embodied_rft.token_loss import Head
+
+NOISE = ("drop", "jitter")  # in names of numbers of a configuration: a decision scored again must get the same number
+PRECISION = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # how far two ways to compute the same may be apart, relatively
+
+
+def load_pretrained(
+    source: str, kinds: Sequence[str], *, what: str, dtype: Literal["fp32", "bf16"]
+) -> tuple[str, Any, Any]:
+    """(folder or hub id, model, tokenizer) by `from_pretrained`.
+
+    Args:
+        source: a folder that `save_pretrained` has written, or a hub id.
+        kinds: names of `AutoModel...` classes; the first that knows the architecture is taken.
+        what: what is expected, for messages.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: nothing is there, it is something else, or its weights are incomplete, damaged or not finite.
+    """
+    import transformers
+
+    if source.startswith((".", "/", "~")):
+        source = str(Path(source).expanduser())
+        if not Path(source).is_dir():
+            raise ValueError(f"model folder {source!r} does not exist; expected one that save_pretrained has written")
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        _no_noise(config)
+        autos = [getattr(transformers, kind) for kind in kinds]
+        auto = next((a for a in autos if type(config) in a._model_mapping), autos[0])
+        number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        model, report = auto.from_pretrained(source, config=config, dtype=number, output_loading_info=True)
+    except Exception as error:  # whatever a library says about a folder that it cannot read
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"model {source!r} cannot be loaded as a {what}: {reason}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"model {source!r} lacks {len(missing)} weights of a {type(model).__name__}, e.g. {missing[0]!r}, which "
+            "would be random: its files are incomplete or belong to another architecture. Save or download it again."
+        )
+    bad = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if bad:
+        raise ValueError(
+            f"model {source!r} has NaN or infinity in {len(bad)} weights, e.g. {bad[0]!r}: take an earlier checkpoint"
+        )
+    return source, model, tokenizer
+
+
+def _no_noise(config: Any) -> None:
+    for part in (config, config.get_text_config(), getattr(config, "vision_config", None)):
+        for name, value in vars(part).items() if part is not None else ():
+            if any(word in name for word in NOISE) and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
+def decoder_of(model: Any) -> Any:
+    """The language model inside, without its output layer."""
+    places = (model.get_decoder(), model.base_model, *model.children())  # not all families say where it is
+    inner = next(part for part in places if part is not model and hasattr(part, "get_output_embeddings"))
+    return inner if inner.get_output_embeddings() is None else decoder_of(inner)
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Compute each layer twice instead of keeping its activations, in training mode (Chen et al. 2016)."""
+    try:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ValueError(f"{error} Leave gradient_checkpointing off.") from error
+
+
+def close(given: Tensor, expected: Tensor) -> bool:
+    """Whether two ways to compute the same agree up to the rounding of their precision."""
+    error = (given.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-9)
+    return bool(error < PRECISION.get(expected.dtype, 5e-2))
+
+
+def check_tokenizer(model: Any, tokenizer: Any, *, ends: bool = True) -> frozenset[int]:
+    """The tokens that end a reply.
+
+    Args:
+        model: a Hugging Face model.
+        tokenizer: its tokenizer.
+        ends: whether there has to be such a token.
+
+    Raises:
+        ValueError: tokenizer and model do not belong together.
+    """
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    rows = min(layer.weight.shape[0] for layer in layers if layer is not None)
+    image = getattr(model.config, "image_token_id", None)  # its place is taken by features: it needs no embedding
+    largest = max(token for token in tokenizer.get_vocab().values() if token != image)
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer has token ids up to {largest}, the model knows {rows} tokens: they do not belong together. "
+            "Load the tokenizer that was saved with the model, or resize the model's embeddings."
+        )
+    own, known = tokenizer.eos_token_id, set[int]()
+    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+        eos = getattr(config, "eos_token_id", None)
+        known |= set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    if own is None and ends:
+        raise ValueError(
+            "the tokenizer has no end token (eos_token): a reply could never end; set one and save it again"
+        )
+    if known and own is not None and own not in known:
+        raise ValueError(
+            f"the tokenizer ends a text with token {own} ({tokenizer.eos_token!r}), the model with "
+            f"{sorted(known)}: they do not belong together. Load the tokenizer that was saved with the model."
+        )
+    return frozenset(token for token in {own, *known} if token is not None and token < rows)
+
+
+@torch.no_grad()
+def output_form(model: Any) -> tuple[Tensor, float, float | None]:
+    """What the output layer reads for the tokens 0, 1, 2 [1, 3, H], and how its result is (scale, softcap)-ed.
+
+    Families scale their logits (Granite, Cohere) or cap them (Gemma 2), and some have the number in their configuration
+    but do not use it. So the model is asked: the layer is given small and large states, and the form is the known one
+    that explains the logits.
+
+    Raises:
+        ValueError: none does.
+    """
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"the output layer is a {type(layer).__name__}; a plain linear layer is expected")
+    weight, read = layer.weight, []
+    ids = torch.arange(min(3, len(weight)), device=weight.device)[None]
+    size = (1, ids.shape[1], weight.shape[1])
+    small = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(weight)
+    seen = []
+    try:
+        for states in (small, 100 * small):
+            with _Instead(layer, states, read):
+                seen.append((states, model(input_ids=ids, use_cache=False).logits.float()))
+    except Exception as error:  # a model of another kind fails in its own ways
+        raise ValueError(
+            f"{type(model).__name__} cannot read three tokens ({error}): a causal language model is expected"
+        ) from error
+    number = {name: getattr(config, name, None) or None for name in (*SCALES, *CAPS)}
+    scales = [1.0, *(SCALES[name](number[name]) for name in SCALES if number[name])]
+    caps = [None, *(number[name] for name in CAPS if number[name])]
+    for scale, cap in itertools.product(scales, caps):
+        head = Head(weight, layer.bias, scale=scale, softcap=cap)
+        if all(close(head.logits(states), logits) for states, logits in seen):
+            return read[0], scale, cap
+    raise ValueError(
+        f"{type(model).__name__} changes its logits in a way that is not known here (known: {', '.join(number)}): its "
+        "log-probabilities would be wrong, so it is refused"
+    )
+
+
+SCALES = {
+    "logit_scale": float,
+    "logits_scaling": lambda number: 1 / number,
+    "lm_head_multiplier": float,
+}
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+class _Instead:
+    """While it lasts, a layer is given `states`; what it was given by the model is appended to `read`."""
+
+    def __init__(self, layer: nn.Module, states: Tensor, read: list[Tensor]) -> None:
+        def replace(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor]:
+            read.append(given[0])
+            return (states,)
+
+        self.hook = layer.register_forward_pre_hook(replace)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: Any) -> None:
+        self.hook.remove()
