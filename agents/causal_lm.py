@@ -85,6 +85,16 @@ class CausalLM:
         """[V] bool, the tokens that the tokenizer knows; None: all."""
         return None if self._used is None else self._used.to(self.model.device)
 
+    def check_ids(self, *ids: np.ndarray) -> None:
+        """Refuse token ids that the model does not have."""
+        size = self.model.get_output_embeddings().weight.shape[0]
+        for some in ids:
+            if len(some) and (some.min() < 0 or some.max() >= size):
+                raise ValueError(
+                    f"token ids from {some.min()} to {some.max()} were given to a model of {size} tokens: these "
+                    "decisions were taken with another tokenizer. Collect them again with this model."
+                )
+
     def _refuse(self, reason: str, error: Exception | None = None) -> None:
         raise ValueError(
             f"{type(self.model).__name__} is refused: {reason}. A decoder is expected whose layers all attend to the "

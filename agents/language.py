@@ -9,6 +9,7 @@ Legend: N prompts, B rows, U reply tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -55,10 +56,15 @@ class LanguageConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; expected > 0 (greedy=True takes the likeliest)")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+        for name in ("max_new_tokens", "top_k", "token_chunk"):
+            if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; expected a probability in (0, 1]")
+        if "" in self.stop:
+            raise ValueError(f"stop is {self.stop}; an empty text would end every reply: take it out")
         if self.system is not None and self.prompt != "chat":
             raise ValueError('a system message has no effect with prompt "plain": use prompt "chat" or drop it')
 
@@ -159,6 +165,7 @@ class LanguagePolicy(nn.Module):
 
         trace = self._complete(observation, action, trace)
         prompts, replies = trace["prompt"], trace["reply"]
+        self.lm.check_ids(prompts.values, replies.values)
         hidden = reply_states(
             self.lm.decoder,
             prompts,
@@ -285,6 +292,8 @@ def _standardize(states: Tensor) -> Tensor:
 
 def texts(column: Any) -> list[str]:
     """Strings as they are, or from the UTF-8 bytes that a buffer keeps."""
+    if isinstance(column, str):
+        raise ValueError(f"{column!r:.60} is one text; a list of texts, one for each row, is expected")
     return [row.tobytes().decode() for row in column] if isinstance(column, Ragged) else list(column)
 
 
@@ -314,17 +323,32 @@ def _make_encoder(tokenizer: Any, prompt: str, system: str | None) -> Callable[[
 
     @functools.lru_cache(maxsize=65_536)
     def encode(text: str, is_prompt: bool) -> np.ndarray:
+        if not isinstance(text, str) or text.encode(errors="ignore").decode() != text:
+            raise ValueError(f"{text!r:.60} is no text: a str of valid Unicode is expected")
         if is_prompt and prompt == "chat":
             messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
             messages += [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if is_prompt and prompt == "plain" and tokenizer.bos_token_id is not None:
-            ids = [tokenizer.bos_token_id, *ids]
+            try:
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # templates are programs, and some refuse a system message
+                raise ValueError(
+                    f"the tokenizer's chat template refuses {', '.join(m['role'] for m in messages)} messages "
+                    f'({error}): {"drop the option system, or " if system else ""}use prompt "plain"'
+                ) from error
+        ids: Sequence[int] = tokenizer(text, add_special_tokens=is_prompt and prompt == "plain")["input_ids"]
+        if is_prompt and prompt == "plain":  # begins as the tokenizer begins a text, but does not end
+            ids = (
+                ids[:-1]
+                if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+                else ids
+            )
+            ids = ids or [i for i in (tokenizer.bos_token_id,) if i is not None]
         if is_prompt and not ids:
             raise ValueError("an empty prompt was given to a model without a begin token: there is nothing to continue")
         array = np.asarray(ids, dtype=np.int64)
         array.flags.writeable = False
         return array
 
+    if prompt == "chat":
+        encode("?", True)  # a template that refuses is refused now
     return encode

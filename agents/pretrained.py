@@ -46,23 +46,49 @@ def load_pretrained(
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         _no_noise(config)
         autos = [getattr(transformers, kind) for kind in kinds]
-        auto = next((a for a in autos if type(config) in a._model_mapping), autos[0])
+        auto = next((a for a in autos if type(config) in a._model_mapping), None)
+        if auto is None:
+            raise ValueError(f"it is a {config.model_type} model, which is none")
         number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        model, report = auto.from_pretrained(source, config=config, dtype=number, output_loading_info=True)
-    except Exception as error:  # whatever a library says about a folder that it cannot read
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"model {source!r} cannot be loaded as a {what}: {reason}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"model {source!r} lacks {len(missing)} weights of a {type(model).__name__}, e.g. {missing[0]!r}, which "
-            "would be random: its files are incomplete or belong to another architecture. Save or download it again."
+        model, report = auto.from_pretrained(
+            source, config=config, dtype=number, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    except Exception as error:  # whatever a library says about a folder that it cannot read
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"model {source!r} cannot be loaded as a {what}: {reason[:300]}") from error
+    _check_weights(source, model, report)
+    return source, model, tokenizer
+
+
+def _check_weights(source: str, model: Any, report: dict[str, Any]) -> None:
+    """Refuse a file that lacks weights, has others than the model reads, or has NaN in them."""
+    wrong = {
+        "lacks weights": sorted(report["missing_keys"]),
+        "has weights of another shape": sorted(str(key[0]) for key in report["mismatched_keys"]),
+        "has weights that are not used": sorted(key for key in report["unexpected_keys"] if _is_inside(model, key)),
+    }
+    for what, names in wrong.items():
+        if names:
+            raise ValueError(
+                f"model {source!r} {what} of a {type(model).__name__}: {len(names)}, e.g. {names[0]!r}. Its files are "
+                "incomplete, or its config.json belongs to another architecture: save or download it again"
+            )
     bad = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if bad:
         raise ValueError(
             f"model {source!r} has NaN or infinity in {len(bad)} weights, e.g. {bad[0]!r}: take an earlier checkpoint"
         )
-    return source, model, tokenizer
+
+
+def _is_inside(model: nn.Module, key: str) -> bool:
+    """Whether a weight would belong to a layer that the model has (a bias that it ignores), or to one more of them.
+
+    Whole parts that this model does not have (a tower, a further head) may be left out.
+    """
+    module, parts = model, key.split(".")
+    while len(parts) > 1 and parts[0] in module._modules and module._modules[parts[0]] is not None:
+        module = module._modules[parts.pop(0)]  # type: ignore[assignment]
+    return isinstance(module, nn.ModuleList) or (len(parts) == 1 and bool(module._parameters))
 
 
 def _no_noise(config: Any) -> None:

@@ -8,6 +8,7 @@ Legend: N observations, B rows, P tokens of a prompt, U reply tokens, H hidden s
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,7 @@ class VisionLanguageConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        if self.temperature <= 0 or self.max_new_tokens < 1:
+        if not 0 < self.temperature < math.inf or self.max_new_tokens < 1:
             raise ValueError(f"temperature > 0 and max_new_tokens >= 1 are expected, given {self}")
 
 
@@ -108,6 +109,7 @@ class VisionLanguagePolicy(nn.Module):
         from embodied_rft.generation import Sampling, draw
 
         context = self.context(observe(observation, self))
+        self.vlm.check_length(context, self.config.max_new_tokens)
         generator = None if greedy else require_rng(rng)
         head, sampling = self.lm.head(self.config.temperature), Sampling(eos=self.lm.eos)
         hidden, decoding = self.vlm.start(context)
@@ -133,8 +135,11 @@ class VisionLanguagePolicy(nn.Module):
         from embodied_rft.token_loss import token_log_probs
 
         replies = (trace if "reply" in trace else self.retrace(observation, action))["reply"]
+        self.lm.check_ids(replies.values)
         context = self.context(observation)
         device = context.embeddings.device
+        if not len(replies.values):
+            return tuple(context.embeddings.new_zeros((len(replies), 0), dtype=torch.float32) for _ in range(2))
         ids, mask = (torch.from_numpy(part).to(device) for part in replies.pad(0))
         further = self.vlm.model.get_input_embeddings()(ids[:, :-1]) if ids.shape[1] > 1 else None
         hidden = self.vlm.states(context, further)[:, context.mask.shape[1] - 1 :]

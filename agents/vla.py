@@ -282,9 +282,16 @@ class VLAPolicy(nn.Module):
     def _load_head(self, path: Path) -> None:
         if not path.exists():
             return
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        saved = load_file(path)
+        try:
+            saved = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): save it again, or start with fresh_head: true") from error
+        bad = [name for name, value in saved.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+        if bad:
+            raise ValueError(f"{path} has NaN or infinity in {', '.join(bad[:3])}: take an earlier checkpoint")
         for name, part in self.named_children():
             if name != "vlm":
                 own = {k.removeprefix(name + "."): v for k, v in saved.items() if k.startswith(name + ".")}
@@ -332,7 +339,10 @@ class Identity(nn.Module):
         given = state_dict.get(prefix + "text")
         if given is None:
             raise ValueError("the checkpoint is not one of a vla policy: it does not say which model it belongs to")
-        saved = json.loads(bytes(given.cpu().tolist()))
+        try:
+            saved = json.loads(bytes(given.cpu().tolist()))
+        except ValueError:
+            raise ValueError("the checkpoint does not say which model it belongs to: it is damaged") from None
         for name, own in self.parts.items():
             if saved.get(name) != own:
                 raise ValueError(

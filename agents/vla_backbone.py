@@ -137,6 +137,7 @@ class VLM(nn.Module):
     def read(self, images: Sequence[Tensor], instructions: Sequence[str], extra: Tensor | None = None) -> Context:
         """Images of each camera [N, H, W, 3] uint8, N instructions and further vectors [N, E, H] after them."""
         context = self._read(images, instructions)
+        self.check_length(context, 0 if extra is None else extra.shape[1])
         if not self._compared:
             self._compare(images[0][:1], instructions[0])
             self._compared = True
@@ -161,8 +162,19 @@ class VLM(nn.Module):
             visual=None if context.visual is None else torch.cat([context.visual, no_image], 1),
         )
 
+    def check_length(self, context: Context, count: int) -> None:
+        """Refuse prompts whose positions, with `count` further ones, go beyond those that the model knows."""
+        most, longest = getattr(self.config, "max_position_embeddings", None), int(context.next_position.max())
+        if most is not None and longest + count > most:
+            raise ValueError(
+                f"a prompt with images of {longest} positions and {count} more exceed the model's context of {most}: "
+                "shorten the text, give fewer or smaller images, or ask for less"
+            )
+
     def _read(self, images: Sequence[Tensor], instructions: Sequence[str]) -> Context:
         trunk, device = self.model.base_model, images[0].device
+        if len({len(camera) for camera in images}) > 1:
+            raise ValueError(f"cameras have {[len(c) for c in images]} images: one of each camera a row is expected")
         seen = [self._features(camera) for camera in images]
         features = torch.cat([f for f, _ in seen], 1)
         ids_, mask_ = self.prompts.encode(instructions, [f.shape[1] for f, _ in seen])
@@ -177,7 +189,7 @@ class VLM(nn.Module):
         embeddings = trunk.get_input_embeddings()(ids.masked_fill(places, 0))
         if features.shape[-1] % embeddings.shape[-1]:
             raise ValueError(
-                f"{type(self.model).__name__} is refused: its image features have size {features.shape[-1]}, its tokens "
+                f"{type(self.model).__name__} is refused: its images have size {features.shape[-1]}, its tokens "
                 f"{embeddings.shape[-1]}. See docs/text.md for families that are known"
             )
         first, *deep = features.flatten(0, 1).split(embeddings.shape[-1], -1)
@@ -429,7 +441,12 @@ def load_vlm(
     source, model, tokenizer = load_pretrained(source, kinds, what="vision-language model", dtype=dtype)
     try:
         processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-    except (OSError, ValueError, ImportError):
+    except Exception as error:  # whatever a library says about a file that it cannot read
+        if (Path(source) / "preprocessor_config.json").exists():
+            raise ValueError(
+                f"the image processor of {source!r} cannot be loaded ({' '.join(str(error).split())[:300]}): images "
+                "would be scaled in another way than in its training. Mend or replace preprocessor_config.json."
+            ) from error
         processor = None  # it was saved without one: ours
     return VLM(model, tokenizer, processor=processor, prompt=prompt, cache_bytes=cache_bytes)
 

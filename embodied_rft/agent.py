@@ -55,6 +55,20 @@ class Agent(nn.Module):
         self.rng = rng
         self.register_buffer("version", torch.ones((), dtype=torch.int64))  # of the policy; 0 is experience from before
 
+    def finite_state(self) -> dict[str, Any]:
+        """`state_dict`, if all weights are numbers: no checkpoint may replace a good one that cannot be continued.
+
+        Raises:
+            FloatingPointError: a weight is NaN or infinite.
+        """
+        for name, weight in self.named_parameters():
+            if not bool(torch.isfinite(weight).all()):
+                raise FloatingPointError(
+                    f"weight {name!r} has become NaN or infinite; nothing was saved, the newest checkpoint is from "
+                    "before. Lower its learning rate or set learner.clip_norm."
+                )
+        return self.state_dict()
+
     @property
     def action_dim(self) -> int:
         """A, the length of an action vector."""

@@ -232,9 +232,8 @@ def _overrides_first(given: list[str]) -> list[str]:
 def _is_users(error: Exception) -> bool:
     """Whether the message alone tells the user what to do."""
     from embodied_rft.checkpoint import CheckpointError
-    from embodied_rft.learner import NonFiniteLossError
 
-    return isinstance(error, (ValueError, CheckpointError, NonFiniteLossError, OSError))
+    return isinstance(error, (ValueError, CheckpointError, FloatingPointError, OSError))
 
 
 def _fail(message: str) -> int:

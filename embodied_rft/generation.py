@@ -144,6 +144,11 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """One token a row and its log-probability under the whole distribution, [A] each; greedy without `rng`."""
     log_p = logits.log_softmax(-1)
+    if bool(log_p[:, 0].isnan().any()):  # one such logit makes a whole row so
+        raise FloatingPointError(
+            "the policy's logits are NaN or infinite: its weights have left all bounds. Go on from the newest "
+            "checkpoint with a lower learning rate, or with learner.clip_norm."
+        )
     choice = log_p if allowed is None else log_p.masked_fill(~allowed, -torch.inf)
     if rng is None:
         token = choice.argmax(-1)

@@ -60,6 +60,9 @@ class LearnerConfig:
             )
         if self.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
             raise ValueError("compile: true needs a C++ compiler (g++, or what CXX names): install one or leave it out")
+        for name, rate in {"learning_rate": self.learning_rate, **self.learning_rates}.items():
+            if not 0 <= rate < math.inf:
+                raise ValueError(f"learning rate {name} is {rate}: a number of at least 0 is expected, e.g. 1e-5")
         for name, number in (("micro_batch", self.micro_batch), ("micro_units", self.micro_units)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} is {number}: at least 1 is expected, or leave it out")

@@ -312,7 +312,7 @@ class Session:
             "progress": self.progress,
             "counters": self.counters,
             "records": self.records,
-            "agent": self.agent.state_dict(),
+            "agent": self.agent.finite_state(),
             "buffer": None if self._buffer is None else self._buffer.state_dict(),
             "learner": None if finished or self.learner is None else self.learner.state_dict(),
             "collector": None if finished or self.collector is None else self.collector.state_dict(),

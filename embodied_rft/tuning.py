@@ -31,6 +31,11 @@ class LoraOptions:
     alpha: int = 32  # the update is scaled by alpha / rank
     targets: str | tuple[str, ...] = "all-linear"  # names of the adapted layers; the output layer is never one
 
+    def __post_init__(self) -> None:
+        """Refuse what is no size."""
+        if self.rank < 1 or self.alpha < 1:
+            raise ValueError(f"rank and alpha of adapters are at least 1, given rank {self.rank}, alpha {self.alpha}")
+
 
 def tune(policy: Any, train: Train, *, rng: torch.Generator, lora: LoraOptions | None = None) -> None:
     """Train these weights of a policy from now on. A learner has to be made after it.

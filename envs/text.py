@@ -153,7 +153,13 @@ class JsonlTask:
         if not file.is_file():
             raise ValueError(f"the problem file {str(path)!r} does not exist")
         self.problems = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{file.name} is no UTF-8 text ({error}): save it so, one JSON object a line"
+            ) from None
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     self.problems.append(_problem(line, checker))
