@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from embodied_rft.token_loss import Head
 
 NOISE = ("drop", "jitter")  # in names of numbers of a configuration: a decision scored again must get the same number
-PRECISION = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # how far two ways to compute the same may be apart, relatively
+PRECISION = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # how far two ways to compute the same may be apart, relatively
 
 
 def load_pretrained(
@@ -116,7 +116,7 @@ def checkpoint_layers(model: Any) -> None:
 def close(given: Tensor, expected: Tensor) -> bool:
     """Whether two ways to compute the same agree up to the rounding of their precision."""
     error = (given.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-9)
-    return bool(error < PRECISION.get(expected.dtype, 5e-2))
+    return bool(error < PRECISION.get(expected.dtype, 1e-1))
 
 
 def check_tokenizer(model: Any, tokenizer: Any, *, ends: bool = True) -> frozenset[int]:
@@ -177,7 +177,7 @@ def output_form(model: Any) -> tuple[Tensor, float, float | None]:
     try:
         for states in (small, 100 * small):
             with _Instead(layer, states, read):
-                seen.append((states, model(input_ids=ids, use_cache=False).logits.float()))
+                seen.append((states, model(input_ids=ids, use_cache=False).logits))
     except Exception as error:  # a model of another kind fails in its own ways
         raise ValueError(
             f"{type(model).__name__} cannot read three tokens ({error}): a causal language model is expected"

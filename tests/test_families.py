@@ -109,6 +109,15 @@ def fine_tuned(policy, greedy, trace, folder):
         assert sum(p.requires_grad for p in policy.parameters()) in (1, 2)  # and its bias
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite", "gpt_oss"])
+def test_rounding_is_no_reason_to_refuse(kind, tmp_path):
+    write_decoder(kind, tmp_path)
+    policy = language(tmp_path, dtype="bf16")
+    taken = policy.act({"prompt": PROMPTS}, rng=rng(1))
+    log_prob, _ = policy.log_prob({}, taken.action, taken.trace)
+    np.testing.assert_allclose(log_prob.detach().numpy(), taken.log_prob.pad()[0], atol=0.2)
+
+
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_decoders_without_keys_and_values_are_refused(kind, tmp_path):
     write_decoder(kind, tmp_path)
