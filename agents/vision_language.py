@@ -2,12 +2,14 @@
 
 Any Hugging Face image-text-to-text model, by folder or hub id, or a tiny random one. As in `language`, what was sampled
 is what is trained: the trace holds the ids. Boundary: images and text in, text out, log-probabilities of stored ids;
-knows no reward and no objective. Every row reads its own prompt; `language` shares those of a group, but sees no image.
+knows no reward and no objective. Rows with the same images and text read them once, with gradients; turns that continue
+one another do not (`language` shares those, too, but sees no image).
 Legend: N observations, B rows, P tokens of a prompt, U reply tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import field
 from pathlib import Path
@@ -108,12 +110,14 @@ class VisionLanguagePolicy(nn.Module):
         """N replies to what `observation` shows and asks."""
         from embodied_rft.generation import Sampling, draw
 
-        context = self.context(observe(observation, self))
+        context, kind = self._distinct(observe(observation, self))
         self.vlm.check_length(context, self.config.max_new_tokens)
         generator = None if greedy else require_rng(rng)
         head, sampling = self.lm.head(self.config.temperature), Sampling(eos=self.lm.eos)
         hidden, decoding = self.vlm.start(context)
-        last, count = hidden[:, -1], len(hidden)
+        rows, count = torch.from_numpy(kind).to(hidden.device), len(kind)
+        decoding.take(rows)
+        last = hidden[rows, -1]
         ids: list[list[int]] = [[] for _ in range(count)]
         log_probs: list[list[float]] = [[] for _ in range(count)]
         open_ = np.ones(count, dtype=bool)
@@ -136,13 +140,12 @@ class VisionLanguagePolicy(nn.Module):
 
         replies = (trace if "reply" in trace else self.retrace(observation, action))["reply"]
         self.lm.check_ids(replies.values)
-        context = self.context(observation)
+        context, kind = self._distinct(observation)
         device = context.embeddings.device
         if not len(replies.values):
             return tuple(context.embeddings.new_zeros((len(replies), 0), dtype=torch.float32) for _ in range(2))
         ids, mask = (torch.from_numpy(part).to(device) for part in replies.pad(0))
-        further = self.vlm.model.get_input_embeddings()(ids[:, :-1]) if ids.shape[1] > 1 else None
-        hidden = self.vlm.states(context, further)[:, context.mask.shape[1] - 1 :]
+        hidden = self.vlm.continued(context, self.vlm.model.get_input_embeddings()(ids[:, :-1]), kind)
         flat = token_log_probs(hidden[mask], ids[mask], self.lm.head(self.config.temperature))
         log_prob, entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, part) for part in flat)
         return log_prob, entropy
@@ -162,6 +165,17 @@ class VisionLanguagePolicy(nn.Module):
     def context(self, observation: Tree) -> Context:
         """What the trunk reads, from a tree of tensors [B, ...] and texts."""
         return self.vlm.read([observation[key] for key in self.image_keys], texts(observation[self.key]))
+
+    def _distinct(self, observation: Tree) -> tuple[Context, np.ndarray]:
+        """Every prompt (images and text) once, and which one each row has [B]."""
+        images, said = [observation[key] for key in self.image_keys], texts(observation[self.key])
+        if any(len(camera) != len(said) for camera in images):
+            return self.vlm.read(images, said), np.arange(len(said))  # which says what is wrong
+        hashed = [[hashlib.blake2b(image.tobytes()).digest() for image in camera.cpu().numpy()] for camera in images]
+        known: dict[Any, int] = {}
+        kind = np.array([known.setdefault(key, len(known)) for key in zip(said, *hashed, strict=True)])
+        first = torch.from_numpy(np.unique(kind, return_index=True)[1]).to(images[0].device)
+        return self.vlm.read([camera[first] for camera in images], [text for text, *_ in known]), kind
 
     def features(self, observation: Tree) -> Tensor:
         """What values are read from [B, H]: the last hidden state of the prompt, standardised per row."""

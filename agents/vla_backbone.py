@@ -7,10 +7,10 @@ Legend: N rows, P tokens of a prompt (images and extra vectors included), C furt
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embodied_rft.agents.feature_cache import FeatureCache
 from embodied_rft.agents.pretrained import check_tokenizer, checkpoint_layers, close, decoder_of, load_pretrained
 from embodied_rft.agents.tiny_vlm import TinyVLMConfig, tiny_vlm
 from embodied_rft.agents.vla_processing import Pixels, Prompts, layout_of
@@ -40,6 +41,15 @@ class Context:
     )
     visual: Tensor | None = None  # [N, P] bool, places of images; None: only the first layer reads them
     deep: tuple[Tensor, ...] = ()  # [images' places of all rows, H] each: what further layers add there (Qwen3-VL)
+
+    def take(self, rows: Tensor) -> Context:
+        """Some of the prompts, in this order, repeated if they are named twice."""
+        parts = {name: getattr(self, name) for name in ("embeddings", "mask", "next_position", "blocks", "visual")}
+        return Context(
+            **{name: part if part is None else part[rows] for name, part in parts.items()},
+            position=self.position[..., rows, :],
+            deep=tuple(part.unflatten(0, (len(self.mask), -1))[rows].flatten(0, 1) for part in self.deep),
+        )
 
 
 class VLM(nn.Module):
@@ -83,6 +93,7 @@ class VLM(nn.Module):
         self.vision_frozen = False  # by `select`: what decides whether features of images may be kept
         self._grids: dict[tuple[int, ...], np.ndarray] = {}  # patches of an image by its shape
         self._compared = False  # with the model's own forward pass
+        self.shares = False  # whether several rows may continue one prompt: found out when the first is read
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.cache.clear()
@@ -260,6 +271,11 @@ class VLM(nn.Module):
                 f"{name} is refused: it reads an image and a text in a way that is not known here, so its actions and "
                 "probabilities would be wrong. See docs/text.md for families that are known"
             )
+        twice = torch.zeros(2, dtype=torch.int64, device=image.device)
+        further = own[:, -2:].expand(2, -1, -1)
+        with contextlib.suppress(Exception), torch.autocast(image.device.type, enabled=False):  # linear attention: no
+            alone = self.states(context.take(twice), further)[:, own.shape[1] - 1 :]
+            self.shares = close(self._continue(context, further, twice), alone)
 
     def _positions(
         self, ids: np.ndarray, mask: np.ndarray, grids: list[np.ndarray | None], device: torch.device
@@ -301,6 +317,36 @@ class VLM(nn.Module):
                 before = torch.full_like(context.mask, -1, dtype=torch.int64) if blocks is None else blocks
                 blocks = torch.cat([before, before.new_full((len(mask), count), APART if bidirectional else -1)], 1)
         return self._run(embeddings, position, mask, None, blocks=blocks, context=context)
+
+    def continued(self, context: Context, further: Tensor, rows: np.ndarray) -> Tensor:
+        """[B, 1 + C, H]: states of the last places of prompts and of further inputs [B, C, H], gradients included.
+
+        Args:
+            context: D prompts, each of which runs once where the model allows it.
+            further: inputs after them; C may be 0.
+            rows: [B] which prompt each continues.
+        """
+        chosen, count = torch.from_numpy(rows).to(further.device), context.mask.shape[1]
+        if self.shares and not self.checkpointing and further.shape[1] and len(rows) > len(context.mask):
+            return self._continue(context, further, chosen)
+        return self.states(context.take(chosen), further if further.shape[1] else None)[:, count - 1 :]
+
+    def _continue(self, context: Context, further: Tensor, rows: Tensor) -> Tensor:
+        from transformers.cache_utils import Cache
+
+        from embodied_rft.prefix import Beginning, Recorder
+
+        layers: list[Any] = [Recorder() for _ in range(self.config.num_hidden_layers)]
+        hidden = self._run(
+            *(context.embeddings, context.position, context.mask, Cache(layers=layers)),
+            blocks=context.blocks,
+            context=context,
+        )
+        cache = Cache(layers=[Beginning(layer.keys, layer.values, rows, len(rows)) for layer in layers])
+        mask = torch.cat([context.mask[rows], context.mask.new_ones(further.shape[:2])], 1)
+        position = _after(context.position, context.next_position[rows], further.shape[1])
+        states = self._run(further.to(hidden.dtype), position, mask, cache)
+        return torch.cat([hidden[rows, -1:], states], 1)
 
     def start(self, context: Context) -> tuple[Tensor, Decoding]:
         """Last hidden states [N, P, H] of the prompts, and the means to go on one input at a time; no gradient."""
@@ -365,6 +411,11 @@ class Decoding:
         self.dtype = context.embeddings.dtype
         self.next_position = context.next_position
 
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows instead, each as often as it is named."""
+        self.cache.reorder_cache(rows)
+        self.mask, self.next_position = self.mask[rows], self.next_position[rows]
+
     def step(self, embedding: Tensor) -> Tensor:
         """The hidden state [N, H] of one more input [N, H]."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
@@ -372,48 +423,6 @@ class Decoding:
         position = position.expand(3, *position.shape) if self.three else position
         self.next_position = self.next_position + 1
         return self.vlm._run(embedding[:, None].to(self.dtype), position, self.mask, self.cache)[:, 0]
-
-
-class FeatureCache:
-    """Features of images by a hash of their content, least recently used first out.
-
-    Args:
-        limit: bytes; what one batch needs is kept while it is used, whatever the limit.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used, self.computed = limit, 0, 0
-        self._kept: OrderedDict[tuple[bytes, bool], Tensor] = OrderedDict()
-
-    def clear(self) -> None:
-        """Forget everything: the weights have changed."""
-        self._kept.clear()
-        self.used = 0
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """`compute(images)` [N, ...], each distinct image once."""
-        arrays = images.cpu().numpy()
-        low = torch.is_autocast_enabled(images.device.type)  # features of another precision are others
-        shape = repr(arrays.shape[1:]).encode()
-        keys = [(hashlib.blake2b(shape + a.tobytes(), digest_size=16).digest(), low) for a in arrays]
-        have = {key: self._kept[key] for key in keys if key in self._kept}
-        missing = {key: index for index, key in enumerate(keys) if key not in have}
-        if missing:
-            new = compute(images[torch.tensor(list(missing.values()), device=images.device)])
-            self.computed += len(missing)
-            have |= {key: value.clone() for key, value in zip(missing, new, strict=True)}
-        for key in have:
-            self._keep(key, have[key])
-        return torch.stack([have[key] for key in keys])
-
-    def _keep(self, key: tuple[bytes, bool], value: Tensor) -> None:
-        if key not in self._kept:
-            self.used += value.nbytes
-        self._kept[key] = value
-        self._kept.move_to_end(key)
-        while self.used > self.limit and self._kept:
-            self.used -= self._kept.popitem(last=False)[1].nbytes
 
 
 def load_vlm(

@@ -32,18 +32,20 @@ from embodied_rft.prefix_tree import (
 )
 
 
-class _Recorder(DynamicLayer):
+class Recorder(DynamicLayer):
     """Keeps the keys and values [D, K, P, E] of one layer of the prompt pass, with their gradients."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See transformers' `CacheLayerMixin`."""
         self.keys, self.values, self.is_initialized = key_states, value_states, True
         return key_states, value_states
 
     def get_seq_length(self) -> int:
+        """See transformers' `CacheLayerMixin`."""
         return 0  # the mask of the prompt pass starts at the first token, also when a layer is computed again
 
 
-class _Prefix(DynamicLayer):
+class Beginning(DynamicLayer):
     """Puts the prompts' keys and values before those of the replies; a call leaves nothing that a later one reads.
 
     So gradient checkpointing may run a layer twice.
@@ -60,6 +62,7 @@ class _Prefix(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See transformers' `CacheLayerMixin`."""
         keys, values = (self._for_members(part) for part in self.prompt)
         whole = torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
         if self.keep:
@@ -73,9 +76,11 @@ class _Prefix(DynamicLayer):
         return part[:, None].expand(-1, each, -1, -1, -1).flatten(0, 1)
 
     def get_seq_length(self) -> int:
+        """See transformers' `CacheLayerMixin`."""
         return self.prompt[0].shape[-2]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """See transformers' `CacheLayerMixin`."""
         return self.get_seq_length() + query_length, 0
 
 
@@ -100,7 +105,7 @@ class Prompts:
         ids, mask = (torch.from_numpy(a).to(device) for a in prompts.pad(0, "left"))
         new = cls(decoder, torch.from_numpy(lengths).to(device))
         new.mask = None if bool((lengths == lengths[0]).all()) else mask
-        layers: list[Any] = [_Recorder() for _ in range(num_layers)]
+        layers: list[Any] = [Recorder() for _ in range(num_layers)]
         position = torch.arange(ids.shape[1], device=device) + (new.lengths - ids.shape[1])[:, None]
         new.hidden = run(decoder, ids, cache=Cache(layers=layers), mask=new.mask, position=position)
         new.keys_values = [(layer.keys, layer.values) for layer in layers]
@@ -119,13 +124,13 @@ class Prompts:
         if regular and 1 < members * width <= self.keys_values[0][0].shape[-2] and self._takes_any_mask():
             return self._as_one_row(replies, members)
         member = torch.from_numpy(member_of).to(self.lengths.device)
-        layers = [_Prefix(*part, None if regular else member, len(member_of)) for part in self.keys_values]
+        layers = [Beginning(*part, None if regular else member, len(member_of)) for part in self.keys_values]
         return self._run(replies, member, layers)
 
     def extend(self, texts: Ragged, member_of: np.ndarray) -> Prompts:
         """The same, with the M longer texts as what further texts may continue; its `hidden` is padded on the right."""
         member = torch.from_numpy(member_of).to(self.lengths.device)
-        layers = [_Prefix(*part, member, len(member_of), keep=True) for part in self.keys_values]
+        layers = [Beginning(*part, member, len(member_of), keep=True) for part in self.keys_values]
         new = Prompts(self.decoder, self.lengths[member] + torch.from_numpy(texts.lengths).to(member))
         new.hidden = self._run(texts, member, layers)
         own = torch.from_numpy(texts.pad()[1]).to(member.device)
@@ -172,7 +177,7 @@ class Prompts:
         mask = torch.cat(
             [before[:, None, None].expand(-1, 1, len(own), -1), own.expand(num_prompts, 1, -1, -1)], dim=-1
         )
-        layers: list[Any] = [_Prefix(keys, values, None, num_prompts) for keys, values in self.keys_values]
+        layers: list[Any] = [Beginning(keys, values, None, num_prompts) for keys, values in self.keys_values]
         position = self.lengths[:, None] + place % width
         hidden = run(self.decoder, ids, cache=Cache(layers=layers), mask=mask, position=position)
         return hidden.view(len(replies), width, -1)

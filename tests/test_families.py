@@ -161,6 +161,7 @@ def test_vision_language_models(kind, tmp_path):
     apart = [policy.log_prob(*row(tensors, taken.trace, i))[0].detach()[0] for i in range(3)]
     for own, whole in zip(apart, log_prob.detach(), strict=True):  # padded = alone
         torch.testing.assert_close(own, whole[: len(own)], rtol=0, atol=1e-5)
+    read_once(policy, tensors, shares=kind != "qwen3_5")  # linear attention
     assert policy.vlm._compared  # with the model's own forward pass, which also has to say the same:
     one = vision(tmp_path / "theirs", space=gym.spaces.Dict({k: SEEN[k] for k in ("a", "prompt")}))
     greedy = one.act({k: looked[k] for k in ("a", "prompt")}, greedy=True)
@@ -176,6 +177,32 @@ def test_vision_language_models(kind, tmp_path):
     loaded, _ = vision(tmp_path / "ours").log_prob(tensors, None, taken.trace)
     torch.testing.assert_close(loaded, log_prob, rtol=0, atol=1e-4)
     acts(tmp_path / "theirs", looked, tensors)
+
+
+def read_once(policy, tensors, *, shares):
+    """Groups of one prompt: it is read once, and values and gradients stay as they are."""
+    assert policy.vlm.shares == shares
+    group = [0, 1, 0, 2, 0, 1]
+    many = {k: [v[i] for i in group] if isinstance(v, list) else v[group] for k, v in tensors.items()}
+    numbers, found, calls = np.random.default_rng(0), [], []
+    replies = Ragged.of([numbers.integers(5, 200, n) for n in (4, 1, 3, 2, 5, 5)], dtype=np.int64)
+    run = policy.vlm._run
+    policy.vlm._run = lambda embeddings, *more, **named: (
+        calls.append(len(embeddings)) or run(embeddings, *more, **named)
+    )
+    for policy.vlm.shares in (shares, False):
+        policy.zero_grad()
+        log_prob, entropy = policy.log_prob(many, None, {"reply": replies})
+        (log_prob[:, ::2] + 0.1 * entropy[:, 1:2]).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+        found.append((log_prob.detach(), gradient))
+    assert calls == ([3, 6, 6] if shares else [6, 6])
+    policy.vlm.shares, policy.vlm._run = shares, run
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=1e-5)
+    assert far(found[0][1], found[1][1]) < 1e-5
+    arrays = {k: v if isinstance(v, list) else v.numpy() for k, v in many.items()}
+    said = policy.act(arrays, greedy=True)
+    assert said.action == [policy.act(seen(), greedy=True).action[i] for i in group]
 
 
 def row(tensors, trace, number):
