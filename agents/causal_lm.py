@@ -102,7 +102,7 @@ class CausalLM:
         ) from error
 
     @torch.no_grad()
-    def _check_states(self, when: str = "") -> None:
+    def _check_states(self) -> None:
         """Refuse what does not compute, padded or continued from keys and values, what it computes for a row alone.
 
         Such are state-space models and linear attention, encoders, and models that take no positions.
@@ -126,10 +126,10 @@ class CausalLM:
                 for share in (False, True)
             ]
         except Exception as error:  # a model of another kind fails in its own ways
-            self._refuse(f"it does not take the keys and values of a prompt{when} ({error})", error)
+            self._refuse(f"it does not take the keys and values of a prompt ({error})", error)
         for way, what in zip(ways, WRONG, strict=True):
             if not close(way, alone):
-                self._refuse(f"it {what}{when}")
+                self._refuse(f"it {what}")
 
     @torch.no_grad()
     def _states(self, ids: Tensor) -> Tensor:
@@ -161,7 +161,13 @@ class CausalLM:
         for layer in layers:
             layer._can_checkpoint_with_cache = True
         self.model.train()  # Hugging Face checkpoints only in training mode; all dropout is off
-        self._check_states(when=" with gradient_checkpointing")  # GPT-2 drops the cache then
+        try:
+            self._check_states()
+        except ValueError as error:  # GPT-2 drops its keys and values then
+            raise ValueError(
+                f"{type(self.model).__name__} does not continue a prompt from keys and values with gradient_checkpointing, "
+                "which computes its layers twice: leave it off"
+            ) from error
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer, adapters merged into the weights."""

@@ -41,6 +41,10 @@ def load_pretrained(
         source = str(Path(source).expanduser())
         if not Path(source).is_dir():
             raise ValueError(f"model folder {source!r} does not exist; expected one that save_pretrained has written")
+    if (Path(source) / "adapter_config.json").exists() and not (Path(source) / "config.json").exists():
+        raise ValueError(
+            f"{source!r} holds adapters alone: save the whole model, merge_and_unload().save_pretrained(...)"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)

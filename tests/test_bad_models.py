@@ -67,6 +67,7 @@ FILES = {
     "half": (lambda p: (p / "model.safetensors").write_bytes(b"no weights"), "cannot be loaded.*header"),
     "gone": (lambda p: (p / "model.safetensors").unlink(), "cannot be loaded.*no file named model.safetensors"),
     "json": (lambda p: (p / "config.json").write_text("{"), "cannot be loaded.*not a valid JSON"),
+    "adapters": (lambda p: (p / "config.json").rename(p / "adapter_config.json"), "holds adapters alone"),
     "template": (tokenizer(chat_template="{{ raise_exception('only users') }}"), "template refuses user.*only users"),
 }
 
@@ -93,6 +94,12 @@ def test_folders(name, folder, tmp_path):
 def test_options(options, message, folder):
     with pytest.raises(ValueError, match=message):
         language(folder, **options)
+
+
+def test_layers_that_cannot_be_computed_twice():
+    spec = {"id": "language", "model": {"tiny": {"kind": "gpt2"}}, "gradient_checkpointing": True}
+    with pytest.raises(ValueError, match="with gradient_checkpointing.*leave it off"):
+        build_agent(spec, SPACE, REPLY, rng())
 
 
 def test_texts_and_ids(folder):
