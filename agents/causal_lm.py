@@ -165,8 +165,8 @@ class CausalLM:
             self._check_states()
         except ValueError as error:  # GPT-2 drops its keys and values then
             raise ValueError(
-                f"{type(self.model).__name__} does not continue a prompt from keys and values with gradient_checkpointing, "
-                "which computes its layers twice: leave it off"
+                f"{type(self.model).__name__} does not continue a prompt from keys and values with "
+                "gradient_checkpointing, which computes its layers twice: leave it off"
             ) from error
 
     def save(self, folder: Path) -> None:
