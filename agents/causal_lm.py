@@ -57,12 +57,8 @@ class CausalLM:
         self.decoder: nn.Module = decoder_of(model)
         own = self._states(torch.arange(read.shape[1], device=read.device)[None])
         if not close(own, read):  # MiniCPM scales its states before the output layer
-            factor = float((own * read).sum() / own.square().sum())
-            if (
-                own.shape != read.shape
-                or not close(factor * own, read)
-                or model.get_output_embeddings().bias is not None
-            ):
+            factor = float((own * read).sum() / own.square().sum()) if own.shape == read.shape else 1.0
+            if not close(factor * own, read) or model.get_output_embeddings().bias is not None:
                 self._refuse("it changes its states before the output layer")
             self.scale *= factor
         self.num_layers: int = config.num_hidden_layers
