@@ -18,6 +18,8 @@ from torch import Tensor
 
 Tree = Mapping[str, Any]
 TensorTree = dict[str, Tensor]
+TREES = ("observation", "next_observation", "trace", "next_trace", "notes", "columns")  # of a Batch, each of B rows
+LEAVES = ("action", "reward", "discount", "log_prob", "mask")  # likewise
 
 
 class Source(enum.IntEnum):
@@ -186,10 +188,8 @@ class Batch:
 
     def take(self, index: slice | np.ndarray) -> Batch:
         """Some decisions of this batch; the normalisers stay those of the whole batch."""
-        trees = ("observation", "next_observation", "trace", "next_trace", "notes", "columns")
-        leaves = ("action", "reward", "discount", "log_prob", "mask")
-        parts: dict[str, Any] = {n: {k: pick(v, index) for k, v in getattr(self, n).items()} for n in trees}
-        parts |= {name: pick(getattr(self, name), index) for name in leaves}
+        parts: dict[str, Any] = {n: {k: pick(v, index) for k, v in getattr(self, n).items()} for n in TREES}
+        parts |= {name: pick(getattr(self, name), index) for name in LEAVES}
         width = longest = self.mask.shape[1]
         if width > 1:
             used = parts["mask"].any(0).nonzero()
@@ -203,3 +203,22 @@ class Batch:
     def split(self, max_decisions: int) -> list[Batch]:
         """Micro-batches of at most `max_decisions`; their losses and gradients add up to those of the whole."""
         return [self.take(slice(i, i + max_decisions)) for i in range(0, len(self), max_decisions)]
+
+    def cut(self, sizes: Sequence[int]) -> list[Batch]:
+        """Batches of their own, of these sizes, one after the other: views; nothing of this batch may be padding."""
+        ends = np.cumsum(sizes).tolist()
+        places = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+        def parts(value: Any) -> Sequence[Any]:
+            return value.split(sizes) if isinstance(value, Tensor) else [pick(value, place) for place in places]
+
+        trees = {n: {k: parts(v) for k, v in getattr(self, n).items()} for n in TREES}
+        leaves = {name: parts(getattr(self, name)) for name in LEAVES}
+        rows, units = None if self.rows is None else parts(self.rows), self.mask.shape[1]
+        batches = []
+        for i, size in enumerate(sizes):
+            fields: dict[str, Any] = {name: {k: v[i] for k, v in tree.items()} for name, tree in trees.items()}
+            fields |= {name: leaf[i] for name, leaf in leaves.items()}
+            fields |= {"rows": None if rows is None else rows[i], "num_decisions": size, "num_units": units * size}
+            batches.append(Batch(**fields))
+        return batches

@@ -27,7 +27,7 @@ from embodied_rft import distributed
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
 from embodied_rft.networks import polyak
-from embodied_rft.optimizer import AdamW
+from embodied_rft.optimizer import AdamW, gradient_norms
 from embodied_rft.packing import plan_units
 from embodied_rft.registry import nearest
 
@@ -171,13 +171,12 @@ class Learner:
         for key, parts in seen.items():
             self._metrics.setdefault(key, []).append(_together(key, parts))
         distributed.sum_gradients(parameters)
-        shrink: list[Tensor | None] = [None] * len(names)
+        shrink: list[float | None] = [None] * len(names)
         if (most := self.config.clip_norm) is not None:
-            norms = [optimizer.gradient_norm() for optimizer in optimizers]
-            sizes = [norm.item() for norm in norms]
-            if not math.isfinite(sum(sizes)):
+            norms = gradient_norms(optimizers)
+            if not math.isfinite(sum(norms)):
                 self._stop("the gradient of loss", dict(zip(names, norms, strict=True)))
-            shrink = [norm / most if size > most else None for norm, size in zip(norms, sizes, strict=True)]
+            shrink = [norm / most if norm > most else None for norm in norms]
         for optimizer, by in zip(optimizers, shrink, strict=True):
             optimizer.step(by)
             optimizer.clear()
@@ -195,14 +194,15 @@ class Learner:
         metrics = {key: number for _, more in found for key, number in more.items()}
         return functools.reduce(torch.add, values.values()), values, metrics
 
-    def _stop(self, what: str, numbers: Mapping[str, Tensor]) -> None:
+    def _stop(self, what: str, numbers: Mapping[str, Tensor | float]) -> None:
         """Name the culprit; no weight has changed."""
         for name in numbers:
             self.optimizers[name].clear()
-        bad = [name for name, number in numbers.items() if not math.isfinite(number.item())]
-        name = (bad or [*numbers])[0]  # the sum of finite numbers can be infinite
+        values = {name: number.item() if isinstance(number, Tensor) else number for name, number in numbers.items()}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        name = (bad or [*values])[0]  # the sum of finite numbers can be infinite
         raise NonFiniteLossError(
-            f"{what} {name!r} of update {self.updates} is {numbers[name].item()}; no weight of {name!r} was changed. "
+            f"{what} {name!r} of update {self.updates} is {values[name]}; no weight of {name!r} was changed. "
             "Look for extreme rewards or observations, or lower its learning rate."
         )
 

@@ -72,7 +72,9 @@ class MLP(nn.Module):
         weights = None if torch.compiler.is_compiling() else self._weights()
         if weights is None or x.dim() != 2 or x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
             return self.last(self.hidden(x))
-        return _Dense.apply(self.activation, x, *weights)
+        if torch.is_grad_enabled():
+            return _Dense.apply(self.activation, x, *weights)
+        return _run(self.activation, x, weights)[-1]
 
     def _weights(self) -> list[Tensor] | None:
         """Weight and bias of each layer; None if there are other layers as well (LayerNorm, LoRA)."""
@@ -91,14 +93,10 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, activation: Activation, x: Tensor, *weights: Tensor) -> Tensor:
         """`weights`: weight [out, in] and bias [out] of each layer."""
-        inputs = [x]
-        for i in range(0, len(weights), 2):
-            x = torch.addmm(weights[i + 1], x, weights[i].t())
-            if i < len(weights) - 2:
-                inputs.append(_activate_(x, activation))
+        *inputs, out = _run(activation, x, weights)
         ctx.activation = activation
         ctx.save_for_backward(*inputs, *weights[::2])
-        return x
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,6 +115,15 @@ class _Dense(torch.autograd.Function):
             elif i:
                 gradient = torch.ops.aten.tanh_backward(gradient, inputs[i])
         return None, gradient if wanted[1] else None, *reversed(found)
+
+
+def _run(activation: Activation, x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """What each layer reads, and what the last one gives; `weights` as those of `_Dense`."""
+    values = [x]
+    for i in range(0, len(weights), 2):
+        x = F.linear(x, weights[i], weights[i + 1])
+        values.append(_activate_(x, activation) if i < len(weights) - 2 else x)
+    return values
 
 
 def _outer(gradient: Tensor, x: Tensor) -> Tensor:
@@ -191,25 +198,72 @@ class EnsembleMLP(nn.Module):
 
 
 class GaussianLogProb(torch.autograd.Function):
-    """Log-density [B] of `u` [B, A] under independent Gaussians with mean [B, A], log std [B, A] or [A]: one node."""
+    """Log-density [B] of `u` [B, A] under independent Gaussians, and their entropy [B], as one node.
+
+    mean is [B, A], log std [B, A] or [A]. With `squashed` the density is that of tanh(u), the entropy still the
+    Gaussian's.
+    """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-        """-0.5 z^2 - log std - 0.5 log 2 pi, summed over dimensions."""
+    def forward(ctx: Any, u: Tensor, mean: Tensor, log_std: Tensor, squashed: bool) -> tuple[Tensor, Tensor]:
+        """Of z = (u - mean) / std."""
         precision = (-log_std).exp_()
         z = (u - mean).mul_(precision)
-        ctx.save_for_backward(z, precision)
-        constant = log_std.sum(-1).add_(0.5 * math.log(2 * math.pi) * u.shape[-1])
-        return (z * z).sum(-1).mul_(-0.5).sub_(constant)
+        scale = log_std.sum(-1)
+        log_prob = _log_density(z, u, scale, squashed)
+        entropy = scale.add_(0.5 * (1 + math.log(2 * math.pi)) * u.shape[-1])
+        ctx.save_for_backward(u, z, precision)
+        ctx.squashed = squashed
+        ctx.set_materialize_grads(False)
+        return log_prob, entropy.expand_as(log_prob)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """d/d mean = z / std = -d/du; d/d log std = z^2 - 1."""
+    def backward(ctx: Any, gradient: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """d/d mean = z / std = -d/du (but for the Jacobian of tanh); d/d log std = z^2 - 1, of the entropy 1."""
         assert not torch.is_grad_enabled(), "a Gaussian has no second derivatives here"
-        z, precision = ctx.saved_tensors
-        weighted = z * gradient[:, None]
-        by_mean, by_log_std = weighted * precision, None
+        u, z, precision = ctx.saved_tensors
+        gradient = (torch.zeros_like(u[:, 0]) if gradient is None else gradient)[:, None]
+        weighted = z * gradient
+        by_u, by_mean, by_log_std = None, weighted * precision, None
+        if ctx.needs_input_grad[0]:
+            by_u = torch.addcmul(-by_mean, torch.tanh(u), gradient, value=2) if ctx.squashed else -by_mean
         if ctx.needs_input_grad[2]:
-            by_log_std = weighted.mul_(z).sub_(gradient[:, None])
+            by_log_std = weighted.mul_(z).sub_(gradient)
+            by_log_std = by_log_std if by_entropy is None else by_log_std.add_(by_entropy[:, None])
             by_log_std = by_log_std if precision.dim() == 2 else by_log_std.sum(0)
-        return -by_mean if ctx.needs_input_grad[0] else None, by_mean, by_log_std
+        return by_u, by_mean, by_log_std, None
+
+
+class GaussianSample(torch.autograd.Function):
+    """u = mean + std * noise [B, A] and its log-density [B], as one node; arguments as those of `GaussianLogProb`."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, log_std: Tensor, noise: Tensor, squashed: bool) -> tuple[Tensor, Tensor]:
+        """Reparametrised: gradients go through u."""
+        std = log_std.exp()
+        u = torch.addcmul(mean, std, noise)
+        ctx.save_for_backward(u, std, noise)
+        ctx.squashed = squashed
+        return u, _log_density(noise, u, log_std.sum(-1), squashed)
+
+    @staticmethod
+    def backward(ctx: Any, by_u: Tensor, by_log_prob: Tensor) -> tuple[Tensor | None, ...]:
+        """The Gaussian's density depends on log std alone; that of tanh(u) on u, too."""
+        assert not torch.is_grad_enabled(), "a Gaussian has no second derivatives here"
+        u, std, noise = ctx.saved_tensors
+        by_log_prob, by_log_std = by_log_prob[:, None], None
+        if ctx.squashed:
+            by_u = torch.addcmul(by_u, torch.tanh(u), by_log_prob, value=2)
+        if ctx.needs_input_grad[1]:
+            by_log_std = torch.mul(by_u, noise).mul_(std).sub_(by_log_prob)
+            by_log_std = by_log_std if std.dim() == 2 else by_log_std.sum(0)
+        return by_u, by_log_std, None, None
+
+
+def _log_density(z: Tensor, u: Tensor, scale: Tensor, squashed: bool) -> Tensor:
+    """Log-density [B] of u (of tanh(u)) from the standardised z [B, A] and the sum of log std [B] or []."""
+    each, constant = z * z, 0.5 * math.log(2 * math.pi)
+    if squashed:  # log(1 - tanh(u)^2) = log 4 - 2 log(e^u + e^-u), without overflow
+        each.sub_(torch.logaddexp(u, -u), alpha=4)
+        constant += math.log(4)
+    return torch.add(scale + constant * z.shape[-1], each.sum(-1), alpha=0.5).neg_()

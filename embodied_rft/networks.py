@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embodied_rft.data import Tree
-from embodied_rft.mlp import MLP, Activation, EnsembleMLP, GaussianLogProb, Init, fill, linear
+from embodied_rft.mlp import MLP, Activation, EnsembleMLP, GaussianLogProb, GaussianSample, Init, fill, linear
 from embodied_rft.registry import nearest
 
 
@@ -222,10 +222,10 @@ class ActorHead(nn.Module):
             self.log_std = nn.Parameter(torch.full((action_dim,), initial_log_std))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Centre and log standard deviation of `u`, [B, A] each (or broadcastable)."""
+        """Centre [B, A] and log standard deviation ([B, A] or [A]) of `u`."""
         out = self.net(features).float()
         if self.noise is not None:
-            return torch.tanh(out), out.new_tensor(math.log(self.noise))
+            return torch.tanh(out), out.new_full((self.action_dim,), math.log(self.noise))
         mean, log_std = out.split(self.action_dim, -1) if self.std == "state" else (out, self.log_std)
         return mean, F.hardtanh(log_std, *self.log_std_range)  # clamp, with a backward pass of one kernel
 
@@ -242,30 +242,17 @@ class ActorHead(nn.Module):
         """A reparametrised (action [B, A], log_prob [B], u [B, A])."""
         centre, log_std = self(features)
         noise = torch.randn(centre.shape, generator=rng, device=centre.device)
-        u = torch.addcmul(centre, log_std.exp(), noise)
-        gaussian = -0.5 * noise.square() - log_std
-        if self.noise is None:
-            gaussian = gaussian - log_one_minus_tanh_squared(u)
-        return self.squash(u), gaussian.sum(-1) - 0.5 * math.log(2 * math.pi) * self.action_dim, u
+        u, log_prob = GaussianSample.apply(centre, log_std, noise, self.noise is None)
+        return self.squash(u), log_prob, u
 
     def log_prob(self, features: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability [B] of raw values, and entropy [B] of the Gaussian before squashing (a usual stand-in)."""
         centre, log_std = self(features)
-        log_std = log_std.expand(self.action_dim) if log_std.dim() == 0 else log_std
-        log_prob = GaussianLogProb.apply(u, centre, log_std)
-        if self.noise is None:
-            log_prob = log_prob - log_one_minus_tanh_squared(u).sum(-1)
-        entropy = log_std.sum(-1) + 0.5 * (1 + math.log(2 * math.pi)) * self.action_dim
-        return log_prob, entropy.expand_as(log_prob)
+        return GaussianLogProb.apply(u, centre, log_std, self.noise is None)
 
     def unsquash(self, action: Tensor) -> Tensor:
         """The raw value of an action in [-1, 1] whose trace is unknown (a demonstration)."""
         return torch.atanh(action.clamp(-1 + 1e-6, 1 - 1e-6)) if self.noise is None else action
-
-
-def log_one_minus_tanh_squared(u: Tensor) -> Tensor:
-    """log(1 - tanh(u)^2) without overflow: 2 (log 2 - u - softplus(-2u)), the Jacobian of tanh (SAC, app. C)."""
-    return math.log(4) - 2 * torch.add(u, F.softplus(u, beta=-2), alpha=-2)
 
 
 class Critic(nn.Module):

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -38,14 +40,8 @@ class AdamW:
         self.second = [torch.zeros_like(p) for p in self.parameters]
 
     @torch.no_grad()
-    def gradient_norm(self) -> Tensor:
-        """Euclidean norm of all gradients together, a scalar."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-
-    @torch.no_grad()
-    def step(self, shrink: Tensor | None = None) -> None:
-        """Move every weight that has a gradient, after dividing the gradients by the scalar `shrink`."""
+    def step(self, shrink: float | None = None) -> None:
+        """Move every weight that has a gradient, after dividing the gradients by `shrink`."""
         self.steps += 1
         rows = [(p, p.grad, m, v) for p, m, v in zip(self.parameters, self.first, self.second, strict=True)]
         parameters, gradients, first, second = zip(*(row for row in rows if row[1] is not None), strict=True)
@@ -63,7 +59,7 @@ class AdamW:
             weight_decay=self.weight_decay,
             eps=self.epsilon,
             maximize=False,
-            grad_scale=shrink,
+            grad_scale=None if shrink is None else self.steps.new_full((), shrink),
         )
 
     def clear(self) -> None:
@@ -83,3 +79,10 @@ class AdamW:
             raise ValueError(f"this optimiser has {len(self.parameters)} weights, the state has {len(state) // 2}")
         for key, tensor in own.items():
             tensor.copy_(torch.as_tensor(state[key]))
+
+
+def gradient_norms(optimizers: Sequence[AdamW]) -> list[float]:
+    """Euclidean norm of all gradients of each, with one wait for the device."""
+    gradients = [[p.grad for p in optimizer.parameters if p.grad is not None] for optimizer in optimizers]
+    each = iter(torch.stack(torch._foreach_norm(list(itertools.chain(*gradients)))).tolist())
+    return [math.hypot(*itertools.islice(each, len(part))) for part in gradients]

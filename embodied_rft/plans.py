@@ -137,13 +137,7 @@ def _together(buffer: Buffer, parts: list[np.ndarray], reading: dict[str, Any]) 
     if len(parts) == 1:
         yield buffer.batch(parts[0], **reading)
         return
-    block, start = buffer.batch(np.concatenate(parts), **reading), 0
-    units = block.mask.shape[1]
-    for part in parts:
-        piece = block.take(slice(start, start + len(part)))
-        piece.num_decisions, piece.num_units = len(part), units * len(part)
-        yield piece
-        start += len(part)
+    yield from buffer.batch(np.concatenate(parts), **reading).cut([len(part) for part in parts])
 
 
 def _at_least(least: int, **numbers: int) -> None:

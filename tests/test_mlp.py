@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import Normal, TransformedDistribution
+from torch.distributions.transforms import TanhTransform
 
-from embodied_rft.mlp import MLP, GaussianLogProb
+from embodied_rft.mlp import MLP, GaussianLogProb, GaussianSample
 
 
 def generator(seed=0):
@@ -76,10 +77,39 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(MLP(4, [5], 1, rng=generator())(x).sum(), x, create_graph=True)
 
 
+def squash_if(squashed, gaussian):
+    return TransformedDistribution(gaussian, TanhTransform(cache_size=1)) if squashed else gaussian
+
+
+def gaussian_inputs(shape):
+    first, mean = (torch.randn(7, 3, generator=generator(i), dtype=torch.float64).requires_grad_() for i in range(2))
+    return first, mean, (0.3 * torch.randn(shape, generator=generator(2), dtype=torch.float64)).requires_grad_()
+
+
+@pytest.mark.parametrize("squashed", [False, True])
 @pytest.mark.parametrize("shape", [(3,), (7, 3)])
-def test_the_gaussian_is_torchs(shape):
-    u, mean = (torch.randn(7, 3, generator=generator(i), dtype=torch.float64).requires_grad_() for i in range(2))
-    log_std = (0.3 * torch.randn(shape, generator=generator(2), dtype=torch.float64)).requires_grad_()
-    expected = Normal(mean, log_std.exp()).log_prob(u).sum(-1)
-    torch.testing.assert_close(GaussianLogProb.apply(u, mean, log_std), expected)
-    assert torch.autograd.gradcheck(GaussianLogProb.apply, (u, mean, log_std))
+def test_the_gaussian_is_torchs(shape, squashed):
+    u, mean, log_std = gaussian_inputs(shape)
+    normal = Normal(mean, log_std.exp())
+    expected = squash_if(squashed, normal).log_prob(torch.tanh(u) if squashed else u).sum(-1)
+    log_prob, entropy = GaussianLogProb.apply(u, mean, log_std, squashed)
+    torch.testing.assert_close(log_prob, expected)
+    torch.testing.assert_close(entropy, normal.entropy().sum(-1))
+    assert torch.autograd.gradcheck(lambda *given: GaussianLogProb.apply(*given, squashed), (u, mean, log_std))
+    for only in (0, 1):  # the other one's gradient is missing
+        assert torch.autograd.gradcheck(
+            lambda mean, log_std, only=only: GaussianLogProb.apply(u.detach(), mean, log_std, squashed)[only],
+            (mean, log_std),
+        )
+
+
+@pytest.mark.parametrize("squashed", [False, True])
+@pytest.mark.parametrize("shape", [(3,), (7, 3)])
+def test_a_sample_of_the_gaussian_is_torchs(shape, squashed):
+    noise, mean, log_std = gaussian_inputs(shape)
+    noise = noise.detach()
+    u, log_prob = GaussianSample.apply(mean, log_std, noise, squashed)
+    torch.testing.assert_close(u, mean + log_std.exp() * noise)
+    expected = squash_if(squashed, Normal(mean, log_std.exp())).log_prob(torch.tanh(u) if squashed else u).sum(-1)
+    torch.testing.assert_close(log_prob, expected)
+    assert torch.autograd.gradcheck(lambda *given: GaussianSample.apply(*given, noise, squashed), (mean, log_std))

@@ -171,10 +171,11 @@ class PPO:
     def _watch(self, ratio: Tensor, batch: Batch) -> dict[str, Tensor]:
         """How far the policy has moved from the one that acted (KL, k2) and how often the ratio is out of bounds."""
         c, count = self.config, len(batch) / batch.num_decisions * batch.num_units  # units, about
-        watched = {"policy/kl": ratio.square().sum() * (0.5 / count)}
+        flat = ratio.reshape(-1)
+        watched = {"policy/kl": torch.dot(flat, flat) * (0.5 / count)}
         if c.clip_low is not None and c.clip_high is not None:
-            inside = ratio.clamp(math.log1p(-min(c.clip_low, 0.999)), math.log1p(c.clip_high))
-            watched["policy/clipped"] = (inside != ratio).sum() / count
+            inside = flat.clamp(math.log1p(-min(c.clip_low, 0.999)), math.log1p(c.clip_high))
+            watched["policy/clipped"] = torch.count_nonzero(inside != flat) / count
         return watched
 
     # --- around the losses ---------------------------------------------------------------------------------------
@@ -248,9 +249,7 @@ class PPO:
                 batch.reward = batch.reward - c.kl_weight * each.sum(1)
         return metrics
 
-    def _write(
-        self, buffer: Any, order: np.ndarray, batch: Batch, credited: dict[str, Tensor], live: Tensor
-    ) -> None:
+    def _write(self, buffer: Any, order: np.ndarray, batch: Batch, credited: dict[str, Tensor], live: Tensor) -> None:
         """Put into the buffer what the losses read."""
         c = self.config
         if c.normalize_advantage:
