@@ -40,6 +40,15 @@ def test_values_and_gradients_are_those_of_the_layers(in_features, hidden, out, 
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_without_a_graph_the_values_are_the_same_bits(activation):
+    mlp = MLP(6, [8, 8], 2, rng=generator(), activation=activation)
+    x = torch.randn(5, 6, generator=generator(1))
+    with torch.no_grad():
+        alone = mlp(x.clone())
+    assert torch.equal(alone, mlp(x)) and not alone.requires_grad
+
+
 def test_frozen_layers_get_no_gradient_and_pass_it_on():
     mlp = MLP(6, [8, 8], 2, rng=generator())
     mlp.hidden[0].weight.requires_grad_(False)
