@@ -20,7 +20,8 @@ from tyro.conf import Positional, arg
 
 USER, BROKEN, STOPPED = 2, 1, 130  # exit codes
 
-TAKE_VALUE = ("--run", "--seed")  # options of train that are followed by a value
+TAKE_VALUE = ("--run", "--seed", "--out", "--episodes", "--noise")  # options of the verbs below
+TAKE_PAIRS = ("train", "demos")  # verbs that take KEY=VALUE
 LISTED = ("recipes", "stages", "agents", "objectives", "envs", "demonstrators")
 
 
@@ -84,6 +85,7 @@ def evaluate(
 
 def demos(
     env: Annotated[Positional[str], arg(metavar="ENV_ID")],
+    options: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE")] = (),
     *,
     out: Path,
     episodes: int = 100,
@@ -94,15 +96,18 @@ def demos(
 
     Args:
         env: Environment id (`erft list demonstrators`).
+        options: Options of the environment, as in cameras=[front] image_size=64.
         out: The file to write.
         episodes: How many, failures included.
         noise: Standard deviation of Gaussian noise on the action, in action units.
         seed: Fixes initial states and noise.
     """
+    from embodied_rft.config import parse_overrides
     from embodied_rft.console import describe
     from embodied_rft.demos import write_demos
 
-    print(f"{out}: {describe(write_demos(env, out, episodes=episodes, noise=noise, seed=seed))}")
+    given = parse_overrides(options)
+    print(f"{out}: {describe(write_demos(env, out, episodes=episodes, noise=noise, seed=seed, options=given))}")
 
 
 def report(run: Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]) -> None:
@@ -200,7 +205,7 @@ def _run(given: list[str], *, debug: bool) -> int:
 
     if given and not given[0].startswith("-") and given[0] not in VERBS:
         return _fail(f"unknown verb {given[0]!r}; {nearest(given[0], VERBS)}")
-    if given and given[0] == "train":
+    if given and given[0] in TAKE_PAIRS:
         given = _overrides_first(given)
     try:
         code = tyro.extras.subcommand_cli_from_dict(
@@ -218,15 +223,15 @@ def _run(given: list[str], *, debug: bool) -> int:
 
 
 def _overrides_first(given: list[str]) -> list[str]:
-    """KEY=VALUE may stand anywhere on the line; the parser wants them together, after RECIPE."""
+    """KEY=VALUE may stand anywhere on the line; the parser wants them together, after RECIPE or ENV_ID."""
     movable = [
         i for i, word in enumerate(given) if re.match(r"[A-Za-z_][\w.]*=", word) and given[i - 1] not in TAKE_VALUE
     ]
     rest = [word for i, word in enumerate(given) if i not in movable]
-    recipe = next(
+    first = next(
         (i for i, word in enumerate(rest) if i and not word.startswith("-") and rest[i - 1] not in TAKE_VALUE), 0
     )
-    return [*rest[: recipe + 1], *(given[i] for i in movable), *rest[recipe + 1 :]]
+    return [*rest[: first + 1], *(given[i] for i in movable), *rest[first + 1 :]]
 
 
 def _is_users(error: Exception) -> bool:

@@ -409,6 +409,14 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """["cameras=[front]", "image_size=64"] -> {"cameras": ["front"], "image_size": 64}; dots nest."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(tree, override)
+    return tree
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one dotted key; the way there is made where it is missing, list positions must exist."""
     key, equals, text = override.partition("=")

@@ -32,12 +32,12 @@ def write_demos(
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run a demonstrator and write its episodes to `out`, atomically. Returns {"episodes", "decisions", "success"}."""
-    from embodied_rft.buffer import write_trajectories
+    from embodied_rft.buffer import Buffer, write_trajectories
     from embodied_rft.collect import Collector
     from embodied_rft.data import Source
     from embodied_rft.pool import make_pool
     from embodied_rft.seeding import spawn_generator
-    from embodied_rft.stages.experience import demonstrator_act, step_buffer
+    from embodied_rft.stages.experience import demonstrator_act, step_schema
 
     pool = make_pool(env_id, num_envs=min(num_envs, episodes), options=options or {}, purpose="training")
     try:
@@ -46,7 +46,7 @@ def write_demos(
         recording = collector.collect(demonstrator_act(demonstrator, spawn_generator(seed, 1), 1), episodes=episodes)
         metrics = recording.metrics()
         streams = tuple(recording.calls[0][1]["reward"])  # "success", too, where the environment tells it
-        buffer = step_buffer(pool, recording.decisions + 2 * episodes, streams)
+        buffer = Buffer(step_schema(pool, streams), recording.decisions + 2 * episodes)
         recording.write(buffer)
         write_trajectories(Path(out), list(buffer.trajectories()))
     finally:

@@ -7,6 +7,7 @@ import yaml
 from torch import nn
 
 import embodied_rft.envs  # noqa: F401
+from embodied_rft import cli
 from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.config import load_recipe
 from embodied_rft.data import Decisions, Field
@@ -44,6 +45,21 @@ def test_finetune_by_whole_episodes(tmp_path):
     columns = session.buffer.columns(session.buffer.rows())
     assert np.bincount(columns["group"]).tolist() == [4] * 8
     assert "credit/dead_groups" in (tmp_path / "run" / "metrics.jsonl").read_text()  # dropped and counted
+
+
+def test_demonstrations_from_a_file(tmp_path):
+    """`erft demos` writes what `load` reads, single steps and chunks, with the options of the environment."""
+    env, file = "embodied_rft/FetchReach-v0", tmp_path / "demos.safetensors"
+    with pytest.raises(SystemExit):
+        cli.main(["demos", env, "--episodes", "3", "max_episode_steps=5", "--out", str(file)])
+    steps = 3 * 5
+    for agent, rows in (("{id: gaussian}", steps), ("{id: gaussian, horizon: 2}", steps)):  # every step starts a chunk
+        recipe = f"name: x\nenv: {{id: {env}, num_envs: 2}}\nagent: {agent}\nbuffer: {{capacity: 60}}\n"
+        path = tmp_path / f"{len(agent)}.yaml"
+        path.write_text(recipe + f"stages: [load: {{file: {file}}}]\n")
+        session = train(load_recipe(path), tmp_path / f"run{len(agent)}", quiet=True, report=False)
+        columns = session.buffer.columns(session.buffer.rows())
+        assert len(columns["source"]) == rows and (columns["source"] == 0).all()
 
 
 def test_episodes_and_overlap_exclude_each_other(tmp_path):

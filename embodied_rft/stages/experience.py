@@ -61,7 +61,7 @@ class Demonstrate(Stage):
             recording.write(session.buffer)
         else:
             room, rewards = recording.decisions + 2 * config.episodes, session.schema().rewards
-            steps = step_buffer(session.step_pool("training"), room, rewards)
+            steps = Buffer(step_schema(session.step_pool("training"), rewards), room)
             recording.write(steps)
             session.add_trajectories(steps.trajectories(), chunk=chunk)
         session.buffer.pin()
@@ -88,7 +88,7 @@ class Load(Stage):
 
     def run(self, session: Session) -> dict[str, Any]:
         """Read, check against the environment's spaces, add, pin."""
-        schema = step_buffer(session.step_pool("training"), 1).schema
+        schema = step_schema(session.step_pool("training"))
         trajectories = read_trajectories(self.config.file, schema=schema)[: self.config.max_episodes]
         trajectories = [replace(t, source=Source[self.config.source.upper()]) for t in trajectories]
         session.add_trajectories(trajectories, chunk=chunk_of(session.agent.policy.spec))
@@ -125,10 +125,9 @@ class WarmUp(Stage):
         return {"success while warming up": metrics.get("collect/success")}
 
 
-def step_buffer(pool: Pool, capacity: int, rewards: tuple[str, ...] = ("env",)) -> Buffer:
-    """A buffer of single steps of a pool, for experience that is still to be cut into chunks or written to a file."""
-    schema = Schema(observation=dict(pool.fields), action=action_field(pool.action_space), rewards=rewards)
-    return Buffer(schema, capacity)
+def step_schema(pool: Pool, rewards: tuple[str, ...] = ("env",)) -> Schema:
+    """Columns of single steps of a pool: of experience that is still to be cut into chunks or written to a file."""
+    return Schema(observation=dict(pool.fields), action=action_field(pool.action_space), rewards=rewards)
 
 
 def demonstrator_act(demonstrator: Any, rng: np.random.Generator, units: int | None) -> Act:
