@@ -80,6 +80,7 @@ class ChunkPool:
         self.action_field = Field(chunks.shape, "float32")
         self._size = chunks.shape[0]
         self.incidents: Incidents = pool.incidents
+        self._skip_images = getattr(pool, "skip_images", lambda skip: None)  # only the images after a chunk are read
 
     @property
     def can_save(self) -> bool:
@@ -102,11 +103,15 @@ class ChunkPool:
             raise ValueError(f"chunks have shape {action.shape}; expected {(self.num_envs, self._size)}")
         steps = action.reshape(self.num_envs, self.horizon, -1)
         total: StepResult | None = None
-        for index in range(self.execute):
-            result = self.pool.step(np.ascontiguousarray(steps[:, index]))
-            total = self._first(result) if total is None else self._add(total, result, index)
-            if (total.terminated | total.truncated).all():
-                break
+        try:
+            for index in range(self.execute):
+                self._skip_images(index + 1 < self.execute)
+                result = self.pool.step(np.ascontiguousarray(steps[:, index]))
+                total = self._first(result) if total is None else self._add(total, result, index)
+                if (total.terminated | total.truncated).all():
+                    break
+        finally:
+            self._skip_images(False)
         assert total is not None
         return total
 

@@ -155,6 +155,11 @@ class VectorPool:
         self._idle, self._bad_start, self._observation = terminated | truncated, np.zeros_like(idle), new
         return StepResult(dict(new), reward, terminated, truncated, self._info(infos, valid), valid)
 
+    def skip_images(self, skip: bool) -> None:
+        """Whether steps may leave images as they were, but where an episode ends: nobody reads them. A hint."""
+        if hasattr(self.vector_env, "skip_images"):
+            self.vector_env.skip_images = skip
+
     def _clean(self, observation: dict[str, Any], reward: np.ndarray) -> np.ndarray:
         """[N] bool of rows with non-finite numbers; they are reported, and set to zero in place."""
         invalid = np.zeros(self.num_envs, dtype=np.bool_)

@@ -175,13 +175,19 @@ class _View:
         if instruction:
             spaces["instruction"] = gymnasium.spaces.Text(max_length=256, min_length=1, charset=string.printable)
         self.space = gymnasium.spaces.Dict(spaces)
+        self._latest: dict[str, np.ndarray] = {}  # images of all environments as they were last drawn
 
-    def add(self, observation: dict[str, Any], simulation: Simulation) -> dict[str, Any]:
-        """Put the optional keys into a batched observation."""
+    def add(self, observation: dict[str, Any], simulation: Simulation, rows: np.ndarray) -> dict[str, Any]:
+        """Put the optional keys into a batched observation; only `rows` are drawn, other images stay as they were."""
         for name in self.cameras:
-            observation[f"image/{name}"] = np.stack(
-                [self.frame(simulation, row, name) for row in range(simulation.num_envs)]
-            )
+            key = f"image/{name}"
+            images = self._latest.get(key)
+            if images is None:
+                rows, shape = simulation.all_rows, self.space[key].shape
+                images = self._latest[key] = np.zeros((simulation.num_envs, *(shape or ())), np.uint8)
+            for row in rows:
+                images[row] = self.frame(simulation, row, name)
+            observation[key] = images.copy()
         if self.instruction:
             observation["instruction"] = (self.task.instruction,) * simulation.num_envs
         return observation
@@ -247,6 +253,7 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._done = np.zeros(num_envs, dtype=bool)
         self._started = np.zeros(num_envs, dtype=bool)
+        self.skip_images = False  # True: a step draws only where an episode ends, other images are those of before
 
     def reset(
         self, *, seed: int | Sequence[int | None] | np.ndarray | None = None, options: dict[str, Any] | None = None
@@ -267,7 +274,7 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
                 self.simulation.generators[row] = seeding.np_random(one)[0]
         self.simulation.reset(rows, options)
         self._done[rows], self._started[rows] = False, True
-        return self._observe(), {}
+        return self._observe(rows), {}
 
     def step(self, actions: Any) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One decision everywhere: observation tree, reward [N] float64, terminated, truncated [N] bool, info.
@@ -298,7 +305,8 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
             truncated = stepped & (simulation.elapsed >= self.max_episode_steps)
         self._done = terminated | truncated
         info = {"is_success": (success & stepped).astype(np.float32), "_is_success": stepped}
-        return self._view.add(observation, simulation), np.where(stepped, reward, 0.0), terminated, truncated, info
+        seen = self._view.add(observation, simulation, np.flatnonzero(self._done | (not self.skip_images)))
+        return seen, np.where(stepped, reward, 0.0), terminated, truncated, info
 
     def get_state(self) -> State:
         """All that the future depends on, as arrays with leading N."""
@@ -308,7 +316,7 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
         """Continue from `get_state()`, bit by bit; gives the observation there."""
         self.simulation.set_state(state)
         self._done, self._started = np.array(state["done"], dtype=bool), np.array(state["started"], dtype=bool)
-        return self._observe()
+        return self._observe(self.simulation.all_rows)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """An image [height, width, 3] uint8 of every environment."""
@@ -321,8 +329,8 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
         self.simulation.engine.close()
         self._view.renderer.close()
 
-    def _observe(self) -> dict[str, Any]:
-        return self._view.add(self.simulation.observe(), self.simulation)
+    def _observe(self, rows: np.ndarray) -> dict[str, Any]:
+        return self._view.add(self.simulation.observe(), self.simulation, rows)
 
 
 class ManipulationEnv(gymnasium.Env):
@@ -404,7 +412,8 @@ class ManipulationEnv(gymnasium.Env):
         return self._single(self.simulation.observe())
 
     def _single(self, observation: dict[str, Any]) -> dict[str, Any]:
-        return {key: value[0] for key, value in self._view.add(observation, self.simulation).items()}
+        seen = self._view.add(observation, self.simulation, self.simulation.all_rows)
+        return {key: value[0] for key, value in seen.items()}
 
 
 def check_render_mode(mode: str | None) -> str | None:

@@ -59,12 +59,21 @@ class FetchVariant:
         0.15  # the object starts at most this far from the gripper, in x and in y, at least 0.1 in all
     )
     target_range: float = 0.15
-    view: float = 1.3  # of the cameras from the table
+    look: tuple[float, float, float] = (1.3, 0.75, 0.5)  # where the cameras point: the middle of what is worked on
+    view: float = 1.3  # of the cameras from there
+    marker: float | None = None  # radius of the drawn goal; None: as officially, a dot
 
 
 VARIANTS = {
     "Reach": FetchVariant(
-        "reach.xml", "move the gripper to the target", (0.4049, 0.48, 0.0), has_object=False, extra_height=0.2
+        "reach.xml",
+        "move the gripper to the target",
+        (0.4049, 0.48, 0.0),
+        has_object=False,
+        extra_height=0.2,
+        look=(1.34, 0.75, 0.53),
+        view=0.65,
+        marker=0.045,  # nearly the tolerance: what is to be touched can be seen
     ),
     "Push": FetchVariant("push.xml", "push the block to the target", (0.405, 0.48, 0.0)),
     "Slide": FetchVariant(
@@ -110,6 +119,8 @@ def _scene(name: str) -> _Scene:
     spec = mujoco.MjSpec.from_file(str(Path(package.origin).parent / "envs" / "assets" / "fetch" / variant.model))
     _add_sensors(spec, variant.has_object)
     _add_wrist_camera(spec)
+    if variant.marker is not None:
+        spec.site("target0").size[0] = variant.marker  # sites have no physics
     model = spec.compile()
     data = mujoco.MjData(model)
     for i, value in enumerate(variant.base):
@@ -198,8 +209,8 @@ class FetchTask(Task):
         self.model, self.instruction = self.scene.model, self.variant.instruction
         self.settles = self.variant.block_gripper
         self.cameras = {
-            "front": Camera(lookat=(1.3, 0.75, 0.5), distance=self.variant.view, azimuth=155.0, elevation=-25.0),
-            "side": Camera(lookat=(1.3, 0.75, 0.5), distance=self.variant.view, azimuth=90.0, elevation=-15.0),
+            "front": Camera(lookat=self.variant.look, distance=self.variant.view, azimuth=155.0, elevation=-25.0),
+            "side": Camera(lookat=self.variant.look, distance=self.variant.view, azimuth=90.0, elevation=-15.0),
             "wrist": Camera(name="wrist"),
             "overview": Camera(lookat=(1.3, 0.75, 0.55), distance=2.5, azimuth=132.0, elevation=-14.0),  # as officially
         }

@@ -7,8 +7,10 @@ import gymnasium
 import numpy as np
 import pytest
 
+from embodied_rft.chunking import ChunkPool
 from embodied_rft.envs.fetch import FetchEnv, FetchVectorEnv
-from embodied_rft.envs.rendering import gl_available
+from embodied_rft.envs.rendering import Renderer, gl_available
+from embodied_rft.pool import VectorPool
 
 AVAILABLE, REASON = gl_available()
 CAMERAS = ("front", "side", "wrist", "overview")
@@ -98,6 +100,35 @@ def test_images_of_a_batch_equal_those_of_single_environments(engine):
     vector.close()
     for env in singles:
         env.close()
+
+
+@needs_gl
+def test_chunks_draw_only_what_is_read(monkeypatch):
+    """Images after a chunk, and where an episode ends inside one, are those of drawing every step."""
+    drawn = []
+    render = Renderer.render
+    monkeypatch.setattr(Renderer, "render", lambda *a: drawn.append(1) or render(*a))
+
+    class Seeing(VectorPool):
+        def skip_images(self, skip):
+            pass
+
+    def walk(kind):
+        options = {"cameras": ("front",), "image_size": 16, "max_episode_steps": 6, "num_envs": 2}
+        env = FetchVectorEnv("Reach", autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED, **options)
+        pool = ChunkPool(kind(env), horizon=4)
+        rng, seen, before = np.random.default_rng(0), [pool.reset(np.array([1, 2]))], len(drawn)
+        for _ in range(2):
+            seen.append(pool.step(rng.uniform(-1, 1, (2, 16)).astype(np.float32)).observation)
+        pool.close()
+        return [tree["image/front"] for tree in seen], len(drawn) - before
+
+    lazy, few = walk(VectorPool)
+    full, many = walk(Seeing)
+    assert few == 2 * 2 and many == 2 * 6  # one image a chunk; one a step until the sixth step ends the episode
+    for a, b in zip(lazy, full, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (lazy[1] != lazy[2]).any()
 
 
 @needs_gl
