@@ -235,10 +235,18 @@ class Learner:
                 raise ValueError("num_updates has no effect on an objective that reads fresh data: set its num_epochs")
             reading = replace(reading, num_updates=num_updates)
         rows = buffer.rows(min_version=self.version - reading.max_lag) if fresh else buffer.rows()
-        noted = self.objective.annotate(self.agent, buffer, rows, generator)
-        for batch in distributed.in_step(reading.batches(buffer, rng, self.version)):
-            self.update(batch, generator)
+        noted = self.read(buffer, rows, reading, sampler=rng, rng=generator)
         return noted | self.metrics()
+
+    def read(
+        self, buffer: Any, rows: np.ndarray, reading: Any, *, sampler: np.random.Generator, rng: torch.Generator
+    ) -> Metrics:
+        """Annotate `rows`, then update from every batch of the plan `reading`; what `annotate` found in the data."""
+        noted = self.objective.annotate(self.agent, buffer, rows, rng)
+        distributed.equalize(self.agent.buffers())  # statistics of the data
+        for batch in distributed.in_step(reading.batches(buffer, sampler, self.version)):
+            self.update(batch, rng)
+        return noted
 
     def metrics(self) -> Metrics:
         """Means of all numbers since the last call, as floats; asking is what waits for the device, and the others."""

@@ -230,14 +230,12 @@ class Finetune(Stage):
 
     def _learn_fresh(self, session: Session, rows: np.ndarray) -> dict[str, float]:
         """Updates from the rows just written; what the objective found in them."""
-        learner, rng = session.learner, session.generator("learn")
+        learner = session.learner
         assert learner is not None
-        noted = session.objective.annotate(session.agent, session.buffer, rows, rng)
-        distributed.equalize(session.agent.buffers())  # statistics of the data
-        sampler, reading = session.numpy_generator("sample"), session.objective.reading
-        for batch in distributed.in_step(reading.batches(session.buffer, sampler, learner.version)):
-            learner.update(batch, rng)
-            session.counters["updates"] += 1
+        before, sampler = learner.updates, session.numpy_generator("sample")
+        reading, rng = session.objective.reading, session.generator("learn")
+        noted = learner.read(session.buffer, rows, reading, sampler=sampler, rng=rng)
+        session.counters["updates"] += learner.updates - before
         return noted
 
     # --- judging -------------------------------------------------------------------------------------------------
