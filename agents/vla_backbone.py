@@ -36,9 +36,7 @@ class Context:
     mask: Tensor  # [N, P] bool
     position: Tensor  # [N, P], or [3, N, P] for models with three-dimensional positions
     next_position: Tensor  # [N], of what follows
-    blocks: Tensor | None = (
-        None  # [N, P] int64: equal numbers see each other in both directions; -1 sees what was before
-    )
+    blocks: Tensor | None = None  # [N, P] int64: equal numbers see each other both ways; -1 sees what was before
     visual: Tensor | None = None  # [N, P] bool, places of images; None: only the first layer reads them
     deep: tuple[Tensor, ...] = ()  # [images' places of all rows, H] each: what further layers add there (Qwen3-VL)
 
