@@ -220,6 +220,12 @@ def test_extends_merges_mappings_and_replaces_lists(base):
         load_recipe(grandchild)
 
 
+def test_a_named_mapping_is_merged_and_gives_way(base):
+    child = base.with_name("child.yaml")
+    child.write_text("extends: base.yaml\nagent: {<<: {scale: 1.5, hidden: [8]}, scale: 2.0}\n")
+    assert load_recipe(child).agent == {"id": "gaussian", "hidden": [8], "scale": 2.0}
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
