@@ -44,6 +44,7 @@ class LearnerConfig:
 
     learning_rate: float = 3e-4
     learning_rates: dict[str, float] = field(default_factory=dict)  # for single parts: {"critic": 1e-3}
+    anneal: bool = False  # all learning rates fall linearly, to 0 at the end of the stage
     weight_decay: float = 0.0  # decoupled (AdamW)
     clip_norm: float | None = None  # largest gradient norm of a part
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: matrix products under autocast, weights stay fp32
@@ -97,8 +98,16 @@ class Learner:
         self._metrics: dict[str, list[Tensor]] = {}
 
     def _optimizer(self, name: str) -> AdamW:
-        rate = self.config.learning_rates.get(name, self.config.learning_rate)
-        return AdamW(self.parameters[name], learning_rate=rate, weight_decay=self.config.weight_decay)
+        return AdamW(self.parameters[name], learning_rate=self._rate(name), weight_decay=self.config.weight_decay)
+
+    def _rate(self, name: str) -> float:
+        return self.config.learning_rates.get(name, self.config.learning_rate)
+
+    def anneal(self, done: float) -> None:
+        """Set the learning rates for a stage of which `done` (0 to 1) is over; nothing without the option."""
+        if self.config.anneal:
+            for name, optimizer in self.optimizers.items():
+                optimizer.learning_rate = self._rate(name) * max(0.0, 1 - done)
 
     @property
     def version(self) -> int:

@@ -243,6 +243,20 @@ def test_rates_clipping_and_average():
     torch.testing.assert_close(learner.averaged.head.net.last.weight, middle)
 
 
+@pytest.mark.parametrize("anneal, factors", [(True, (1.0, 0.25, 0.0)), (False, (1.0, 1.0, 1.0))])
+def test_rates_fall_linearly_on_request(anneal, factors):
+    config = LearnerConfig(learning_rate=1e-3, learning_rates={"critic": 2e-3}, anneal=anneal)
+    agent, learner = make({"id": "sac", **CRITIC}, GAUSSIAN, config)
+    for done, factor in zip((0.0, 0.75, 1.1), factors, strict=True):
+        last = agent.policy.head.net.last.weight
+        before = last.clone()
+        learner.anneal(done)
+        learner.update(batches(), generator())
+        assert learner.optimizers["policy"].learning_rate == pytest.approx(1e-3 * factor)
+        assert learner.optimizers["critic"].learning_rate == pytest.approx(2e-3 * factor)
+        assert torch.equal(before, last) == (factor == 0)
+
+
 def test_half_precision_stays_close_and_keeps_weights_in_fp32():
     results = []
     for precision in ("fp32", "bf16"):

@@ -67,6 +67,7 @@ class Pretrain(Stage):
         with session.logger.progress(self.title, config.updates) as bar:
             while (done := progress.setdefault("updates", 0)) < config.updates:
                 count = min(config.log_every, config.updates - done)
+                learner.anneal(done / config.updates)
                 plan = off_policy_plan(session.objective, count, config.batch_size, config.offline_share)
                 made = 0
                 for batch in distributed.in_step(plan.batches(session.buffer, sampler, learner.version)):
@@ -145,6 +146,7 @@ class Finetune(Stage):
         progress.setdefault("decisions", 0)
         with self._recorder(session, amount) as record, session.logger.progress(self.title, config.decisions) as bar:
             while progress["decisions"] < config.decisions and not self._reached(session):
+                learner.anneal(progress["decisions"] / config.decisions)
                 recording = record(lambda: self._learn_replay(session, amount))
                 rows = self._write(session, recording)
                 new = sum(distributed.gather(recording.decisions))
