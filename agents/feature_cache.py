@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 
+def content_keys(images: Tensor) -> list[bytes]:
+    """What tells N images [N, ...] of one camera apart: a hash of size and pixels of each."""
+    shape = repr(tuple(images.shape[1:])).encode()
+    return [hashlib.blake2b(shape + a.tobytes(), digest_size=16).digest() for a in images.cpu().numpy()]
+
+
 class FeatureCache:
     """Features of images by a hash of their content, least recently used first out.
 
@@ -32,10 +38,8 @@ class FeatureCache:
     @torch.no_grad()
     def __call__(self, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """`compute(images)` [N, ...], each distinct image once."""
-        arrays = images.cpu().numpy()
         low = torch.is_autocast_enabled(images.device.type)  # features of another precision are others
-        shape = repr(arrays.shape[1:]).encode()
-        keys = [(hashlib.blake2b(shape + a.tobytes(), digest_size=16).digest(), low) for a in arrays]
+        keys = [(key, low) for key in content_keys(images)]
         have = {key: self._kept[key] for key in keys if key in self._kept}
         missing = {key: index for index, key in enumerate(keys) if key not in have}
         if missing:

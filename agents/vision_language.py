@@ -9,7 +9,6 @@ Legend: N observations, B rows, P tokens of a prompt, U reply tokens, H hidden s
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import field
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from embodied_rft.agent import observe, require_rng
 from embodied_rft.agents.causal_lm import CausalLM
+from embodied_rft.agents.feature_cache import content_keys
 from embodied_rft.agents.language import text_key, texts
 from embodied_rft.agents.tiny_vlm import TinyVLMConfig
 from embodied_rft.agents.vla import TrunkEncoder
@@ -171,9 +171,9 @@ class VisionLanguagePolicy(nn.Module):
         images, said = [observation[key] for key in self.image_keys], texts(observation[self.key])
         if any(len(camera) != len(said) for camera in images):
             return self.vlm.read(images, said), np.arange(len(said))  # which says what is wrong
-        hashed = [[hashlib.blake2b(image.tobytes()).digest() for image in camera.cpu().numpy()] for camera in images]
         known: dict[Any, int] = {}
-        kind = np.array([known.setdefault(key, len(known)) for key in zip(said, *hashed, strict=True)])
+        prompts = zip(said, *map(content_keys, images), strict=True)
+        kind = np.array([known.setdefault(prompt, len(known)) for prompt in prompts])
         first = torch.from_numpy(np.unique(kind, return_index=True)[1]).to(images[0].device)
         return self.vlm.read([camera[first] for camera in images], [text for text, *_ in known]), kind
 
