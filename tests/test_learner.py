@@ -301,8 +301,8 @@ def ppo_batch(seed, size=64):
     return batch
 
 
-def train_ppo(config, *, independent=True, sizes=(64, 64, 64)):
-    agent, learner = make(PPO, GAUSSIAN, config)
+def train_ppo(config, *, independent=True, sizes=(64, 64, 64), activation="relu"):
+    agent, learner = make(PPO | {"value_activation": activation}, GAUSSIAN | {"activation": activation}, config)
     learner._independent = independent
     for i, size in enumerate(sizes):
         learner.update(ppo_batch(i, size), generator(i))
@@ -327,9 +327,11 @@ def test_one_bad_loss_of_several_is_named_and_changes_none():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_losses_are_the_same_losses():
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_compiled_losses_are_the_same_losses(activation):
     """Also for a smaller last batch, which torch compiles anew."""
-    (plain, a), (compiled, b) = (train_ppo(LearnerConfig(compile=flag), sizes=(64, 64, 40)) for flag in (False, True))
+    options = {"sizes": (64, 64, 40), "activation": activation}
+    (plain, a), (compiled, b) = (train_ppo(LearnerConfig(compile=flag), **options) for flag in (False, True))
     for key, expected in weights(plain).items():
         torch.testing.assert_close(compiled.state_dict()[key], expected, rtol=1e-4, atol=1e-5)
     assert b.metrics() == pytest.approx(a.metrics(), rel=1e-4)
