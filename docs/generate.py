@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -29,16 +30,19 @@ def files_of(folder: str) -> list[str]:
 
 
 def first_sentence(path: Path) -> str:
-    """What a file says about itself: the first sentence of its docstring, or its first comment."""
+    """What a file says about itself: the first sentence of its docstring or first comment; a recipe's description."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
         text = " ".join(text.split("\n\n")[0].split())
     elif path.suffix == ".html":
         return "the page that `report` fills"
+    elif description := re.search(r"^description: (.+)$", text, re.M):
+        return description[1].strip("\"' .")
     else:
-        text = text.partition("\n")[0].lstrip("# ")
-    return re.split(r"(?<=[a-z0-9)`])\.(?:\s|$)", text, maxsplit=1)[0].rstrip(".")
+        comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+        text = " ".join(line.lstrip("# ") for line in comment)
+    return re.split(r"(?<=[a-z0-9)`])(?<!et al)\.(?:\s|$)", text, maxsplit=1)[0].rstrip(".")
 
 
 def tree() -> str:
