@@ -7,6 +7,7 @@ objectives, agents and the like are found in the registry; each declares its opt
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import enum
@@ -436,7 +437,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             node.setdefault(part, {})
         if isinstance(node[index], str) and isinstance(node, list):
             node[index] = {node[index]: {}}  # a bare stage word
-        node[index] = {} if node[index] is None else node[index]
+        # A copy, so that other places that the recipe fills from the same anchor (*name) stay as they are.
+        node[index] = {} if node[index] is None else copy.copy(node[index])
         node = node[index]
     node[_step(node, last, key, override)] = value
 

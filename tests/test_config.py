@@ -201,6 +201,14 @@ def test_errors_say_where_and_what_was_meant(base, override, message):
     assert "pydantic" not in str(caught.value)
 
 
+def test_an_override_changes_one_use_of_an_anchor(tmp_path):
+    path = tmp_path / "twice.yaml"
+    stages = "[pretrain: {objective: &copy {id: bc, share: 0.9}}, pretrain: {objective: *copy}]"
+    path.write_text(f"env: {{id: x}}\nagent: {{id: gaussian}}\nstages: {stages}\n")
+    stages = yaml.safe_load(dump_recipe(load_recipe(path, ["stages.1.pretrain.objective.share=0.1"])))["stages"]
+    assert [stage["pretrain"]["objective"]["share"] for stage in stages] == [0.9, 0.1]
+
+
 def test_all_problems_are_listed_at_once(base):
     with pytest.raises(ConfigError) as caught:
         load_recipe(base, ["env.num_env=1", "checkpoint_seconds=soon"])
