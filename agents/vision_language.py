@@ -110,6 +110,9 @@ class VisionLanguagePolicy(nn.Module):
         """N replies to what `observation` shows and asks."""
         from embodied_rft.generation import Sampling, draw
 
+        if not len(texts(observation[self.key])):
+            none = Ragged.of([], dtype=np.int64)
+            return Decisions([], Ragged.of([], dtype=np.float32), {"reply": none, "cut": np.zeros(0, dtype=bool)})
         context, kind = self._distinct(observe(observation, self))
         self.vlm.check_length(context, self.config.max_new_tokens)
         generator = None if greedy else require_rng(rng)

@@ -164,6 +164,9 @@ class VLAPolicy(nn.Module):
         """N decisions for observation arrays [N, ...]; actions are chunks [N, D] in the environment's units."""
         tensors = observe(observation, self)
         generator = None if greedy else self._generator(require_rng(rng))
+        if not len(tensors[self.image_keys[0]]):
+            trace = {name: np.zeros((0, *field.shape), field.dtype) for name, field in self.trace_fields.items()}
+            return Decisions(np.zeros((0, self.size), np.float32), np.zeros((0, self.num_units), np.float32), trace)
         acted = self.head.act(self.vlm, self.context(tensors), generator)
         trace = {
             name: value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()

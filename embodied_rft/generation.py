@@ -104,6 +104,8 @@ def generate(
         stop: whether a reply, given as the ids so far, is complete; asked after every token.
         allowed: [V] bool, tokens that may be drawn (rows of the embedding that no token uses may not).
     """
+    if not len(prompts):
+        return Replies(Ragged.of([], dtype=np.int64), Ragged.of([], dtype=np.float32), np.zeros(0, dtype=bool))
     first, kind = distinct_rows(prompts)
     prefix = Prompts.read(decoder, prompts.take(first), num_layers=num_layers)
     rows = torch.from_numpy(kind).to(prefix.hidden.device)

@@ -233,6 +233,33 @@ def test_errors_say_what_is_wrong_and_what_is_near(spec, action_space, message):
         build_agent(spec, STATE, action_space, generator())
 
 
+EMPTY = gym.spaces.Dict({"state": gym.spaces.Box(-1, 1, (5,)), "prompt": gym.spaces.Text(9)})
+SEEN = gym.spaces.Dict({"image": gym.spaces.Box(0, 255, (32, 32, 3), np.uint8), "prompt": gym.spaces.Text(9)})
+NOBODY = {
+    "gaussian": (SPECS["gaussian"], STATE, ACTION),
+    "residual": (SPECS["residual"], STATE, ACTION),
+    "flow": ({"id": "flow", "horizon": 2}, STATE, ChunkBox(ACTION, horizon=2)),
+    "language": ({"id": "language", "model": {"tiny": {}}, "prompt": "plain"}, EMPTY, gym.spaces.Text(9)),
+    "vision_language": ({"id": "vision_language", "model": {"tiny": {}}}, SEEN, gym.spaces.Text(9)),
+    "vla tokens": ({"id": "vla", "model": {"tiny": {}}, "instruction": "push"}, SEEN, ACTION),
+    "vla flow": ({"id": "vla", "model": {"tiny": {}}, "instruction": "push", "head": "flow"}, SEEN, ACTION),
+}
+
+
+@pytest.mark.parametrize("spec, seen, action", NOBODY.values(), ids=NOBODY)
+def test_nobody_asks_and_nothing_is_decided(spec, seen, action):
+    policy = build_policy(spec, seen, action, generator())
+    leaves = seen.spaces if isinstance(seen, gym.spaces.Dict) else {"observation": seen}
+    nothing = {
+        k: [] if isinstance(box, gym.spaces.Text) else np.zeros((0, *box.shape), box.dtype) for k, box in leaves.items()
+    }
+    taken = policy.act(nothing, rng=generator())
+    assert len(taken.action) == len(taken.log_prob) == 0
+    assert {name: len(value) for name, value in taken.trace.items()} == dict.fromkeys(policy.trace_fields, 0)
+    for name, field in policy.trace_fields.items():
+        assert field.kind == "ragged" or taken.trace[name].shape[1:] == field.shape
+
+
 def test_random_decisions_without_a_generator_are_refused():
     policy = build_policy(SPECS["gaussian"], STATE, ACTION, generator())
     with pytest.raises(ValueError, match="pass one, or greedy=True"):
