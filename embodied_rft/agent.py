@@ -253,7 +253,10 @@ class ActionScale(nn.Module):
     def __init__(self, space: gym.Space) -> None:
         super().__init__()
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
-            raise ValueError(f"action space {space}: a bounded Box of shape (A,) is expected")
+            raise ValueError(
+                f"action space {space}: a bounded Box of shape (A,) is expected. Wrap the environment so that it takes "
+                "one (gymnasium.wrappers.TransformAction)"
+            )
         low, high = torch.from_numpy(space.low).float(), torch.from_numpy(space.high).float()
         self.register_buffer("center", (high + low) / 2, persistent=False)
         self.register_buffer("half_range", (high - low) / 2, persistent=False)

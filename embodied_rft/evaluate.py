@@ -18,6 +18,8 @@ from embodied_rft.collect import Act
 from embodied_rft.pool import Pool, StepResult
 from embodied_rft.seeding import evaluation_seed
 
+SILENT = "the environment never said whether an episode succeeded (info['is_success'] or info['success'])"
+
 
 @dataclass(slots=True)
 class Evaluation:
@@ -30,6 +32,7 @@ class Evaluation:
     invalid: int = 0  # episodes that had to be started again because their environment failed
     seconds: float = 0.0
     name: str = ""
+    told: bool = False  # whether the environment said anything about success; if not, only the returns mean something
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -52,6 +55,7 @@ class Evaluation:
         self.returns[episode] += float(result.reward[env])
         self.lengths[episode] += 1
         success = result.info.get("success")
+        self.told |= success is not None
         self.results[episode] = success is not None and bool(success[env])
 
     def forget(self, episode: int, max_retries: int) -> None:
@@ -72,7 +76,15 @@ class Evaluation:
         mean_return = float(np.mean(self.returns)) if self.returns else float("nan")
         return asdict(self) | summary | {"low": low, "high": high, "mean_return": mean_return}
 
+    def require_success(self, option: str) -> float:
+        """The success rate that `option` waits for; ValueError when the environment says nothing about success."""
+        if not self.told:
+            raise ValueError(f"{option} waits for a success rate, but {SILENT}")
+        return self.success
+
     def __str__(self) -> str:
+        if not self.told:
+            return f"mean return {np.mean(self.returns):.3g} on {self.episodes} held-out initial states; {SILENT}"
         low, high = self.interval
         return f"success {self.success:.3f} [{low:.3f}, {high:.3f}] on {self.episodes} held-out initial states"
 

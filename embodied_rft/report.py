@@ -32,6 +32,7 @@ import yaml
 from embodied_rft import doctor, figures, video
 from embodied_rft.checkpoint import write_atomically
 from embodied_rft.console import describe
+from embodied_rft.evaluate import SILENT
 from embodied_rft.log import METRICS, read_records, write_json
 
 INSTALL_GL = "Install a GL library (Debian, Ubuntu: apt-get install libegl1 libegl-mesa0) and run erft doctor."
@@ -90,6 +91,11 @@ class Run:
         )
 
     @property
+    def told(self) -> bool:
+        """Whether the environment said anything about success; if not, returns are all there is."""
+        return any(e.get("told", True) for e in self.verdicts)
+
+    @property
     def paired(self) -> bool:
         """Whether the first and the last verdict are on the same initial states."""
         first, last = self.verdicts[0], self.verdicts[-1]
@@ -123,7 +129,8 @@ def write_report(run_folder: str | Path) -> Path:
 
 def summary(run: Run) -> dict[str, Any]:
     """The run in a few numbers, for machines."""
-    keys = ("name", "success", "low", "high", "episodes", "successes", "decisions", "wall_seconds")
+    success = ("success", "low", "high", "successes") if run.told else ()
+    keys = ("name", *success, "mean_return", "episodes", "decisions", "wall_seconds")
     brief = [{key: e[key] for key in keys if key in e} for e in run.verdicts]
     return {
         "recipe": run.recipe.get("name"),
@@ -150,6 +157,9 @@ def _plain_headline(run: Run) -> str:
     if not run.verdicts:
         return "no evaluation yet"
     first, last = run.verdicts[0], run.verdicts[-1]
+    if not run.told:
+        arrow = f"{first['mean_return']:.4g} -> " if len(run.verdicts) > 1 else ""
+        return f"mean return {arrow}{last['mean_return']:.4g} on {last['episodes']} held-out initial states"
     arrow = f"{first['success']:.3f} -> " if len(run.verdicts) > 1 else ""
     return f"success {arrow}{last['success']:.3f} on {last['episodes']} held-out initial states"
 
@@ -157,6 +167,8 @@ def _plain_headline(run: Run) -> str:
 def _headline(run: Run) -> str:
     if not run.verdicts:
         return "No evaluation yet"
+    if not run.told:
+        return escape(_plain_headline(run).partition(" on ")[0].capitalize())
     first, last = run.verdicts[0], run.verdicts[-1]
     css = "bad" if last["success"] < first["success"] else "good"
     before = f'<span class="number">{first["success"]:.3f}</span><span class="arrow">&rarr;</span>'
@@ -169,7 +181,9 @@ def verdict(run: Run) -> str:
         return "The recipe has no finished evaluate stage, so nothing can be said about success."
     last = run.verdicts[-1]
     text = f"Measured greedily on {last['episodes']} initial states that training never saw."
-    if len(run.verdicts) > 1:
+    if not run.told:
+        text += f" {SILENT[0].upper()}{SILENT[1:]}: there is no success rate to judge by."
+    elif len(run.verdicts) > 1:
         first = run.verdicts[0]
         if last["low"] > first["high"]:
             text += " The 95 % intervals do not overlap: this is an improvement."
@@ -195,7 +209,7 @@ def _section(title: str, note: str, body: str) -> str:
 
 
 def _success(run: Run) -> str:
-    if not run.verdicts:
+    if not run.verdicts or not run.told:
         return ""
     last = len(run.verdicts) - 1
     rates = [
@@ -236,7 +250,7 @@ def _legend(entries: list[tuple[str, str]]) -> str:
 def _curves(run: Run) -> str:
     training = [r for r in run.metrics if isinstance(r.get("collect/success"), (int, float))]
     points = sorted(run.curve + run.verdicts, key=lambda e: e.get("wall_seconds", 0))
-    if len(points) + len(training) < 2:
+    if len(points) + len(training) < 2 or not run.told:
         return ""
     panels = []
     for x_label, key, record_key, stage_key, form in (

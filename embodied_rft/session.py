@@ -267,7 +267,10 @@ class Session:
         content |= {"decisions": self.counters["decisions"], "wall_seconds": self.seconds()}
         write_json(self.folder / "evaluations" / f"{slug}.json", content)
         low, high = outcome.interval
-        self.log({"evaluate/success": outcome.success, "evaluate/low": low, "evaluate/high": high}, name=name)
+        metrics = {"success": outcome.success, "low": low, "high": high, "return": content["mean_return"]}
+        self.log({f"evaluate/{key}": value for key, value in metrics.items()}, name=name)
+        if not outcome.told:
+            self.logger.message(str(outcome))
         return outcome
 
     # --- logs and clocks -----------------------------------------------------------------------------------------

@@ -156,9 +156,7 @@ class JsonlTask:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{file.name} is no UTF-8 text ({error}): save it so, one JSON object a line"
-            ) from None
+            raise ValueError(f"{file.name} is no UTF-8 text ({error}): save it so, one JSON object a line") from None
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -48,6 +50,24 @@ def test_a_broken_environment_is_run_again_and_counted():
     assert outcome.invalid == 1
     with pytest.raises(RuntimeError, match=str(seeds[3])):
         evaluate(act, SeedPool(2, break_always={seeds[3]}), seeds)
+
+
+class Silent(SeedPool):
+    """Says nothing about success."""
+
+    def step(self, action):
+        return replace(super().step(action), info={})
+
+
+def test_an_environment_that_never_tells_success_has_returns_only():
+    seeds = evaluation_seeds(6)
+    assert evaluate(act, SeedPool(3), seeds).told and not evaluate(act, Silent(3), seeds).told
+    outcome = evaluate(act, Silent(3), seeds)
+    mean = np.mean([1 + seed % 5 for seed in seeds])
+    assert str(outcome).startswith(f"mean return {mean:.3g} on 6") and "success 0" not in str(outcome)
+    with pytest.raises(ValueError, match="until.success waits for a success rate, but the environment never said"):
+        outcome.require_success("until.success")
+    assert evaluate(act, SeedPool(3), seeds).require_success("until.success") > 0
 
 
 def test_training_never_meets_an_evaluation_state():

@@ -147,6 +147,15 @@ def test_the_summary_is_for_machines(run):
     assert "results" not in summary["after"] and len(summary["commit"]) > 4
 
 
+def test_without_success_there_are_returns(run):
+    for path in (run / "evaluations").glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"told": False, "mean_return": -12.5}))
+    text = Page(write_report(run).read_text()).text
+    assert "Mean return -12.5 -> -12.5" in text and "never said whether an episode succeeded" in text
+    assert "improvement" not in text and "Wilson" not in text
+    assert "success" not in json.loads((run / "summary.json").read_text())["after"]
+
+
 def test_the_same_folder_gives_the_same_page(run):
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
 

@@ -58,8 +58,12 @@ def correct(
     weight = torch.where(mask, inside, 0.0)
     count = mask.sum().clamp_min(1)
     touched = (ratio.exp() - inside).abs() > 1e-6
-    return weight, rejected, {
-        "correction/weight": float(weight.sum() / count),
-        "correction/touched": float((touched & mask).sum() / count),
-        "correction/rejected": float(rejected.sum()),
-    }
+    return (
+        weight,
+        rejected,
+        {
+            "correction/weight": float(weight.sum() / count),
+            "correction/touched": float((touched & mask).sum() / count),
+            "correction/rejected": float(rejected.sum()),
+        },
+    )

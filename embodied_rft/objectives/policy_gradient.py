@@ -249,9 +249,7 @@ class PPO:
                 batch.reward = batch.reward - c.kl_weight * each.sum(1)
         return metrics
 
-    def _write(
-        self, buffer: Any, order: np.ndarray, batch: Batch, credited: dict[str, Tensor], live: Tensor
-    ) -> None:
+    def _write(self, buffer: Any, order: np.ndarray, batch: Batch, credited: dict[str, Tensor], live: Tensor) -> None:
         """Put into the buffer what the losses read."""
         c = self.config
         if c.normalize_advantage:

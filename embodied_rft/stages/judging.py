@@ -45,4 +45,5 @@ class Evaluate(Stage):
             ]
             name = f"{'-'.join(map(str, self.path))}-{config.video}"
             session.logger.message(film(session, wanted, success=config.video == "success", name=name))
-        return {"success": outcome.success, "low": low, "high": high, "episodes": outcome.episodes}
+        success = {"success": outcome.success, "low": low, "high": high} if outcome.told else {}
+        return success | {"return": outcome.to_json()["mean_return"], "episodes": outcome.episodes}

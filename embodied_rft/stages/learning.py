@@ -246,7 +246,8 @@ class Finetune(Stage):
         every, progress = self.config.evaluate_every, session.progress
         if every and progress["decisions"] // every > (progress["decisions"] - new) // every:
             outcome = session.evaluate(self.config.evaluate_episodes, sheet=1, name="curve")
-            progress["success"] = outcome.success
+            waits = self.config.until is not None and self.config.until.success is not None
+            progress["success"] = outcome.require_success("until.success") if waits else outcome.success
 
     def _reached(self, session: Session) -> bool:
         until, progress = self.config.until, session.progress
