@@ -154,7 +154,7 @@ class JsonlTask:
             raise ValueError(f"the problem file {str(path)!r} does not exist")
         self.problems = []
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a text
         except UnicodeDecodeError as error:
             raise ValueError(f"{file.name} is no UTF-8 text ({error}): save it so, one JSON object a line") from None
         for number, line in enumerate(lines, start=1):

@@ -24,7 +24,10 @@ import numpy as np
 from embodied_rft.registry import find, nearest, register
 
 Rule = Callable[..., float]
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+)?(?:/\d+)?")
+_NUMBER = re.compile(r"((?:(?<!\w)[-+])?(?:\d*\.)?\d+(?:[eE]([-+]?\d+))?)(?:/(\d+))?")  # a sign follows no word
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+_LARGEST_EXPONENT = 9_999  # 1e999999999 is no number that anybody should have to write out
 
 
 def make_rule(spec: str | Mapping[str, Any]) -> Callable[[str, str], float]:
@@ -56,7 +59,7 @@ def exact(reply: str, answer: str, *, ignore_case: bool = False) -> float:
 def numeric(reply: str, answer: str, *, tolerance: float = 0.0, relative: bool = False) -> float:
     r"""Whether the last number in the reply is the answer.
 
-    Understands "1,000", "-2.5", "1e-3", "3/4" and a number inside \boxed{}.
+    Understands "1,000", "-2.5", "1e-3", "3/4", \frac{3}{4} and a number inside \boxed{}.
 
     Args:
         reply: any text.
@@ -96,9 +99,10 @@ def tag_format(reply: str, answer: str, *, tags: Sequence[str] = ("think", "answ
     """
     body = r"\s*".join(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>" for tag in map(re.escape, tags))
     match = re.fullmatch(rf"\s*{body}\s*", reply, flags=re.DOTALL)
-    if match is None:
-        return 0.0
-    return 1.0 if rule is None else 0.5 + 0.5 * make_rule(rule)(match.group(len(tags)).strip(), answer)
+    said = "" if match is None else match.group(len(tags)).strip()
+    # Without a match, too, so that an answer that the rule cannot read is found before a run.
+    inner = 1.0 if rule is None else make_rule(rule)(said, answer)
+    return 0.0 if match is None else 0.5 + 0.5 * inner
 
 
 @register("reward", "json")
@@ -108,7 +112,18 @@ def json_keys(reply: str, answer: str) -> float:
     if not isinstance(expected, dict):
         raise ValueError(f"the answer {answer!r} is no JSON object: rule 'json' cannot judge it")
     missing = object()
-    return float(isinstance(given, dict) and all(given.get(k, missing) == v for k, v in expected.items()))
+    return float(isinstance(given, dict) and all(_same(given.get(k, missing), v) for k, v in expected.items()))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are the same JSON: 1 is 1.0, but true is not 1, as it is for Python."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a == b)
 
 
 def _read_json(text: str) -> Any:
@@ -126,22 +141,30 @@ def countdown(reply: str, answer: str) -> float:
         reply: numbers, + - * / and brackets; a part after "=" is ignored.
         answer: JSON {"numbers": [3, 7, 2], "target": 13}.
     """
-    task = json.loads(answer)
+    match _read_json(answer):
+        case {"numbers": [*numbers], "target": int(target)} if all(isinstance(number, int) for number in numbers):
+            pass
+        case _:
+            raise ValueError(f'the answer {answer!r} is no problem: {{"numbers": [3, 7, 2], "target": 13}} is expected')
     result = evaluate_expression(reply.split("=")[0].strip())
     if result is None:
         return 0.0
     value, used = result
-    return float(value == task["target"] and not Counter(used) - Counter(task["numbers"]))
+    return float(value == target and not Counter(used) - Counter(numbers))
 
 
 def last_number(text: str) -> Fraction | None:
     """The last number in a text, exactly; None if there is none."""
+    text = _FRACTION.sub(r"\1/\2", text.replace("\N{MINUS SIGN}", "-"))
     boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    found = _NUMBER.findall((boxed[-1] if boxed else text).replace(",", ""))
+    found = _NUMBER.findall(_THOUSANDS.sub("", boxed[-1] if boxed else text))
     if not found:
         return None
+    number, exponent, denominator = found[-1]
     try:
-        return Fraction(found[-1])
+        if abs(int(exponent or 0)) > _LARGEST_EXPONENT:
+            return None
+        return Fraction(number) / int(denominator or 1)
     except (ValueError, ZeroDivisionError):
         return None
 

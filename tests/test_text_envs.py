@@ -42,6 +42,14 @@ def formatted(prompt):
         ("numeric", r"so \boxed{-3/4} it is, 100 %", "-0.75", 1),
         ("numeric", "no idea", "7", 0),
         ("numeric", "1/0", "7", 0),
+        ("numeric", "1.5/2", "0.75", 1),
+        ("numeric", r"\boxed{-\frac{1}{2}}", "-0.5", 1),
+        ("numeric", "\N{MINUS SIGN}5", "-5", 1),
+        ("numeric", "10-3", "3", 1),
+        ("numeric", "1,2,3", "3", 1),
+        ("numeric", "1e999999999", "7", 0),  # written out it would fill the memory
+        ("json", '{"a": true}', '{"a": 1}', 0),
+        ("json", '{"a": [1.0, {"b": null}]}', '{"a": [1, {"b": null}]}', 1),
         ({"id": "numeric", "tolerance": 0.01}, "3.141", "3.1416", 1),
         ({"id": "numeric", "tolerance": 0.01, "relative": True}, "102", "100", 0),
         ("regex", "ab,cd\n", "[a-z]+,[a-z]+", 1),
@@ -208,6 +216,10 @@ def test_jsonl(tmp_path):
         seen.add(prompt)
         assert env.step("four is 4" if prompt == "2+2=" else "YES")[1] == 1.0
     assert seen == {"2+2=", "Say yes"}
+    separated = json.dumps({"prompt": "one\N{LINE SEPARATOR}two", "answer": "3"}, ensure_ascii=False)
+    path.write_text(f"\N{BYTE ORDER MARK}{separated}\r\n", encoding="utf-8")  # as some editors and data sets write it
+    env = gymnasium.make("embodied_rft/TextJsonl-v0", path=str(path), held_out=0)
+    assert env.reset(seed=0)[0]["prompt"] == "one\N{LINE SEPARATOR}two"
 
 
 @pytest.mark.parametrize(
@@ -225,6 +237,9 @@ def test_jsonl(tmp_path):
         ('{"prompt": "a", "answer": "b", "checker": "numeric"}', "line 1: the answer 'b' is no number"),
         ('{"prompt": "a", "answer": "(", "checker": "regex"}', "line 1: the answer '\\(' is no pattern"),
         ('{"prompt": "a", "answer": "b", "checker": "json"}', "line 1: the answer 'b' is no JSON object"),
+        ('{"prompt": "a", "answer": "{}", "checker": "countdown"}', "line 1: the answer '{}' is no problem"),
+        ('{"prompt": "a", "answer": "b", "checker": {"id": "format", "rule": "numeric"}}', "line 1: .*is no number"),
+        ('{"prompt": "a", "answer": "b", "checker": {"id": "format", "rule": "numerik"}}', "did you mean 'numeric'"),
     ],
 )
 def test_bad_problem_files(tmp_path, content, message):
