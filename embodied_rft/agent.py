@@ -254,8 +254,8 @@ class ActionScale(nn.Module):
         super().__init__()
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
             raise ValueError(
-                f"action space {space}: a bounded Box of shape (A,) is expected; gymnasium.wrappers.TransformAction makes "
-                "one of other numbers, and texts take the agent language with an objective of its log-probabilities"
+                f"action space {space}: a bounded Box of shape (A,) is expected. gymnasium.wrappers.TransformAction "
+                "makes one of other numbers; texts take the agent language and an objective of its log-probabilities"
             )
         low, high = torch.from_numpy(space.low).float(), torch.from_numpy(space.high).float()
         self.register_buffer("center", (high + low) / 2, persistent=False)

@@ -343,7 +343,8 @@ class Buffer:
         bad = bad if len(bad) else rows[self._ring.side[rows] == 0]
         if len(bad):
             raise ValueError(
-                f"row {bad[0]} cannot be read: it is empty or a closing row, was invalidated, or nothing follows it yet"
+                f"row {bad[0]} cannot be read: it is empty or a closing row, was invalidated, or nothing follows it "
+                f"yet; or newer ones took its place, because a capacity of {self.capacity} is too small for them all"
             )
         return self._read(rows, **reading)
 

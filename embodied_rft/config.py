@@ -25,7 +25,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError, ValidationInfo, WrapValidator
+from pydantic import (
+    ConfigDict,
+    NonNegativeFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+)
 from pydantic.dataclasses import is_pydantic_dataclass, rebuild_dataclass
 
 from embodied_rft import registry
@@ -117,9 +125,9 @@ class EnvConfig:
     """Which environment, how many copies, and how they run."""
 
     id: str  # Gymnasium id
-    num_envs: int = 64  # environments stepped together
+    num_envs: PositiveInt = 64  # environments stepped together
     pool: Literal["auto", "native", "sync", "workers"] = "auto"  # see `pool.make_pool`
-    num_workers: int | None = None  # worker processes; None: one for each core
+    num_workers: PositiveInt | None = None  # worker processes; None: one for each core
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the environment
 
 
@@ -144,8 +152,8 @@ class Recipe:
     seed: int = 0  # fixes everything: weights, training states, exploration, data order
     buffer: BufferConfig = field(default_factory=BufferConfig)
     logging: LogConfig = field(default_factory=LogConfig)
-    checkpoint_seconds: float = 30.0  # least wall time between two checkpoints inside a stage
-    threads: int | None = None  # torch's; None: one per core. 1 suits small networks and a machine that others use, too
+    checkpoint_seconds: NonNegativeFloat = 30.0  # least wall time between two checkpoints inside a stage
+    threads: PositiveInt | None = None  # torch's; None: one per core. 1 suits small networks and a shared machine
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:
@@ -165,7 +173,10 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     tree = _read(path_or_name, ())
     for override in overrides:
         _apply_override(tree, override)
-    for module in tree.get("plugins") or ():
+    plugins = tree.get("plugins") or []
+    if not isinstance(plugins, list):
+        raise ConfigError(f"plugins must be a list of modules, as in `plugins: [my_module]`; got {plugins!r}")
+    for module in plugins:
         _import_plugin(module)
     return parse(Recipe, tree)
 

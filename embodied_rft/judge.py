@@ -37,6 +37,8 @@ def evaluate_run(
         ValueError: no checkpoint in the folder, other spaces, or no official environment.
     """
     folder = Path(folder)
+    if episodes < 1:
+        raise ValueError(f"episodes is {episodes}; expected at least 1")
     if not (folder / "recipe.yaml").exists():
         raise ValueError(
             f"{folder} holds no run: there is no recipe.yaml in it. Give the folder that `erft train` wrote."

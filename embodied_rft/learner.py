@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat
+from pydantic import Field as Option
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -45,13 +46,13 @@ class LearnerConfig:
     learning_rate: float = 3e-4
     learning_rates: dict[str, float] = field(default_factory=dict)  # for single parts: {"critic": 1e-3}
     anneal: bool = False  # all learning rates fall linearly, to 0 at the end of the stage
-    weight_decay: float = 0.0  # decoupled (AdamW)
-    clip_norm: float | None = None  # largest gradient norm of a part
+    weight_decay: NonNegativeFloat = 0.0  # decoupled (AdamW)
+    clip_norm: PositiveFloat | None = None  # largest gradient norm of a part
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: matrix products under autocast, weights stay fp32
     micro_batch: int | None = None  # decisions per backward pass; None: the whole batch
     micro_units: int | None = None  # instead: most units of a backward pass, padding (and a text's prompts) included
     compile: bool = False  # losses through torch.compile: small networks gain most; the first update waits for it
-    ema: float | None = None  # decay of an averaged copy of the policy, e.g. 0.999
+    ema: float | None = Option(default=None, ge=0, lt=1)  # decay of an averaged copy of the policy, e.g. 0.999
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""

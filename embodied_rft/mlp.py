@@ -35,6 +35,8 @@ def linear(
     in_features: int, out_features: int, *, rng: torch.Generator, gain: float = 1.0, init: Init = "uniform"
 ) -> nn.Linear:
     """A linear layer with generator-drawn weights and a zero bias."""
+    if in_features < 1 or out_features < 1:
+        raise ValueError(f"a layer from {in_features} to {out_features} numbers: widths of at least 1 are expected")
     layer = nn.utils.skip_init(nn.Linear, in_features, out_features)
     fill(layer.weight, fan_in=in_features, gain=gain, init=init, rng=rng)
     nn.init.zeros_(layer.bias)

@@ -6,16 +6,18 @@ A plan is a small config that yields batches. It holds no state: a run resumes f
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import ConfigDict
+from pydantic import Field as Option
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.buffer import Buffer
 from embodied_rft.data import Batch
 
 STRICT = ConfigDict(extra="forbid")
+Share = Annotated[float, Option(ge=0, le=1)]  # an option in [0, 1], such as a discount
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -27,9 +29,9 @@ class Replay:
 
     num_updates: int = 1_000  # per learn call
     batch_size: int = 256
-    offline_share: float | None = None  # of demonstrations and offline data; None: uniform; 0.5: RLPD; 0: WSRL online
+    offline_share: Share | None = None  # of demonstrations and offline data; None: uniform; 0.5: RLPD; 0: WSRL online
     num_steps: int = 1  # n of the n-step return
-    gamma: float = 0.99  # discount of one decision
+    gamma: Share = 0.99  # discount of one decision
     reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward
 
     def __post_init__(self) -> None:

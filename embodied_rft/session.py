@@ -266,11 +266,7 @@ class Session:
         content = outcome.to_json() | {"stage": list(self.path), "sheet": sheet}
         content |= {"decisions": self.counters["decisions"], "wall_seconds": self.seconds()}
         write_json(self.folder / "evaluations" / f"{slug}.json", content)
-        low, high = outcome.interval
-        metrics = {"success": outcome.success, "low": low, "high": high, "return": content["mean_return"]}
-        self.log({f"evaluate/{key}": value for key, value in metrics.items()}, name=name)
-        if not outcome.told:
-            self.logger.message(str(outcome))
+        self.log({f"evaluate/{key}": content[key] for key in ("success", "low", "high", "mean_return")}, name=name)
         return outcome
 
     # --- logs and clocks -----------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 import pytest
 import yaml
 
-from embodied_rft.config import dump_recipe, load_recipe, recipe_names
+from embodied_rft.agent import build_agent
+from embodied_rft.config import ConfigError, dump_recipe, load_recipe, recipe_names
 from embodied_rft.session import train
+from tests.test_agents import ACTION, STATE, generator
 
 SMALL = {
     "episodes": 4,
@@ -37,3 +39,37 @@ def test_recipe_runs(name, tmp_path):
     session = train(load_recipe(small), tmp_path / "run", quiet=True)
     assert len(session.records) >= 1
     assert (tmp_path / "run" / "report.html").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("threads=0", "threads: input should be greater than 0; got 0"),
+        ("env.num_workers=0", "env.num_workers: input should be greater than 0"),
+        ("checkpoint_seconds=-1", "checkpoint_seconds: input should be greater than or equal to 0"),
+        ("plugins=mine", "plugins must be a list of modules"),
+        ("stages.0={evaluate: {episodes: 0}}", "stages.0.evaluate.episodes: input should be greater than 0"),
+        ("stages.0={evaluate: {video: maybe}}", "stages.0.evaluate.video: input should be 'failure' or 'success'"),
+        ("stages.0={finetune: {objective: ppo, group_size: 0}}", "group_size: input should be greater than 0"),
+        (
+            "stages.0={finetune: {objective: sac, decisions: -5}}",
+            "decisions: input should be greater than or equal to 0",
+        ),
+        ("stages.0={finetune: {objective: sac, until: {success: 0.5}}}", "there is none: set evaluate_every"),
+        ("stages.0={finetune: {objective: sac, learner: {clip_norm: 0}}}", "clip_norm: input should be greater than 0"),
+        ("stages.0={finetune: {objective: sac, learner: {ema: 1}}}", "ema: input should be less than 1"),
+        ("stages.0={finetune: {objective: {id: ppo, gamma: 2}}}", "gamma: input should be less than or equal to 1"),
+        ("stages.0={finetune: {objective: {id: gpg, batch_size: 0}}}", "batch_size: input should be greater than 0"),
+        ("stages.0={pretrain: {objective: {id: rlpd, tau: 2}}}", "tau: input should be less than or equal to 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_runs(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("demo", [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", [{"id": "gaussian", "hidden": [0]}, {"id": "flow", "width": 0}])
+def test_a_layer_without_width_is_refused(spec):
+    with pytest.raises(ValueError, match="widths of at least 1 are expected"):
+        build_agent(spec, STATE, ACTION, generator())

@@ -34,7 +34,7 @@ def preset(id: str, **defaults: Any) -> Callable[[T], T]:
 
     def decorate(cls: T) -> T:
         base = cls.Config  # type: ignore[attr-defined]
-        hints = get_type_hints(base)
+        hints = get_type_hints(base, include_extras=True)
         for name in defaults:
             if name not in hints:
                 raise ValueError(f"{base.__name__} has no option {name!r}; {nearest(name, hints)}")

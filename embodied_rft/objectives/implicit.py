@@ -14,7 +14,7 @@ from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
 from embodied_rft.networks import polyak
 from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, imitation
-from embodied_rft.plans import Replay
+from embodied_rft.plans import Replay, Share
 from embodied_rft.registry import register
 
 
@@ -25,7 +25,7 @@ class IQLConfig(Replay):
     expectile: float = 0.8  # 0.5: the mean over the data's actions; towards 1: the best of them
     inverse_temperature: float = 3.0  # beta; 0 is behaviour cloning
     largest_weight: float = 100.0
-    tau: float = 0.005
+    tau: Share = 0.005
     num_critics: int | None = None
     critic_hidden: tuple[int, ...] | None = None  # of critic and value
     critic_layer_norm: bool | None = None

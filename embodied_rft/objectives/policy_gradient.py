@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from embodied_rft.networks import polyak
 from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, readable, score_in_chunks, units_of
 from embodied_rft.objectives.correction import Correction, correct
 from embodied_rft.objectives.credit import Credit
-from embodied_rft.plans import Fresh
+from embodied_rft.plans import Fresh, Share
 from embodied_rft.registry import find, register
 
 
@@ -37,17 +38,17 @@ class PPOConfig:
     """Options of `ppo`, and of everything that is a preset of it."""
 
     # Reading
-    num_epochs: int = 10
-    batch_size: int = 256  # decisions
+    num_epochs: PositiveInt = 10
+    batch_size: PositiveInt = 256  # decisions
     max_lag: int = 0  # oldest experience, in policy versions
     whole_groups: bool = False  # siblings are never in different batches
     min_groups: int = 0  # do not learn before so many groups have spread: collecting goes on (DAPO's dynamic sampling)
     # Credit
     credit: str = "gae"  # "gae", "bi_level_gae", "return", "grpo", "dr_grpo", "rloo" or a third party's
-    gamma: float = 0.99  # from one decision to the next
-    trace_decay: float = 0.95  # lambda of "gae"
-    unit_gamma: float = 1.0  # from one unit to the next, of "bi_level_gae"
-    unit_trace_decay: float = 1.0  # lambda inside a decision, of "bi_level_gae"
+    gamma: Share = 0.99  # from one decision to the next
+    trace_decay: Share = 0.95  # lambda of "gae"
+    unit_gamma: Share = 1.0  # from one unit to the next, of "bi_level_gae"
+    unit_trace_decay: Share = 1.0  # lambda inside a decision, of "bi_level_gae"
     normalize_advantage: bool = True  # over everything read at once, not over a minibatch
     reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward
     overlong: tuple[int, int] | None = None  # (limit, margin) in units: longer decisions lose up to 1 (DAPO, eq. 13)
@@ -65,7 +66,7 @@ class PPOConfig:
     kl_in: Literal["loss", "reward"] = "loss"
     kl_estimator: losses.KLEstimator = "k3"
     reference: Literal["start", "moving"] = "start"  # the policy when the stage starts, or an average that follows it
-    reference_decay: float = 0.99  # of "moving", per learn call
+    reference_decay: Share = 0.99  # of "moving", per learn call
     # Entropy and value
     entropy_weight: float = 0.0
     value_hidden: tuple[int, ...] | None = None  # a new value has (256, 256)

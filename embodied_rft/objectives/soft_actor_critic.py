@@ -18,7 +18,7 @@ from embodied_rft.agent import ActionScale, Agent
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Tree
 from embodied_rft.networks import as_tensors, polyak
 from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, imitation, preset
-from embodied_rft.plans import Replay
+from embodied_rft.plans import Replay, Share
 from embodied_rft.registry import register
 
 
@@ -32,7 +32,7 @@ class SACConfig(Replay):
     target_clip: tuple[float, float] | None = None  # known range of returns
     backup_entropy: bool = True  # count the entropy of the next action in the target
     target_noise: float = 0.0  # smoothing of the next action, deterministic actors, [-1, 1] units, clipped at 0.5
-    tau: float = 0.005  # speed of the target critic
+    tau: Share = 0.005  # speed of the target critic
     # Critic
     num_critics: int | None = None  # a new critic has 2
     critic_hidden: tuple[int, ...] | None = None  # a new critic has (256, 256)

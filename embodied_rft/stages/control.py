@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.config import Stages, StageSpec
@@ -23,7 +24,7 @@ class Repeat:
     class Config:
         """How often, and what."""
 
-        times: int
+        times: NonNegativeInt
         stages: Stages
 
     def __init__(self, config: Any, path: tuple[int, ...]) -> None:

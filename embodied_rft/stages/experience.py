@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import ConfigDict
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from embodied_rft import distributed
@@ -34,9 +34,9 @@ class Demonstrate(Stage):
     class Config:
         """Whose demonstrations, and how many."""
 
-        episodes: int = 200
+        episodes: PositiveInt = 200
         with_: str = "scripted"  # written `with`: a demonstrator id; scripted: the environment's own
-        noise: float = 0.0  # standard deviation of Gaussian noise on the action, in action units
+        noise: NonNegativeFloat = 0.0  # standard deviation of Gaussian noise on the action, in action units
         options: dict[str, Any] = field(default_factory=dict)  # of the demonstrator
 
     @property
@@ -78,7 +78,7 @@ class Load(Stage):
         """Which file."""
 
         file: Path
-        max_episodes: int | None = None
+        max_episodes: PositiveInt | None = None
         source: Literal["demonstration", "offline"] = "demonstration"
 
     @property
@@ -104,7 +104,7 @@ class WarmUp(Stage):
     class Config:
         """How much."""
 
-        decisions: int = 5_000
+        decisions: NonNegativeInt = 5_000
         greedy: bool = False
 
     @property

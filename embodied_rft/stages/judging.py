@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.registry import register
@@ -22,10 +23,10 @@ class Evaluate(Stage):
     class Config:
         """On how many states of which sheet."""
 
-        episodes: int = 200
+        episodes: PositiveInt = 200
         name: str = ""
-        sheet: int = 0  # learning curves use sheet 1, so that stopping by them does not select on these states
-        video: str | None = None  # "failure" or "success": film one such episode
+        sheet: NonNegativeInt = 0  # learning curves use sheet 1: stopping by them does not select on these states
+        video: Literal["failure", "success"] | None = None  # film one such episode
 
     @property
     def title(self) -> str:
@@ -37,6 +38,8 @@ class Evaluate(Stage):
         config = self.config
         outcome = session.evaluate(config.episodes, sheet=config.sheet, name=config.name or "policy")
         low, high = outcome.interval
+        if not outcome.told:
+            session.logger.message(str(outcome))
         if config.video:
             from embodied_rft.film import film
 

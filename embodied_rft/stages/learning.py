@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field as Option
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from embodied_rft import distributed, registry, tuning
@@ -20,7 +20,7 @@ from embodied_rft.collect import Recording
 from embodied_rft.config import parse, plugin_spec, validate_plugin_config
 from embodied_rft.data import Decisions, Tree
 from embodied_rft.learner import LearnerConfig
-from embodied_rft.plans import Replay
+from embodied_rft.plans import Replay, Share
 from embodied_rft.registry import register
 from embodied_rft.stages.base import Stage
 from embodied_rft.stages.experience import STRICT
@@ -38,13 +38,13 @@ class Pretrain(Stage):
         """What to learn, and for how long."""
 
         objective: Annotated[dict[str, Any], plugin_spec("objective")]
-        updates: int = 1_000
-        batch_size: int = 256
-        offline_share: float | None = None  # share of each batch from demonstrations and offline data; None: uniform
+        updates: NonNegativeInt = 1_000
+        batch_size: PositiveInt = 256
+        offline_share: Share | None = None  # share of each batch from demonstrations and offline data; None: uniform
         only: list[str] | None = None  # losses to step, e.g. [critic]; None: all
-        log_every: int = 100
-        evaluate_every: int | None = None  # updates between points of the learning curve
-        evaluate_episodes: int = 100
+        log_every: PositiveInt = 100
+        evaluate_every: PositiveInt | None = None  # updates between points of the learning curve
+        evaluate_episodes: PositiveInt = 100
         learner: LearnerConfig = field(default_factory=LearnerConfig)
 
     @property
@@ -90,8 +90,8 @@ class Pretrain(Stage):
 class Until:
     """When to stop early: as soon as one holds."""
 
-    success: float | None = Option(default=None, ge=0, le=1)  # on the learning curve's states (sheet 1)
-    minutes: float | None = None  # wall time of this stage; a run stopped by it is not repeatable to the bit
+    success: Share | None = None  # on the learning curve's states (sheet 1)
+    minutes: PositiveFloat | None = None  # wall time of this stage; a run stopped by it is not repeatable to the bit
 
 
 @register("stage", "finetune")
@@ -103,22 +103,24 @@ class Finetune(Stage):
         """What to learn, from how much experience."""
 
         objective: Annotated[dict[str, Any], plugin_spec("objective")]
-        decisions: int = 100_000
-        decisions_per_iteration: int | None = None  # None: 50 for each environment
-        episodes_per_iteration: int | None = None  # whole episodes in place of a number of decisions: for group credit
-        updates_per_decision: float = 1 / 16  # replayed objectives only
-        batch_size: int = 256
-        offline_share: float | None = None  # e.g. 0.5 (RLPD), 0 (WSRL); None: uniform over everything
-        group_size: int = 1  # episodes that share an initial state (group credit)
+        decisions: NonNegativeInt = 100_000
+        decisions_per_iteration: PositiveInt | None = None  # None: 50 for each environment
+        episodes_per_iteration: PositiveInt | None = None  # whole episodes instead, for group credit
+        updates_per_decision: NonNegativeFloat = 1 / 16  # replayed objectives only
+        batch_size: PositiveInt = 256
+        offline_share: Share | None = None  # e.g. 0.5 (RLPD), 0 (WSRL); None: uniform over everything
+        group_size: PositiveInt = 1  # episodes that share an initial state (group credit)
         overlap: bool = False  # collect on one thread with the previous weights while learning on another
-        evaluate_every: int | None = None  # decisions between points of the learning curve
-        evaluate_episodes: int = 100
+        evaluate_every: PositiveInt | None = None  # decisions between points of the learning curve
+        evaluate_episodes: PositiveInt = 100
         until: Until | None = None
         learner: LearnerConfig = field(default_factory=LearnerConfig)
 
         def __post_init__(self) -> None:
             if self.overlap and self.episodes_per_iteration is not None:
                 raise ValueError("episodes_per_iteration has no effect with overlap: give decisions_per_iteration")
+            if self.until is not None and self.until.success is not None and self.evaluate_every is None:
+                raise ValueError("until.success reads the learning curve, and there is none: set evaluate_every")
 
     @property
     def title(self) -> str:
