@@ -101,12 +101,12 @@ def load(folder: str | Path) -> Any:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder} has format {manifest['format']}, this version reads {FORMAT}")
-        for name, expected in manifest["files"].items():
-            _verify(folder / name, expected)
+        for name in (TENSORS, META):
+            _verify(folder / name, manifest["files"][name])
         meta = json.loads((folder / META).read_bytes())
         with open(folder / TENSORS, "rb") as file:
             return _Decoder(file).decode(meta["tree"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint ({type(error).__name__}: {error})") from error
 
 

@@ -39,6 +39,8 @@ def write_demos(
     from embodied_rft.seeding import spawn_generator
     from embodied_rft.stages.experience import demonstrator_act, step_schema
 
+    if episodes < 1:
+        raise ValueError(f"episodes is {episodes}; expected at least 1")
     pool = make_pool(env_id, num_envs=min(num_envs, episodes), options=options or {}, purpose="training")
     try:
         demonstrator = make_demonstrator(env_id, with_, noise=noise)

@@ -20,7 +20,7 @@ import importlib.resources
 import json
 import shlex
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -74,15 +74,15 @@ class Run:
             raise ValueError(
                 f"{folder} is not a run folder: it has no recipe.yaml. Give the folder that `erft train` named."
             )
-        evaluations = [json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))]
+        evaluations = [_json(path, {}) for path in sorted((folder / "evaluations").glob("*.json"))]
         evaluations = sorted((e for e in evaluations if e.get("episodes")), key=lambda e: e.get("wall_seconds", 0))
         during = [e for e in evaluations if "environment" not in e]
         return cls(
             folder,
             text,
-            yaml.safe_load(text) or {},
-            json.loads(_text(folder / "run.json") or "{}") or run_facts(),
-            json.loads(_text(folder / "stages.json") or "[]"),
+            _parsed(folder / "recipe.yaml", yaml.safe_load, text) or {},
+            _json(folder / "run.json", {}) or run_facts(),
+            _json(folder / "stages.json", []),
             [e for e in during if e.get("sheet", 0) == 0],
             [e for e in during if e.get("sheet", 0) != 0],
             [e for e in evaluations if "environment" in e],
@@ -367,6 +367,17 @@ def _facts(run: Run) -> str:
     cells = "".join(f'<tr><td class="key">{k}</td><td>{escape(str(v))}</td></tr>' for k, v in rows.items() if v)
     log = f"<details><summary>run.log</summary><pre>{escape(run.messages)}</pre></details>" if run.messages else ""
     return _section("How to repeat this", "", f"<table><tbody>{cells}</tbody></table>{log}")
+
+
+def _json(path: Path, default: Any) -> Any:
+    return _parsed(path, json.loads, _text(path)) if _text(path) else default
+
+
+def _parsed(path: Path, parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, or the same `erft train` again writes it") from None
 
 
 def _text(path: Path) -> str:

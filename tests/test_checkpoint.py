@@ -152,7 +152,26 @@ def damage_missing(folder):
     (folder / checkpoint.META).unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_meta, damage_manifest, damage_missing])
+def damage_emptied_manifest(folder):
+    (folder / checkpoint.MANIFEST).write_text(json.dumps({"format": checkpoint.FORMAT, "files": {}}))
+
+
+def damage_list_for_manifest(folder):
+    (folder / checkpoint.MANIFEST).write_text(json.dumps({"format": checkpoint.FORMAT, "files": [1]}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_truncate,
+        damage_flip,
+        damage_meta,
+        damage_manifest,
+        damage_missing,
+        damage_emptied_manifest,
+        damage_list_for_manifest,
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage, caplog):
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):

@@ -156,6 +156,13 @@ def test_without_success_there_are_returns(run):
     assert "success" not in json.loads((run / "summary.json").read_text())["after"]
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "stages.json", "run.json"])
+def test_a_damaged_file_is_named(run, name):
+    (run / name).write_text("{")
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        write_report(run)
+
+
 def test_the_same_folder_gives_the_same_page(run):
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
 
