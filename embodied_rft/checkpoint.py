@@ -336,13 +336,22 @@ class Checkpoints:
 
         Args:
             at_most: newer ones are passed over (other processes do not have them).
+
+        Raises:
+            CheckpointError: all are damaged. Beginning anew would overwrite what is left of the run.
         """
         self._clean()
-        for step in reversed([s for s in self.steps() if at_most is None or s <= at_most]):
+        steps = [s for s in self.steps() if at_most is None or s <= at_most]
+        for step in reversed(steps):
             try:
                 return step, load(self.path(step))
             except CheckpointError as error:
-                logger.warning("checkpoint %d cannot be used, trying the one before it: %s", step, error)
+                logger.warning("checkpoint %d cannot be used: %s", step, error)
+        if steps:
+            raise CheckpointError(
+                f"no checkpoint in {self.root} is whole, and nothing was changed: go on in another run folder, or remove "
+                "this one to begin anew"
+            )
         return None
 
     def _clean(self) -> None:

@@ -184,7 +184,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage, caplog):
     assert step == 1 and tree["step"] == 1 and tree["w"][0] == 1.0
     assert "checkpoint 2 cannot be used" in caplog.text
     damage(checkpoints.path(1))
-    assert checkpoints.newest() is None
+    with pytest.raises(CheckpointError, match="begin anew"):
+        checkpoints.newest()
 
 
 def test_only_the_newest_are_kept_and_a_step_can_be_rewritten(tmp_path):
