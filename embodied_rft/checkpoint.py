@@ -349,8 +349,8 @@ class Checkpoints:
                 logger.warning("checkpoint %d cannot be used: %s", step, error)
         if steps:
             raise CheckpointError(
-                f"no checkpoint in {self.root} is whole, and nothing was changed: go on in another run folder, or remove "
-                "this one to begin anew"
+                f"no checkpoint in {self.root} is whole, and nothing was changed: go on in another run folder, or "
+                "remove this one to begin anew"
             )
         return None
 
