@@ -370,7 +370,8 @@ def _facts(run: Run) -> str:
 
 
 def _json(path: Path, default: Any) -> Any:
-    return _parsed(path, json.loads, _text(path)) if _text(path) else default
+    text = _text(path)
+    return _parsed(path, json.loads, text) if text else default
 
 
 def _parsed(path: Path, parse: Callable[[str], Any], text: str) -> Any:
