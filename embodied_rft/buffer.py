@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from embodied_rft.blobs import BlobStore
 from embodied_rft.columns import (
@@ -26,14 +24,12 @@ from embodied_rft.columns import (
 )
 from embodied_rft.data import Batch, Decisions, End, Ragged, Source, Trajectory, Tree, pick
 from embodied_rft.intake import check_decisions, check_tree, per_row
-from embodied_rft.registry import nearest
+from embodied_rft.reading import ENDS, TERMINATED, TRUNCATED, Reading, Store, read
 from embodied_rft.ring import BOTH, OFFLINE, ONLINE, Ring, Streams
 from embodied_rft.trajectories import read_trajectories, write_trajectories
 
 __all__ = ["Buffer", "Schema", "read_trajectories", "write_trajectories"]
 
-ENDS: tuple[End, ...] = ("cut", "terminated", "truncated")  # of the code in `_end`, of an episode's last decision
-TERMINATED, TRUNCATED = 1, 2
 SIDES = np.array([OFFLINE, OFFLINE, ONLINE, ONLINE], np.int8)  # of each Source
 GROUP, EPISODE, STEP, VERSION, SOURCE, SEED = range(6)  # columns of `_book`
 Retrace = Callable[[Tree, Any], Tree]
@@ -74,6 +70,7 @@ class Buffer:
         self._end = np.zeros(capacity, np.int8)  # index into ENDS
         self._notes = Notes(capacity)
         self._ring, self._streams = Ring(capacity), Streams()
+        self._store = Store(self._dense, self._ragged, self._notes, self._ring, self._book, self._end)
         self._episodes = 0  # episodes ever begun
 
     def __len__(self) -> int:
@@ -153,7 +150,7 @@ class Buffer:
         state[:, Streams.STEP] = given.get("step", state[:, Streams.STEP])
         given |= {"episode": state[:, Streams.EPISODE], "step": state[:, Streams.STEP]}
         book = tuple(given[name] for name in BOOKKEEPING)
-        rows = self._store(len(streams), values, book, end, unknown=None)
+        rows = self._fill(len(streams), values, book, end, unknown=None)
         self._link(state, rows)
         state[:, Streams.ROW], state[:, Streams.ENDED] = rows, end > 0
         state[:, Streams.SERIAL] = self._ring.written - len(rows) + np.arange(len(rows))
@@ -175,7 +172,7 @@ class Buffer:
         values = check_tree("observation", observation, self.schema.observation, streams)
         values |= check_tree("trace", trace or {}, self.schema.trace, streams, partial=True)
         book = (-1, state[:, Streams.EPISODE], state[:, Streams.STEP] + 1, -1, -1, -1)
-        self._link(state, self._store(len(streams), values, book, 0, unknown=0))
+        self._link(state, self._fill(len(streams), values, book, 0, unknown=0))
         self._streams.forget(streams)
         return book[1]
 
@@ -217,8 +214,8 @@ class Buffer:
         end = np.where(steps == count - 1, ENDS.index(trajectory.end), 0)
         values["continues/"] = end != TERMINATED
         book = (trajectory.group, self._episodes, steps, trajectory.version, trajectory.source, trajectory.seed)
-        rows = self._store(count, values, book, end, unknown=None)
-        close = self._store(1, closing, (-1, self._episodes, count, -1, -1, -1), 0, unknown=0)
+        rows = self._fill(count, values, book, end, unknown=None)
+        close = self._fill(1, closing, (-1, self._episodes, count, -1, -1, -1), 0, unknown=0)
         self._ring.link(rows, np.concatenate([rows[1:], close]), SIDES[self._book[rows, SOURCE]])
         self._episodes += 1
         return rows
@@ -255,7 +252,7 @@ class Buffer:
         column = self._notes.dense.get(name)
         return np.full(len(rows), np.nan, np.float32) if column is None else column[rows]
 
-    def _store(
+    def _fill(
         self, count: int, values: dict[str, Any], book: tuple[Any, ...], end: Any, *, unknown: int | None
     ) -> np.ndarray:
         """Claim rows and fill them. Traces without a value get `unknown`; None: NaN, or -1 where there is no NaN."""
@@ -298,8 +295,7 @@ class Buffer:
 
     def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """group, episode, step, version, source and seed of rows [B]."""
-        book = self._book.take(rows, 0)
-        return {name: book[:, i] for i, name in enumerate(BOOKKEEPING)}
+        return self._store.columns(rows)
 
     def sample(
         self, rng: np.random.Generator, batch_size: int, *, offline_share: float | None = None, **reading: Any
@@ -311,7 +307,7 @@ class Buffer:
             batch_size: B.
             offline_share: in [0, 1]: exactly this share of them (rounded) is of demonstrations and offline data, the
                 rest is experience; None: uniform over everything.
-            **reading: num_steps, gamma, next_observation, reward_weights: see `batch`.
+            **reading: fields of a `Reading`.
 
         Raises:
             ValueError: there is nothing of the kind to draw from.
@@ -324,16 +320,14 @@ class Buffer:
             rows = np.concatenate([self._ring.draw(rng, count, side) for count, side in sides])
         else:
             raise ValueError(f"offline_share {offline_share}: a share in [0, 1] is expected")
-        return self._read(rows, **reading)
+        return read(self._store, rows, Reading(**reading))
 
     def batch(self, rows: np.ndarray, **reading: Any) -> Batch:
         """These decisions [B] as tensors.
 
         Args:
             rows: [B] rows that can be read.
-            **reading: num_steps=1, the n of the n-step window, which stops early at the end of the episode and at its
-                newest decision; gamma=0.99, the discount of one decision; next_observation=True, False leaves
-                `next_observation` and `next_trace` empty; reward_weights=None, or such as {"env": 1, "success": 0.5}.
+            **reading: fields of a `Reading`: num_steps, gamma, next_observation, reward_weights.
 
         Raises:
             ValueError: a row that cannot be read.
@@ -346,65 +340,7 @@ class Buffer:
                 f"row {bad[0]} cannot be read: it is empty or a closing row, was invalidated, or nothing follows it "
                 f"yet; or newer ones took its place, because a capacity of {self.capacity} is too small for them all"
             )
-        return self._read(rows, **reading)
-
-    def _read(
-        self,
-        rows: np.ndarray,
-        *,
-        num_steps: int = 1,
-        gamma: float = 0.99,
-        next_observation: bool = True,
-        reward_weights: Mapping[str, float] | None = None,
-    ) -> Batch:
-        now: dict[str, dict[str, Any]] = self._dense.read(rows)
-        if num_steps == 1:
-            last, discount = rows, now["continues"][""] * gamma
-            reward = _mix(now["reward"], reward_weights)
-        else:
-            reward, discount, last = self._window(rows, num_steps, gamma, reward_weights)
-        after = self._ring.next[last]
-        following: dict[str, dict[str, Any]] = {"observation": {}, "trace": {}}
-        if next_observation:
-            following = self._dense.read(after, following=True)
-        for name, ragged in self._ragged.items():
-            section, key = name.split("/", 1)
-            now.setdefault(section, {})[key] = ragged.read(rows)
-            if next_observation and section in following:
-                following[section][key] = ragged.read(after)
-        log_prob, lengths = now["log_prob"][""], None
-        if isinstance(log_prob, Ragged):
-            lengths = log_prob.lengths
-            log_prob, mask = (torch.from_numpy(a) for a in log_prob.pad())
-        else:
-            mask = torch.ones(log_prob.shape, dtype=torch.bool)
-        return Batch(
-            observation=now["observation"],
-            action=now["action"][""],
-            reward=reward,
-            discount=discount,
-            next_observation=following["observation"],
-            log_prob=log_prob,
-            mask=mask,
-            trace=now["trace"],
-            next_trace=following["trace"],
-            notes=self._notes.read(rows, lengths),
-            rows=rows,
-            columns=self.columns(rows),
-            num_decisions=len(rows),
-            num_units=mask.numel() if lengths is None else int(lengths.sum()),
-        )
-
-    def _window(
-        self, rows: np.ndarray, num_steps: int, gamma: float, weights: Mapping[str, float] | None
-    ) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Of windows of k <= n decisions: sum of gamma^i r_i [B]; gamma^k, or 0 after termination [B]; last row [B]."""
-        steps, valid = self._ring.windows(rows, num_steps)
-        streams = {name: self._dense.column(f"reward/{name}", steps.ravel()) for name in self.schema.rewards}
-        powers = gamma ** np.arange(num_steps)[:, None]
-        reward = np.where(valid, powers * _mix(streams, weights).reshape(steps.shape), 0).sum(0)
-        discount = gamma ** valid.sum(0) * self._dense.column("continues/", steps[-1])
-        return torch.from_numpy(reward.astype(np.float32)), torch.from_numpy(discount.astype(np.float32)), steps[-1]
+        return read(self._store, rows, Reading(**reading))
 
     def segments(self, rows: np.ndarray) -> list[np.ndarray]:
         """The rows as runs of consecutive decisions of one episode, each in time order, in order of the episodes."""
@@ -483,16 +419,6 @@ class Buffer:
             column.load_state_dict(state["ragged"][name])
         self._book[:size], self._end[:size] = state["book"], state["end"]
         self._notes.load_state_dict(state["notes"])
-
-
-def _mix(rewards: Mapping[str, Any], weights: Mapping[str, float] | None) -> Any:
-    """The environment's reward [B], or the weighted sum of reward streams, each [B]."""
-    if weights is None:
-        return rewards["env"]
-    for name in weights:
-        if name not in rewards:
-            raise ValueError(f"there is no reward stream {name!r}; {nearest(name, rewards)}")
-    return sum(weight * rewards[name] for name, weight in weights.items())
 
 
 def _pick_tree(tree: Tree, index: slice | np.ndarray) -> dict[str, Any]:
