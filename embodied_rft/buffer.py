@@ -22,7 +22,7 @@ from embodied_rft.columns import (
     Schema,
     announce,
 )
-from embodied_rft.data import Batch, Decisions, End, Ragged, Source, Trajectory, Tree, pick
+from embodied_rft.data import Batch, Decisions, Ragged, Source, Trajectory, Tree, pick
 from embodied_rft.intake import check_decisions, check_tree, per_row
 from embodied_rft.reading import ENDS, TERMINATED, TRUNCATED, Reading, Store, read
 from embodied_rft.ring import BOTH, OFFLINE, ONLINE, Ring, Streams
