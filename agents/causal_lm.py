@@ -18,6 +18,7 @@ from embodied_rft.agents.pretrained import (
     checkpoint_layers,
     close,
     decoder_of,
+    end_of_turn,
     load_pretrained,
     output_form,
 )
@@ -80,6 +81,13 @@ class CausalLM:
     def allowed(self) -> Tensor | None:
         """[V] bool, the tokens that the tokenizer knows; None: all."""
         return None if self._used is None else self._used.to(self.model.device)
+
+    def end_of(self, prompt: Literal["chat", "plain"]) -> int:
+        """The token written behind a given reply: the chat template's end of a turn, or the end of a text."""
+        turn, text = end_of_turn(self.tokenizer), self.tokenizer.eos_token_id
+        first, second = (turn, text) if prompt == "chat" else (text, turn)
+        chosen = second if first is None else first
+        return min(self.eos) if chosen is None else int(chosen)
 
     def check_ids(self, *ids: np.ndarray) -> None:
         """Refuse token ids that the model does not have."""

@@ -99,6 +99,7 @@ class LanguagePolicy(nn.Module):
         self.model = self.lm.model
         self.tokenizer = self.lm.tokenizer
         self._encode = _make_encoder(self.tokenizer, config.prompt, config.system)
+        self._end = self.lm.end_of(config.prompt)
         self.usage = Usage()  # of the decoder when it scores
         if config.value_head:
             self.head = linear(self.lm.hidden_size, 1, gain=0.0, rng=rng)
@@ -220,8 +221,7 @@ class LanguagePolicy(nn.Module):
         action = texts(action)
         count = len(action)
         prompts = self.prompt_ids({self.key: texts(observation[self.key])[:count]})  # a trajectory has one more
-        end = [self.tokenizer.eos_token_id]
-        replies = Ragged.of([np.concatenate([self._encode(text, False), end]) for text in action], dtype=np.int64)
+        replies = Ragged.of([np.append(self._encode(text, False), self._end) for text in action], dtype=np.int64)
         self._check_length(prompts.lengths, replies.lengths)
         return {"prompt": prompts, "reply": replies, "cut": np.zeros(count, dtype=bool)}
 
@@ -339,7 +339,7 @@ def _make_encoder(tokenizer: Any, prompt: str, system: str | None) -> Callable[[
         if is_prompt and prompt == "plain":  # begins as the tokenizer begins a text, but does not end
             ids = (
                 ids[:-1]
-                if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+                if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
                 else ids
             )
             ids = ids or [i for i in (tokenizer.bos_token_id,) if i is not None]

@@ -7,6 +7,7 @@ loaded.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rft.token_loss import Head
+
+logger = logging.getLogger(__name__)
 
 NOISE = ("drop", "jitter")  # in names of numbers of a configuration: a decision scored again must get the same number
 PRECISION = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # how far two ways to compute the same may be apart, relatively
@@ -129,7 +132,9 @@ def close(given: Tensor, expected: Tensor) -> bool:
 
 
 def check_tokenizer(model: Any, tokenizer: Any, *, ends: bool = True) -> frozenset[int]:
-    """The tokens that end a reply.
+    """The tokens that end a reply: whatever the tokenizer, the configurations or the chat template end a text with.
+
+    A base model's tokenizer often ends turns, its configuration documents, and `generation_config` lists several.
 
     Args:
         model: a Hugging Face model.
@@ -137,31 +142,54 @@ def check_tokenizer(model: Any, tokenizer: Any, *, ends: bool = True) -> frozens
         ends: whether there has to be such a token.
 
     Raises:
-        ValueError: tokenizer and model do not belong together.
+        ValueError: the model has no embedding for a token, or nothing could ever end a reply.
     """
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     rows = min(layer.weight.shape[0] for layer in layers if layer is not None)
     image = getattr(model.config, "image_token_id", None)  # its place is taken by features: it needs no embedding
-    largest = max(token for token in tokenizer.get_vocab().values() if token != image)
+    known = set(tokenizer.get_vocab().values())
+    largest = max(token for token in known if token != image)
     if largest >= rows:
         raise ValueError(
             f"the tokenizer has token ids up to {largest}, the model knows {rows} tokens: they do not belong together. "
             "Load the tokenizer that was saved with the model, or resize the model's embeddings."
         )
-    own, known = tokenizer.eos_token_id, set[int]()
-    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+    found = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    for config in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         eos = getattr(config, "eos_token_id", None)
-        known |= set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-    if own is None and ends:
+        found |= {eos} if isinstance(eos, int) else set(eos or ())
+    found &= known  # what the tokenizer does not know is never drawn
+    if ends and not found:
         raise ValueError(
-            "the tokenizer has no end token (eos_token): a reply could never end; set one and save it again"
+            "neither the tokenizer (eos_token) nor the model's configuration has an end token that the tokenizer "
+            "knows: a reply could never end; set tokenizer.eos_token and save it again"
         )
-    if known and own is not None and own not in known:
-        raise ValueError(
-            f"the tokenizer ends a text with token {own} ({tokenizer.eos_token!r}), the model with "
-            f"{sorted(known)}: they do not belong together. Load the tokenizer that was saved with the model."
+    if ordinary := sorted(found - _special(tokenizer)):
+        written = ", ".join(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in ordinary)
+        logger.warning(
+            "the model's configuration ends a text with token %s, which its tokenizer takes for ordinary text: replies "
+            "end there. If that is not meant, set eos_token_id in config.json and generation_config.json",
+            written,
         )
-    return frozenset(token for token in {own, *known} if token is not None and token < rows)
+    return frozenset(found)
+
+
+def _special(tokenizer: Any) -> set[int]:
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token with which the chat template ends an assistant's turn; None if there is none."""
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
+    try:
+        shown = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # templates are programs; one that cannot be used is refused where a prompt is made of it
+        return None
+    special = _special(tokenizer)
+    after = tokenizer(shown.rpartition("reply")[2], add_special_tokens=False)["input_ids"]
+    return next((token for token in after if token in special), None)
 
 
 @torch.no_grad()

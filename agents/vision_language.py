@@ -93,6 +93,7 @@ class VisionLanguagePolicy(nn.Module):
             config.model, dtype=config.dtype, rng=rng, prompt=config.prompt, cache_bytes=config.cache_bytes
         )
         self.lm = CausalLM(self.vlm.model, self.vlm.tokenizer, continues=False)  # the trunk does, with its images
+        self._end = self.lm.end_of("chat")
         self.select(config.train, lora=config.lora, rng=rng)
 
     def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
@@ -162,7 +163,7 @@ class VisionLanguagePolicy(nn.Module):
     def retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
         """The trace of given replies: their ids, with an end token."""
         tokenizer = self.vlm.tokenizer
-        ids = [[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in texts(action)]
+        ids = [[*tokenizer(t, add_special_tokens=False)["input_ids"], self._end] for t in texts(action)]
         return {"reply": Ragged.of(ids, dtype=np.int64), "cut": np.zeros(len(ids), dtype=bool)}
 
     def context(self, observation: Tree) -> Context:
