@@ -1,4 +1,5 @@
-# make setup | demo | test | lint | docs | bench | clean. Everything lives in .venv/ and runs/ of this folder.
+# make setup | demo | test | lint | docs | bench | clean. `setup` and `demo` install what a user needs, the others also
+# what a developer needs. Everything lives in .venv/ and runs/ of this folder.
 PYTHON ?= python3
 WORKERS ?= 2
 # Torch comes first and alone. TORCH_INDEX names another package index, for example one that holds CPU-only builds.
@@ -10,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 READY := $(VENV)/.ready
+DEV_READY := $(VENV)/.ready-dev
 BENCH_READY := $(VENV)/.ready-bench
 
 export MPLBACKEND ?= Agg
@@ -28,31 +30,36 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setup: $(TORCH) (the largest part; a few minutes on a slow line)"
 	@$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@echo "setup: everything else"
-	@$(PIP) -c constraints.txt -e ".[dev]"
+	@$(PIP) -c constraints.txt -e .
 	@touch $@
 	@echo "setup: done; $(BIN)/erft --help"
+
+$(DEV_READY): $(READY)
+	@echo "setup: what the tests need: tools, peers to compare with, environments that are not ours"
+	@$(PIP) -c constraints.txt -e ".[dev,tasks]"
+	@$(PIP) -c constraints.txt --no-deps gym-pusht  # its own pins contradict minigrid's
+	@touch $@
 
 demo: setup
 	@$(BIN)/erft train demo --run $(RUN)
 
 test: export OMP_NUM_THREADS = 1
-test: setup
+test: $(DEV_READY)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --timeout 600 $(ARGS)
 
-lint: setup
+lint: $(DEV_READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-format: setup
+format: $(DEV_READY)
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
 
-docs: setup
+docs: $(DEV_READY)
 	@$(BIN)/python docs/generate.py
 
-$(BENCH_READY): $(READY)
-	@echo "setup: what the benchmarks compare with"
-	@$(PIP) -c constraints.txt -e ".[dev,bench]"
+$(BENCH_READY): $(DEV_READY)
+	@$(PIP) -c constraints.txt -e ".[dev,tasks,bench]"
 	@touch $@
 
 bench: $(BENCH_READY)
