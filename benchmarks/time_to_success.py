@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.common import Result, finish, table
 from embodied_rft.config import load_recipe
-from embodied_rft.session import train
+from embodied_rft.train import train
 
 TARGET = 0.9
 Curve = list[tuple[float, float]]  # (learning seconds, success)

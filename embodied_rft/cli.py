@@ -45,7 +45,7 @@ def train(
     from embodied_rft import distributed
     from embodied_rft.config import load_recipe
     from embodied_rft.report import write_report, write_run_facts
-    from embodied_rft.session import train as train_recipe
+    from embodied_rft.train import train as train_recipe
 
     changes = [*overrides, *([] if seed is None else [f"seed={seed}"])]
     loaded = load_recipe(recipe, changes)

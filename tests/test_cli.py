@@ -22,7 +22,7 @@ def run(*arguments):
 def session(monkeypatch):
     """A session module whose `train` does what a test says."""
     calls = []
-    fake = types.ModuleType("embodied_rft.session")
+    fake = types.ModuleType("embodied_rft.train")
 
     def train(recipe, folder, *, quiet, report):
         calls.append((recipe, folder, quiet, report))
@@ -32,7 +32,7 @@ def session(monkeypatch):
         (folder / "recipe.yaml").write_text(f"name: {recipe.name}\nseed: {recipe.seed}\n")
 
     fake.train, fake.error, fake.calls = train, None, calls
-    monkeypatch.setitem(sys.modules, "embodied_rft.session", fake)
+    monkeypatch.setitem(sys.modules, "embodied_rft.train", fake)
     return fake
 
 

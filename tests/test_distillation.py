@@ -10,7 +10,8 @@ from embodied_rft.checkpoint import Checkpoints
 from embodied_rft.chunking import chunk_trajectories
 from embodied_rft.config import load_recipe
 from embodied_rft.judge import evaluate_run
-from embodied_rft.session import Session, train
+from embodied_rft.session import Session
+from embodied_rft.train import train
 from tests.test_resume import same
 from tests.toy_image import ID
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from embodied_rft import distributed
 from embodied_rft.checkpoint import Checkpoints
 from embodied_rft.config import load_recipe
-from embodied_rft.session import train
+from embodied_rft.train import train
 from tests import distributed_worker as worker
 
 

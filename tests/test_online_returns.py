@@ -6,7 +6,8 @@ import torch
 
 import embodied_rft.envs  # noqa: F401
 from embodied_rft.config import load_recipe
-from embodied_rft.session import Interrupted, Session, train
+from embodied_rft.session import Interrupted, Session
+from embodied_rft.train import train
 
 # Episodes have 50 steps, an iteration 30: most episodes end in another iteration than they began in.
 RECIPE = """

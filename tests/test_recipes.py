@@ -5,7 +5,7 @@ import yaml
 
 from embodied_rft.agent import build_agent
 from embodied_rft.config import ConfigError, dump_recipe, load_recipe, recipe_names
-from embodied_rft.session import train
+from embodied_rft.train import train
 from tests.test_agents import ACTION, STATE, generator
 
 SMALL = {

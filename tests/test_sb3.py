@@ -17,7 +17,8 @@ from embodied_rft.agent import build_policy
 from embodied_rft.agents.sb3 import save_normalizer
 from embodied_rft.checks import check_policy
 from embodied_rft.config import Recipe, parse
-from embodied_rft.session import Interrupted, Session, train
+from embodied_rft.session import Interrupted, Session
+from embodied_rft.train import train
 
 REACH = "embodied_rft/FetchReach-v0"
 

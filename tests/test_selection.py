@@ -15,7 +15,7 @@ from embodied_rft.objectives.imitation import Selection, select
 from embodied_rft.optimizer import AdamW, gradient_norms
 from embodied_rft.plans import Fresh, read_ahead
 from embodied_rft.registry import find
-from embodied_rft.session import train
+from embodied_rft.train import train
 
 RECIPE = """
 name: small

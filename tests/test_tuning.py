@@ -11,8 +11,8 @@ from embodied_rft.chunking import ChunkBox
 from embodied_rft.config import load_recipe
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.session import train
 from embodied_rft.testing import random_batch
+from embodied_rft.train import train
 from embodied_rft.tuning import LoraOptions, tune
 
 STATE = gym.spaces.Dict(

@@ -1,8 +1,12 @@
-"""What all leaf stages share."""
+"""What all leaf stages share, and the order in which the stages of a recipe run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from embodied_rft import registry
+from embodied_rft.config import StageSpec
 
 if TYPE_CHECKING:
     from embodied_rft.session import Session
@@ -28,3 +32,16 @@ class Stage:
     def run(self, session: Session) -> dict[str, Any] | None:
         """Do the work; returns what the stage table of the report should show."""
         raise NotImplementedError
+
+
+def walk(stages: list[StageSpec], prefix: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """All leaf stages in the order they run; a stage that holds stages says how (`expand`)."""
+    for index, spec in enumerate(stages):
+        path = (*prefix, index)
+        stage = registry.find("stage", spec.word)(spec.config, path)
+        stage.word = spec.word
+        if hasattr(stage, "expand"):
+            for inner_path, inner in stage.expand():
+                yield from walk(inner, inner_path)
+        else:
+            yield path, stage

@@ -5,7 +5,7 @@ import json
 import yaml
 
 from embodied_rft.config import load_recipe
-from embodied_rft.session import train
+from embodied_rft.train import train
 from tests.learning.harness import fails
 from tests.toy_image import ID
 
