@@ -14,10 +14,11 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.agent import ActionScale, build_policy, observe, require_rng
+from embodied_rft.agent import build_policy, observe, require_rng
 from embodied_rft.agents.parts import STRICT, ActorConfig, FrozenBase, decide, freeze, make_actor
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.registry import register
+from embodied_rft.spaces import ActionScale
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -58,6 +58,7 @@ class SteeringPolicy(FrozenBase):
         self.horizon, self.execute, self.action_dim = self.base.horizon, self.base.execute, self.base.action_dim
         self.encoder, self.head = make_actor(config, observation_space, action_dim=self.base.size, rng=rng)
         self.stochastic = not config.deterministic
+        self.noise_space = gym.spaces.Box(-config.scale, config.scale, (self.base.size,))  # what it can choose
         self.trace_fields = {"u": Field((self.base.size,)), "noise": Field((self.base.size,))}
 
     @torch.no_grad()

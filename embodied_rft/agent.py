@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from embodied_rft import networks, registry
 from embodied_rft.data import Tree
+from embodied_rft.spaces import check_action_space, what_suits
 from embodied_rft.tuning import retune
 
 Spec = Mapping[str, Any]
@@ -72,9 +73,14 @@ class Agent(nn.Module):
     @property
     def action_dim(self) -> int:
         """A, the length of an action vector."""
-        if not isinstance(self.spaces.action, gym.spaces.Box):
-            raise ValueError(f"action space {self.spaces.action}: this objective needs action vectors (a Box)")
-        return int(np.prod(self.spaces.action.shape))
+        space = self.spaces.action
+        if not isinstance(space, gym.spaces.Box):
+            raise ValueError(f"action space {space}: this objective needs action vectors (a Box). {what_suits(space)}")
+        return int(np.prod(space.shape or ()))
+
+    def decision_space(self, judges: str = "action") -> gym.Space:
+        """The space of what a critic judges: "action", or the "noise" that a steering policy chooses."""
+        return self.spaces.action if judges == "action" else self.policy.noise_space
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +114,8 @@ class Agent(nn.Module):
             ValueError: an existing part was made with other options.
         """
         options = {k: v for k, v in options.items() if v is not None}
+        if kind == "critic":
+            options.setdefault("judges", "action")
         known = self.part_specs.get(name)
         if known is not None and not fresh:
             for key, value in options.items():
@@ -172,9 +180,11 @@ class Agent(nn.Module):
 
 def _make_part(agent: Agent, kind: str, options: Mapping[str, Any]) -> nn.Module:
     makers: dict[str, Callable[..., nn.Module]] = {
-        "critic": lambda **o: networks.Critic(agent.encoder(), agent.action_dim, rng=agent.rng, **o),
+        "critic": lambda judges="action", **o: networks.Critic(
+            agent.encoder(), agent.decision_space(judges), rng=agent.rng, **o
+        ),
         "value": lambda **o: networks.Value(agent.encoder(), rng=agent.rng, **o),
-        "density": lambda **o: networks.Density(agent.encoder(), agent.action_dim, rng=agent.rng, **o),
+        "density": lambda **o: networks.Density(agent.encoder(), agent.spaces.action, rng=agent.rng, **o),
         "temperature": networks.Temperature,
     }
     if kind not in makers:
@@ -204,6 +214,7 @@ def build_policy(spec: Spec, observation_space: gym.Space, action_space: gym.Spa
     if "id" not in spec:
         raise ValueError(f"agent {dict(spec)!r} has no id; known: {', '.join(registry.known('agent'))}")
     options = {k: v for k, v in spec.items() if k not in ("id", "tuned")}
+    check_action_space(action_space)
     cls = registry.find("agent", spec["id"])
     config = parse_options(cls.Config, options, what=f"agent {spec['id']!r}")
     policy = cls(config, observation_space=observation_space, action_space=action_space, rng=rng)
@@ -238,42 +249,6 @@ def wrap_policy(id: str, agent: Agent, rng: torch.Generator, **options: Any) -> 
     policy: Any = build_policy(spec, agent.spaces.observation, agent.spaces.action, rng)
     policy.load_base(agent.policy)
     return policy.to(agent.device)
-
-
-class ActionScale(nn.Module):
-    """Between an action space's units and [-1, 1]^A.
-
-    Raises:
-        ValueError: the space is no bounded Box of one dimension.
-    """
-
-    center: Tensor
-    half_range: Tensor
-
-    def __init__(self, space: gym.Space) -> None:
-        super().__init__()
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
-            raise ValueError(
-                f"action space {space}: a bounded Box of shape (A,) is expected. gymnasium.wrappers.TransformAction "
-                "makes one of other numbers; texts take the agent language and an objective of its log-probabilities"
-            )
-        low, high = torch.from_numpy(space.low).float(), torch.from_numpy(space.high).float()
-        self.register_buffer("center", (high + low) / 2, persistent=False)
-        self.register_buffer("half_range", (high - low) / 2, persistent=False)
-        self.identity = bool((low == -1).all() and (high == 1).all())
-        self.action_dim = space.shape[0]
-
-    def to_env(self, action: Tensor) -> Tensor:
-        """[-1, 1]^A to the environment's units."""
-        return action if self.identity else torch.addcmul(self.center, action, self.half_range)
-
-    def clip(self, action: Tensor) -> Tensor:
-        """Into the bounds of the space."""
-        return torch.minimum(torch.maximum(action, self.center - self.half_range), self.center + self.half_range)
-
-    def from_env(self, action: Tensor) -> Tensor:
-        """The environment's units to [-1, 1]^A."""
-        return action if self.identity else (action - self.center) / self.half_range
 
 
 def require_rng(rng: torch.Generator | None) -> torch.Generator:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from embodied_rft.data import Tree
 from embodied_rft.mlp import MLP, Activation, EnsembleMLP, GaussianLogProb, GaussianSample, Init, fill, linear
 from embodied_rft.registry import nearest
+from embodied_rft.spaces import DISCRETE, ActionScale, Choices
 
 
 class ImageEncoder(nn.Module):
@@ -255,9 +256,23 @@ class ActorHead(nn.Module):
         return torch.atanh(action.clamp(-1 + 1e-6, 1 - 1e-6)) if self.noise is None else action
 
 
+class ActionReader(nn.Module):
+    """What a network reads of an action [B, ...] in its space's units: [B, size], vectors scaled to [-1, 1]."""
+
+    def __init__(self, space: gym.Space) -> None:
+        super().__init__()
+        self.space = Choices(space) if isinstance(space, DISCRETE) else ActionScale(space)
+        self.size = sum(self.space.sizes) if isinstance(self.space, Choices) else self.space.action_dim
+
+    def forward(self, action: Tensor) -> Tensor:
+        """[B, ...] -> [B, size]."""
+        return self.space.one_hot(action) if isinstance(self.space, Choices) else self.space.from_env(action)
+
+
 class Critic(nn.Module):
     """An ensemble of action values Q_e(o, a): (observation, [B, A]) -> [E, B].
 
+    Actions come in the units of their space; the networks read them in [-1, 1] (choices: as one-hot vectors).
     `scale` is a running mean of |Q|, kept by objectives that weigh the value against a penalty.
     """
 
@@ -266,7 +281,7 @@ class Critic(nn.Module):
     def __init__(
         self,
         encoder: Encoder,
-        action_dim: int,
+        space: gym.Space,
         *,
         rng: torch.Generator,
         hidden: Sequence[int] = (256, 256),
@@ -275,8 +290,9 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.num_members = encoder, num_members
+        self.reads = ActionReader(space)
         self.net = EnsembleMLP(
-            encoder.size + action_dim, hidden, num_members=num_members, rng=rng, layer_norm=layer_norm
+            encoder.size + self.reads.size, hidden, num_members=num_members, rng=rng, layer_norm=layer_norm
         )
         self.register_buffer("scale", torch.zeros(()))
 
@@ -286,7 +302,7 @@ class Critic(nn.Module):
 
     def of_features(self, features: Tensor, action: Tensor, members: Tensor | None = None) -> Tensor:
         """The same from encoded observations [B, F]."""
-        return self.net(torch.cat([features, action], -1), members)
+        return self.net(torch.cat([features, self.reads(action)], -1), members)
 
 
 class Value(nn.Module):
@@ -326,17 +342,20 @@ class Temperature(nn.Module):
 
 
 class Density(nn.Module):
-    """Conditional variational auto-encoder p(a | o) of the data's actions in [-1, 1]^A (Sohn et al. 2015).
+    """Conditional variational auto-encoder p(a | o) of the data's actions (Sohn et al. 2015).
 
-    `weight` is the current weight of a support penalty (SPOT); it lives here so that a checkpoint has it.
+    Actions come in the environment's units, the density is one of [-1, 1]^A. `weight` is the current weight of a
+    support penalty (SPOT); it lives here so that a checkpoint has it.
     """
 
     weight: Tensor
 
     def __init__(
-        self, encoder: Encoder, action_dim: int, *, rng: torch.Generator, hidden: Sequence[int] = (256, 256)
+        self, encoder: Encoder, space: gym.Space, *, rng: torch.Generator, hidden: Sequence[int] = (256, 256)
     ) -> None:
         super().__init__()
+        self.action = ActionScale(space)
+        action_dim = self.action.action_dim
         self.encoder, self.latent = encoder, 2 * action_dim
         self.infer = MLP(encoder.size + action_dim, hidden, 2 * self.latent, rng=rng)
         self.decode = MLP(encoder.size + self.latent, hidden, action_dim, rng=rng)
@@ -344,7 +363,7 @@ class Density(nn.Module):
 
     def negative_elbo(self, observation: Tree, action: Tensor, *, beta: float, rng: torch.Generator) -> Tensor:
         """[B]: squared reconstruction error + beta KL(q(z | o, a) || N(0, 1)): small where the data has this action."""
-        features = self.encoder(observation)
+        features, action = self.encoder(observation), self.action.from_env(action)
         mean, log_std = self.infer(torch.cat([features, action], -1)).float().chunk(2, -1)
         log_std = log_std.clamp(-4, 4)
         noise = torch.randn(mean.shape, generator=rng, device=mean.device)

@@ -7,7 +7,6 @@ Boundary: what is judged, and by which critic. Legend: B rows, D numbers of a no
 
 from __future__ import annotations
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 
@@ -25,15 +24,12 @@ class DSRLSAC(SAC):
     It learns from decisions whose noise is known: its own, no demonstrations.
     """
 
+    judges = "noise"
+
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """As SAC, for policies that choose noise only."""
         require_steering(agent, "dsrl_sac")
         super().setup(agent, rng)
-
-    def decision_space(self, agent: Agent) -> gym.Space:
-        """All noise that the policy can choose."""
-        scale, size = agent.policy.config.scale, agent.policy.trace_fields["noise"].shape
-        return gym.spaces.Box(-scale, scale, size)
 
     def taken(self, batch: Batch) -> Tensor:
         """The noise [B, D] from which the base started.
@@ -70,6 +66,7 @@ class DSRLNA(SAC):
         agent.ensure(
             "noise_critic",
             "critic",
+            judges="noise",
             fresh=not c.warm_start,
             hidden=hidden,
             num_members=1,

@@ -14,12 +14,13 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft import losses
-from embodied_rft.agent import ActionScale, Agent
+from embodied_rft.agent import Agent
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Tree
 from embodied_rft.networks import as_tensors, polyak
 from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, imitation, preset
 from embodied_rft.plans import Replay, Share
 from embodied_rft.registry import register
+from embodied_rft.spaces import ActionScale
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -56,6 +57,7 @@ class SAC:
     """
 
     Config: type = SACConfig
+    judges = "action"  # what the critic judges: see `Agent.decision_space`
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -69,10 +71,16 @@ class SAC:
         fresh = not c.warm_start
         if c.bc_weight and not hasattr(agent.policy, "imitation_loss"):
             raise ValueError(f"bc_weight {c.bc_weight}: {type(agent.policy).__name__} cannot imitate; set it to 0")
-        self.scale = ActionScale(self.decision_space(agent)).to(agent.device)
+        self.scale = ActionScale(agent.decision_space(self.judges)).to(agent.device)
         hidden = None if c.critic_hidden is None else list(c.critic_hidden)
         agent.ensure(
-            "critic", "critic", fresh=fresh, hidden=hidden, num_members=c.num_critics, layer_norm=c.critic_layer_norm
+            "critic",
+            "critic",
+            fresh=fresh,
+            judges=self.judges,
+            hidden=hidden,
+            num_members=c.num_critics,
+            layer_norm=c.critic_layer_norm,
         )
         agent.ensure_target("critic", fresh=fresh)
         self.losses = {"critic": self.critic_loss, "policy": self.policy_loss}
@@ -122,10 +130,6 @@ class SAC:
         return loss, {"temperature/alpha": log_alpha.detach().exp(), "policy/entropy": -log_prob.mean()}
 
     # --- their ingredients ---------------------------------------------------------------------------------------
-
-    def decision_space(self, agent: Agent) -> Any:
-        """The bounded Box of what the critic judges: actions."""
-        return agent.spaces.action
 
     def taken(self, batch: Batch) -> Tensor:
         """What the critic judges of decisions in the buffer [B, A]."""

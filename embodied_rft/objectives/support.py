@@ -13,7 +13,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.agent import ActionScale, Agent
+from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
 from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, preset
 from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig, require_deterministic
@@ -47,13 +47,11 @@ class DensityObjective:
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """The density."""
-        self.scale = ActionScale(agent.spaces.action).to(agent.device)
         agent.ensure("density", "density", hidden=list(self.config.hidden))
 
     def density_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean negative evidence bound."""
-        action = self.scale.from_env(batch.action)
-        each = agent.parts["density"].negative_elbo(batch.observation, action, beta=self.config.beta, rng=rng)
+        each = agent.parts["density"].negative_elbo(batch.observation, batch.action, beta=self.config.beta, rng=rng)
         loss = each.sum() / batch.num_decisions
         return loss, {"density/negative_elbo": loss.detach()}
 
@@ -101,7 +99,7 @@ class SPOT(SAC):
     def policy_penalty(self, agent: Agent, batch: Batch, action: Tensor, rng: torch.Generator) -> Tensor:
         """Lambda * size of Q * negative evidence bound of the action."""
         density = agent.parts["density"]
-        each = density.negative_elbo(batch.observation, self.scale.from_env(action), beta=self.config.beta, rng=rng)
+        each = density.negative_elbo(batch.observation, action, beta=self.config.beta, rng=rng)
         penalty = density.weight * agent.parts["critic"].scale * each.sum() / batch.num_decisions
         imitation = super().policy_penalty(agent, batch, action, rng)
         return penalty if imitation is None else penalty + imitation
