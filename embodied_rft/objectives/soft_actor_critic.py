@@ -58,6 +58,7 @@ class SAC:
 
     Config: type = SACConfig
     judges = "action"  # what the critic judges: see `Agent.decision_space`
+    updates_per_decision: float = 1.0  # gradient steps for each decision of experience, as published
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -104,9 +105,10 @@ class Finetune(Stage):
 
         objective: Annotated[dict[str, Any], plugin_spec("objective")]
         decisions: NonNegativeInt = 100_000
-        decisions_per_iteration: PositiveInt | None = None  # None: 50 for each environment
+        # None: 50 for each environment; of replayed objectives about 50 in all, at least one of each environment
+        decisions_per_iteration: PositiveInt | None = None
         episodes_per_iteration: PositiveInt | None = None  # whole episodes instead, for group credit
-        updates_per_decision: NonNegativeFloat = 1 / 16  # replayed objectives only
+        updates_per_decision: NonNegativeFloat | None = None  # replayed objectives only; None: as published
         batch_size: PositiveInt = 256
         offline_share: Share | None = None  # e.g. 0.5 (RLPD), 0 (WSRL); None: uniform over everything
         group_size: PositiveInt = 1  # episodes that share an initial state (group credit)
@@ -136,11 +138,10 @@ class Finetune(Stage):
         config, progress = self.config, session.progress
         learner = session.make_learner(config.learner)
         collector = session.make_collector(group_size=config.group_size)
-        pool = session.pool("training")
-        amount = 50 * pool.num_envs
-        if config.decisions_per_iteration is not None:
-            amount = distributed.share(config.decisions_per_iteration, "decisions_per_iteration")
         replayed = isinstance(session.objective.reading, Replay)
+        amount = self._iteration(session.pool("training").num_envs, replayed)
+        if config.updates_per_decision is not None and not replayed:
+            raise ValueError("updates_per_decision has no effect on an objective that reads fresh data: leave it out")
         if config.overlap and not replayed:
             raise ValueError(
                 "overlap needs an objective that learns from replay; this one learns from fresh experience only"
@@ -172,6 +173,12 @@ class Finetune(Stage):
         return headline(learner.metrics()) | {"last success on the curve": progress.get("success")}
 
     # --- collecting ----------------------------------------------------------------------------------------------
+
+    def _iteration(self, num_envs: int, replayed: bool) -> int:
+        """Decisions of this process in an iteration. Replay learns as it goes: updates lie close to what they follow."""
+        if self.config.decisions_per_iteration is not None:
+            return distributed.share(self.config.decisions_per_iteration, "decisions_per_iteration")
+        return (math.ceil(50 / num_envs) if replayed else 50) * num_envs
 
     @contextmanager
     def _recorder(self, session: Session, amount: int) -> Iterator[Callable[..., Recording]]:
@@ -223,7 +230,9 @@ class Finetune(Stage):
         """Updates from replay, `updates_per_decision` for each of `amount` decisions of every process."""
         annotate_once(session)
         amount = sum(distributed.gather(amount))
-        owed = session.progress.get("owed", 0.0) + amount * self.config.updates_per_decision
+        ratio = self.config.updates_per_decision
+        ratio = published_ratio(session.objective) if ratio is None else ratio
+        owed = session.progress.get("owed", 0.0) + amount * ratio
         session.progress["owed"] = owed - int(owed)
         plan = off_policy_plan(session.objective, int(owed), self.config.batch_size, self.config.offline_share)
         learner, rng = session.learner, session.generator("learn")
@@ -317,6 +326,11 @@ def annotate_once(session: Session) -> None:
         session.objective.annotate(session.agent, session.buffer, rows, rng)
         distributed.equalize(session.agent.buffers())  # statistics of the data
         session.progress["annotated"] = True
+
+
+def published_ratio(objective: Any) -> float:
+    """Updates for each decision where a recipe says nothing: what the objective declares, else 1."""
+    return float(getattr(objective, "updates_per_decision", 1.0))
 
 
 def off_policy_plan(objective: Any, updates: int, batch_size: int, offline_share: float | None) -> Replay:
