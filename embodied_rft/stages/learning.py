@@ -175,7 +175,7 @@ class Finetune(Stage):
     # --- collecting ----------------------------------------------------------------------------------------------
 
     def _iteration(self, num_envs: int, replayed: bool) -> int:
-        """Decisions of this process in an iteration. Replay learns as it goes: updates lie close to what they follow."""
+        """Decisions of this process in an iteration; replay learns as it goes, close to what it has just seen."""
         if self.config.decisions_per_iteration is not None:
             return distributed.share(self.config.decisions_per_iteration, "decisions_per_iteration")
         return (math.ceil(50 / num_envs) if replayed else 50) * num_envs
