@@ -22,6 +22,17 @@ def evaluation_seed(index: int, *, sheet: int = 0) -> int:
     return FIRST_EVALUATION_SEED + sheet * 100_000 + index
 
 
+def held_out_index(seed: int, num_states: int) -> int:
+    """Which of `num_states` held-out states an evaluation seed means, for environments that have a finite list.
+
+    `num_states` successive episodes of a sheet meet each state once; sheet 1 begins in the middle of the list.
+    """
+    if seed < FIRST_EVALUATION_SEED or num_states < 1:
+        raise ValueError(f"seed {seed} and {num_states} states; expected an evaluation seed (>= 2**31) and a state")
+    sheet, index = divmod(seed - FIRST_EVALUATION_SEED, 100_000)
+    return (index + sheet * (num_states // 2)) % num_states
+
+
 def training_seed(run_seed: int, stream: int, episode: int) -> int:
     """Seed of episode number `episode` of stream `stream` in a run: a hash, so that runs and streams do not meet."""
     state = np.random.SeedSequence(entropy=run_seed, spawn_key=(stream, episode)).generate_state(1, np.uint32)

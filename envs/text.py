@@ -1,17 +1,13 @@
 """One-turn text tasks: a prompt is the observation, the reply is the action, a rule gives the reward, the episode ends.
 
-A task draws problems and names a rule; `TextEnv` serves it as one environment, `TextVectorEnv` as N, with the same
-problem for the same seed. Boundary: strings in, strings out; knows no model and no tokens.
+A task (`text_tasks`) draws problems and names a rule; `TextEnv` serves it as one environment, `TextVectorEnv` as N,
+with the same problem for the same seed. Boundary: strings in, strings out; knows no model and no tokens.
 """
 
 from __future__ import annotations
 
-import json
-import string
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -21,181 +17,12 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from embodied_rft.envs.batched import check_mask, spread_seeds
-from embodied_rft.envs.text_rewards import make_rule, overlong_penalty
-from embodied_rft.seeding import FIRST_EVALUATION_SEED
+from embodied_rft.envs.text_rewards import overlong_penalty
+from embodied_rft.envs.text_tasks import TASKS, Listed, Problem, TextTask, is_held_out, space_of
+from embodied_rft.seeding import FIRST_EVALUATION_SEED, held_out_index
+from embodied_rft.text_spaces import AnyText
 
 State = dict[str, np.ndarray]
-
-
-class AnyText(spaces.Text):
-    """Any string of at most `max_length` characters: models write whatever they like. Samples are ASCII."""
-
-    def __init__(self, max_length: int) -> None:
-        super().__init__(max_length, min_length=0, charset=string.ascii_letters + string.digits + " +-*/=.,")
-
-    def contains(self, x: Any) -> bool:
-        """Whether it is a string that is not too long."""
-        return isinstance(x, str) and len(x) <= self.max_length
-
-
-class Problem(NamedTuple):
-    """Problem("3+4=", "7", numeric): what is shown, what is right, and who judges."""
-
-    prompt: str
-    answer: str
-    judge: Callable[[str, str], float]
-
-
-class TextTask(Protocol):
-    """Where problems come from; an attribute `held_out` is the default of the option of that name."""
-
-    def draw(self, rng: np.random.Generator) -> Problem:
-        """One problem; all its randomness is from `rng`."""
-
-
-class SumTask:
-    """Add integers: "3+4=" -> "7".
-
-    Args:
-        digits: largest number of digits of a term.
-        num_terms: terms of a sum.
-        template: of the prompt; {sum} is replaced.
-        rule: who judges, see `text_rewards`.
-    """
-
-    def __init__(
-        self,
-        *,
-        digits: int = 1,
-        num_terms: int = 2,
-        template: str = "{sum}=",
-        rule: str | Mapping[str, Any] = "numeric",
-    ) -> None:
-        if digits < 1 or num_terms < 2:
-            raise ValueError(f"digits is {digits} and num_terms {num_terms}; expected at least 1 and 2")
-        self.high, self.num_terms, self.template, self.judge = 10**digits, num_terms, template, make_rule(rule)
-
-    def draw(self, rng: np.random.Generator) -> Problem:
-        """Terms uniform in [0, 10**digits)."""
-        terms = rng.integers(self.high, size=self.num_terms)
-        prompt = self.template.replace("{sum}", "+".join(map(str, terms)))
-        return Problem(prompt, str(terms.sum()), self.judge)
-
-
-class CountdownTask:
-    """Reach a target with given numbers and + - * /, each number at most once. Every problem has a solution.
-
-    Args:
-        num_numbers: how many numbers are given.
-        largest: largest of them.
-    """
-
-    def __init__(self, *, num_numbers: int = 3, largest: int = 20) -> None:
-        if num_numbers < 2 or largest < 2:
-            raise ValueError(f"num_numbers is {num_numbers} and largest {largest}; expected at least 2 each")
-        self.num_numbers, self.largest, self.judge = num_numbers, largest, make_rule("countdown")
-
-    def draw(self, rng: np.random.Generator) -> Problem:
-        """The target is the value of a random expression of all numbers, an integer above 0."""
-        while True:
-            numbers = [int(n) for n in rng.integers(1, self.largest + 1, size=self.num_numbers)]
-            value = numbers[0]
-            for number in numbers[1:]:
-                value = [value + number, value - number, value * number][int(rng.integers(3))]
-            if 0 < value <= self.largest**2:
-                break
-        shown = [numbers[i] for i in rng.permutation(self.num_numbers)]
-        prompt = f"Use {', '.join(map(str, shown))} and + - * / to make {value}. Reply with the expression only."
-        return Problem(prompt, json.dumps({"numbers": shown, "target": value}), self.judge)
-
-
-class FormatTask:
-    """Follow a form exactly: so many words or numbers, upper or lower case, this separator."""
-
-    WORDS = ("red", "blue", "green", "one", "two", "sun", "moon", "tree", "car", "door")
-
-    def __init__(self, *, largest: int = 4) -> None:
-        if largest < 1:
-            raise ValueError(f"largest is {largest}; expected at least 1 item")
-        self.largest, self.judge = largest, make_rule("regex")
-
-    def draw(self, rng: np.random.Generator) -> Problem:
-        """One of three kinds of item, 1 to `largest` of them, one of three separators."""
-        kinds = (
-            ("lower-case words", r"[a-z]+"),
-            ("upper-case words", r"[A-Z]+"),
-            ("numbers", r"[0-9]+"),
-        )
-        separators = (("commas", ","), ("semicolons", ";"), ("dashes", "-"))
-        (item, pattern), (name, separator) = kinds[int(rng.integers(3))], separators[int(rng.integers(3))]
-        count = int(rng.integers(1, self.largest + 1))
-        prompt = f"Write exactly {count} {item} separated by {name}, without spaces."
-        return Problem(prompt, separator.join([pattern] * count), self.judge)
-
-
-class JsonlTask:
-    """Problems from a local file, one JSON object a line: {"prompt": ..., "answer": ..., "checker": "numeric"}.
-
-    Args:
-        path: the file, UTF-8.
-        checker: rule for lines without one.
-
-    A tenth of the prompts is held out for evaluation, unless `held_out` says otherwise.
-
-    Raises:
-        ValueError: with the line's number, when the file is missing, empty, or a line is not as above.
-    """
-
-    held_out = 0.1
-
-    def __init__(self, *, path: str | Path, checker: str | Mapping[str, Any] = "exact") -> None:
-        file = Path(path)
-        if not file.is_file():
-            raise ValueError(f"the problem file {str(path)!r} does not exist")
-        self.problems = []
-        try:
-            lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a text
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file.name} is no UTF-8 text ({error}): save it so, one JSON object a line") from None
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    self.problems.append(_problem(line, checker))
-                except ValueError as error:
-                    raise ValueError(f"{file.name}, line {number}: {error}") from None
-        if not self.problems:
-            raise ValueError(f'{file.name} holds no problem; expected lines like {{"prompt": "3+4=", "answer": "7"}}')
-
-    def draw(self, rng: np.random.Generator) -> Problem:
-        """One line, uniformly."""
-        return self.problems[int(rng.integers(len(self.problems)))]
-
-
-def _problem(line: str, checker: str | Mapping[str, Any]) -> Problem:
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"this is not JSON ({error}): {line[:60]!r}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"expected an object with a prompt and an answer, found {line[:60]!r}")
-    unknown = set(content) - {"prompt", "answer", "checker"}
-    missing = {"prompt", "answer"} - set(content)
-    if unknown or missing:
-        what = f"unknown key {min(unknown)!r}" if unknown else f"no key {min(missing)!r}"
-        raise ValueError(f'{what}; expected "prompt", "answer" and, if you like, "checker"')
-    prompt, answer = content["prompt"], content["answer"]
-    if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f"the prompt is {prompt!r}; expected a text that is not empty")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise ValueError(f"the answer is {answer!r}; expected a text or a number")
-    judge = make_rule(content.get("checker", checker))
-    judge("", str(answer))  # an answer that the rule cannot read is found now, not in the middle of a run
-    return Problem(prompt, str(answer), judge)
-
-
-def is_held_out(prompt: str, share: float) -> bool:
-    """Whether a prompt is one of those that only evaluation shows; the same on every machine."""
-    return zlib.crc32(prompt.encode()) < share * 2**32
 
 
 class TextBatch:
@@ -208,6 +35,7 @@ class TextBatch:
         overlong: (limit, margin) in characters: adds `overlong_penalty` to the reward; None: no.
         held_out: share of all prompts, chosen by their hash, that evaluation seeds (2**31 and above) show and other
             seeds never do. 0: both show all. None: the task's own.
+        exclude: names of problems that nobody shows, as `initial_observations` names them.
     """
 
     def __init__(
@@ -218,6 +46,7 @@ class TextBatch:
         max_chars: int = 65_536,
         overlong: tuple[int, int] | None = None,
         held_out: float | None = None,
+        exclude: Sequence[str] = (),
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}, expected at least 1")
@@ -225,26 +54,46 @@ class TextBatch:
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {held_out}, expected a share of the prompts: at least 0 and below 1")
         self.task, self.overlong = task, overlong
+        self.listed = Listed(task, held_out=self.held_out, exclude=exclude)
         self.evaluates = np.zeros(num_envs, dtype=bool)
         self.generators = [seeding.np_random(None)[0] for _ in range(num_envs)]
         self.problems: list[Problem | None] = [None] * num_envs
+        self.place = np.full(num_envs, -1, dtype=np.int64)  # in the list of held-out problems; -1: drawn at random
         self.before = np.zeros((num_envs, 6), dtype=np.uint64)  # the generators before they drew the problems
-        self.observation_space = spaces.Dict({"prompt": AnyText(max_chars)})
+        self.observation_space = spaces.Dict({"prompt": space_of(task)(max_chars)})
         self.action_space = AnyText(max_chars)
+
+    @property
+    def num_held_out_states(self) -> int | None:
+        """How many distinct problems evaluation can show; None: the task cannot name them all."""
+        return None if self.listed.held_out is None else len(self.listed.held_out)
+
+    def initial_observations(self) -> dict[str, dict[str, str]] | None:
+        """Everything that an episode can begin with, by a name for messages; None: the task cannot name it all."""
+        return None if self.listed.all is None else {p.label: {"prompt": p.prompt} for p in self.listed.all}
 
     def start(self, row: int, generator: np.random.Generator, seed: int | None) -> None:
         """A new problem from a generator that was made from `seed`; None: it goes on."""
         self.generators[row] = generator
         if seed is not None:
             self.evaluates[row] = seed >= FIRST_EVALUATION_SEED
-        self.draw(row)
+        listed = self.listed.held_out
+        if seed is not None and self.evaluates[row] and listed:
+            self.draw(row, place=held_out_index(seed, len(listed)))
+        else:
+            self.draw(row)
 
-    def draw(self, row: int) -> None:
-        """A new problem, of those that may be shown."""
-        self.before[row] = pack_generator(self.generators[row])
+    def draw(self, row: int, *, place: int = -1) -> None:
+        """A new problem, of those that may be shown; `place`: in the list of held-out problems."""
+        self.before[row], self.place[row] = pack_generator(self.generators[row]), place
+        if place >= 0:
+            assert self.listed.held_out is not None
+            self.problems[row] = self.listed.held_out[place]
+            return
         for _ in range(10_000):
             problem = self.task.draw(self.generators[row])
-            if not self.held_out or is_held_out(problem.prompt, self.held_out) == self.evaluates[row]:
+            fits = not self.held_out or is_held_out(problem.prompt, self.held_out) == self.evaluates[row]
+            if fits and problem.label not in self.listed.exclude:
                 self.problems[row] = problem
                 return
         raise ValueError(
@@ -260,7 +109,7 @@ class TextBatch:
             raise gymnasium.error.ResetNeeded("call reset() before step()")
         if not isinstance(reply, str):
             raise ValueError(f"the action of environment {row} is {reply!r:.60}; expected a text")
-        reward = float(problem.judge(reply, problem.answer))
+        reward = problem.score(reply)
         extra = 0.0
         if self.overlong is not None:
             limit, margin = self.overlong
@@ -276,7 +125,8 @@ class TextBatch:
         """Generators as they are and as they were before the current problems, which a restored batch draws again."""
         now = np.stack([pack_generator(generator) for generator in self.generators])
         shown = np.array([problem is not None for problem in self.problems])
-        return {"rng": now, "rng_before": self.before.copy(), "shown": shown, "evaluates": self.evaluates.copy()}
+        kept = {"rng_before": self.before, "evaluates": self.evaluates, "place": self.place}
+        return {"rng": now, "shown": shown, **{name: value.copy() for name, value in kept.items()}}
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue exactly from `get_state`."""
@@ -287,7 +137,7 @@ class TextBatch:
             self.problems[row] = None
             if state["shown"][row]:
                 unpack_generator(generator, state["rng_before"][row])
-                self.draw(row)
+                self.draw(row, place=int(state["place"][row]) if "place" in state else -1)
             unpack_generator(generator, state["rng"][row])
 
 
@@ -322,6 +172,15 @@ class TextEnv(gymnasium.Env):
     def render(self) -> str | None:
         """The prompt."""
         return self.batch.prompt(0) if self.render_mode == "ansi" else None
+
+    @property
+    def num_held_out_states(self) -> int | None:
+        """See `TextBatch`."""
+        return self.batch.num_held_out_states
+
+    def initial_observations(self) -> dict[str, dict[str, str]] | None:
+        """See `TextBatch`."""
+        return self.batch.initial_observations()
 
     def get_state(self) -> State:
         """As in `TextVectorEnv`, with a leading 1."""
@@ -403,6 +262,15 @@ class TextVectorEnv(gymnasium.vector.VectorEnv):
     def _observe(self) -> dict[str, Any]:
         return {"prompt": tuple(self.batch.prompt(row) for row in range(self.num_envs))}
 
+    @property
+    def num_held_out_states(self) -> int | None:
+        """See `TextBatch`."""
+        return self.batch.num_held_out_states
+
+    def initial_observations(self) -> dict[str, dict[str, str]] | None:
+        """See `TextBatch`."""
+        return self.batch.initial_observations()
+
     def get_state(self) -> State:
         """All that the future depends on, as arrays with leading N."""
         return {**self.batch.get_state(), "done": self._done.copy()}
@@ -414,23 +282,18 @@ class TextVectorEnv(gymnasium.vector.VectorEnv):
         return self._observe()
 
 
-TASKS: dict[str, Callable[..., TextTask]] = {
-    "sum": SumTask,
-    "countdown": CountdownTask,
-    "format": FormatTask,
-    "jsonl": JsonlTask,
-}
+BATCH = ("max_chars", "overlong", "held_out", "exclude")  # options of `TextBatch`; all others are the task's
 
 
 def make_env(task: str, *, render_mode: str | None = None, **options: Any) -> TextEnv:
     """An environment of a task by name: options of the batch go there, all others to the task."""
-    batch = {key: options.pop(key) for key in ("max_chars", "overlong", "held_out") if key in options}
+    batch = {key: options.pop(key) for key in BATCH if key in options}
     return TextEnv(TASKS[task](**options), render_mode=render_mode, **batch)
 
 
 def make_vector_env(task: str, *, num_envs: int, **options: Any) -> TextVectorEnv:
     """As `make_env`, N of them."""
-    keys = ("max_chars", "overlong", "held_out", "autoreset_mode", "render_mode")
+    keys = (*BATCH, "autoreset_mode", "render_mode")
     batch = {key: options.pop(key) for key in keys if key in options}
     return TextVectorEnv(TASKS[task](**options), num_envs=num_envs, **batch)
 

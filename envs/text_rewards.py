@@ -1,9 +1,11 @@
 """Rules that judge a reply: pure functions of text, registered as "reward". No code of a reply is ever run.
 
-A rule is `rule(reply, answer, **options) -> float` in [0, 1]; 1 means solved. A third party registers its own:
+A rule is `rule(reply, answer, **options) -> float` in [0, 1]; 1 means solved. One that has a parameter `prompt` or
+`columns` is given what was asked, and the further columns of the problem. A third party registers its own:
 
-    @register("reward", "polite")
-    def polite(reply: str, answer: str) -> float: ...
+    @register("reward", "cites")
+    def cites(reply: str, answer: str, *, columns: dict, weight: float = 0.5) -> float:
+        return (1 - weight) * (answer in reply) + weight * (columns["source"] in reply)
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import ast
 import functools
 import inspect
 import json
+import logging
+import math
 import operator
 import re
 from collections import Counter
@@ -20,32 +24,53 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import regex as bounded
 
 from embodied_rft.registry import find, nearest, register
 
+logger = logging.getLogger(__name__)
+
 Rule = Callable[..., float]
+Judge = Callable[..., float]  # judge(reply, answer, prompt=..., columns=...)
+SEEN = ("prompt", "columns")  # parameters of a rule that the problem fills
+MATCH_SECONDS = 0.5  # longest that a pattern may try to match a reply
 _NUMBER = re.compile(r"((?:(?<!\w)[-+])?(?:\d*\.)?\d+(?:[eE]([-+]?\d+))?)(?:/(\d+))?")  # a sign follows no word
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _LARGEST_EXPONENT = 9_999  # 1e999999999 is no number that anybody should have to write out
 
 
-def make_rule(spec: str | Mapping[str, Any]) -> Callable[[str, str], float]:
+def make_rule(spec: str | Mapping[str, Any]) -> Judge:
     """The rule of "exact", or of {"id": "numeric", "tolerance": 0.01} with its options.
+
+    It is called as judge(reply, answer, prompt=text or messages, columns={...}); the latter two may be left out.
 
     Raises:
         ValueError: an unknown rule or option, with the nearest known one.
     """
-    options = {"id": spec} if isinstance(spec, str) else dict(spec)
+    options = {"id": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     id = options.pop("id", None)
     if not isinstance(id, str):
         raise ValueError(f'checker {spec!r} names no rule; expected "exact" or {{"id": "numeric", "tolerance": 0.01}}')
     rule: Rule = find("reward", id)
-    known = list(inspect.signature(rule).parameters)[2:]
+    parameters = list(inspect.signature(rule).parameters)
+    wanted, known = [n for n in SEEN if n in parameters], [n for n in parameters[2:] if n not in SEEN]
     for name in options:
         if name not in known:
             raise ValueError(f"rule {id!r} has no option {name!r}; {nearest(name, known)}")
-    return functools.partial(rule, **options)
+
+    def judge(reply: str, answer: str, *, prompt: Any = "", columns: Mapping[str, Any] | None = None) -> float:
+        seen = {"prompt": prompt, "columns": dict(columns or {})}
+        given = rule(reply, answer, **options, **{name: seen[name] for name in wanted})
+        try:
+            reward = float(given)
+        except (TypeError, ValueError):
+            reward = math.nan
+        if not math.isfinite(reward):
+            raise ValueError(f"rule {id!r} gave the reward {given!r:.60}; expected a finite number")
+        return reward
+
+    return judge
 
 
 @register("reward", "exact")
@@ -78,11 +103,30 @@ def numeric(reply: str, answer: str, *, tolerance: float = 0.0, relative: bool =
 
 @register("reward", "regex")
 def regex(reply: str, answer: str) -> float:
-    """Whether the whole reply, without spaces around it, matches the pattern in `answer`."""
+    """Whether the whole reply, without spaces around it, matches the pattern in `answer`.
+
+    Some patterns, like (a|aa)+, try for years before they give a reply up: after half a second it has not matched.
+    """
     try:
-        return float(re.fullmatch(answer, reply.strip(), flags=re.DOTALL) is not None)
-    except re.error as error:
+        pattern = bounded.compile(answer, flags=bounded.DOTALL)
+    except bounded.error as error:
         raise ValueError(f"the answer {answer!r} is no pattern: {error}") from None
+    try:
+        return float(pattern.fullmatch(reply.strip(), timeout=MATCH_SECONDS) is not None)
+    except TimeoutError:
+        _warn_of(answer)
+        return 0.0
+
+
+@functools.cache
+def _warn_of(pattern: str) -> None:
+    """Once for each pattern."""
+    logger.warning(
+        "the pattern %.80r could not be matched within %g s, which counts as no match: write it without repetitions "
+        "that can split one text in many ways",
+        pattern,
+        MATCH_SECONDS,
+    )
 
 
 @register("reward", "contains")
@@ -92,7 +136,15 @@ def contains(reply: str, answer: str) -> float:
 
 
 @register("reward", "format")
-def tag_format(reply: str, answer: str, *, tags: Sequence[str] = ("think", "answer"), rule: Any = None) -> float:
+def tag_format(
+    reply: str,
+    answer: str,
+    *,
+    tags: Sequence[str] = ("think", "answer"),
+    rule: Any = None,
+    prompt: Any = "",
+    columns: Mapping[str, Any] | None = None,
+) -> float:
     """Whether the reply is exactly <think>...</think><answer>...</answer> (any tags), each once and in order.
 
     With `rule`, what stands in the last tag is judged by it: half the reward is for the format.
@@ -101,7 +153,7 @@ def tag_format(reply: str, answer: str, *, tags: Sequence[str] = ("think", "answ
     match = re.fullmatch(rf"\s*{body}\s*", reply, flags=re.DOTALL)
     said = "" if match is None else match.group(len(tags)).strip()
     # Without a match, too, so that an answer that the rule cannot read is found before a run.
-    inner = 1.0 if rule is None else make_rule(rule)(said, answer)
+    inner = 1.0 if rule is None else make_rule(rule)(said, answer, prompt=prompt, columns=columns)
     return 0.0 if match is None else 0.5 + 0.5 * inner
 
 
