@@ -42,6 +42,7 @@ class LanguageConfig:
     system: str | None = None  # system message of "chat"
     key: str | None = None  # observation key to read; None: "prompt", or the only text there is
     max_new_tokens: int = 64  # a reply that reaches it is cut, and marked so in the trace
+    long_prompts: Literal["refuse", "skip"] = "refuse"  # those that leave no room for a reply: an error, or left out
     temperature: float = 1.0  # of sampling and of every log-probability
     top_k: int | None = None
     top_p: float | None = None
@@ -230,6 +231,21 @@ class LanguagePolicy(nn.Module):
         if self.key not in observation:
             raise ValueError(f"the observation has no text {self.key!r}; it has {', '.join(sorted(observation))}")
         return Ragged.of([self._encode(text, True) for text in texts(observation[self.key])], dtype=np.int64)
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether prompts that are `unreadable` are left out of a run instead of stopping it."""
+        return self.config.long_prompts == "skip"
+
+    def unreadable(self, observation: Tree) -> dict[int, str]:
+        """Rows whose prompt this policy cannot answer, and why: it leaves no room for a reply, or is no prompt."""
+        found = {}
+        for row, text in enumerate(texts(observation[self.key])):
+            try:
+                self._check_length(np.array([len(self._encode(text, True))]), self.config.max_new_tokens)
+            except ValueError as error:
+                found[row] = str(error)
+        return found
 
     def _check_length(self, prompt: np.ndarray, reply: np.ndarray | int) -> None:
         limit, total = self.lm.max_tokens, prompt + reply

@@ -237,7 +237,7 @@ def check_policy(policy: Any, observation_space: spaces.Space, action_space: spa
     for attribute in ("act", "log_prob", "trace_fields", "num_units", "state_dict"):
         if not hasattr(policy, attribute):
             raise ValueError(f"{name} has no {attribute!r}; see the policy contract in docs/architecture.md")
-    observation = _observations(observation_space, count)
+    observation = _readable(policy, observation_space, _observations(observation_space, count))
     before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
     decisions = policy.act(observation, rng=_generator(0))
     _check_decisions(name, policy, decisions, action_space, count)
@@ -262,6 +262,23 @@ def _observations(space: spaces.Space, count: int) -> dict[str, Any]:
         rows = _actions(leaf, count)
         leaves[key] = rows if isinstance(leaf, spaces.Text) else np.stack([np.asarray(row) for row in rows])
     return leaves
+
+
+def _readable(policy: Any, space: spaces.Space, observation: dict[str, Any]) -> dict[str, Any]:
+    """The observations with texts so short that the policy has room for a reply."""
+    check, leaves = getattr(policy, "unreadable", lambda _: {}), flatten_space(space)
+    for row, reason in check(observation).items():
+        for _ in range(32):
+            for key, leaf in leaves.items():
+                if isinstance(leaf, spaces.Text):
+                    observation[key][row] = (
+                        observation[key][row][: len(observation[key][row]) // 2] or leaf.characters[0]
+                    )
+            if row not in check(observation):
+                break
+        else:
+            raise ValueError(f"{type(policy).__name__} can answer no text of this space, however short: {reason}")
+    return observation
 
 
 def _rows(value: Any, rows: slice) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 from embodied_rft.collect import Act
 from embodied_rft.pool import Pool, StepResult
 from embodied_rft.seeding import evaluation_seed
+from embodied_rft.states import distinct_seeds, num_held_out_states
 
 SILENT = "the environment never said whether an episode succeeded (info['is_success'] or info['success'])"
 
@@ -32,6 +33,7 @@ class Evaluation:
     invalid: int = 0  # episodes that had to be started again because their environment failed
     seconds: float = 0.0
     name: str = ""
+    states: int | None = None  # distinct held-out states that there are, where the environment knows
     told: bool = False  # whether the environment said anything about success; if not, only the returns mean something
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -84,9 +86,14 @@ class Evaluation:
 
     def __str__(self) -> str:
         if not self.told:
-            return f"mean return {np.mean(self.returns):.3g} on {self.episodes} held-out initial states; {SILENT}"
+            return f"mean return {np.mean(self.returns):.3g} on {counted(self.episodes, self.states)}; {SILENT}"
         low, high = self.interval
-        return f"success {self.success:.3f} [{low:.3f}, {high:.3f}] on {self.episodes} held-out initial states"
+        return f"success {self.success:.3f} [{low:.3f}, {high:.3f}] on {counted(self.episodes, self.states)}"
+
+
+def counted(episodes: int, states: int | None = None) -> str:
+    """On what an evaluation is: "200 held-out initial states", or "7 of 7" where there are no more."""
+    return f"{episodes} {f'of {states} ' if states else ''}held-out initial states"
 
 
 def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
@@ -125,8 +132,11 @@ def evaluate(
         max_retries: how often the same episode may be broken by its environment before this raises RuntimeError.
     """
     started = time.perf_counter()
+    states = num_held_out_states(pool)
+    if states:  # no state counts twice
+        seeds = distinct_seeds(seeds, states)
     count = len(seeds)
-    outcome = Evaluation([int(s) for s in seeds], [False] * count, [0.0] * count, [0] * count, name=name)
+    outcome = Evaluation([int(s) for s in seeds], [False] * count, [0.0] * count, [0] * count, name=name, states=states)
     waiting = list(range(count))[::-1]
     running = np.full(pool.num_envs, -1, dtype=np.int64)  # index of the episode in each environment
     current = np.full(pool.num_envs, seeds[0] if count else evaluation_seed(0), dtype=np.int64)

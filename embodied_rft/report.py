@@ -32,7 +32,7 @@ import yaml
 from embodied_rft import doctor, figures, video
 from embodied_rft.checkpoint import write_atomically
 from embodied_rft.console import describe
-from embodied_rft.evaluate import SILENT
+from embodied_rft.evaluate import SILENT, counted
 from embodied_rft.log import METRICS, read_records, write_json
 
 INSTALL_GL = "Install a GL library (Debian, Ubuntu: apt-get install libegl1 libegl-mesa0) and run erft doctor."
@@ -159,9 +159,9 @@ def _plain_headline(run: Run) -> str:
     first, last = run.verdicts[0], run.verdicts[-1]
     if not run.told:
         arrow = f"{first['mean_return']:.4g} -> " if len(run.verdicts) > 1 else ""
-        return f"mean return {arrow}{last['mean_return']:.4g} on {last['episodes']} held-out initial states"
+        return f"mean return {arrow}{last['mean_return']:.4g} on {counted(last['episodes'], last.get('states'))}"
     arrow = f"{first['success']:.3f} -> " if len(run.verdicts) > 1 else ""
-    return f"success {arrow}{last['success']:.3f} on {last['episodes']} held-out initial states"
+    return f"success {arrow}{last['success']:.3f} on {counted(last['episodes'], last.get('states'))}"
 
 
 def _headline(run: Run) -> str:
@@ -180,7 +180,8 @@ def verdict(run: Run) -> str:
     if not run.verdicts:
         return "The recipe has no finished evaluate stage, so nothing can be said about success."
     last = run.verdicts[-1]
-    text = f"Measured greedily on {last['episodes']} initial states that training never saw."
+    measured = counted(last["episodes"], last.get("states")).replace("held-out ", "")
+    text = f"Measured greedily on {measured} that training never saw."
     if not run.told:
         text += f" {SILENT[0].upper()}{SILENT[1:]}: there is no success rate to judge by."
     elif len(run.verdicts) > 1:

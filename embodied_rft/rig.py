@@ -19,6 +19,7 @@ from embodied_rft.config import Recipe
 from embodied_rft.data import Trajectory
 from embodied_rft.log import Logger
 from embodied_rft.pool import Pool, Purpose, make_pool
+from embodied_rft.states import unreadable
 
 
 class Rig:
@@ -32,6 +33,7 @@ class Rig:
         self._pools: dict[str, Pool] = {}  # of single steps, as the environment offers them
         self._fitted: dict[str, Pool] = {}  # as the current policy acts: in steps, in chunks, or along a plan
         self._buffer: Buffer | None = None
+        self.left_out = 0  # initial states that the policy cannot read
 
     # --- environments --------------------------------------------------------------------------------------------
 
@@ -62,6 +64,15 @@ class Rig:
         if planner is None:
             return fit_pool(pool, self.agent.policy.spec)
         return QueuedPool(pool, planner)
+
+    def leave_out_unreadable(self) -> None:
+        """Initial states that the policy cannot read are refused now, or left out, and counted, if it says so."""
+        names = unreadable(self.step_pool("training"), self.agent.policy)
+        if names:
+            self.close_pools()
+            exclude = [*self.env.options.get("exclude", ()), *names]
+            self.env = replace(self.env, options={**self.env.options, "exclude": exclude})
+            self.left_out += len(names)
 
     # --- experience ----------------------------------------------------------------------------------------------
 
@@ -121,6 +132,7 @@ class Rig:
 
     def _new_schema(self) -> Schema:
         """The columns, after telling the agent that environments or policy are others now."""
+        self.leave_out_unreadable()
         pool = self.pool("training")
         self.agent.spaces = Spaces(pool.observation_space, pool.action_space)
         return self.schema()

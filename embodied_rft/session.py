@@ -56,6 +56,7 @@ class Session(Rig):
         self._clock = self._saved_at = time.perf_counter()
         pool = fit_pool(self.step_pool("training"), recipe.agent)
         self.agent = build_agent(recipe.agent, pool.observation_space, pool.action_space, rng=self.generator("agent"))
+        self.leave_out_unreadable()
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
@@ -190,6 +191,8 @@ class Session(Rig):
 
     def run(self) -> None:
         """Run all stages that are not done yet."""
+        if self.left_out:
+            self.logger.message(f"{self.left_out} initial states are left out: the policy cannot read them")
         for path, stage in walk(self.stages):
             resumed = self._resume
             if resumed is not None and (path < self.path or (path == self.path and resumed["finished"])):

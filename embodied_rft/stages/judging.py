@@ -38,6 +38,11 @@ class Evaluate(Stage):
         config = self.config
         outcome = session.evaluate(config.episodes, sheet=config.sheet, name=config.name or "policy")
         low, high = outcome.interval
+        if outcome.episodes < config.episodes:
+            session.logger.message(
+                f"the environment has {outcome.states} held-out initial states: each was judged once, not "
+                f"{config.episodes} episodes"
+            )
         if not outcome.told:
             session.logger.message(str(outcome))
         if config.video:

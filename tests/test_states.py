@@ -1,0 +1,154 @@
+"""Finite lists of initial states: held-out ones count once, those that a policy cannot read are found at once."""
+
+import json
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+import embodied_rft.envs.text  # noqa: F401
+from embodied_rft.agent import build_agent
+from embodied_rft.checks import check_policy
+from embodied_rft.config import Recipe, parse
+from embodied_rft.data import Decisions
+from embodied_rft.evaluate import evaluate, evaluation_seeds
+from embodied_rft.pool import make_pool
+from embodied_rft.seeding import evaluation_seed, held_out_index
+from embodied_rft.states import ask
+from embodied_rft.train import train
+
+
+class Levels(gymnasium.Env):
+    """Somebody else's environment with five levels to be judged on; odd ones are easy."""
+
+    num_held_out_states = 5
+
+    def __init__(self):
+        self.observation_space = spaces.Box(0, 5, (1,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        held_out = seed is not None and seed >= 2**31
+        self.level = held_out_index(seed, 5) if held_out else int(self.np_random.integers(5))
+        return np.full(1, self.level, np.float32), {}
+
+    def step(self, action):
+        return np.full(1, self.level, np.float32), 0.0, True, False, {"success": self.level % 2 == 1}
+
+
+gymnasium.register("tests/Levels-v0", Levels)
+
+
+def still(observation):
+    count = len(observation["observation"])
+    return Decisions(np.zeros((count, 1), np.float32), np.zeros((count, 1), np.float32))
+
+
+@pytest.mark.parametrize("kind", ["sync", "workers"])
+def test_every_held_out_state_counts_once_whoever_made_the_environment(kind):
+    pool = make_pool(
+        "tests/Levels-v0", 3, kind=kind, purpose="evaluation", **({"num_workers": 1} if kind == "workers" else {})
+    )
+    try:
+        outcome = evaluate(still, pool, evaluation_seeds(200))
+        assert (outcome.episodes, outcome.states, outcome.success) == (5, 5, 0.4)
+        assert sorted(held_out_index(seed, 5) for seed in outcome.seeds) == [0, 1, 2, 3, 4]
+        assert "on 5 of 5 held-out initial states" in str(outcome) and outcome.to_json()["states"] == 5
+        fewer = evaluate(still, pool, evaluation_seeds(3))
+        assert fewer.episodes == 3 and "3 of 5" in str(fewer)
+    finally:
+        pool.close()
+
+
+def test_sheets_of_a_finite_list_begin_apart():
+    for count in (1, 7, 10, 1000):
+        for sheet in range(4):
+            seen = [held_out_index(evaluation_seed(i, sheet=sheet), count) for i in range(2 * count)]
+            assert sorted(seen[:count]) == list(range(count)) and seen[:count] == seen[count:]
+    first, curve = ({held_out_index(evaluation_seed(i, sheet=k), 1000) for i in range(400)} for k in (0, 1))
+    assert not first & curve
+    with pytest.raises(ValueError, match="evaluation seed"):
+        held_out_index(5, 10)
+
+
+def problems(folder, prompts, **columns):
+    path = folder / "problems.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "answer": "e", **columns}) + "\n" for p in prompts))
+    return {"path": str(path)}
+
+
+def say(observation):
+    return Decisions(["e"] * len(observation["prompt"]), None)
+
+
+@pytest.mark.parametrize("kind", ["native", "sync"])
+def test_held_out_problems_are_judged_once_each(tmp_path, kind):
+    options = problems(tmp_path, [f"say {i % 60}" for i in range(120)])  # each prompt twice
+    pool = make_pool("embodied_rft/TextJsonl-v0", 4, kind=kind, options=options, purpose="evaluation")
+    outcome = evaluate(say, pool, evaluation_seeds(200))
+    shown = {pool.reset(np.array([seed] * 4, np.int64))["prompt"][0] for seed in outcome.seeds}
+    assert outcome.episodes == outcome.states == len(shown) < 20
+    assert shown == {one["prompt"] for one in ask(pool, "initial_observations").values()} - training_prompts(options)
+    pool.close()
+
+
+def training_prompts(options):
+    pool = make_pool("embodied_rft/TextJsonl-v0", 64, options=options)
+    shown = set()
+    for start in range(0, 64 * 30, 64):
+        shown |= set(pool.reset(np.arange(start, start + 64))["prompt"])
+    pool.close()
+    return shown
+
+
+def test_generated_tasks_know_how_few_problems_they_have():
+    counts = {"Sum": 100, "Format": 36, "Countdown": None}
+    for name, count in counts.items():
+        pool = make_pool(f"embodied_rft/Text{name}-v0", 2, purpose="evaluation")
+        assert ask(pool, "num_held_out_states") == count
+        pool.close()
+
+
+def recipe(options, stages, **agent):
+    model = {"tiny": {"hidden_size": 32, "max_tokens": 64}}
+    agent = {"id": "language", "model": model, "max_new_tokens": 4, "prompt": "plain", **agent}
+    env = {"id": "embodied_rft/TextJsonl-v0", "num_envs": 8, "options": options}
+    return parse(Recipe, {"env": env, "agent": agent, "buffer": {"capacity": 500}, "threads": 1, "stages": stages})
+
+
+def test_prompts_without_room_are_named_before_the_run_starts(tmp_path):
+    prompts = [f"{i:03d}" + "x" * (58 if i == 41 else 57 if i == 17 else 20) for i in range(60)]  # 61 + 4 > 64
+    options = problems(tmp_path, prompts)
+    stages = [{"collect": {"episodes": 64}}, {"evaluate": {"episodes": 100}}]
+    with pytest.raises(ValueError, match=r"1 of 60 prompts .*problems.jsonl, line 42: .* 61 tokens and 4 .*skip"):
+        train(recipe(options, stages), tmp_path / "run", quiet=True, report=False)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    session = train(recipe(options, stages, long_prompts="skip"), tmp_path / "run", quiet=True, report=False)
+    assert "1 initial states are left out" in (tmp_path / "run" / "run.log").read_text()
+    seen = {bytes(p).decode() for each in session.buffer.trajectories() for p in each.observation["prompt"]}
+    assert prompts[41] not in seen and len(seen) > 20
+    content = json.loads((tmp_path / "run" / "evaluations" / "1-0.json").read_text())
+    assert content["episodes"] == content["states"] < 20
+    assert f"has {content['states']} held-out initial states" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_no_prompt_at_all_fits(tmp_path):
+    with pytest.raises(ValueError, match="2 of 2 prompts"):
+        train(recipe(problems(tmp_path, ["a" * 70, "b" * 70]), [], long_prompts="skip"), tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize("id", ["Sum", "Countdown", "Format", "Jsonl", "long"])
+@pytest.mark.parametrize("prompt", ["chat", "plain"])
+def test_text_models_pass_the_check_on_text_environments(tmp_path, id, prompt):
+    if id == "long":  # of any length that the space allows
+        of = {"observation_space": spaces.Dict(prompt=spaces.Text(50_000)), "action_space": spaces.Text(50_000)}
+    else:
+        options = problems(tmp_path, ["a", "b"], checker="exact") if id == "Jsonl" else {}
+        env = gymnasium.make(f"embodied_rft/Text{id}-v0", **options)
+        of = {"observation_space": env.observation_space, "action_space": env.action_space}
+    spec = {"id": "language", "model": {"tiny": {"hidden_size": 32, "max_tokens": 128}}, "prompt": prompt}
+    agent = build_agent({**spec, "max_new_tokens": 8}, *of.values(), torch.Generator().manual_seed(0))
+    check_policy(agent.policy, **of)
