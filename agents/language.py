@@ -30,6 +30,8 @@ from embodied_rft.networks import linear
 from embodied_rft.packing import plan_within
 from embodied_rft.prefix_tree import Usage
 from embodied_rft.registry import register
+from embodied_rft.stepping import flatten_space
+from embodied_rft.text_spaces import ChatText, read_chat, write_chat
 from embodied_rft.tuning import LoraOptions, Train
 
 
@@ -39,7 +41,7 @@ class LanguageConfig:
 
     model: str | dict[str, TinyConfig]  # folder or hub id, or {"tiny": {...}} for random weights
     prompt: Literal["chat", "plain"] = "chat"  # as a user message through the chat template, or as it is
-    system: str | None = None  # system message of "chat"
+    system: str | None = None  # system message of "chat", where a prompt brings none of its own
     key: str | None = None  # observation key to read; None: "prompt", or the only text there is
     max_new_tokens: int = 64  # a reply that reaches it is cut, and marked so in the trace
     long_prompts: Literal["refuse", "skip"] = "refuse"  # those that leave no room for a reply: an error, or left out
@@ -99,7 +101,12 @@ class LanguagePolicy(nn.Module):
         self.lm: CausalLM = load_model(config.model, dtype=config.dtype, rng=rng)
         self.model = self.lm.model
         self.tokenizer = self.lm.tokenizer
-        self._encode = _make_encoder(self.tokenizer, config.prompt, config.system)
+        chats = isinstance(flatten_space(observation_space)[self.key], ChatText)
+        if chats and config.prompt != "chat":
+            raise ValueError(
+                'prompts are lists of messages here: use prompt "chat", which writes them as the model does'
+            )
+        self._encode = _make_encoder(self.tokenizer, config.prompt, config.system, chats=chats)
         self._end = self.lm.end_of(config.prompt)
         self.usage = Usage()  # of the decoder when it scores
         if config.value_head:
@@ -319,7 +326,7 @@ def text_key(space: gym.Space, key: str | None) -> str:
     Raises:
         ValueError: there is none, or there are several to choose from.
     """
-    leaves = space.spaces if isinstance(space, gym.spaces.Dict) else {"observation": space}
+    leaves = flatten_space(space)
     texts = [name for name, leaf in leaves.items() if isinstance(leaf, gym.spaces.Text)]
     if key is not None:
         if key not in texts:
@@ -332,8 +339,12 @@ def text_key(space: gym.Space, key: str | None) -> str:
     return texts[0]
 
 
-def _make_encoder(tokenizer: Any, prompt: str, system: str | None) -> Callable[[str, bool], np.ndarray]:
-    """encode(text, is_prompt) -> ids; remembers what it has seen, so a text is tokenised once."""
+def _make_encoder(tokenizer: Any, prompt: str, system: str | None, *, chats: bool) -> Callable[[str, bool], np.ndarray]:
+    """encode(text, is_prompt) -> ids; remembers what it has seen, so a text is tokenised once.
+
+    `chats`: prompts are lists of messages, as `text_spaces.write_chat` writes them; a system message of theirs goes
+    before the option `system`.
+    """
     if prompt == "chat" and not tokenizer.chat_template:
         raise ValueError('the tokenizer has no chat template: use prompt "plain", or a checkpoint that has one')
 
@@ -342,8 +353,9 @@ def _make_encoder(tokenizer: Any, prompt: str, system: str | None) -> Callable[[
         if not isinstance(text, str) or text.encode(errors="ignore").decode() != text:
             raise ValueError(f"{text!r:.60} is no text: a str of valid Unicode is expected")
         if is_prompt and prompt == "chat":
-            messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
-            messages += [{"role": "user", "content": text}]
+            messages = read_chat(text) if chats else [{"role": "user", "content": text}]
+            if system is not None and messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": system}, *messages]
             try:
                 text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             except Exception as error:  # templates are programs, and some refuse a system message
@@ -366,5 +378,7 @@ def _make_encoder(tokenizer: Any, prompt: str, system: str | None) -> Callable[[
         return array
 
     if prompt == "chat":
-        encode("?", True)  # a template that refuses is refused now
+        encode(
+            write_chat([{"role": "user", "content": "?"}]) if chats else "?", True
+        )  # a template that refuses is refused now
     return encode

@@ -30,6 +30,8 @@ from embodied_rft.agents.vla import TrunkEncoder
 from embodied_rft.agents.vla_backbone import Context, load_vlm
 from embodied_rft.data import Decisions, Field, Ragged, Tree
 from embodied_rft.registry import nearest, register
+from embodied_rft.stepping import flatten_space
+from embodied_rft.text_spaces import ChatText
 from embodied_rft.tuning import LoraOptions, Train
 
 
@@ -89,6 +91,8 @@ class VisionLanguagePolicy(nn.Module):
                 "there is no image to see: a uint8 Box of shape [H, W, 3] is expected; else use `language`"
             )
         self.config, self.key = config, text_key(observation_space, config.key)
+        if isinstance(flatten_space(observation_space)[self.key], ChatText):
+            raise ValueError("prompts are lists of messages here; this agent reads one text beside its images")
         self.vlm = load_vlm(
             config.model, dtype=config.dtype, rng=rng, prompt=config.prompt, cache_bytes=config.cache_bytes
         )

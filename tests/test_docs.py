@@ -25,6 +25,15 @@ check_policy(corridor.Line(corridor.Line.Config(), rng=torch.Generator(), **spac
 """
 
 
+RULE = """
+import corridor, gymnasium
+env = gymnasium.make("embodied_rft/TextJsonl-v0", path="problems.jsonl", held_out=0)
+for reply, reward in (("8,849 m (survey 2020)", 1.0), ("8,849 m", 0.75), ("survey 2020", 0.25), ("", 0.0)):
+    env.reset(seed=0)
+    assert env.step(reply)[1] == reward, (reply, reward)
+"""
+
+
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.S)
 
@@ -34,6 +43,7 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corridor")
     (folder / "corridor.py").write_text("\n\n".join(blocks("python")))
     (folder / "corridor.yaml").write_text(blocks("yaml")[0])
+    (folder / "problems.jsonl").write_text(blocks("json")[0])
     return folder
 
 
@@ -45,6 +55,15 @@ def run(project, *command):
 def test_the_examples_pass_the_checkers(project):
     done = run(project, "-c", CHECK)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_example_rule_judges_the_example_line(project):
+    done = run(project, "-c", "import embodied_rft.envs.text\n" + RULE)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(blocks("json")[0])
+    (project / "problems.jsonl").write_text(json.dumps({**line, "source": 7}))
+    done = run(project, "-c", "import embodied_rft.envs.text\n" + RULE)
+    assert "problems.jsonl, line 1: its rule fails on it: TypeError" in done.stderr, done.stderr
 
 
 def test_the_example_recipe_learns(project):
