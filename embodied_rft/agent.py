@@ -106,7 +106,7 @@ class Agent(nn.Module):
 
         Args:
             name: key in `parts`.
-            kind: "critic", "value", "temperature" or "density".
+            kind: "critic", "value", "temperature", "density" or "return_scale".
             fresh: replace an existing part by a new one.
             options: of the kind's constructor, as JSON.
 
@@ -186,6 +186,7 @@ def _make_part(agent: Agent, kind: str, options: Mapping[str, Any]) -> nn.Module
         "value": lambda **o: networks.Value(agent.encoder(), rng=agent.rng, **o),
         "density": lambda **o: networks.Density(agent.encoder(), agent.spaces.action, rng=agent.rng, **o),
         "temperature": networks.Temperature,
+        "return_scale": networks.ReturnScale,
     }
     if kind not in makers:
         raise ValueError(f"unknown kind of part {kind!r}; {registry.nearest(kind, makers)}")

@@ -172,6 +172,8 @@ class Batch:
     columns: dict[str, np.ndarray] = field(default_factory=dict)  # group, episode, step, version, source: each [B]
     num_decisions: int = 0  # of the whole batch; kept by split(), so that micro-batches sum up exactly
     num_units: int = 0
+    num_episodes: int = 0  # counted where episodes are whole
+    together: str | None = None  # column whose equal numbers, which are neighbours, no micro-batch separates
 
     def __len__(self) -> int:
         return len(self.reward)
@@ -184,7 +186,7 @@ class Batch:
     @property
     def atoms(self) -> np.ndarray | None:
         """[B] numbers: decisions of one number belong into one micro-batch; None: each stands for itself."""
-        return None
+        return None if self.together is None else self.columns[self.together]
 
     def take(self, index: slice | np.ndarray) -> Batch:
         """Some decisions of this batch; the normalisers stay those of the whole batch."""
@@ -201,8 +203,19 @@ class Batch:
         return replace(self, **parts, rows=None if self.rows is None else self.rows[index])
 
     def split(self, max_decisions: int) -> list[Batch]:
-        """Micro-batches of at most `max_decisions`; their losses and gradients add up to those of the whole."""
-        return [self.take(slice(i, i + max_decisions)) for i in range(0, len(self), max_decisions)]
+        """Micro-batches of at most `max_decisions`; their losses and gradients add up to those of the whole.
+
+        What belongs together and is longer is one of its own.
+        """
+        if (atoms := self.atoms) is None:
+            return [self.take(slice(i, i + max_decisions)) for i in range(0, len(self), max_decisions)]
+        ends = np.flatnonzero(np.append(np.diff(atoms) != 0, True)) + 1
+        pieces, start = [], 0
+        for end, following in zip(ends, [*ends[1:], np.inf], strict=True):
+            if following - start > max_decisions:
+                pieces.append(self.take(slice(start, int(end))))
+                start = int(end)
+        return pieces
 
     def cut(self, sizes: Sequence[int]) -> list[Batch]:
         """Batches of their own, of these sizes, one after the other: views; nothing of this batch may be padding."""

@@ -84,7 +84,7 @@ class Learner:
         for name in self.config.learning_rates:
             if name not in objective.losses:
                 raise ValueError(f"learning rate for {name!r}, which is not trained; {nearest(name, objective.losses)}")
-        self.updates = 0
+        self.updates = self.iterations = 0
         self.parameters = {name: agent.trainable(name) for name in objective.losses}
         for name, parameters in self.parameters.items():
             if not parameters:
@@ -95,6 +95,7 @@ class Learner:
             self.averaged = copy.deepcopy(agent.policy).requires_grad_(False)
         self._every: Mapping[str, int] = getattr(objective, "every", {})
         self._independent: bool = getattr(objective, "independent", False)
+        self._enough = getattr(objective, "enough", lambda metrics: False)
         self._evaluate = torch.compile(self._sum) if self.config.compile else self._sum
         self._metrics: dict[str, list[Tensor]] = {}
 
@@ -115,8 +116,10 @@ class Learner:
         """How many updates the agent's policy has seen, over all stages (starts at 1; 0 is older experience)."""
         return int(self.agent.version)
 
-    def update(self, batch: Batch | None, rng: torch.Generator, *, only: Sequence[str] | None = None) -> None:
+    def update(self, batch: Batch | None, rng: torch.Generator, *, only: Sequence[str] | None = None) -> bool:
         """One step of every loss that is due, in order. The numbers are kept for `metrics`.
+
+        False where the objective has seen `enough` and no step was taken.
 
         Args:
             batch: B decisions; None: this process has none left, but others do (`distributed.in_step`).
@@ -134,10 +137,11 @@ class Learner:
         due = [name for name in self.objective.losses if (self.updates + 1) % self._every.get(name, 1) == 0]
         due = [name for name in due if only is None or name in only]
         for names in [due] if self._independent else [[name] for name in due]:
-            if names:
-                self._step(names, pieces, rng)
+            if names and not self._step(names, pieces, rng):
+                return False
         self.updates += 1
         self.objective.after_update(self.agent, self.updates)
+        return True
 
     def _pieces(self, batch: Batch | None) -> list[Batch]:
         """The batch as micro-batches on the agent's device, with the normalisers of the whole, of all processes."""
@@ -165,8 +169,8 @@ class Learner:
         rows = plan_units(units, most=most, atoms=batch.atoms) if own is None else own(batch, most)
         return [batch.take(part) for part in rows]
 
-    def _step(self, names: Sequence[str], pieces: list[Batch], rng: torch.Generator) -> None:
-        """One step of these losses, from one backward pass."""
+    def _step(self, names: Sequence[str], pieces: list[Batch], rng: torch.Generator) -> bool:
+        """One step of these losses, from one backward pass; False: the objective has seen enough, nothing changed."""
         parameters = [p for name in names for p in self.parameters[name]]
         optimizers = [self.optimizers[name] for name in names]
         seen: dict[str, list[Tensor]] = {}
@@ -178,8 +182,13 @@ class Learner:
             torch.autograd.backward(total, inputs=parameters)  # only these: other parts' weights cost nothing
             for key, number in metrics.items():
                 seen.setdefault(key, []).append(number)
-        for key, parts in seen.items():
-            self._metrics.setdefault(key, []).append(_together(key, parts))
+        now = {key: _together(key, parts) for key, parts in seen.items()}
+        for key, number in now.items():
+            self._metrics.setdefault(key, []).append(number)
+        if distributed.any_of(self._enough(now)):
+            for name in names:
+                self.optimizers[name].clear()
+            return False
         distributed.sum_gradients(parameters)
         shrink: list[float | None] = [None] * len(names)
         if (most := self.config.clip_norm) is not None:
@@ -194,6 +203,7 @@ class Learner:
             self.agent.version.add_(1)
             if self.averaged is not None:
                 self._average()
+        return True
 
     def _sum(
         self, names: Sequence[str], piece: Batch, rng: torch.Generator
@@ -251,11 +261,20 @@ class Learner:
     def read(
         self, buffer: Any, rows: np.ndarray, reading: Any, *, sampler: np.random.Generator, rng: torch.Generator
     ) -> Metrics:
-        """Annotate `rows`, then update from every batch of the plan `reading`; what `annotate` found in the data."""
+        """Annotate `rows`, then update from every batch of the plan `reading`; what `annotate` found in the data.
+
+        An objective may end it early (`enough`), or let some losses wait for so many iterations (`due`).
+        """
         noted = self.objective.annotate(self.agent, buffer, rows, rng)
         distributed.equalize(self.agent.buffers())  # statistics of the data
+        due = getattr(self.objective, "due", lambda iteration: None)(self.iterations)
         for batch in distributed.in_step(reading.batches(buffer, sampler, self.version)):
-            self.update(batch, rng)
+            if not self.update(batch, rng, only=due):
+                noted = noted | {"learn/stopped_early": 1.0}
+                break
+        self.iterations += 1
+        if due is not None and "policy" not in due:
+            self.agent.version.add_(1)  # what comes next is other experience, though of the same weights
         return noted
 
     def metrics(self) -> Metrics:
@@ -280,6 +299,7 @@ class Learner:
         """Everything but the agent's weights: optimisers, counters, averaged policy. Tensors and JSON scalars only."""
         return {
             "updates": self.updates,
+            "iterations": self.iterations,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "averaged": None if self.averaged is None else dict(self.averaged.state_dict()),
             "metrics": {k: torch.stack(v).float() for k, v in self._metrics.items()},
@@ -292,7 +312,7 @@ class Learner:
                 f"this state trains {sorted(state['optimizers'])}, the objective trains {sorted(self.optimizers)}: "
                 "continue with the objective that the state was saved from"
             )
-        self.updates = int(state["updates"])
+        self.updates, self.iterations = int(state["updates"]), int(state["iterations"])
         for name, saved in state["optimizers"].items():
             self.optimizers[name].load_state_dict(saved)
         if self.averaged is not None:

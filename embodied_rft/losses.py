@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Reduction = Literal["min", "mean", "mean_of_pair_minima"]
-RatioLevel = Literal["unit", "decision", "mean", "none"]
+RatioLevel = Literal["unit", "decision", "mean", "episode", "episode_mean", "none"]
 KLEstimator = Literal["k1", "k2", "k3"]
 Correction = Literal["truncate", "mask"]
 Preference = Literal["sigmoid", "squared", "hinge"]
-Normalizer = Literal["units", "decisions", "constant"]
+Normalizer = Literal["units", "decisions", "episodes", "constant"]
 
 
 # --- values ------------------------------------------------------------------------------------------------------
@@ -147,28 +147,43 @@ class _Pessimistic(torch.autograd.Function):
         return (gradient * ctx.saved_tensors[0]).neg_(), None, None, None
 
 
-def log_ratio(log_prob: Tensor, old_log_prob: Tensor, mask: Tensor | None, *, level: RatioLevel) -> Tensor:
+def log_ratio(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    mask: Tensor | None,
+    *,
+    level: RatioLevel,
+    episode: Tensor | None = None,
+) -> Tensor:
     """Log of the importance ratio that each unit is weighted with, [B, U], 0 under the mask.
 
-    "unit": log pi(u) - log old(u) (PPO); "decision": their sum over the units, the ratio of the whole decision;
-    "mean": their mean, the ratio's geometric mean (Zheng et al. 2025, GSPO, eq. 7); "none": 0 with the gradient of
-    log pi(u), so that the surrogate is the plain policy gradient (Williams 1992; Chu et al. 2025, GPG, eq. 6).
+    "unit": log pi(u) - log old(u) (PPO); "decision" and "episode": their sum over the units of a decision, or of all
+    decisions of an episode here: the ratio of the whole (Ahmadian et al. 2024, RLOO); "mean" and "episode_mean": their
+    mean, the ratio's geometric mean (Zheng et al. 2025, GSPO, eq. 7); "none": 0 with the gradient of log pi(u), so that
+    the surrogate is the plain policy gradient (Williams 1992; Chu et al. 2025, GPG, eq. 6).
 
     Args:
         log_prob: [B, U] of the policy being trained.
         old_log_prob: [B, U] of the policy that acted.
         mask: [B, U] bool; None: every unit counts.
         level: what shares one ratio.
+        episode: [B] int64 in [0, number of episodes), which of them a decision belongs to; "episode" levels only.
     """
     each = log_prob - (log_prob.detach() if level == "none" else old_log_prob)
     if mask is not None:
         each = torch.where(mask, each, 0.0)
     if level in ("unit", "none"):
         return each
-    total = each.sum(1, keepdim=True)
-    if level == "mean":
-        total = total / (each.shape[1] if mask is None else mask.sum(1, keepdim=True).clamp_min(1))
-    return total.expand_as(each) if mask is None else torch.where(mask, total, 0.0)
+    total = each.sum(1)
+    count = total.new_full(total.shape, each.shape[1]) if mask is None else mask.sum(1).to(total)
+    if level in ("episode", "episode_mean"):
+        if episode is None:
+            raise ValueError(f"ratio {level!r} needs to know which episode each decision belongs to: give `episode`")
+        total, count = (torch.zeros_like(x).index_add(0, episode, x)[episode] for x in (total, count))
+    if level in ("mean", "episode_mean"):
+        total = total / count.clamp_min(1)
+    shared = total[:, None].expand_as(each)
+    return shared if mask is None else torch.where(mask, shared, 0.0)
 
 
 def kl(log_prob: Tensor, reference: Tensor, *, estimator: KLEstimator = "k3") -> Tensor:
@@ -242,13 +257,16 @@ def per_batch(
     normalizer: Normalizer,
     num_units: int,
     num_decisions: int,
+    num_episodes: int = 0,
+    episode_units: Tensor | None = None,
     constant: float = 1.0,
 ) -> Tensor:
     """[B, U] -> a scalar; those of k micro-batches add up to that of the whole batch.
 
     "units": every unit of the batch counts the same (DAPO, eq. 8); "decisions": the mean over a decision's units,
-    every decision counts the same (Shao et al. 2024, GRPO, eq. 3); "constant": the sum over units / (decisions *
-    constant), so that a unit's weight depends on no length (Liu et al. 2025, Dr. GRPO, section 3.2).
+    every decision counts the same; "episodes": the mean over all units of an episode, every episode counts the same
+    (Shao et al. 2024, GRPO, eq. 3, whose output is an episode of one or of many turns); "constant": the sum over units /
+    (episodes * constant), so that a unit's weight depends on no length (Liu et al. 2025, Dr. GRPO, section 3.2).
 
     Args:
         values: [B, U].
@@ -256,13 +274,21 @@ def per_batch(
         normalizer: what the sum is divided by.
         num_units: of the whole batch.
         num_decisions: of the whole batch.
-        constant: units of a typical decision.
+        num_episodes: of the whole batch, each of them whole; "episodes" and "constant" only.
+        episode_units: [B] units of the episode that a decision belongs to; "episodes" only.
+        constant: units of a typical episode.
     """
+    if normalizer == "units":
+        return (values.sum() if mask is None else masked_sum(values, mask)) / num_units
+    each = (values if mask is None else torch.where(mask, values, 0.0)).sum(1)
+    assert normalizer == "decisions" or num_episodes > 0, "episodes of the batch were not counted"
     if normalizer == "decisions":
-        count = values.shape[1] if mask is None else mask.sum(1).clamp_min(1)
-        values, mask = (values if mask is None else torch.where(mask, values, 0.0)).sum(1) / count, None
-    total = values.sum() if mask is None else masked_sum(values, mask)
-    return total / {"units": num_units, "decisions": num_decisions, "constant": num_decisions * constant}[normalizer]
+        count: int | Tensor = values.shape[1] if mask is None else mask.sum(1).clamp_min(1)
+        return (each / count).sum() / num_decisions
+    if normalizer == "constant":
+        return each.sum() / (num_episodes * constant)
+    assert episode_units is not None
+    return (each / episode_units).sum() / num_episodes
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

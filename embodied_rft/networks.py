@@ -341,6 +341,29 @@ class Temperature(nn.Module):
         return self.log_alpha.detach().exp()
 
 
+class ReturnScale(nn.Module):
+    """Running standard deviation of returns, by which rewards are divided (Engstrom et al. 2020, section 3, item 2)."""
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor  # sum of squared distances from the mean
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("count", "mean", "squares"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+
+    def update(self, returns: Tensor) -> float:
+        """Take in returns [B]; the standard deviation of all so far (Chan et al. 1979), 1 where they do not vary."""
+        new = returns.to(self.mean)
+        total, shift = self.count + len(new), new.mean() - self.mean
+        self.squares += (new - new.mean()).square().sum() + shift.square() * self.count * len(new) / total
+        self.mean += shift * len(new) / total
+        self.count.copy_(total)
+        scale = float((self.squares / total).sqrt())
+        return scale if scale > 1e-8 else 1.0
+
+
 class Density(nn.Module):
     """Conditional variational auto-encoder p(a | o) of the data's actions (Sohn et al. 2015).
 

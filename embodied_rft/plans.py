@@ -62,6 +62,7 @@ class Fresh:
     batch_size: int = 256  # decisions
     max_lag: int = 0  # oldest policy version that is read, in versions behind the current one
     whole_groups: bool = False  # a group is never torn: batches may be smaller, or larger if one group is
+    whole_episodes: bool = False  # beside it: nor is an episode by micro-batches
     min_groups: int = 0  # yield nothing before so many groups can be read: collecting goes on (DAPO)
     only: str | None = None  # name of a note: rows where it is not 1 are left out
     shuffle: bool = True
@@ -86,26 +87,33 @@ class Fresh:
             )
         if self.only is not None:
             rows = rows[buffer.note(self.only, rows) == 1]
-        groups = buffer.columns(rows)["group"]
+        book = buffer.columns(rows)
+        groups, episodes = book["group"], book["episode"]
         if not len(rows) or len(np.unique(groups)) < self.min_groups:
             return
         reading: dict[str, Any] = {"reward_weights": self.reward_weights, "next_observation": self.next_observation}
         for _ in range(self.num_epochs):
-            yield from read_ahead(buffer, self._parts(rows, groups, rng), **reading)
+            for batch in read_ahead(buffer, self._parts(rows, groups, episodes, rng), **reading):
+                if self.whole_groups:
+                    batch.num_episodes = len(np.unique(batch.columns["episode"]))
+                    batch.together = "episode" if self.whole_episodes else None
+                yield batch
 
-    def _parts(self, rows: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    def _parts(
+        self, rows: np.ndarray, groups: np.ndarray, episodes: np.ndarray, rng: np.random.Generator
+    ) -> Iterator[np.ndarray]:
         """The rows of one epoch, cut into batches."""
         if not self.whole_groups:
             rows = rng.permutation(rows) if self.shuffle else rows
             yield from (rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size))
             return
-        alone = groups < 0  # each is a group of its own, with a number that no group has
-        labels = np.where(alone, groups.max(initial=0) + 1 + np.arange(len(rows)), groups)
+        # An episode without a group is one of its own, with a number that no group has.
+        labels = np.where(groups < 0, groups.max(initial=0) + 1 + episodes, groups)
         _, first, number, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
         order = rng.permutation(len(sizes)) if self.shuffle else np.argsort(first)
         rank = np.empty(len(sizes), np.int64)
         rank[order] = np.arange(len(sizes))
-        rows = rows[np.argsort(rank[number], kind="stable")]
+        rows = rows[np.lexsort((episodes, rank[number]))]  # the decisions of an episode are neighbours, in their order
         start = end = 0
         for size in sizes[order].tolist():
             if end > start and end + size - start > self.batch_size:

@@ -83,30 +83,53 @@ def monte_carlo(reward: Tensor, discount: Tensor, mask: Tensor, tail: Tensor | N
     return returns
 
 
+def running_returns(reward: Tensor, lengths: list[int], before: list[float], *, gamma: float) -> Tensor:
+    """R_t = r_t + gamma R_{t-1} [B], the discounted sum of the rewards so far, of segments that lie one after the other.
+
+    Args:
+        reward: [B].
+        lengths: T of each segment.
+        before: R of the decision before each segment; 0 where an episode begins.
+        gamma: discount.
+    """
+    index, mask = (torch.from_numpy(a) for a in pad_segments(lengths))
+    padded, table = reward[index].double(), torch.zeros(mask.shape, dtype=torch.float64)
+    running = torch.tensor(before, dtype=torch.float64)
+    for t in range(mask.shape[1]):
+        table[:, t] = running = padded[:, t] + gamma * running
+    return table[mask].float()
+
+
 def group_advantages(
-    returns: Tensor, group: np.ndarray, *, baseline: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    returns: Tensor,
+    group: np.ndarray,
+    *,
+    baseline: Literal["grpo", "dr_grpo", "rloo"] = "grpo",
+    size: Tensor | None = None,
 ) -> Tensor:
     """Advantage of each episode over its siblings [B]; those of a group sum to zero.
 
     "grpo": (R - mean) / (std + 1e-6) (Shao et al. 2024, section 4.1.2); "dr_grpo": R - mean (Liu et al. 2025);
-    "rloo": R - mean of the others (Ahmadian et al. 2024, eq. 7). A group of one, or of equal returns, gets 0.
+    "rloo": R - mean of the others (Ahmadian et al. 2024, eq. 7). A group of one, or of equal returns, gets exactly 0.
 
     Args:
         returns: [B] of whole episodes.
         group: [B] integer group of each.
         baseline: what is subtracted.
+        size: as in `without_spread`.
     """
     _, index = np.unique(group, return_inverse=True)
-    group_of = torch.from_numpy(index)
-    count = torch.bincount(group_of).to(returns)
-    mean = torch.zeros_like(count).index_add_(0, group_of, returns) / count
-    advantage = returns - mean[group_of]
-    if baseline == "dr_grpo":
-        return advantage
+    group_of, exact = torch.from_numpy(index), returns.double()
+    count = torch.bincount(group_of).double()
+    mean = torch.zeros_like(count).index_add_(0, group_of, exact) / count
+    even = torch.from_numpy(without_spread(returns, group, size))
+    advantage = torch.where(even, 0.0, exact - mean[group_of])  # rounding of a mean is no credit
     if baseline == "rloo":
-        return advantage * (count / (count - 1).clamp_min(1))[group_of]
-    variance = torch.zeros_like(count).index_add_(0, group_of, advantage.square()) / (count - 1).clamp_min(1)
-    return advantage / (variance.sqrt()[group_of] + 1e-6)
+        advantage = advantage * (count / (count - 1).clamp_min(1))[group_of]
+    elif baseline == "grpo":
+        variance = torch.zeros_like(count).index_add_(0, group_of, advantage.square()) / (count - 1).clamp_min(1)
+        advantage = advantage / (variance.sqrt()[group_of] + 1e-6)
+    return advantage.to(returns)
 
 
 def unit_advantages(
@@ -147,22 +170,38 @@ def unit_returns(after: Tensor, reward: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, kept.flip(1).cumsum(1).flip(1) + after[:, None], 0.0)
 
 
-def without_spread(returns: Tensor, group: np.ndarray) -> np.ndarray:
-    """[B] bool: all siblings returned the same, so that comparing them teaches nothing (an only child included)."""
+SAME = 1e-6  # what differs by less than this share of its size differs by the rounding of float32
+
+
+def without_spread(returns: Tensor, group: np.ndarray, size: Tensor | None = None) -> np.ndarray:
+    """[B] bool: all siblings returned the same, so that comparing them teaches nothing (an only child included).
+
+    Args:
+        returns: [B] of whole episodes.
+        group: [B] integer group of each.
+        size: [B] sum of the absolute rewards of each, by which rounding is judged; None: the absolute returns.
+    """
     _, index = np.unique(group, return_inverse=True)
-    values = returns.numpy().astype(np.float64)
-    low, high = np.full(index.max(initial=-1) + 1, np.inf), np.full(index.max(initial=-1) + 1, -np.inf)
+    values, sizes = (x.double().numpy() for x in (returns, returns.abs() if size is None else size))
+    count = index.max(initial=-1) + 1
+    low, high, largest = np.full(count, np.inf), np.full(count, -np.inf), np.zeros(count)
     np.minimum.at(low, index, values)
     np.maximum.at(high, index, values)
-    return (high - low <= 1e-6 * np.maximum(1.0, np.abs(high)))[index]
+    np.maximum.at(largest, index, sizes)
+    return (high - low <= SAME * largest)[index]
 
 
 def standardize(values: Tensor, mask: Tensor) -> Tensor:
-    """Shift and scale to mean 0 and standard deviation 1 over what is under a True mask of the same shape."""
-    kept = values[mask]
+    """Shift and scale to mean 0 and standard deviation 1 over what is under a True mask of the same shape.
+
+    Numbers that differ by rounding only become exactly 0: no credit is made of it.
+    """
+    kept = values[mask].double()
     if not len(kept):
-        return values
-    return torch.where(mask, (values - kept.mean()) / (kept.std(correction=0) + 1e-8), 0.0)
+        return torch.zeros_like(values)
+    if bool(kept.max() - kept.min() <= SAME * kept.abs().max()):
+        return torch.zeros_like(values)
+    return torch.where(mask, ((values - kept.mean()) / (kept.std(correction=0) + 1e-8)).to(values), 0.0)
 
 
 def overlong_penalty(length: Tensor, *, limit: int, margin: int) -> Tensor:

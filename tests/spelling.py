@@ -142,6 +142,13 @@ def schema(rewards=("env",)):
     return Schema({"observation": Field((CLASSES,))}, Field((), "int64", "ragged"), units=None, rewards=rewards)
 
 
+def whole(buffer, rows):
+    """A batch of whole episodes, one after the other, as a plan with `whole_groups` gives it."""
+    batch = buffer.batch(np.concatenate(buffer.segments(rows)))
+    batch.num_episodes = len(np.unique(batch.columns["episode"]))
+    return batch
+
+
 class Lab:
     """One speller and one task. `tamper(batch)` may break every batch before the learner sees it."""
 

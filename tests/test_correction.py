@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from embodied_rft import losses
 from embodied_rft.objectives.correction import Correction, correct
-from tests.spelling import Lab
+from tests.spelling import Lab, whole
 
 
 def random_pair(seed, *, rows=6, units=4):
@@ -99,7 +99,7 @@ def test_notes_are_written_on_the_way_to_the_loss():
 
 def test_the_surrogate_multiplies_the_weight():
     lab, objective, rows, _ = noted(how="truncate", limit=2.0)
-    batch = lab.buffer.batch(rows)
+    batch = whole(lab.buffer, rows)
     loss, metrics = objective.policy_loss(lab.agent, batch, lab.rng)
     each = -(batch.notes["weight"] * batch.notes["advantage"][:, None])  # the ratio to old_log_prob is 1
     expected = (torch.where(batch.mask, each, 0.0).sum(1) / batch.mask.sum(1)).mean()

@@ -15,7 +15,7 @@ from embodied_rft.data import Ragged
 from embodied_rft.learner import Learner, LearnerConfig, NonFiniteLossError
 from embodied_rft.objectives import build_objective
 from embodied_rft.objectives.common import units_of
-from tests.spelling import CLASSES, Lab
+from tests.spelling import CLASSES, Lab, whole
 
 PRESETS = ("ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gpg", "gspo", "dapo")
 
@@ -27,7 +27,7 @@ def prepared(spec, *, episodes=64, **task):
     lab.collect(episodes)
     rows = lab.buffer.rows()
     metrics = objective.annotate(lab.agent, lab.buffer, rows, lab.rng)
-    return lab, objective, lab.buffer.batch(rows), metrics
+    return lab, objective, whole(lab.buffer, rows), metrics
 
 
 def moved(lab, scale=0.05):
@@ -217,7 +217,7 @@ def test_advantages_of_a_group_sum_to_zero(credit):
 
 
 def test_groups_without_spread_are_dropped_and_counted():
-    lab, objective, batch, metrics = prepared("grpo")
+    lab, objective, batch, metrics = prepared("dapo")
     group, reward = batch.columns["group"], batch.reward.numpy()
     lab.buffer._dense.write("reward/env", batch.rows[group < 3], np.full((group < 3).sum(), 0.25, np.float32))
     metrics = objective.annotate(lab.agent, lab.buffer, batch.rows, lab.rng)

@@ -42,7 +42,7 @@ class Credit(Protocol):
 
         Returns:
             "advantage" [B], or [B, U] if `per_unit`; with a value, "value_target" of the same shape; and, if some
-            decisions teach nothing, "dead" [B] bool: they are not learned from.
+            decisions teach nothing, "dead" [B] bool: with `drop_even_groups` they are not read.
         """
 
 
@@ -119,11 +119,12 @@ def return_credit(agent: Agent, batch: Batch, lengths: list[int], config: Any) -
 def _group_credit(batch: Batch, lengths: list[int], baseline: Literal["grpo", "dr_grpo", "rloo"]) -> dict[str, Tensor]:
     """Every decision of an episode gets the episode's advantage over its siblings."""
     index, mask = (torch.from_numpy(a) for a in returns.pad_segments(lengths))
-    total = torch.where(mask, batch.reward[index], 0.0).sum(1)
+    reward = torch.where(mask, batch.reward[index], 0.0).double()
+    total, size = reward.sum(1).float(), reward.abs().sum(1)
     group = batch.columns["group"][index[:, 0].numpy()]
     repeats = torch.tensor(lengths)
-    advantage = returns.group_advantages(total, group, baseline=baseline).repeat_interleave(repeats)
-    dead = returns.without_spread(total, group)
+    advantage = returns.group_advantages(total, group, baseline=baseline, size=size).repeat_interleave(repeats)
+    dead = returns.without_spread(total, group, size)
     if len(dead) and np.unique(group).size == len(group):
         raise ValueError(
             f"credit {baseline!r} compares siblings, but no episode has one: set group_size to at least 2 where "

@@ -2,7 +2,7 @@
 
 Before learning, `annotate` walks the data once: values, reference and current log-probabilities, behaviour correction,
 reward terms per unit, credit; everything is written as notes and comes back with each batch. A decision whose note
-"live" is not 1 is not read: a group without spread, a rejected or (on request) a cut decision.
+"live" is not 1 is not read: a rejected or (on request) a cut decision, or one of a group without spread.
 
 Values come from the part "value", a network of its own with a loss of its own; or, when the policy has
 `value(observation, trace) -> [B]` (a head on a shared trunk), from there: then both losses are one, weighted by
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -33,6 +33,10 @@ from embodied_rft.plans import Fresh, Share
 from embodied_rft.registry import find, register
 
 
+SHARED = {"decision": "decisions", "mean": "decisions", "episode": "episodes", "episode_mean": "episodes"}
+CLIP_GROWTH = 3.0  # rate at which the clip range grows from the first unit to the last (DPPO)
+
+
 @dataclass(config=STRICT, kw_only=True)
 class PPOConfig:
     """Options of `ppo`, and of everything that is a preset of it."""
@@ -43,6 +47,9 @@ class PPOConfig:
     max_lag: int = 0  # oldest experience, in policy versions
     whole_groups: bool = False  # siblings are never in different batches
     min_groups: int = 0  # do not learn before so many groups have spread: collecting goes on (DAPO's dynamic sampling)
+    drop_even_groups: bool = False  # groups without spread are not read at all, their KL and entropy terms included
+    target_kl: PositiveFloat | None = None  # stop learning from this experience once the KL is 1.5 times this (k3)
+    critic_warm_up: NonNegativeInt = 0  # iterations at the start in which only the value learns
     # Credit
     credit: str = "gae"  # "gae", "bi_level_gae", "return", "grpo", "dr_grpo", "rloo" or a third party's
     gamma: Share = 0.99  # from one decision to the next
@@ -51,15 +58,23 @@ class PPOConfig:
     unit_trace_decay: Share = 1.0  # lambda inside a decision, of "bi_level_gae"
     normalize_advantage: bool = True  # over everything read at once, not over a minibatch
     reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward
+    scale_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     overlong: tuple[int, int] | None = None  # (limit, margin) in units: longer decisions lose up to 1 (DAPO, eq. 13)
     cut: Literal["keep", "drop"] = "keep"  # what ran into a length limit; dropped, it still counts in its group
     # Surrogate
-    ratio: losses.RatioLevel = "unit"
-    clip_low: float | None = 0.2  # None: no bound
-    clip_high: float | None = 0.2
-    dual_clip: float | None = None
-    normalizer: losses.Normalizer = "units"
-    normalizer_units: float = 1.0  # units of a typical decision, for normalizer "constant"
+    ratio: losses.RatioLevel = "unit"  # what shares one importance ratio
+    per_dimension: bool = (
+        False  # ratio and entropy of a unit are means over its action numbers (DPPO's and ReinFlow's code)
+    )
+    clip_low: float | None = 0.2  # how far the ratio may fall below 1; None: no bound
+    clip_high: float | None = 0.2  # how far it may rise above 1; None: no bound
+    clip_first: PositiveFloat | None = (
+        None  # clip range of a decision's first unit, whence it grows to that of the last
+    )
+    dual_clip: float | None = None  # largest loss per |advantage| where the advantage is negative; None: no bound
+    unit_discount: Share = 1.0  # a unit's advantage counts this to the power of the units after it (DPPO's denoising)
+    normalizer: losses.Normalizer = "units"  # what counts the same: every unit, decision or episode; or a constant
+    normalizer_units: float = 1.0  # units of a typical episode, for normalizer "constant"
     correction: Correction | None = None  # of stale or mismatched experience
     # KL to a reference policy
     kl_weight: float = 0.0
@@ -77,6 +92,22 @@ class PPOConfig:
     def __post_init__(self) -> None:
         if self.kl_weight < 0:
             raise ValueError(f"kl_weight {self.kl_weight}: at least 0 is expected; it pulls towards the reference")
+        shared = SHARED.get(self.ratio)
+        if shared is not None and self.normalizer != shared:
+            raise ValueError(
+                f"ratio {self.ratio!r} is one number for all units it covers, with normalizer {self.normalizer!r} the "
+                f"longer ones would count more: set normalizer to {shared!r}"
+            )
+        if self.normalizer in ("episodes", "constant") and not self.whole_groups:
+            raise ValueError(
+                f"normalizer {self.normalizer!r} needs whole episodes in a batch: set whole_groups to true"
+            )
+        if self.min_groups and not self.drop_even_groups:
+            raise ValueError("min_groups counts groups with spread: set drop_even_groups to true, too")
+        if self.clip_first is not None and None in (self.clip_low, self.clip_high):
+            raise ValueError(
+                "clip_first is where the clip range begins; clip_low and clip_high, where it ends, are null"
+            )
         if self.normalizer_units != 1.0 and self.normalizer != "constant":
             raise ValueError(f'normalizer_units has no effect with normalizer {self.normalizer!r}: use "constant"')
         if self.ratio == "none" and (self.clip_low is not None or self.clip_high is not None):
@@ -98,6 +129,8 @@ class PPO:
         self.uses_value = getattr(self.credit, "uses_value", False)
         self.per_unit = getattr(self.credit, "per_unit", False)
         self.prefix = "unit_" if self.per_unit else ""  # of the notes that credit writes
+        if config.critic_warm_up and not self.uses_value:
+            raise ValueError(f"critic_warm_up has no effect: credit {config.credit!r} has no value that could learn")
         self.joint = False  # whether the value is a head of the policy; known once there is one
         self.losses: Losses = {"value": self.value_loss} if self.uses_value else {}
         self.losses["policy"] = self.policy_loss
@@ -106,6 +139,7 @@ class PPO:
             batch_size=config.batch_size,
             max_lag=config.max_lag,
             whole_groups=config.whole_groups,
+            whole_episodes=config.ratio in ("episode", "episode_mean"),
             min_groups=config.min_groups,
             only="live",
             next_observation=False,
@@ -117,14 +151,43 @@ class PPO:
         c = self.config
         if c.kl_weight:
             agent.ensure_reference()
+        if c.scale_reward:
+            agent.ensure("return_scale", "return_scale")
+        self._check(agent.policy)
         if not self.uses_value:
             return
         self.joint = hasattr(agent.policy, "value")
         if self.joint:
+            if c.critic_warm_up:
+                raise ValueError(
+                    "critic_warm_up has no effect: this policy's value shares its trunk, they learn as one"
+                )
             self.losses = {"policy": self.policy_loss}
         else:
             hidden = None if c.value_hidden is None else list(c.value_hidden)
             agent.ensure("value", "value", hidden=hidden, activation=c.value_activation)
+
+    def _check(self, policy: Any) -> None:
+        """Refuse options that this policy cannot serve."""
+        if self.config.per_dimension and not hasattr(policy, "unit_size"):
+            raise ValueError(
+                f"per_dimension needs to know how many action numbers a unit has, {type(policy).__name__} does not say "
+                "(unit_size): leave it out"
+            )
+        if self.config.clip_first is not None and policy.num_units is None:
+            raise ValueError("clip_first needs a fixed number of units in a decision (a chain's steps): leave it out")
+
+    def due(self, iteration: int) -> list[str] | None:
+        """Names of the losses that learn in an iteration (from 0) of a stage; None: all."""
+        return ["value"] if iteration < self.config.critic_warm_up else None
+
+    def enough(self, metrics: dict[str, Tensor]) -> bool:
+        """Whether the policy has moved so far from the one that acted that this step is not taken, nor any other.
+
+        As in stable-baselines3 and Spinning Up: the estimate of this batch exceeds 1.5 target_kl.
+        """
+        limit, kl = self.config.target_kl, metrics.get("policy/kl")
+        return limit is not None and kl is not None and float(kl) > 1.5 * limit
 
     # --- losses, in update order ---------------------------------------------------------------------------------
 
@@ -146,9 +209,12 @@ class PPO:
         log_prob, entropy = agent.policy.log_prob(batch.observation, batch.action, batch.trace)
         old = batch.log_prob if c.correction is None else notes["old_log_prob"]
         mask = batch.mask if agent.policy.num_units is None else None  # a fixed number of units is never padded
-        ratio = losses.log_ratio(log_prob, old, mask, level=c.ratio)
-        advantage = notes[f"{self.prefix}advantage"]
-        each = losses.clipped_surrogate(ratio, 0.0, advantage, low=c.clip_low, high=c.clip_high, dual=c.dual_clip)
+        ratio = losses.log_ratio(log_prob, old, mask, level=c.ratio, episode=self._episode(batch, log_prob.device))
+        if c.per_dimension:
+            size = agent.policy.unit_size
+            ratio, entropy = ratio / size, entropy / size
+        low, high = self._bounds(ratio)
+        each = losses.clipped_surrogate(ratio, 0.0, self._advantage(batch), low=low, high=high, dual=c.dual_clip)
         if c.correction is not None:
             each = each * notes["weight"]
         if c.kl_weight and c.kl_in == "loss":
@@ -161,22 +227,49 @@ class PPO:
             normalizer=c.normalizer,
             num_units=batch.num_units,
             num_decisions=batch.num_decisions,
+            num_episodes=batch.num_episodes,
+            episode_units=notes.get("episode_units"),
             constant=c.normalizer_units,
         )
-        metrics = {"policy/loss": loss.detach()} | self._watch(ratio.detach(), batch)
+        metrics = {"policy/loss": loss.detach()} | self._watch(ratio.detach(), batch, low, high)
         if self.joint:
             value, more = self.value_loss(agent, batch, rng)
             loss, metrics = loss + c.value_weight * value, metrics | more
         return loss, metrics
 
-    def _watch(self, ratio: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """How far the policy has moved from the one that acted (KL, k2) and how often the ratio is out of bounds."""
-        c, count = self.config, len(batch) / batch.num_decisions * batch.num_units  # units, about
-        flat = ratio.reshape(-1)
-        watched = {"policy/kl": torch.dot(flat, flat) * (0.5 / count)}
-        if c.clip_low is not None and c.clip_high is not None:
-            inside = flat.clamp(math.log1p(-min(c.clip_low, 0.999)), math.log1p(c.clip_high))
-            watched["policy/clipped"] = torch.count_nonzero(inside != flat) / count
+    def _episode(self, batch: Batch, device: torch.device) -> Tensor | None:
+        """[B] number of the episode of each decision, from 0, where episodes share a ratio."""
+        if not self.reading.whole_episodes:
+            return None
+        return torch.from_numpy(np.unique(batch.columns["episode"], return_inverse=True)[1]).to(device)
+
+    def _advantage(self, batch: Batch) -> Tensor:
+        """[B] or [B, U], discounted by the units that follow (Ren et al. 2024, DPPO, section 4.3)."""
+        advantage, decay = batch.notes[f"{self.prefix}advantage"], self.config.unit_discount
+        if decay == 1:
+            return advantage
+        mask = batch.mask
+        after = (mask.sum(1, keepdim=True) - 1 - torch.arange(mask.shape[1], device=mask.device)).clamp_min(0)
+        return (advantage[:, None] if advantage.dim() == 1 else advantage) * decay**after
+
+    def _bounds(self, ratio: Tensor) -> tuple[Any, Any]:
+        """Clip ranges below and above 1: numbers, or [U] where they grow from the first unit to the last.
+
+        At unit u of U, with x = u / (U - 1): first + (last - first) (exp(3 x) - 1) / (exp(3) - 1) (DPPO, appendix).
+        """
+        c, count = self.config, ratio.shape[1]
+        if c.clip_first is None or count == 1:
+            return c.clip_low, c.clip_high
+        share = torch.expm1(CLIP_GROWTH * torch.linspace(0, 1, count, device=ratio.device)) / math.expm1(CLIP_GROWTH)
+        return tuple(c.clip_first + (last - c.clip_first) * share for last in (c.clip_low, c.clip_high))
+
+    def _watch(self, ratio: Tensor, batch: Batch, low: Any, high: Any) -> dict[str, Tensor]:
+        """How far the policy has moved from the one that acted (KL, k3) and how often the ratio is out of bounds."""
+        count = len(batch) / batch.num_decisions * batch.num_units  # units, about
+        change = torch.expm1(ratio.clamp(-20, 20))
+        watched = {"policy/kl": (change - ratio).sum() / count}
+        if low is not None and high is not None:
+            watched["policy/clipped"] = torch.count_nonzero((change < -low) | (change > high)) / count
         return watched
 
     # --- around the losses ---------------------------------------------------------------------------------------
@@ -190,6 +283,8 @@ class PPO:
         order, c = np.concatenate(segments), self.config
         batch = buffer.batch(order, gamma=c.gamma, reward_weights=c.reward_weights, next_observation=False)
         metrics = {"data/reward": float(batch.reward.mean())}
+        if c.scale_reward:
+            metrics |= self._scale(agent, buffer, batch, segments)
         self._score(agent, buffer, batch, [len(s) for s in segments])
         live = torch.ones(len(batch), dtype=torch.bool)
         if c.correction is not None:
@@ -202,7 +297,7 @@ class PPO:
         credited = self.credit(agent, batch, [len(s) for s in segments], c)
         dead = credited.pop("dead", torch.zeros_like(live))
         metrics |= _count_groups(batch.columns["group"], dead.numpy())
-        self._write(buffer, order, batch, credited, live & ~dead)
+        self._write(buffer, order, batch, credited, live & ~dead if c.drop_even_groups else live)
         # Last, so that ratios of this batch are taken with the statistics that it was acted with.
         fit_normalizers(agent, buffer, rows)
         if c.kl_weight and c.reference == "moving":
@@ -233,6 +328,26 @@ class PPO:
             following[torch.from_numpy(last)] = score_in_chunks(scorers["value"], ends, agent.device)
             batch.notes["next_value"] = following
 
+    def _scale(self, agent: Agent, buffer: Any, batch: Batch, segments: list[np.ndarray]) -> dict[str, float]:
+        """Divide rewards by the running standard deviation of R_t = r_t + gamma R_{t-1} (Engstrom et al. 2020, item 2).
+
+        R goes on where an episode does: it is a note of the decision before. Changes `batch`.
+        """
+        book = buffer.columns(known := buffer.rows())
+        so_far = buffer.note("running_return", known)
+        before = {
+            (int(episode), int(step) + 1): float(value)
+            for episode, step, value in zip(book["episode"], book["step"], so_far, strict=True)
+            if not math.isnan(value)
+        }
+        starts = buffer.columns(np.array([s[0] for s in segments]))
+        carried = [before.get((int(e), int(t)), 0.0) for e, t in zip(starts["episode"], starts["step"], strict=True)]
+        running = returns.running_returns(batch.reward, [len(s) for s in segments], carried, gamma=self.config.gamma)
+        buffer.annotate("running_return", np.concatenate(segments), running.numpy())
+        scale = agent.parts["return_scale"].update(running)
+        batch.reward = batch.reward / scale
+        return {"data/return_scale": scale}
+
     def _shape(self, batch: Batch) -> dict[str, float]:
         """Reward terms that are no stream of the environment: length and KL. Changes `batch`."""
         c, metrics = self.config, {}
@@ -259,6 +374,10 @@ class PPO:
         if c.value_clip is not None and self.uses_value:
             credited["old_value"] = batch.notes["unit_value" if self.per_unit else "value"]
         notes = {f"{self.prefix}{name}": value for name, value in credited.items()} | {"live": live.float()}
+        if c.normalizer == "episodes":
+            _, index = np.unique(batch.columns["episode"], return_inverse=True)
+            episode, units = torch.from_numpy(index), torch.where(live, batch.mask.sum(1), 0).float()
+            notes["episode_units"] = torch.zeros(len(units)).index_add(0, episode, units)[episode]
         if c.kl_weight and c.kl_in == "loss":
             notes["reference_log_prob"] = batch.notes["reference_log_prob"]
         if c.correction is not None:

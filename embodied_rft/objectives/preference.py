@@ -38,21 +38,6 @@ class PairBatch(Batch):
 
     num_pairs: int = 0  # of the whole batch; kept by split()
 
-    @property
-    def atoms(self) -> np.ndarray:
-        """[B]: the two sides of a pair are never separated."""
-        return self.columns["pair"]
-
-    def split(self, max_decisions: int) -> list[Batch]:
-        """Micro-batches of at most `max_decisions` that tear no pair; a longer pair is one of its own."""
-        ends = np.flatnonzero(np.append(np.diff(self.columns["pair"]) != 0, True)) + 1
-        pieces, start = [], 0
-        for end, following in zip(ends, [*ends[1:], np.inf], strict=True):
-            if following - start > max_decisions:
-                pieces.append(self.take(slice(start, int(end))))
-                start = int(end)
-        return pieces
-
 
 @dataclass(config=STRICT, kw_only=True)
 class PairPlan(Replay):
@@ -130,6 +115,7 @@ def pair_batch(buffer: Buffer, chosen: list[np.ndarray], rejected: list[np.ndarr
     sides = [side for pair in zip(chosen, rejected, strict=True) for side in pair]
     lengths = np.array([len(side) for side in sides])
     batch = buffer.batch(np.concatenate(sides), next_observation=False)
+    batch.together = "pair"
     number = np.repeat(np.arange(len(sides)), lengths)
     batch.columns |= {
         "pair": number // 2,

@@ -15,24 +15,29 @@ from embodied_rft.objectives.policy_gradient import PPO
 GROUP: dict[str, Any] = {"gamma": 1.0, "whole_groups": True, "normalize_advantage": False}
 
 
-@preset("grpo", credit="grpo", normalizer="decisions", **GROUP)
+@preset("grpo", credit="grpo", normalizer="episodes", **GROUP)
 class GRPO(PPO):
-    """Group-relative policy optimisation (Shao et al. 2024): no value; its KL is kl_weight: 0.04."""
+    """Group-relative policy optimisation (Shao et al. 2024): no value; its KL is kl_weight: 0.04.
+
+    The paper's output o is an episode here, of one turn or of many: its length is that of all its turns.
+    """
 
 
 @preset("dr_grpo", credit="dr_grpo", normalizer="constant", **GROUP)
 class DrGRPO(PPO):
     """GRPO done right (Liu et al. 2025): neither the group's spread nor a reply's length changes a unit's weight.
 
-    Set normalizer_units to the longest decision, as the authors do, or keep 1 and lower the learning rate.
+    Set normalizer_units to the longest episode, as the authors do, or keep 1 and lower the learning rate.
     """
 
 
-@preset("rloo", credit="rloo", num_epochs=1, ratio="decision", **GROUP)
+@preset("rloo", credit="rloo", num_epochs=1, ratio="episode", normalizer="episodes", **GROUP)
 class RLOO(PPO):
-    """REINFORCE leave-one-out (Ahmadian et al. 2024): the siblings are the baseline, a whole decision is one action.
+    """REINFORCE leave-one-out (Ahmadian et al. 2024): the siblings are the baseline, a whole episode is one action.
 
-    The authors' KL is kl_weight: 0.05, kl_in: reward, kl_estimator: k1.
+    The gradient of an episode is A sum_u grad log pi(u), whatever its length. The ratio and its clipping (TRL's) are no
+    part of the paper; they have an effect from an iteration's second batch on. The authors' KL is kl_weight: 0.05,
+    kl_in: reward, kl_estimator: k1.
     """
 
 
@@ -44,7 +49,9 @@ class ReinforcePP(PPO):
     """
 
 
-@preset("gpg", credit="dr_grpo", num_epochs=1, ratio="none", clip_low=None, clip_high=None, **GROUP)
+@preset(
+    "gpg", credit="dr_grpo", num_epochs=1, ratio="none", clip_low=None, clip_high=None, drop_even_groups=True, **GROUP
+)
 class GPG(PPO):
     """Group policy gradient (Chu et al. 2025): the plain policy gradient with the group's mean as baseline.
 
@@ -53,12 +60,12 @@ class GPG(PPO):
 
 
 # Clip range: section 5.1, ratios of means over hundreds of tokens barely move.
-@preset("gspo", credit="grpo", ratio="mean", normalizer="decisions", clip_low=3e-4, clip_high=4e-4, **GROUP)
+@preset("gspo", credit="grpo", ratio="episode_mean", normalizer="episodes", clip_low=3e-4, clip_high=4e-4, **GROUP)
 class GSPO(PPO):
-    """Group sequence policy optimisation (Zheng et al. 2025): one ratio a decision, the geometric mean of units."""
+    """Group sequence policy optimisation (Zheng et al. 2025): one ratio an episode, the geometric mean of its units."""
 
 
-@preset("dapo", credit="grpo", clip_high=0.28, **GROUP)
+@preset("dapo", credit="grpo", clip_high=0.28, drop_even_groups=True, **GROUP)
 class DAPO(PPO):
     """Decoupled clip and dynamic sampling (Yu et al. 2025): clip higher, every token counts the same.
 
