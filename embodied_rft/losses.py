@@ -265,7 +265,7 @@ def per_batch(
 
     "units": every unit of the batch counts the same (DAPO, eq. 8); "decisions": the mean over a decision's units,
     every decision counts the same; "episodes": the mean over all units of an episode, every episode counts the same
-    (Shao et al. 2024, GRPO, eq. 3, whose output is an episode of one or of many turns); "constant": the sum over units /
+    (Shao et al. 2024, GRPO, eq. 3, whose output is an episode of one or many turns); "constant": the sum over units /
     (episodes * constant), so that a unit's weight depends on no length (Liu et al. 2025, Dr. GRPO, section 3.2).
 
     Args:

@@ -84,7 +84,7 @@ def monte_carlo(reward: Tensor, discount: Tensor, mask: Tensor, tail: Tensor | N
 
 
 def running_returns(reward: Tensor, lengths: list[int], before: list[float], *, gamma: float) -> Tensor:
-    """R_t = r_t + gamma R_{t-1} [B], the discounted sum of the rewards so far, of segments that lie one after the other.
+    """R_t = r_t + gamma R_{t-1} [B], the discounted sum of rewards so far, of segments that lie one after the other.
 
     Args:
         reward: [B].

@@ -164,7 +164,7 @@ class Lab:
         self.learner = Learner(self.agent, objective, LearnerConfig(learning_rate=learning_rate, **config))
         if self.tamper is not None:
             update = self.learner.update
-            self.learner.update = lambda batch, rng: update(self.tamper(batch), rng)
+            self.learner.update = lambda batch, rng, **more: update(self.tamper(batch), rng, **more)
         return objective
 
     def collect(self, episodes=256, *, group_size=8):

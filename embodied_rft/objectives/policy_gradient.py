@@ -32,7 +32,6 @@ from embodied_rft.objectives.credit import Credit
 from embodied_rft.plans import Fresh, Share
 from embodied_rft.registry import find, register
 
-
 SHARED = {"decision": "decisions", "mean": "decisions", "episode": "episodes", "episode_mean": "episodes"}
 CLIP_GROWTH = 3.0  # rate at which the clip range grows from the first unit to the last (DPPO)
 
