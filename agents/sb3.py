@@ -1,25 +1,19 @@
-"""`sb3`: a model saved by stable-baselines3 as a frozen policy: a baseline to evaluate, or the base of a residual.
+"""`sb3`: a model saved by stable-baselines3 or sb3-contrib as a frozen policy: a baseline, or the base of a residual.
 
-An SB3 zip holds weights (safe to read), plain JSON, and cloudpickled Python objects, which may run any code when they
-are read. This file reads the first two and rebuilds the policy from the environment's spaces; what it cannot read
-safely it asks for. If the run used VecNormalize, its statistics are not in the zip: write them with `save_normalizer`
-and give the file as option `normalize`.
+The policy is rebuilt from the weights of the zip and from the environment's spaces (`sb3_files` reads the zip safely);
+what cannot be read safely is asked for. If the run used VecNormalize, its statistics are not in the zip: give the file
+that `VecNormalize.save` wrote, or `save_normalizer` here, as option `normalize`.
 
 Legend: N, B rows, A action dimensions.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import re
-import zipfile
-from collections.abc import Mapping
-from pathlib import Path
+import inspect
+import logging
 from typing import Any, Literal
 
 import gymnasium as gym
-import numpy as np
 import torch
 from gymnasium import spaces
 from pydantic import ConfigDict
@@ -28,20 +22,12 @@ from torch import Tensor, nn
 
 from embodied_rft import sb3_baseline  # noqa: F401  registers the stage of the same name
 from embodied_rft.agent import require_rng
+from embodied_rft.agents import sb3_files
+from embodied_rft.agents.sb3_files import save_normalizer as save_normalizer  # for those who write such files
 from embodied_rft.data import Decisions, Field, Tree
-from embodied_rft.registry import nearest, register
+from embodied_rft.registry import register
 
-ALGORITHMS = ("SAC", "PPO", "A2C", "TD3", "DDPG", "DQN")
-# The module of a policy class, which the zip tells as text, and an algorithm that has this class.
-MODULES = {
-    "stable_baselines3.sac.policies": "SAC",
-    "stable_baselines3.td3.policies": "TD3",
-    "stable_baselines3.dqn.policies": "DQN",
-    "stable_baselines3.common.policies": "PPO",
-}
-ACTIVATIONS = ("ReLU", "Tanh", "ELU", "LeakyReLU", "GELU", "SiLU", "Sigmoid", "Identity")
-EXTRACTORS = ("FlattenExtractor", "NatureCNN", "CombinedExtractor")
-UNUSED = ("optimizer_class", "optimizer_kwargs")  # of policy_kwargs: this policy is frozen
+logger = logging.getLogger(__name__)
 
 
 @dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
@@ -49,12 +35,12 @@ class SB3Config:
     """Options of an `sb3` agent; what is None is read from the zip."""
 
     path: str  # the zip that model.save() wrote
-    algorithm: Literal["SAC", "PPO", "A2C", "TD3", "DDPG", "DQN"] | None = None
-    policy: Literal["MlpPolicy", "CnnPolicy", "MultiInputPolicy"] | None = None  # None: by the observation space
+    algorithm: Literal["SAC", "PPO", "A2C", "TD3", "DDPG", "DQN", "TQC", "CrossQ", "QRDQN", "TRPO", "ARS"] | None = None
+    policy: Literal["MlpPolicy", "CnnPolicy", "MultiInputPolicy", "LinearPolicy"] | None = None  # of the algorithm
     policy_kwargs: dict[str, Any] | None = None  # classes by name: {net_arch: [64, 64], activation_fn: Tanh}
-    keys: tuple[str, ...] | None = None  # observation keys that the model was trained on
-    normalize: str | None = None  # npz file of save_normalizer
-    trust: bool = False  # let SB3 unpickle the zip: only for files that you made yourself
+    keys: tuple[str, ...] | None = None  # observation keys that the model was trained on, in its order
+    normalize: str | None = None  # file of VecNormalize.save or of save_normalizer
+    trust: bool = False  # let SB3 unpickle the zip, which runs what is in it: only for files that you made yourself
 
 
 @register("agent", "sb3")
@@ -75,10 +61,12 @@ class SB3Policy(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        archive = read_archive(config.path)
-        keys = config.keys or recorded_keys(archive["data"])
-        self.observation_space = select_keys(observation_space, keys)
+        archive = sb3_files.read_archive(config.path)
+        self.observation_space = sb3_files.select_keys(observation_space, config.keys or archive.keys)
+        sb3_files.check_action_space(archive, action_space)
         self.action_space = action_space
+        self.normalizer = sb3_files.load_normalizer(config.normalize)
+        self.normalizer.check(self.observation_space, config.normalize)
         with torch.random.fork_rng(devices=[]):  # SB3 draws initial weights from the global generator
             self.policy = self._build(archive)
         self.policy.set_training_mode(False)
@@ -91,30 +79,28 @@ class SB3Policy(nn.Module):
         if isinstance(action_space, spaces.Box):
             self.register_buffer("low", torch.from_numpy(action_space.low), persistent=False)
             self.register_buffer("high", torch.from_numpy(action_space.high), persistent=False)
-        self.statistics = load_normalizer(config.normalize)
 
-    def _build(self, archive: dict[str, Any]) -> Any:
-        from stable_baselines3.common.policies import ActorCriticPolicy
-        from stable_baselines3.common.save_util import load_from_zip_file
-
-        data, config = archive["data"], self.config
-        space = channels_first(self.observation_space)
+    def _build(self, archive: sb3_files.Archive) -> Any:
+        config = self.config
         if config.trust:
-            trusted, _, _ = load_from_zip_file(config.path, device="cpu")
-            assert trusted is not None
-            policy_class, kwargs = trusted["policy_class"], trusted["policy_kwargs"]
+            logger.warning("trust: true, so SB3 unpickles %s and whatever code is in it runs", archive.path)
+            cls, kwargs = sb3_files.read_trusted(archive.path)
         else:
-            algorithm = config.algorithm or find_algorithm(data, config.path)
-            policy_class = policy_class_of(algorithm, config.policy, self.observation_space)
-            kwargs = readable_kwargs(data, config.policy_kwargs, config.path)
-        if issubclass(policy_class, ActorCriticPolicy):
-            kwargs = {"use_sde": data.get("use_sde", False), **kwargs}
-        policy = policy_class(space, self.action_space, lambda _: 0.0, **kwargs)
+            cls = sb3_files.find_class(archive, config.algorithm, config.policy, self.observation_space)
+            kwargs = sb3_files.readable_kwargs(archive, config.policy_kwargs)
+        parameters = inspect.signature(cls).parameters
+        if "use_sde" in parameters:
+            kwargs = {"use_sde": bool(archive.data.get("use_sde", False)), **kwargs}
+        if "lr_schedule" in parameters:
+            kwargs = {"lr_schedule": lambda _: 0.0, **kwargs}
+        space = sb3_files.model_space(self.observation_space, self.normalizer)
         try:
-            policy.load_state_dict(archive["weights"])
-        except RuntimeError as error:
+            policy = cls(space, self.action_space, **kwargs)
+            policy.load_state_dict(sb3_files.complete_weights(archive.weights, policy.state_dict()))
+        except (RuntimeError, TypeError, AssertionError) as error:
+            kwargs.pop("lr_schedule", None)
             raise ValueError(
-                f"the weights in {config.path} do not fit a {policy_class.__name__} with {kwargs} on {space}, "
+                f"the weights in {archive.path} do not fit a {cls.__name__} with {kwargs} on {space}, "
                 f"{self.action_space}. Give the options policy_kwargs (net_arch), policy, algorithm or keys of the run "
                 f"that wrote it, and its environment. {error}"
             ) from None
@@ -128,13 +114,16 @@ class SB3Policy(nn.Module):
         """What SB3's networks read: float tensors, images with channels first, statistics applied."""
         device = next(self.policy.parameters()).device
         inputs = {}
-        for key, space in leaves(self.observation_space).items():
+        normalizer = self.normalizer
+        for key, space in sb3_files.leaves(self.observation_space).items():
             value = torch.as_tensor(observation[key], device=device)
-            if key in self.statistics["mean"]:
-                mean, var = (torch.as_tensor(self.statistics[name][key], device=device) for name in ("mean", "var"))
-                value = (value - mean) / torch.sqrt(var + self.statistics["epsilon"])
-                value = value.clamp(-self.statistics["clip"], self.statistics["clip"]).float()
-            inputs[key] = value.movedim(-1, 1) if is_channels_last(space) else value
+            if key in normalizer.mean:
+                mean, var = (torch.as_tensor(part[key], device=device) for part in (normalizer.mean, normalizer.var))
+                value = (value - mean) / torch.sqrt(var + normalizer.epsilon)
+                value = value.clamp(-normalizer.clip, normalizer.clip).float()
+            elif sb3_files.is_channels_last(space):
+                value = value.movedim(-1, 1)
+            inputs[key] = value
         return inputs if isinstance(self.observation_space, spaces.Dict) else inputs["observation"]
 
     def _distribution(self, observation: Tree) -> Any:
@@ -148,7 +137,7 @@ class SB3Policy(nn.Module):
         """SB3's action [B, ...] in the environment's units and bounds."""
         raw = raw.reshape(-1, *(self.action_space.shape or ()))
         if not isinstance(self.action_space, spaces.Box):
-            return raw
+            return raw.long()  # SB3's Bernoulli actions are floats
         if self.squashed:
             return self.low + 0.5 * (raw + 1.0) * (self.high - self.low)
         return torch.minimum(torch.maximum(raw, self.low), self.high)
@@ -192,7 +181,9 @@ class SB3Policy(nn.Module):
             u = trace["u"] if "u" in trace else self._unsquash(action)
             log_prob = distribution.log_prob(torch.tanh(u), u)
         else:
-            log_prob = distribution.log_prob(trace.get("u", action))
+            taken = trace.get("u", action)
+            binary = isinstance(self.action_space, spaces.MultiBinary)  # a Bernoulli counts in floats
+            log_prob = distribution.log_prob(taken.float() if binary else taken)
         entropy = distribution.entropy()
         return log_prob[:, None], (-log_prob if entropy is None else entropy)[:, None]
 
@@ -203,152 +194,3 @@ class SB3Policy(nn.Module):
     def mode(self, observation: Tree) -> Tensor:
         """Deterministic action [B, A], or [B] of a discrete space."""
         return self._to_env(self.policy._predict(self._inputs(observation), deterministic=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading a zip without unpickling
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_archive(path: str) -> dict[str, Any]:
-    """{"data": the JSON of the zip, "weights": state_dict of the policy}. Nothing is unpickled."""
-    file = Path(path) if Path(path).suffix == ".zip" else Path(f"{path}.zip")
-    if not file.is_file():
-        others = [p.name for p in file.parent.glob("*.zip")]
-        raise ValueError(f"there is no SB3 model {file}; in this folder {nearest(file.name, others)}")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            data = json.loads(archive.read("data"))
-            weights = torch.load(io.BytesIO(archive.read("policy.pth")), map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise ValueError(f"{file} is not a model that stable-baselines3 saved with model.save(): {error}") from None
-    return {"data": data, "weights": weights}
-
-
-def find_algorithm(data: Mapping[str, Any], path: str) -> str:
-    """An algorithm with the policy class of the zip (A2C counts as PPO, DDPG as TD3: they share their policies)."""
-    recorded = data.get("policy_class", {})
-    module = recorded.get("__module__") if isinstance(recorded, dict) else None
-    if module not in MODULES:
-        raise ValueError(
-            f"{path} has a policy class from {module!r}, which is not one of SB3's own. Give the option algorithm "
-            f"({', '.join(ALGORITHMS)}) if its networks are standard, or trust: true if you made this file."
-        )
-    return MODULES[module]
-
-
-def recorded_keys(data: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Keys of the Dict observation space that the zip tells as text; None for other spaces."""
-    text = data.get("observation_space", {}).get("spaces", "")
-    return tuple(re.findall(r"'([^']+)': \w+\(", text)) or None
-
-
-def readable_kwargs(data: Mapping[str, Any], given: Mapping[str, Any] | None, path: str) -> dict[str, Any]:
-    """policy_kwargs for the constructor: given ones, else the zip's, with known classes looked up by name."""
-    raw = dict(given if given is not None else data.get("policy_kwargs", {}))
-    raw = {k: v for k, v in raw.items() if k not in (":type:", ":serialized:", *UNUSED)}
-    return {key: _readable(key, value, path) for key, value in raw.items()}
-
-
-def _readable(key: str, value: Any, path: str) -> Any:
-    if key == "activation_fn" and isinstance(value, str):
-        return _by_name(key, value, ACTIVATIONS, nn, path)
-    if key == "features_extractor_class" and isinstance(value, str):
-        from stable_baselines3.common import torch_layers
-
-        return _by_name(key, value, EXTRACTORS, torch_layers, path)
-    if isinstance(value, str) and value.startswith("<"):
-        raise ValueError(
-            f"{path} has policy_kwargs[{key!r}] = {value}, which cannot be read without unpickling. Give the option "
-            "policy_kwargs in full, or trust: true if you made this file."
-        )
-    return value
-
-
-def _by_name(key: str, text: str, names: tuple[str, ...], home: Any, path: str) -> type:
-    name = text.removeprefix("<class '").removesuffix("'>").rpartition(".")[2]
-    if name not in names:
-        raise ValueError(
-            f"{path}: policy_kwargs[{key!r}] is {text}; {nearest(name, names)}. For a class of your own set "
-            "trust: true if you made this file."
-        )
-    return getattr(home, name)
-
-
-def policy_class_of(algorithm: str, name: str | None, observation_space: gym.Space) -> type:
-    """SB3's policy class for an algorithm: by `name`, else by the kind of observation."""
-    import stable_baselines3
-
-    if name is None:
-        image = any(is_channels_last(space) for space in leaves(observation_space).values())
-        dictionary = isinstance(observation_space, spaces.Dict)
-        name = "MultiInputPolicy" if dictionary else "CnnPolicy" if image else "MlpPolicy"
-    return getattr(stable_baselines3, algorithm).policy_aliases[name]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Spaces and statistics
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def leaves(space: gym.Space) -> dict[str, gym.Space]:
-    """The keys of a Dict space, or {"observation": space}."""
-    return dict(space.spaces) if isinstance(space, spaces.Dict) else {"observation": space}
-
-
-def select_keys(space: gym.Space, keys: tuple[str, ...] | None) -> gym.Space:
-    """The part of a Dict space that the model reads."""
-    if keys is None or not isinstance(space, spaces.Dict):
-        return space
-    missing = [key for key in keys if key not in space.spaces]
-    if missing:
-        raise ValueError(
-            f"the model reads the observation {missing[0]!r}, which this environment does not give; "
-            f"{nearest(missing[0], space.spaces)}"
-        )
-    return spaces.Dict({key: space[key] for key in keys})
-
-
-def is_channels_last(space: gym.Space) -> bool:
-    """Whether SB3 would turn this image [H, W, C] to [C, H, W]."""
-    shape = space.shape or ()
-    image = isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(shape) == 3
-    return image and shape[-1] == min(shape) and shape[0] != shape[-1]
-
-
-def channels_first(space: gym.Space) -> gym.Space:
-    """The space as SB3's VecTransposeImage presents it to the policy."""
-    if isinstance(space, spaces.Dict):
-        return spaces.Dict({key: channels_first(child) for key, child in space.spaces.items()})
-    if not is_channels_last(space):
-        return space
-    height, width, channels = space.shape or ()
-    return spaces.Box(0, 255, (channels, height, width), np.uint8)
-
-
-def save_normalizer(vec_normalize: Any, path: str | Path) -> None:
-    """Write the observation statistics of an SB3 `VecNormalize` as a plain npz file for the option `normalize`."""
-    running = vec_normalize.obs_rms
-    running = running if isinstance(running, dict) else {"observation": running}
-    arrays = {f"{name}/{key}": getattr(rms, name) for key, rms in running.items() for name in ("mean", "var")}
-    np.savez(path, epsilon=vec_normalize.epsilon, clip=vec_normalize.clip_obs, **arrays)
-
-
-def load_normalizer(path: str | None) -> dict[str, Any]:
-    """{"mean": {key: array}, "var": {key: array}, "epsilon", "clip"}; empty statistics without a path."""
-    empty: dict[str, Any] = {"mean": {}, "var": {}, "epsilon": 0.0, "clip": 0.0}
-    if path is None:
-        return empty
-    if Path(path).suffix != ".npz" or not Path(path).is_file():
-        raise ValueError(
-            f"normalize: {path!r} is not an npz file that exists. SB3's own VecNormalize file is a pickle, which is "
-            "never loaded: write it anew with embodied_rft.agents.sb3.save_normalizer(vec_normalize, 'statistics.npz')."
-        )
-    with np.load(path, allow_pickle=False) as file:
-        for name in file.files:
-            kind, _, key = name.partition("/")
-            if key:
-                empty[kind][key] = file[name]
-            else:
-                empty[kind] = float(file[name])
-    return empty

@@ -127,7 +127,7 @@ def test_statistics_of_vec_normalize(tmp_path):
     without = load(path, model.observation_space, model.action_space)
     assert np.allclose(with_statistics.act({"observation": observation}, greedy=True).action, expected, atol=1e-6)
     assert not np.allclose(without.act({"observation": observation}, greedy=True).action, expected, atol=1e-3)
-    with pytest.raises(ValueError, match="never loaded"):
+    with pytest.raises(ValueError, match="there is no file"):
         load(path, model.observation_space, model.action_space, normalize=str(tmp_path / "statistics.pkl"))
 
 
