@@ -293,8 +293,11 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            what = f"{error.strerror}: {path} cannot be written; what was there before is untouched"
+            raise OSError(error.errno, what) from error
         raise
 
 

@@ -196,7 +196,12 @@ def _import_plugin(module: Any) -> None:
 def dump_recipe(recipe: Recipe) -> str:
     """The fully resolved recipe as YAML, defaults included; `load_recipe` of it gives an equal recipe."""
     resolved = dataclasses.replace(recipe, stages=parse_stages(recipe.stages))
-    return yaml.dump(to_plain(resolved), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return dump_plain(to_plain(resolved))
+
+
+def dump_plain(tree: Any) -> str:
+    """Plain data as the YAML of `dump_recipe`."""
+    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 
 def recipe_difference(stored: str, recipe: Recipe) -> list[str]:

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+import regex
 import rich.console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+_STEERING = regex.compile(r"[\p{Cc}\p{Cf}\p{Cs}--[\n\t]]", flags=regex.V1)
 LINE_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 
@@ -25,7 +27,7 @@ class Console:
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         stream = stream or sys.stdout
         self.quiet = quiet
-        self.rich = rich.console.Console(file=stream, highlight=False, soft_wrap=True)
+        self.rich = rich.console.Console(file=stream, highlight=False, emoji=False, soft_wrap=True)
         self.live = self.rich.is_terminal and not quiet
         self.speed = ""  # "3,120 decisions/s  240 updates/s", shown beside the bar
         self._last: tuple[int, int, float] | None = None
@@ -33,7 +35,12 @@ class Console:
     def message(self, text: str, *, style: str = "") -> None:
         """One line; above the bar if one is running."""
         if not self.quiet:
-            self.rich.print(text, style=style or None, markup=False)
+            self.rich.print(self._writable(text), style=style or None, markup=False)
+
+    def _writable(self, text: str) -> str:
+        """What this terminal can show, whatever its locale; what would steer it is written out."""
+        encoding = getattr(self.rich.file, "encoding", None) or "utf-8"
+        return visible(text).encode(encoding, "backslashreplace").decode(encoding)
 
     def measure(self, decisions: int, updates: int, seconds: float) -> None:
         """Work out the speed from the counters of two successive log lines."""
@@ -53,8 +60,8 @@ class Console:
             yield Bar(self, title, total)
             return
         columns = (
-            TextColumn("  {task.description}"), BarColumn(bar_width=28), _Amount(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[detail]}"),
+            TextColumn("  {task.description}", markup=False), BarColumn(bar_width=28), _Amount(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[detail]}", markup=False),
         )  # fmt: skip
         with Progress(*columns, console=self.rich, transient=True, refresh_per_second=5) as live:
             yield Bar(self, title, total, live=live)
@@ -65,7 +72,7 @@ class Bar:
 
     def __init__(self, console: Console, title: str, total: int, *, live: Progress | None = None) -> None:
         self.console, self.title, self.total, self.live = console, title, total, live
-        self._task = None if live is None else live.add_task(title, total=total, detail="")
+        self._task = None if live is None else live.add_task(console._writable(title), total=total, detail="")
         self._spoke = time.monotonic()
 
     def update(self, done: int, **values: Any) -> None:
@@ -85,6 +92,11 @@ class _Amount(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.completed:,.0f} / {task.total or 0:,.0f}")
+
+
+def visible(text: str) -> str:
+    r"""A text in which control and formatting characters are written out ("\x1b"), all but line breaks and tabs."""
+    return str(_STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text))
 
 
 def describe(values: Mapping[str, Any]) -> str:

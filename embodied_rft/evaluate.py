@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from embodied_rft.collect import Act
 from embodied_rft.pool import Pool, StepResult
+from embodied_rft.samples import Sample, Samples, summarize
 from embodied_rft.seeding import evaluation_seed
 from embodied_rft.states import distinct_seeds, num_held_out_states
 
@@ -36,6 +37,7 @@ class Evaluation:
     states: int | None = None  # distinct held-out states that there are, where the environment knows
     told: bool = False  # whether the environment said anything about success; if not, only the returns mean something
     extra: dict[str, Any] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)  # what was said, where actions are texts
 
     @property
     def episodes(self) -> int:
@@ -76,7 +78,9 @@ class Evaluation:
         low, high = self.interval
         summary = {"episodes": self.episodes, "successes": int(sum(self.results)), "success": self.success}
         mean_return = float(np.mean(self.returns)) if self.returns else float("nan")
-        return asdict(self) | summary | {"low": low, "high": high, "mean_return": mean_return}
+        content = asdict(replace(self, samples=[])) | ({"said": summarize(self.samples)} if self.samples else {})
+        del content["samples"]
+        return content | summary | {"low": low, "high": high, "mean_return": mean_return}
 
     def require_success(self, option: str) -> float:
         """The success rate that `option` waits for; ValueError when the environment says nothing about success."""
@@ -142,7 +146,7 @@ def evaluate(
     current = np.full(pool.num_envs, seeds[0] if count else evaluation_seed(0), dtype=np.int64)
     observation: Any = None
     over = np.ones(pool.num_envs, dtype=bool)
-    ended = won = 0
+    ended, won, said = 0, 0, Samples()
     while ended < count:
         idle = np.flatnonzero(running < 0)
         fresh = idle[: len(waiting)]
@@ -151,20 +155,24 @@ def evaluate(
         over[fresh] = True
         if over.any():  # those without an episode left start an old one again, which nobody looks at
             observation = pool.reset(current, None if observation is None else over)
-        result = pool.step(act(observation).action)
+        action, shown = act(observation).action, observation
+        result = pool.step(action)
         observation = result.observation
         over = result.terminated | result.truncated | ~result.valid
         for env in np.flatnonzero(running >= 0):
             episode = int(running[env])
             if not result.valid[env]:
                 outcome.forget(episode, max_retries)
+                said.forget(episode)
                 waiting.append(episode)
             else:
                 outcome.record(episode, result, int(env))
+                said.add(episode, shown, action, result.reward[env], int(env))
                 ended += int(over[env])
                 won += int(over[env] and outcome.results[episode])
         running[over] = -1
         if progress is not None:
             progress(ended, won)
     outcome.seconds = time.perf_counter() - started
+    outcome.samples = said.ended(outcome.seeds, outcome.returns, outcome.results)
     return outcome

@@ -11,6 +11,7 @@ from embodied_rft.config import load_recipe
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
 from embodied_rft.log import write_json
 from embodied_rft.pool import find_spec, make_pool
+from embodied_rft.samples import write_samples
 from embodied_rft.session import Session
 
 
@@ -69,8 +70,11 @@ def evaluate_run(
             pool.close()
         content = outcome.to_json() | {"stage": list(session.path), "sheet": sheet, "environment": env or recipe.env.id}
         content |= {"decisions": session.counters["decisions"], "wall_seconds": session.counters["seconds"]}
-        slug = (env or "again").replace("/", "-")
-        write_json(folder / "evaluations" / f"later-{slug}-{sheet}-{episodes}.json", content)
+        slug = f"later-{(env or 'again').replace('/', '-')}-{sheet}-{episodes}"
+        if outcome.samples:
+            content["samples"] = f"{slug}.samples.jsonl"
+            write_samples(folder / "evaluations" / content["samples"], outcome.samples)
+        write_json(folder / "evaluations" / f"{slug}.json", content)
         return outcome
     finally:
         session.close()

@@ -1,29 +1,35 @@
-"""Where a run's numbers go: JSON lines (the truth), CSV, TensorBoard, Weights & Biases, the terminal.
+"""Where a run's numbers go: JSON lines (the truth), what is derived from them (`sinks`), the terminal.
 
 Every line holds the counters and the metrics; whatever depends on the clock has a key that begins with "wall/", so
 all else can be compared bit for bit between a run that was killed and one that was not. `state_dict` remembers where
-the file ended, and a resumed run cuts it there: no line is doubled, none is lost. Knows nothing of training.
+the file ended, and a resumed run cuts it there: no line is doubled, none is lost. Files are UTF-8 whatever the locale.
+Knows nothing of training.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
-import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Annotated, Any, BinaryIO, Literal
 
-from embodied_rft import registry
+from pydantic import BeforeValidator
+
 from embodied_rft.checkpoint import write_atomically
-from embodied_rft.console import Bar, Console, describe
+from embodied_rft.console import Bar, Console, describe, visible
+from embodied_rft.samples import Sample
+from embodied_rft.sinks import Sink, Table, TensorBoardSink, WandbSink, make_plugin_sink
 
 METRICS, TABLE, MESSAGES = "metrics.jsonl", "metrics.csv", "run.log"
+
+
+def _wandb_mode(given: Any) -> Any:
+    """YAML reads `on` and `off` as true and false; "on" is meant for "online"."""
+    return "online" if given is True or given == "on" else False if given in ("off", None) else given
 
 
 @dataclass
@@ -33,44 +39,39 @@ class LogConfig:
     console: bool = True  # headings and progress bars
     csv: bool = True  # metrics.csv, one column a metric
     tensorboard: bool = False  # event files in tensorboard/
-    wandb: Literal[False, "offline", "online"] = False  # offline runs lie in wandb/ until `wandb sync`
+    wandb: Annotated[Literal[False, "offline", "online"], BeforeValidator(_wandb_mode)] = False  # offline: `wandb sync`
     project: str = "embodied_rft"  # of wandb
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)  # {id of a registered "logger": its options}
 
 
-class Sink(Protocol):
-    """A further place for log lines; register one with `@register("logger", id)`.
-
-    It is made as `cls(folder, step=last_step, **options)`. A resumed run starts at an earlier step than it was killed
-    at and repeats the lines in between exactly, so writing a step again changes nothing.
-    """
-
-    def write(self, step: int, record: Mapping[str, Any]) -> None:
-        """Take one line: counters, labels and finite numbers."""
-
-    def close(self) -> None:
-        """Flush and give back what is held."""
-
-
 class Logger:
-    """All logs of one run folder: `Logger(folder, LogConfig())`."""
+    """All logs of one run folder: `Logger(folder, LogConfig())`; `recipe`: resolved, as plain data, for W&B."""
 
-    def __init__(self, folder: str | Path, config: LogConfig | None = None, *, quiet: bool = False) -> None:
-        self.folder, self.config = Path(folder), config or LogConfig()
+    def __init__(
+        self,
+        folder: str | Path,
+        config: LogConfig | None = None,
+        *,
+        quiet: bool = False,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.config, self.recipe = Path(folder).absolute(), config or LogConfig(), recipe
         self.console = Console(quiet=quiet or not self.config.console)
         self.bytes, self.lines = 0, 0  # where metrics.jsonl ends, for this run
         self._file: BinaryIO | None = None
-        self._table: _Table | None = None
-        self._sinks: list[Sink] = []
+        self._sinks: list[Any] = []
 
     # --- for people ---
 
     def message(self, text: str, *, style: str = "") -> None:
         """One line on the terminal and in run.log."""
         self.console.message(text, style=style)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / MESSAGES, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _open_to_append(self.folder / MESSAGES) as file:
+                file.write(visible(text).encode("utf-8", "backslashreplace") + b"\n")
+        except OSError as error:  # for people only: the run goes on
+            self.console.message(f"warning: {_sentence(self.folder / MESSAGES, error)}; the run goes on without it")
 
     def progress(self, title: str, total: int) -> AbstractContextManager[Bar]:
         """A progress bar: `with logger.progress("pretrain", 3000) as bar: bar.update(100, success=0.4)`."""
@@ -119,15 +120,38 @@ class Logger:
         }
         file = self._open()
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        file.write(line)
-        file.flush()
+        try:
+            _write_all(file, line)
+        except OSError as error:
+            raise OSError(
+                f"{_sentence(self.folder / METRICS, error)}. Checkpoints are whole: make room, and the same command "
+                "continues after the newest"
+            ) from error
         self.bytes += len(line)
         self.lines += 1
-        if self._table is not None:
-            self._table.add(record)
-        for sink in self._sinks:
-            sink.write(self.lines, record)
+        self._derive(lambda sink: sink.write(self.lines, record))
         self.console.measure(int(decisions), int(updates), float(seconds))
+
+    def show_samples(self, name: str, samples: Sequence[Sample], *, decisions: int) -> None:
+        """What agents that write text said in an evaluation, for the logs that show it."""
+        if samples and any(hasattr(sink, "show_samples") for sink in self._opened()):
+            self._derive(lambda sink: getattr(sink, "show_samples", lambda *_: None)(name, samples, decisions))
+
+    def _opened(self) -> list[Any]:
+        self._open()
+        return self._sinks
+
+    def _derive(self, write: Callable[[Any], None]) -> None:
+        """Write to what is derived from the lines; a full disk ends such a log, not the run."""
+        for sink in list(self._sinks):
+            try:
+                write(sink)
+            except OSError as error:
+                self._sinks.remove(sink)
+                with suppress(OSError):
+                    sink.close()
+                what = _sentence(self.folder, error, what=type(sink).__name__)
+                self.message(f"warning: {what}; the run goes on without it, and a resume writes it again")
 
     def state_dict(self) -> dict[str, int]:
         """Where the log ends now; everything before is on the device when this returns."""
@@ -150,121 +174,89 @@ class Logger:
             return self._file
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / METRICS
-        self._file = open(path, "ab")
-        if path.stat().st_size < self.bytes:
-            self.message(f"warning: {path} lost lines since the last checkpoint; going on after those that are left")
-            self.bytes = path.stat().st_size
+        self._file = _open_to_append(path)
+        whole, lines = _whole_lines(path, self.bytes)
+        if len(whole) < self.bytes:
+            self.message(
+                f"warning: {path} lost lines or was damaged since the last checkpoint; {lines} of {self.lines} lines "
+                "are left, and the run goes on after them"
+            )
+            write_atomically(path, whole)
+            self._file.close()
+            self._file = _open_to_append(path)
+            self.bytes = len(whole)
         self._file.truncate(self.bytes)
-        if self.config.csv:
-            self._table = _Table(self.folder / TABLE, path)
-        self._sinks = _make_sinks(self.folder, self.config, self.lines)
+        self._sinks = self._make_sinks()
         return self._file
+
+    def _make_sinks(self) -> list[Sink]:
+        def records() -> Sequence[Mapping[str, Any]]:
+            return read_records(self.folder / METRICS)
+
+        config, folder, sinks = self.config, self.folder, list[Any]()
+        if config.csv:
+            sinks.append(Table(folder / TABLE, records))
+        if config.tensorboard:
+            sinks.append(TensorBoardSink(folder, records=records, recipe=self.recipe))
+        if config.wandb:
+            sinks.append(
+                WandbSink(folder, step=self.lines, mode=config.wandb, project=config.project, recipe=self.recipe)
+            )
+        for id, options in config.plugins.items():
+            sinks.append(make_plugin_sink(id, options, folder, step=self.lines, recipe=self.recipe))
+        return sinks
 
     def _close_files(self) -> None:
         if self._file is not None:
             self._file.close()
-        if self._table is not None:
-            self._table.close()
         for sink in self._sinks:
-            sink.close()
-        self._file, self._table, self._sinks = None, None, []
+            with suppress(OSError):  # a full disk; a resume writes it again
+                sink.close()
+        self._file, self._sinks = None, []
 
 
-class _Table:
-    """metrics.csv: derived from the JSON lines, written anew when a resume or a new metric changes its past."""
-
-    def __init__(self, path: Path, lines: Path) -> None:
-        self.path, self.lines = path, lines
-        self._rebuild()
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        if any(name not in self.columns for name in record):
-            self._file.close()
-            self._rebuild()  # the JSON lines have this record already
-            return
-        self.writer.writerow(_cells(record))
-        self._file.flush()
-
-    def _rebuild(self) -> None:
-        records = read_records(self.lines)
-        self.columns = list(dict.fromkeys(name for record in records for name in record))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns)
-        if self.columns:
-            writer.writeheader()
-        writer.writerows(_cells(record) for record in records)
-        write_atomically(self.path, text.getvalue())
-        self._file = open(self.path, "a", newline="", encoding="utf-8")
-        self.writer = csv.DictWriter(self._file, self.columns)
-
-    def close(self) -> None:
-        self._file.close()
+def _open_to_append(path: Path) -> BinaryIO:
+    """Unbuffered, so that a full disk is seen where a line is written; never through a link that leads elsewhere."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a symbolic link: the file that it leads to would be changed. Remove the link.")
+    return open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644), "ab", buffering=0)
 
 
-class TensorBoardSink:
-    """Scalars in tensorboard/; a resumed run hides what it is going to repeat."""
-
-    def __init__(self, folder: Path, *, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, record: Mapping[str, Any]) -> None:
-        """Every number of the line."""
-        for name, value in _numbers(record).items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flush."""
-        self.writer.close()
+def _write_all(file: BinaryIO, content: bytes) -> None:
+    """All of it: an unbuffered file may take a part."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
 
 
-class WandbSink:
-    """Weights & Biases. The run's id is kept in the folder, so that a resumed run goes on in the same one."""
-
-    def __init__(self, folder: Path, *, step: int, mode: Literal["offline", "online"], project: str) -> None:
-        import wandb
-
-        path = folder / "wandb_id"
-        if not path.exists():
-            write_atomically(path, uuid.uuid4().hex)
-        self.run = wandb.init(
-            project=project,
-            name=folder.name,
-            id=path.read_text().strip(),
-            dir=str(folder),
-            mode=mode,
-            resume="allow" if mode == "online" else None,  # offline parts of one id are joined when they are synced
-            settings=wandb.Settings(silent=True),
-        )
-
-    def write(self, step: int, record: Mapping[str, Any]) -> None:
-        """Every number of the line."""
-        self.run.log(_numbers(record), step=step)
-
-    def close(self) -> None:
-        """Finish the run."""
-        self.run.finish()
+def _sentence(path: Path, error: OSError, *, what: str = "") -> str:
+    return f"{what or path} cannot be written ({error.strerror or error})"
 
 
-def _make_sinks(folder: Path, config: LogConfig, step: int) -> list[Sink]:
-    sinks: list[Sink] = []
-    if config.tensorboard:
-        sinks.append(TensorBoardSink(folder, step=step))
-    if config.wandb:
-        sinks.append(WandbSink(folder, step=step, mode=config.wandb, project=config.project))
-    for id, options in config.plugins.items():
-        sinks.append(registry.find("logger", id)(folder, step=step, **options))
-    return sinks
+def _whole_lines(path: Path, size: int) -> tuple[bytes, int]:
+    """Of the first `size` bytes of a log, the lines that are whole, and how many."""
+    with open(path, "rb") as file:
+        content = file.read(size)
+    lines = [line for line in content.splitlines(keepends=True) if _record(line) is not None]
+    return b"".join(lines), len(lines)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """One log line; None if it is damaged, cut in half, or two that are glued together."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut in half by a kill is left out."""
+    """The whole lines of a metrics.jsonl; one that a kill has cut in half, or that is damaged, is left out."""
     try:
-        text = Path(path).read_bytes()
+        lines = Path(path).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+    return [record for record in map(_record, lines) if record is not None]
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -289,11 +281,3 @@ def _plain_tree(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return _plain_tree(value.tolist())
     return str(value) if isinstance(value, os.PathLike) else _plain(value)
-
-
-def _cells(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: ".".join(map(str, value)) if isinstance(value, list) else value for name, value in record.items()}
-
-
-def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in record.items() if isinstance(value, (int, float))}

@@ -7,7 +7,8 @@
     stages.json             [{"path", "word", "title", "decisions", "updates", "seconds", "metrics": {}}]
     evaluations/*.json      {"name", "stage", "sheet", "seeds", "results", "episodes", "successes", "success", "low",
                             "high", "decisions", "wall_seconds"}; sheet 0 is the verdict, others draw the curve;
-                            those of `erft eval` have "environment" too and are shown apart
+                            those of `erft eval` have "environment" too and are shown apart; "samples" names
+                            a file beside it with what was said
     videos/*.mp4, *.gif     with {"seed", "success", "stage"} beside it in .json; or unavailable.json {"reason"}
 
 Writes report.html and summary.json there. Missing parts leave their section out, so a run that was stopped has a report
@@ -29,9 +30,9 @@ from typing import Any
 
 import yaml
 
-from embodied_rft import doctor, figures, video
+from embodied_rft import doctor, figures, samples, video
 from embodied_rft.checkpoint import write_atomically
-from embodied_rft.console import describe
+from embodied_rft.console import describe, visible
 from embodied_rft.evaluate import SILENT, counted
 from embodied_rft.log import METRICS, read_records, write_json
 
@@ -111,7 +112,7 @@ def write_report(run_folder: str | Path) -> Path:
     """
     run = Run.read(Path(run_folder))
     template = string.Template(importlib.resources.files("embodied_rft").joinpath("report.html").read_text("utf-8"))
-    sections = [_success(run), _curves(run), _videos(run), _stages(run), _recipe(run), _facts(run)]
+    sections = [_success(run), _curves(run), _samples(run), _videos(run), _stages(run), _recipe(run), _facts(run)]
     name = str(run.recipe.get("name", run.folder.name))
     page = template.substitute(
         title=escape(f"{name}: {_plain_headline(run)}"),
@@ -123,7 +124,7 @@ def write_report(run_folder: str | Path) -> Path:
     )
     write_json(run.folder / "summary.json", summary(run))
     path = run.folder / "report.html"
-    write_atomically(path, page)
+    write_atomically(path, visible(page))
     return path
 
 
@@ -290,6 +291,20 @@ def _column(records: list[dict[str, Any]], key: str) -> list[float]:
 
 def _thousands(x: float) -> str:
     return f"{x / 1000:g}k" if x >= 1000 else f"{x:g}"
+
+
+def _samples(run: Run) -> str:
+    """What agents that write text said, in the first and the last evaluation, and in those of `erft eval`."""
+    chosen = [
+        e for e in (*run.verdicts[-1:], *run.verdicts[:1][: len(run.verdicts) - 1], *run.later) if e.get("samples")
+    ]
+    parts = []
+    for evaluation in chosen:
+        file = run.folder / "evaluations" / Path(str(evaluation["samples"])).name
+        if said := samples.read_samples(file):
+            parts.append(samples.as_html(evaluation, said))
+    note = "The best, the worst and random episodes; all that were kept are in evaluations/*.samples.jsonl."
+    return _section("Samples", note, "".join(parts)) if parts else ""
 
 
 def _videos(run: Run) -> str:

@@ -19,7 +19,7 @@ from embodied_rft.agent import build_agent
 from embodied_rft.checkpoint import Checkpoints
 from embodied_rft.chunking import fit_pool
 from embodied_rft.collect import Act, Collector
-from embodied_rft.config import Recipe, parse_stages, validate_plugin_config
+from embodied_rft.config import Recipe, parse_stages, to_plain, validate_plugin_config
 from embodied_rft.data import Decisions, Source, Tree
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
 from embodied_rft.learner import Learner, LearnerConfig
@@ -27,6 +27,7 @@ from embodied_rft.log import Logger, write_json
 from embodied_rft.plans import Fresh
 from embodied_rft.pool import Pool
 from embodied_rft.rig import Rig
+from embodied_rft.samples import write_samples
 from embodied_rft.seeding import restored_generator, spawn_generator
 from embodied_rft.stages.base import walk
 
@@ -40,12 +41,13 @@ class Session(Rig):
 
     def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False) -> None:
         self.folder = Path(folder)
-        super().__init__(recipe, Logger(self.folder, recipe.logging, quiet=quiet))
+        super().__init__(recipe, Logger(self.folder, recipe.logging, quiet=quiet, recipe=to_plain(recipe)))
         self.stages = parse_stages(recipe.stages)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=2)
         self.counters: dict[str, Any] = {"decisions": 0, "updates": 0, "episodes": 0, "seconds": 0.0, "saves": 0}
         self.records: list[dict[str, Any]] = []  # one for each finished stage
         self.path: tuple[int, ...] = ()  # of the running stage
+        self.stage_name = ""  # its title
         self.progress: dict[str, Any] = {}  # how far the running stage is: what it needs to go on
         self.generators: dict[str, np.random.Generator | torch.Generator] = {}
         self.stopping = False
@@ -137,7 +139,11 @@ class Session(Rig):
         self.progress["evaluations"] = self.progress.get("evaluations", 0) + 1
         content = outcome.to_json() | {"stage": list(self.path), "sheet": sheet}
         content |= {"decisions": self.counters["decisions"], "wall_seconds": self.seconds()}
+        if outcome.samples:
+            content["samples"] = f"{slug}.samples.jsonl"
+            write_samples(self.folder / "evaluations" / content["samples"], outcome.samples)
         write_json(self.folder / "evaluations" / f"{slug}.json", content)
+        self.logger.show_samples(name, outcome.samples, decisions=self.counters["decisions"])
         self.log({f"evaluate/{key}": content[key] for key in ("success", "low", "high", "mean_return")}, name=name)
         return outcome
 
@@ -152,6 +158,7 @@ class Session(Rig):
         self.logger.log(
             metrics,
             stage=list(self.path),
+            stage_name=self.stage_name,
             decisions=self.counters["decisions"],
             updates=self.counters["updates"],
             seconds=self.seconds(),
@@ -210,6 +217,7 @@ class Session(Rig):
     def _run_stage(self, stage: Any) -> None:
         before = {k: self.counters[k] for k in ("decisions", "updates")} | {"seconds": self.seconds()}
         before = self.progress.setdefault("before", before)
+        self.stage_name = stage.title
         self.logger.stage_started(self.path, stage.title)
         metrics = stage.run(self) or {}
         self._resume = None
