@@ -6,6 +6,7 @@ mend and shows its traceback. Everything heavy is imported by the verb that need
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -188,6 +189,9 @@ DESCRIPTION = """Makes robot and agent policies reliable with reinforcement lear
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command; always ends with SystemExit."""
+    for stream in (sys.stdout, sys.stderr):  # names in any language, whatever the locale can show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
@@ -242,7 +246,9 @@ def _is_users(error: Exception) -> bool:
 
 
 def _fail(message: str) -> int:
-    print(f"erft: {message}", file=sys.stderr)
+    from embodied_rft.console import visible
+
+    print(f"erft: {visible(message)}", file=sys.stderr)
     return USER
 
 
