@@ -43,15 +43,16 @@ class ChunkConfig:
     num_image_features: int = 64  # per camera
     statistics: Literal["bounds", "min_max", "quantile", "mean_std"] = "bounds"  # what actions are scaled by
     min_std: float = 0.1  # smallest standard deviation of a sampling step, in normalised units (DPPO, section 4.3)
-    greedy_start: Literal["zero", "fixed"] = "zero"  # noise of greedy decisions: zero, or one draw kept (many modes)
+    greedy_start: Literal["random", "zero", "fixed"] = "random"  # start of greedy chains: drawn, zero, or one draw kept
 
 
 class Step(NamedTuple):
-    """One sampling step from x: a Gaussian around `mean`, or `quiet` without noise."""
+    """One sampling step from x: a Gaussian around `mean`; greedy decisions take `quiet` instead."""
 
     mean: Tensor  # [..., D]
     std: Tensor  # [..., D], or broadcastable
     quiet: Tensor  # [..., D]
+    renoise: Tensor | None = None  # [..., D] width of noise that belongs to the sampler: greedy decisions add it, too
 
 
 class Codec(nn.Module):
@@ -145,14 +146,18 @@ class ChainPolicy(nn.Module):
     """A policy whose decision is a chain of S Gaussian steps; see docs/architecture.md for the methods.
 
     The trace holds the chain [S + 1, D] in normalised units, from noise to chunk; given it, the log-probability of
-    every step is computed in one pass. The chunk that is executed is the last element, clipped. Actor-critic objectives
-    are told that it has no entropy of its own (`stochastic` is False); `rsample` has gradients through the whole chain.
+    every step is computed in one pass: that of the numbers that are executed, as in DPPO's code. The chunk that is
+    executed is the last element, clipped. Actor-critic objectives are told that it has no entropy of its own
+    (`stochastic` is False); `rsample` has gradients through the whole chain.
+
+    Greedy decisions take quiet steps, from a start that is drawn (as DPPO and DSRL evaluate) unless `greedy_start` says
+    otherwise or there is no rng to draw it with; `mode` is the one from the start that is not drawn.
     """
 
     stochastic = False
     config: Any
     spec: dict[str, Any]
-    start: Tensor  # [D], the noise of greedy decisions
+    start: Tensor  # [D], the noise of greedy decisions that draw none
 
     def __init__(
         self,
@@ -191,6 +196,8 @@ class ChainPolicy(nn.Module):
         )
         fixed = torch.randn(self.size, generator=rng)
         self.register_buffer("start", fixed if config.greedy_start == "fixed" else torch.zeros(self.size))
+        self.random_start = config.greedy_start == "random"
+        self.unit_size = self.execute * self.action_dim  # numbers that are scored: what is not executed earns nothing
         self.num_units = num_steps
         self.trace_fields = {"chain": Field((num_steps + 1, self.size))}
 
@@ -211,35 +218,41 @@ class ChainPolicy(nn.Module):
         return self.net.condition(self.encoder(observation))
 
     def walk(
-        self, x: Tensor, condition: Tensor, *, steps: Sequence[int], rng: torch.Generator | None
+        self,
+        x: Tensor,
+        condition: Tensor,
+        *,
+        steps: Sequence[int],
+        rng: torch.Generator | None,
+        greedy: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Take the given steps from x [B, D]; without rng quietly.
+        """Take the given steps from x [B, D]; quietly if greedy or without rng.
 
         Returns:
             (chain [B, len(steps) + 1, D], log_prob [B, len(steps)]).
         """
         chain, log_probs = [x], []
         for index in steps:
-            mean, std, quiet = self.step(x, condition, torch.tensor(index, device=x.device))
-            if rng is None:
+            mean, std, quiet, renoise = self.step(x, condition, torch.tensor(index, device=x.device))
+            if rng is None or (greedy and renoise is None):
                 x = quiet
             else:
-                x = mean + std * torch.randn(mean.shape, generator=rng, device=mean.device)
+                centre, width = (quiet, renoise) if greedy else (mean, std)
+                x = centre + width * torch.randn(mean.shape, generator=rng, device=mean.device)
             chain.append(x)
-            log_probs.append(gaussian_log_prob(x, mean, std))
+            log_probs.append(gaussian_log_prob(x, mean, std, first=self.unit_size))
         return torch.stack(chain, 1), torch.stack(log_probs, 1)
 
     def score(self, chain: Tensor, condition: Tensor, *, first: int) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [B, n] of the n steps of chain [B, n + 1, D], which begin at step `first`."""
         count = chain.shape[1] - 1
         index = torch.arange(first, first + count, device=chain.device)
-        mean, std, _ = self.step(chain[:, :-1], condition[:, None], index)
-        entropy = std.log().expand_as(mean).sum(-1) + 0.5 * self.size * math.log(2 * math.pi * math.e)
-        return gaussian_log_prob(chain[:, 1:], mean, std), entropy
+        mean, std, *_ = self.step(chain[:, :-1], condition[:, None], index)
+        return gaussian_log_prob(chain[:, 1:], mean, std, first=self.unit_size), entropy_of(mean, std, self.unit_size)
 
-    def noise(self, count: int, *, rng: torch.Generator | None) -> Tensor:
-        """Where `count` chains start [count, D]: drawn, or the one of greedy decisions."""
-        if rng is None:
+    def noise(self, count: int, *, rng: torch.Generator | None, greedy: bool = False) -> Tensor:
+        """Where `count` chains start [count, D]: drawn, or the one of greedy decisions that draw none."""
+        if rng is None or (greedy and not self.random_start):
             return self.start.expand(count, -1)
         return torch.randn((count, self.size), generator=rng, device=self.start.device)
 
@@ -248,10 +261,10 @@ class ChainPolicy(nn.Module):
     @torch.no_grad()
     def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
         """N decisions for observation arrays [N, ...]; actions are [N, D]."""
-        generator = None if greedy else require_rng(rng)
+        generator = rng if greedy else require_rng(rng)
         condition = self.condition(observe(observation, self))
-        start = self.noise(len(condition), rng=generator)
-        chain, log_prob = self.walk(start, condition, steps=range(self.num_units), rng=generator)
+        start = self.noise(len(condition), rng=generator, greedy=greedy)
+        chain, log_prob = self.walk(start, condition, steps=range(self.num_units), rng=generator, greedy=greedy)
         return chain_decisions(self.codec.decode(chain[:, -1]), chain, log_prob)
 
     def log_prob(self, observation: Tree, action: Tensor, trace: Tree) -> tuple[Tensor, Tensor]:
@@ -268,7 +281,7 @@ class ChainPolicy(nn.Module):
         return self.codec.decode(chain[:, -1])
 
     def mode(self, observation: Tree) -> Tensor:
-        """The greedy chunk [B, D], differentiable."""
+        """The greedy chunk [B, D] from the start that is not drawn, differentiable."""
         condition = self.condition(observation)
         chain, _ = self.walk(self.noise(len(condition), rng=None), condition, steps=range(self.num_units), rng=None)
         return self.codec.decode(chain[:, -1])
@@ -297,10 +310,15 @@ class ChainPolicy(nn.Module):
             statistics.fit({"action": batch.action.unflatten(-1, (self.horizon, self.action_dim))})
 
 
-def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Log-density [...] of x [..., D] under independent Gaussians; std broadcasts."""
+def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, first: int | None = None) -> Tensor:
+    """Log-density [...] of the first numbers (None: all) of x [..., D] under independent Gaussians; std broadcasts."""
     each = -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
-    return each.sum(-1)
+    return each[..., :first].sum(-1)
+
+
+def entropy_of(mean: Tensor, std: Tensor, first: int) -> Tensor:
+    """Entropy [...] of the first numbers of independent Gaussians [..., D]; std broadcasts."""
+    return std.log().expand_as(mean)[..., :first].sum(-1) + 0.5 * first * math.log(2 * math.pi * math.e)
 
 
 def flow_step(x: Tensor, velocity: Tensor, time: Tensor, *, num_steps: int, level: float, min_std: float) -> Step:

@@ -80,7 +80,8 @@ class ConsistencyPolicy(ChainPolicy):
         limit = self.codec.limit
         clean = self.clean(x, condition, sigma).clamp(-limit, limit)
         std = (following.square() - self.config.sigma_min**2).clamp_min(self.config.min_std**2).sqrt()
-        return Step(clean, std[..., None], clean)
+        renoise = (following.square() - self.config.sigma_min**2).clamp_min(0).sqrt()  # part of the sampler
+        return Step(clean, std[..., None], clean, renoise[..., None])
 
     def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
         """[B]: what f says at one noise level agrees with what it says at the one below.

@@ -50,7 +50,7 @@ class LastStepsPolicy(FrozenBase):
         if not 1 <= config.num_steps <= base.num_units:
             raise ValueError(f"num_steps {config.num_steps}: the base's chain has {base.num_units} steps")
         self.base, self.tuned = base, tuned
-        self.num_units = config.num_steps
+        self.num_units, self.random_start, self.unit_size = config.num_steps, base.random_start, base.unit_size
         self.first = base.num_units - config.num_steps  # the first tuned step
         self.horizon, self.execute, self.action_dim = base.horizon, base.execute, base.action_dim
         self.trace_fields = {"chain": Field((config.num_steps + 1, base.size))}
@@ -66,22 +66,22 @@ class LastStepsPolicy(FrozenBase):
         """What further parts of the agent read as the policy does."""
         return self.tuned.encoder
 
-    def _chain(self, observation: Tree, rng: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def _chain(self, observation: Tree, rng: torch.Generator | None, *, greedy: bool = False) -> tuple[Tensor, Tensor]:
         """(chain [B, k + 1, D], log_prob [B, k]) of the tuned steps."""
         with torch.no_grad():
             condition = self.base.condition(observation)
-            start = self.base.noise(len(condition), rng=rng)
-            before, _ = (
-                self.base.walk(start, condition, steps=range(self.first), rng=rng) if self.first else (None, None)
-            )
-        x = start if before is None else before[:, -1]
+            x = self.base.noise(len(condition), rng=rng, greedy=greedy)
+            if self.first:
+                before, _ = self.base.walk(x, condition, steps=range(self.first), rng=rng, greedy=greedy)
+                x = before[:, -1]
         steps = range(self.first, self.base.num_units)
-        return self.tuned.walk(x, self.tuned.condition(observation), steps=steps, rng=rng)
+        return self.tuned.walk(x, self.tuned.condition(observation), steps=steps, rng=rng, greedy=greedy)
 
     @torch.no_grad()
     def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
         """N decisions for observation arrays [N, ...]; actions are [N, D]."""
-        chain, log_prob = self._chain(observe(observation, self), None if greedy else require_rng(rng))
+        generator = rng if greedy else require_rng(rng)
+        chain, log_prob = self._chain(observe(observation, self), generator, greedy=greedy)
         return chain_decisions(self.tuned.codec.decode(chain[:, -1]), chain, log_prob)
 
     def log_prob(self, observation: Tree, action: Tensor, trace: Tree) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ class LastStepsPolicy(FrozenBase):
         return self.tuned.score(require_chain(trace), self.tuned.condition(observation), first=self.first)
 
     def mode(self, observation: Tree) -> Tensor:
-        """The greedy chunk [B, D], differentiable in the tuned steps."""
+        """The greedy chunk [B, D] from the start that is not drawn, differentiable in the tuned steps."""
         return self.tuned.codec.decode(self._chain(observation, None)[0][:, -1])
 
     def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:

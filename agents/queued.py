@@ -31,7 +31,7 @@ class QueuedConfig:
 
     base: dict[str, Any]  # spec of the frozen chunk policy
     execute: int | None = None  # planned steps until the next plan; None: what the base says
-    greedy: bool = True  # plan without noise; else with the pool's own random generator
+    greedy: bool = True  # plan as the base decides greedily (its quiet steps), else as it explores
 
 
 @register("agent", "queued")
@@ -67,7 +67,7 @@ class QueuedPolicy(FrozenBase):
 
     def plan(self, observation: Tree, *, rng: torch.Generator) -> np.ndarray:
         """The base's next actions [n, E, A] for observation arrays [n, ...]."""
-        taken = self.base.act(observation, greedy=self.config.greedy, rng=None if self.config.greedy else rng)
+        taken = self.base.act(observation, greedy=self.config.greedy, rng=rng)
         return np.asarray(taken.action).reshape(-1, self.horizon, self.action_dim)[:, : self.execute]
 
     def mode(self, observation: Tree) -> Tensor:

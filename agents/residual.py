@@ -57,13 +57,15 @@ class ResidualPolicy(FrozenBase):
         self.trace_fields = {"u": Field((size,)), "base_action": Field((size,))}
 
     @torch.no_grad()
-    def base_action(self, observation: Tree) -> Tensor:
-        """The base's greedy action [B, A] in [-1, 1] units."""
-        if hasattr(self.base, "mode"):
+    def base_action(self, observation: Tree, *, rng: torch.Generator | None = None) -> Tensor:
+        """The base's greedy action [B, A] in [-1, 1] units; a base whose chain starts from noise draws it from rng."""
+        draws = rng is not None and getattr(self.base, "random_start", False)
+        if hasattr(self.base, "mode") and not draws:
             action = self.base.mode(observation)
         else:
             arrays = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in observation.items()}
-            action = torch.as_tensor(self.base.act(arrays, greedy=True).action, device=self.scale.half_range.device)
+            taken = self.base.act(arrays, greedy=True, rng=rng).action
+            action = torch.as_tensor(taken, device=self.scale.half_range.device)
         return self.scale.from_env(action.float())
 
     def _features(self, observation: Tree, base: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ class ResidualPolicy(FrozenBase):
     def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
         """N decisions for observation arrays [N, ...]."""
         tensors = observe(observation, self)
-        base = self.base_action(tensors)
+        base = self.base_action(tensors, rng=rng)
         features = self._features(tensors, base)
         correction, log_prob, u = decide(self.head, features, greedy=greedy, rng=rng)
         action = self._combine(base, correction).cpu().numpy()
@@ -103,7 +105,7 @@ class ResidualPolicy(FrozenBase):
 
     def rsample(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Reparametrised action [B, A] and the log-probability [B] of its correction."""
-        base = self.base_action(observation)
+        base = self.base_action(observation, rng=rng)
         correction, log_prob, _ = self.head.rsample(self._features(observation, base), require_rng(rng))
         return self._combine(base, correction), log_prob
 

@@ -163,11 +163,11 @@ class VLAPolicy(nn.Module):
     def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
         """N decisions for observation arrays [N, ...]; actions are chunks [N, D] in the environment's units."""
         tensors = observe(observation, self)
-        generator = None if greedy else self._generator(require_rng(rng))
+        generator = None if greedy and rng is None else self._generator(require_rng(rng))
         if not len(tensors[self.image_keys[0]]):
             trace = {name: np.zeros((0, *field.shape), field.dtype) for name, field in self.trace_fields.items()}
             return Decisions(np.zeros((0, self.size), np.float32), np.zeros((0, self.num_units), np.float32), trace)
-        acted = self.head.act(self.vlm, self.context(tensors), generator)
+        acted = self.head.act(self.vlm, self.context(tensors), generator, greedy=greedy)
         trace = {
             name: value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()
             for name, value in acted.trace.items()
@@ -190,7 +190,7 @@ class VLAPolicy(nn.Module):
         return self.head.loss(self.vlm, self.context(observation), self.codec.encode(action), rng)
 
     def _mode(self, observation: Tree) -> Tensor:
-        """The greedy chunk [B, D], differentiable."""
+        """The greedy chunk [B, D], differentiable; that of a flow from zero noise."""
         return self.codec.decode(self.head.act(self.vlm, self.context(observation), None).chunk)
 
     def _rsample(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

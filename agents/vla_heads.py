@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embodied_rft.agent import require_rng
-from embodied_rft.agents.chunks import Step, flow_step, flow_target, gaussian_log_prob, require_chain
+from embodied_rft.agents.chunks import Step, entropy_of, flow_step, flow_target, gaussian_log_prob, require_chain
 from embodied_rft.agents.vla_backbone import VLM, Context
 from embodied_rft.data import Field
 from embodied_rft.networks import MLP, linear
@@ -57,6 +57,7 @@ class FlowOptions:
     width: int = 128  # W
     num_blocks: int = 2
     num_heads: int = 4
+    greedy_start: Literal["random", "zero"] = "random"  # where greedy chains start: drawn noise, or zero
 
 
 class Acted(NamedTuple):
@@ -104,13 +105,15 @@ class TokenHead(nn.Module):
         self.embedding.copy_(vlm.model.get_input_embeddings()(ids))
         self.output.weight.copy_(layer.weight[ids])
 
-    def act(self, vlm: VLM, context: Context, rng: torch.Generator | None) -> Acted:
-        """Draw the tokens one after the other with a cache of keys and values; the likeliest without rng."""
+    def act(self, vlm: VLM, context: Context, rng: torch.Generator | None, *, greedy: bool = False) -> Acted:
+        """Draw the tokens one after the other with a cache of keys and values; greedily the likeliest."""
         hidden, decoding = vlm.start(context)
         last, tokens, log_probs = hidden[:, -1], [], []
         for unit in range(self.num_units):
             log_p = self._log_p(last)
-            token = log_p.argmax(-1) if rng is None else torch.multinomial(log_p.exp(), 1, generator=rng)[:, 0]
+            token = (
+                log_p.argmax(-1) if greedy or rng is None else torch.multinomial(log_p.exp(), 1, generator=rng)[:, 0]
+            )
             tokens.append(token)
             log_probs.append(log_p.gather(1, token[:, None])[:, 0])
             if unit + 1 < self.num_units:
@@ -177,11 +180,11 @@ class ParallelHead(nn.Module):
         self.trace_fields = {"raw": Field((size.execute * size.action_dim,))}
         self.identity: dict[str, Any] = {"hidden": list(options.hidden)}
 
-    def act(self, vlm: VLM, context: Context, rng: torch.Generator | None) -> Acted:
-        """The regressed chunk, with noise on its executed steps if there is an rng."""
+    def act(self, vlm: VLM, context: Context, rng: torch.Generator | None, *, greedy: bool = False) -> Acted:
+        """The regressed chunk, with noise on its executed steps unless greedy."""
         mean = self._mean(vlm, context)
         raw = executed = mean[:, : self.size.execute]
-        if rng is not None:
+        if rng is not None and not greedy:
             raw = executed + self._std() * torch.randn(executed.shape, generator=rng, device=mean.device)
         log_prob = gaussian_log_prob(raw, executed, self._std())
         chunk = torch.cat([raw, mean[:, self.size.execute :]], 1).flatten(1)
@@ -222,17 +225,21 @@ class FlowHead(nn.Module):
         if options.num_steps < 1 or options.min_std <= 0 or options.width % options.num_heads:
             raise ValueError(f"num_steps >= 1, min_std > 0, width a multiple of num_heads: given {options}")
         self.options, self.size = options, size
+        self.random_start = options.greedy_start == "random"
+        self.unit_size = size.execute * size.action_dim  # numbers that are scored: what is executed
         self.expert = Expert(vlm.hidden_size, options, size, rng=rng)
         self.num_units = options.num_steps
         self.trace_fields = {"chain": Field((options.num_steps + 1, size.horizon * size.action_dim))}
         self.identity: dict[str, Any] = {k: getattr(options, k) for k in ("width", "num_blocks", "num_heads")}
 
-    def act(self, vlm: VLM, context: Context, rng: torch.Generator | None) -> Acted:
-        """Integrate from noise; without rng from zero and without noise."""
+    def act(self, vlm: VLM, context: Context, rng: torch.Generator | None, *, greedy: bool = False) -> Acted:
+        """Integrate from noise; greedily without further noise, and from zero where there is no rng to draw it with."""
         shape, device = (len(context.mask), self.size.horizon * self.size.action_dim), context.embeddings.device
-        if rng is None:
-            return self.walk(vlm, context, torch.zeros(shape, device=device), None)
-        return self.walk(vlm, context, torch.randn(shape, generator=rng, device=device), rng)
+        if rng is None or (greedy and not self.random_start):
+            start = torch.zeros(shape, device=device)
+        else:
+            start = torch.randn(shape, generator=rng, device=device)
+        return self.walk(vlm, context, start, None if greedy else rng)
 
     def walk(self, vlm: VLM, context: Context, x: Tensor, rng: torch.Generator | None) -> Acted:
         """Integrate from x [N, D], differentiable in it; without rng without further noise."""
@@ -240,19 +247,18 @@ class FlowHead(nn.Module):
         chain, log_probs = [x], []
         for index in range(self.num_units):
             step = self._step(x[:, None], memory, mask, torch.tensor([index], device=x.device))
-            mean, std, quiet = (part[:, 0] for part in step)
+            mean, std, quiet = (part[:, 0] for part in step[:3])
             x = quiet if rng is None else mean + std * torch.randn(mean.shape, generator=rng, device=x.device)
             chain.append(x)
-            log_probs.append(gaussian_log_prob(x, mean, std))
+            log_probs.append(gaussian_log_prob(x, mean, std, first=self.unit_size))
         return Acted(x, torch.stack(log_probs, 1), {"chain": torch.stack(chain, 1)})
 
     def score(self, vlm: VLM, context: Context, trace: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [B, S] of the steps of the traced chain, in one pass."""
         chain = require_chain(trace)
         index = torch.arange(self.num_units, device=chain.device)
-        mean, std, _ = self._step(chain[:, :-1], self.expert.read(vlm.states(context)), context.mask, index)
-        entropy = std.log().expand_as(mean).sum(-1) + 0.5 * mean.shape[-1] * math.log(2 * math.pi * math.e)
-        return gaussian_log_prob(chain[:, 1:], mean, std), entropy
+        mean, std, *_ = self._step(chain[:, :-1], self.expert.read(vlm.states(context)), context.mask, index)
+        return gaussian_log_prob(chain[:, 1:], mean, std, first=self.unit_size), entropy_of(mean, std, self.unit_size)
 
     def loss(self, vlm: VLM, context: Context, chunk: Tensor, rng: torch.Generator | None) -> Tensor:
         """[B]: squared error of the velocity between noise and chunk (Lipman et al. 2022, eq. 23 at sigma 0)."""

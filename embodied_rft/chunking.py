@@ -181,7 +181,7 @@ class QueuedPool:
         self.observation_space: spaces.Space = spaces.Dict({**inner, BASE_ACTION: pool.action_space})
         self.fields = {**pool.fields, BASE_ACTION: Field(pool.action_space.shape, "float32")}
         self.incidents: Incidents = pool.incidents
-        self.rng = torch.Generator().manual_seed(seed)
+        self.seed, self.rng = seed, torch.Generator()
         self._queue = np.zeros((self.num_envs, planner.execute, *pool.action_space.shape), dtype=np.float32)
         self._position = np.zeros(self.num_envs, dtype=np.int64)
 
@@ -196,7 +196,13 @@ class QueuedPool:
         return self._observe(self.pool.observation)
 
     def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
-        """Start new episodes where `mask`, each with a fresh plan."""
+        """Start new episodes where `mask`, each with a fresh plan.
+
+        Where all start, so do the random numbers: equal seeds give equal plans, whatever came before.
+        """
+        if mask is None:
+            state = np.random.SeedSequence([self.seed, *np.asarray(seeds).tolist()]).generate_state(1, np.uint64)
+            self.rng.manual_seed(int(state[0]))
         observation = self.pool.reset(seeds, mask, options)
         self._plan(observation, np.ones(self.num_envs, dtype=np.bool_) if mask is None else np.asarray(mask))
         return self._observe(observation)

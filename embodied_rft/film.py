@@ -12,6 +12,7 @@ import numpy as np
 from embodied_rft.collect import Act
 from embodied_rft.log import write_json
 from embodied_rft.pool import Pool, VectorPool
+from embodied_rft.seeding import evaluation_generator
 
 if TYPE_CHECKING:
     from embodied_rft.session import Session
@@ -25,7 +26,7 @@ def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tr
     if not seeds:
         return f"no {wanted} to film"
     env = session.env
-    act = session.actor(greedy=True, rng="film")
+    act = session.actor(greedy=True, rng=evaluation_generator())
     try:
         for seed in seeds[:tries]:
             frames, won = roll_out(act, env.id, env.options, seed, session.fit)

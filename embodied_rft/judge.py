@@ -12,6 +12,7 @@ from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
 from embodied_rft.log import write_json
 from embodied_rft.pool import find_spec, make_pool
 from embodied_rft.samples import write_samples
+from embodied_rft.seeding import evaluation_generator
 from embodied_rft.session import Session
 
 
@@ -63,7 +64,7 @@ def evaluate_run(
         try:
             if pool.fields != session.step_pool("training").fields:
                 raise ValueError(f"{env} has other observations than {recipe.env.id}: {pool.observation_space}")
-            act = session.actor(greedy=True, rng="evaluate")
+            act = session.actor(greedy=True, rng=evaluation_generator(sheet=sheet))
             name = f"policy in {env}" if env else "policy, evaluated again"
             outcome = evaluate(act, session.fit(pool), evaluation_seeds(episodes, sheet=sheet), name=name)
         finally:

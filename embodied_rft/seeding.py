@@ -33,6 +33,11 @@ def held_out_index(seed: int, num_states: int) -> int:
     return (index + sheet * (num_states // 2)) % num_states
 
 
+def evaluation_generator(*, sheet: int = 0) -> torch.Generator:
+    """What a greedy policy draws from on a sheet (a diffusion policy's start noise), so that evaluations repeat."""
+    return torch.Generator().manual_seed(evaluation_seed(0, sheet=sheet))
+
+
 def training_seed(run_seed: int, stream: int, episode: int) -> int:
     """Seed of episode number `episode` of stream `stream` in a run: a hash, so that runs and streams do not meet."""
     state = np.random.SeedSequence(entropy=run_seed, spawn_key=(stream, episode)).generate_state(1, np.uint32)

@@ -28,7 +28,7 @@ from embodied_rft.plans import Fresh
 from embodied_rft.pool import Pool
 from embodied_rft.rig import Rig
 from embodied_rft.samples import write_samples
-from embodied_rft.seeding import restored_generator, spawn_generator
+from embodied_rft.seeding import evaluation_generator, restored_generator, spawn_generator
 from embodied_rft.stages.base import walk
 
 
@@ -110,9 +110,12 @@ class Session(Rig):
             self.collector.load_state_dict(self._resume["collector"])
         return self.collector
 
-    def actor(self, *, greedy: bool = False, rng: str = "act") -> Act:
-        """How the agent acts: greedily, or exploring as the objective (else the policy) says."""
-        generator, policy = self.generator(rng), self.agent.policy
+    def actor(self, *, greedy: bool = False, rng: torch.Generator | None = None) -> Act:
+        """How the agent acts: greedily, or exploring as the objective (else the policy) says.
+
+        `rng`: what it draws from; None: the stage's own generator, which goes on from call to call.
+        """
+        generator, policy = self.generator("act") if rng is None else rng, self.agent.policy
         explore = None if greedy else getattr(self.objective, "explore", None)
 
         def act(observation: Tree) -> Decisions:
@@ -129,7 +132,7 @@ class Session(Rig):
         seeds = evaluation_seeds(episodes, sheet=sheet)
         with self.logger.progress(f"evaluate {name}", episodes) as bar:
             outcome = evaluate(
-                act or self.actor(greedy=True, rng="evaluate"),
+                act or self.actor(greedy=True, rng=evaluation_generator(sheet=sheet)),
                 self.pool("evaluation"),
                 seeds,
                 name=name,

@@ -106,7 +106,7 @@ def test_steps_score_as_independent_normals(spec):
     chain, condition = torch.from_numpy(taken.trace["chain"]), policy.condition(as_tensors(observation))
     given, entropy = score(policy, observation, taken)
     for index in range(policy.num_units):
-        mean, std, _ = policy.step(chain[:, index], condition, torch.tensor(index))
+        mean, std, *_ = policy.step(chain[:, index], condition, torch.tensor(index))
         normal = torch.distributions.Independent(torch.distributions.Normal(mean, std.expand_as(mean)), 1)
         torch.testing.assert_close(given[:, index], normal.log_prob(chain[:, index + 1]), atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(entropy[:, index], normal.entropy(), atol=1e-4, rtol=1e-5)
@@ -146,6 +146,57 @@ def test_fixed_start_is_one_draw_that_travels_with_the_weights():
     assert np.array_equal(*(p.act(observations(5), greedy=True).action for p in (policy, other)))
 
 
+@each_spec
+def test_greedy_decisions_start_from_drawn_noise_and_take_quiet_steps(spec):
+    """As DPPO and DSRL evaluate; without an rng, or on request, from the start that `mode` has."""
+    policy, observation = build(spec), observations(30)
+    start = torch.randn(30, 8, generator=generator(1))
+    drawn = policy.act(observation, greedy=True, rng=generator(1)).action
+    if spec["id"] == "consistency":  # its sampler puts noise back between two steps
+        rng, base = generator(1), policy
+        x = policy.noise(30, rng=rng) * policy.widths[0]
+        condition = policy.condition(as_tensors(observation))
+        for index, sigma in enumerate(policy.widths[:-1]):
+            if index:
+                x = x + (sigma**2 - policy.config.sigma_min**2).sqrt() * torch.randn(x.shape, generator=rng)
+            x = policy.clean(x, condition, sigma.expand(30)).clamp(-1, 1)
+        expected = policy.codec.decode(x)
+        torch.randn(30, 8, generator=rng)
+    else:
+        base = policy.base if spec["id"] == "last_steps" else policy
+        expected = base.from_noise(as_tensors(observation), start)
+    np.testing.assert_allclose(drawn, expected.detach().numpy(), atol=1e-5)
+    mode = policy.mode(as_tensors(observation)).detach().numpy()
+    assert np.abs(drawn - mode).max() > 0.05
+    options = {"greedy_start": "zero"}
+    still = {**spec, "base": {**spec["base"], **options}} if "base" in spec else {**spec, **options}
+    if spec["id"] != "consistency":
+        policy = build(still)
+        action = policy.act(observation, greedy=True, rng=generator(1)).action
+        np.testing.assert_allclose(action, policy.mode(as_tensors(observation)).detach().numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [*CHAINS.values(), SPECS["last steps"]], ids=SPECS)
+def test_steps_of_a_chunk_that_are_never_executed_are_not_scored(spec):
+    spec = {**spec, "base": {**spec["base"], "execute": 2}} if "base" in spec else {**spec, "execute": 2}
+    policy, observation = build(spec), observations(20)
+    taken = policy.act(observation, rng=generator(1))
+    log_prob, entropy = score(policy, observation, taken)
+    np.testing.assert_allclose(log_prob.detach().numpy(), taken.log_prob, atol=1e-5)
+    chain = policy.tuned if spec["id"] == "last_steps" else policy
+    condition, x = chain.condition(as_tensors(observation)), torch.from_numpy(taken.trace["chain"])
+    for place, index in enumerate(range(chain.num_units)[-policy.num_units :]):
+        mean, std, *_ = chain.step(x[:, place], condition, torch.tensor(index))
+        normal = torch.distributions.Normal(mean[:, :4], std.expand_as(mean)[:, :4])
+        torch.testing.assert_close(
+            log_prob[:, place], normal.log_prob(x[:, place + 1, :4]).sum(1), atol=1e-4, rtol=1e-5
+        )
+        torch.testing.assert_close(entropy[:, place], normal.entropy().sum(1), atol=1e-4, rtol=1e-5)
+    taken.trace["chain"][:, -1, 4:] += 1.0
+    again, _ = score(policy, observation, taken)
+    torch.testing.assert_close(again[:, -1], log_prob[:, -1])
+
+
 # --- what the three kinds are made of ------------------------------------------------------------------------------
 
 
@@ -161,7 +212,7 @@ def test_full_ddim_with_eta_one_is_the_ddpm_posterior():
     x, condition = torch.randn(20, 8, generator=generator()), policy.condition(as_tensors(observations(20)))
     kept = policy.kept.double()
     for index in range(6):
-        mean, std, _ = policy.step(x, condition, torch.tensor(index))
+        mean, std, *_ = policy.step(x, condition, torch.tensor(index))
         t = 5 - index
         before = kept[t - 1] if t else torch.tensor(1.0)
         alpha = kept[t] / before

@@ -1,13 +1,18 @@
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embodied_rft.config import load_recipe
 from embodied_rft.data import Decisions
 from embodied_rft.evaluate import evaluate, evaluation_seeds, wilson_interval
+from embodied_rft.judge import evaluate_run
 from embodied_rft.seeding import FIRST_EVALUATION_SEED, check_training_seeds, training_seed
+from embodied_rft.train import train
 from tests.toys import SeedPool
 
 
@@ -77,3 +82,25 @@ def test_training_never_meets_an_evaluation_state():
     check_training_seeds(np.array(seeds))
     with pytest.raises(ValueError, match="reserved for evaluation"):
         check_training_seeds(np.array([5, FIRST_EVALUATION_SEED]))
+
+
+@pytest.mark.parametrize("queued", [False, True], ids=["chunks", "queued"])
+def test_an_evaluation_with_drawn_start_noise_repeats_to_the_bit(tmp_path, queued):
+    """Greedy diffusion policies draw where their chains start; the same weights on the same states give the same."""
+    around = "[{adapt: {with: queued}}, {adapt: {with: residual, options: {hidden: [8]}}}]" if queued else "[]"
+    recipe = yaml.safe_load(
+        f"""
+        name: repeats
+        env: {{id: embodied_rft/FetchReach-v0, num_envs: 4, options: {{max_episode_steps: 12, reward_type: dense}}}}
+        agent: {{id: diffusion, horizon: 2, denoising_steps: 3, width: 16}}
+        stages: {around}
+        """
+    )
+    recipe["stages"] += [{"evaluate": {"episodes": 6}}, {"evaluate": {"episodes": 6, "name": "again"}}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    session = train(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run", quiet=True)
+    session.close()
+    files = sorted((tmp_path / "run" / "evaluations").glob("*.json"))
+    one, two = (json.loads(f.read_text())["returns"] for f in files)
+    assert one == two and len(set(one)) == 6
+    assert evaluate_run(tmp_path / "run", episodes=6).returns == one
