@@ -377,8 +377,6 @@ def _make_encoder(tokenizer: Any, prompt: str, system: str | None, *, chats: boo
         array.flags.writeable = False
         return array
 
-    if prompt == "chat":
-        encode(
-            write_chat([{"role": "user", "content": "?"}]) if chats else "?", True
-        )  # a template that refuses is refused now
+    if prompt == "chat":  # a template that refuses is refused now
+        encode(write_chat([{"role": "user", "content": "?"}]) if chats else "?", True)
     return encode

@@ -266,7 +266,8 @@ def _observations(space: spaces.Space, count: int) -> dict[str, Any]:
 
 def _readable(policy: Any, space: spaces.Space, observation: dict[str, Any]) -> dict[str, Any]:
     """The observations with texts so short that the policy has room for a reply."""
-    check, leaves = getattr(policy, "unreadable", lambda _: {}), flatten_space(space)
+    check: Any = getattr(policy, "unreadable", lambda _: {})
+    leaves = flatten_space(space)
     for row, reason in check(observation).items():
         for _ in range(32):
             for key, leaf in leaves.items():

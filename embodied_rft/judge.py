@@ -9,9 +9,7 @@ import gymnasium
 
 from embodied_rft.config import load_recipe
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
-from embodied_rft.log import write_json
 from embodied_rft.pool import find_spec, make_pool
-from embodied_rft.samples import write_samples
 from embodied_rft.seeding import evaluation_generator
 from embodied_rft.session import Session
 
@@ -69,13 +67,9 @@ def evaluate_run(
             outcome = evaluate(act, session.fit(pool), evaluation_seeds(episodes, sheet=sheet), name=name)
         finally:
             pool.close()
-        content = outcome.to_json() | {"stage": list(session.path), "sheet": sheet, "environment": env or recipe.env.id}
-        content |= {"decisions": session.counters["decisions"], "wall_seconds": session.counters["seconds"]}
-        slug = f"later-{(env or 'again').replace('/', '-')}-{sheet}-{episodes}"
-        if outcome.samples:
-            content["samples"] = f"{slug}.samples.jsonl"
-            write_samples(folder / "evaluations" / content["samples"], outcome.samples)
-        write_json(folder / "evaluations" / f"{slug}.json", content)
+        facts = {"stage": list(session.path), "sheet": sheet, "environment": env or recipe.env.id}
+        facts |= {"decisions": session.counters["decisions"], "wall_seconds": session.counters["seconds"]}
+        outcome.write(folder, f"later-{(env or 'again').replace('/', '-')}-{sheet}-{episodes}", **facts)
         return outcome
     finally:
         session.close()

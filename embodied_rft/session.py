@@ -27,7 +27,6 @@ from embodied_rft.log import Logger, write_json
 from embodied_rft.plans import Fresh
 from embodied_rft.pool import Pool
 from embodied_rft.rig import Rig
-from embodied_rft.samples import write_samples
 from embodied_rft.seeding import evaluation_generator, restored_generator, spawn_generator
 from embodied_rft.stages.base import walk
 
@@ -140,12 +139,8 @@ class Session(Rig):
             )
         slug = "-".join(str(i) for i in self.path) + f"-{self.progress.get('evaluations', 0)}"
         self.progress["evaluations"] = self.progress.get("evaluations", 0) + 1
-        content = outcome.to_json() | {"stage": list(self.path), "sheet": sheet}
-        content |= {"decisions": self.counters["decisions"], "wall_seconds": self.seconds()}
-        if outcome.samples:
-            content["samples"] = f"{slug}.samples.jsonl"
-            write_samples(self.folder / "evaluations" / content["samples"], outcome.samples)
-        write_json(self.folder / "evaluations" / f"{slug}.json", content)
+        facts = {"stage": list(self.path), "sheet": sheet, "decisions": self.counters["decisions"]}
+        content = outcome.write(self.folder, slug, **facts, wall_seconds=self.seconds())
         self.logger.show_samples(name, outcome.samples, decisions=self.counters["decisions"])
         self.log({f"evaluate/{key}": content[key] for key in ("success", "low", "high", "mean_return")}, name=name)
         return outcome
