@@ -39,7 +39,8 @@ class Buffer:
     """Experience of one schema.
 
     An episode ends with a closing row that holds only its last observation and is never sampled. A row can be read when
-    it has a next row and its episode was not invalidated.
+    it has a next row and its episode was not invalidated; `peek` gives the newest one of an episode that goes on its
+    next row early.
 
         buffer = Buffer(Schema({"observation": Field((25,))}, action=Field((4,))), capacity=100_000)
         buffer.add(streams, observation, decisions, reward, terminated, truncated, version=3)     # N rows
@@ -150,12 +151,33 @@ class Buffer:
         state[:, Streams.STEP] = given.get("step", state[:, Streams.STEP])
         given |= {"episode": state[:, Streams.EPISODE], "step": state[:, Streams.STEP]}
         book = tuple(given[name] for name in BOOKKEEPING)
-        rows = self._fill(len(streams), values, book, end, unknown=None)
+        rows, serials = self._rows_for(state)
+        self._fill(rows, values, book, end, unknown=None)
         self._link(state, rows)
-        state[:, Streams.ROW], state[:, Streams.ENDED] = rows, end > 0
-        state[:, Streams.SERIAL] = self._ring.written - len(rows) + np.arange(len(rows))
+        state[:, Streams.ROW], state[:, Streams.SERIAL], state[:, Streams.ENDED] = rows, serials, end > 0
+        state[:, Streams.AHEAD] = -1
         self._streams.table[streams] = state
         return rows
+
+    def peek(self, streams: np.ndarray, observation: Tree, trace: Tree | None = None) -> None:
+        """Let the newest decisions of episodes that go on be read now: this is what they led to.
+
+        The observation takes the row that the stream's next decision (or closing row) will fill in: nothing is stored
+        twice, and no episode ends.
+
+        Args:
+            streams: [N] streams with an open episode that has not ended.
+            observation: what their next decisions will be taken on, each [N, ...].
+            trace: as of `close`.
+        """
+        streams = np.asarray(streams)
+        state = self._streams.states(streams, running=True)
+        values, book = self._after(streams, state, observation, trace)
+        rows, serials = self._rows_for(state)
+        self._fill(rows, values, book, 0, unknown=0)
+        self._link(state, rows)
+        state[:, Streams.AHEAD], state[:, Streams.AHEAD_SERIAL] = rows, serials
+        self._streams.table[streams] = state
 
     def close(self, streams: np.ndarray, observation: Tree, trace: Tree | None = None) -> np.ndarray:
         """Closing rows for streams whose episode just ended or is cut here; returns the episodes' numbers [N].
@@ -167,14 +189,12 @@ class Buffer:
         """
         streams = np.asarray(streams)
         state = self._streams.states(streams)
-        if (state[:, Streams.ROW] < 0).any():
-            raise ValueError(f"stream {streams[state[:, Streams.ROW] < 0][0]} has no open episode to close")
-        values = check_tree("observation", observation, self.schema.observation, streams)
-        values |= check_tree("trace", trace or {}, self.schema.trace, streams, partial=True)
-        book = (-1, state[:, Streams.EPISODE], state[:, Streams.STEP] + 1, -1, -1, -1)
-        self._link(state, self._fill(len(streams), values, book, 0, unknown=0))
+        values, book = self._after(streams, state, observation, trace)
+        rows, _ = self._rows_for(state)
+        self._fill(rows, values, book, 0, unknown=0)
+        self._link(state, rows)
         self._streams.forget(streams)
-        return book[1]
+        return state[:, Streams.EPISODE]
 
     def invalidate(self, streams: np.ndarray) -> None:
         """Forget the open episodes of these streams (a worker crashed): none of their decisions is ever read."""
@@ -214,8 +234,10 @@ class Buffer:
         end = np.where(steps == count - 1, ENDS.index(trajectory.end), 0)
         values["continues/"] = end != TERMINATED
         book = (trajectory.group, self._episodes, steps, trajectory.version, trajectory.source, trajectory.seed)
-        rows = self._fill(count, values, book, end, unknown=None)
-        close = self._fill(1, closing, (-1, self._episodes, count, -1, -1, -1), 0, unknown=0)
+        rows = self._claim(count)
+        self._fill(rows, values, book, end, unknown=None)
+        close = self._claim(1)
+        self._fill(close, closing, (-1, self._episodes, count, -1, -1, -1), 0, unknown=0)
         self._ring.link(rows, np.concatenate([rows[1:], close]), SIDES[self._book[rows, SOURCE]])
         self._episodes += 1
         return rows
@@ -252,16 +274,41 @@ class Buffer:
         column = self._notes.dense.get(name)
         return np.full(len(rows), np.nan, np.float32) if column is None else column[rows]
 
-    def _fill(
-        self, count: int, values: dict[str, Any], book: tuple[Any, ...], end: Any, *, unknown: int | None
-    ) -> np.ndarray:
-        """Claim rows and fill them. Traces without a value get `unknown`; None: NaN, or -1 where there is no NaN."""
+    def _after(
+        self, streams: np.ndarray, state: np.ndarray, observation: Tree, trace: Tree | None = None
+    ) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        """Columns and bookkeeping of rows that only hold an observation, behind the newest decisions of streams [N]."""
+        if (state[:, Streams.ROW] < 0).any():
+            raise ValueError(f"stream {streams[state[:, Streams.ROW] < 0][0]} has no open episode")
+        values = check_tree("observation", observation, self.schema.observation, streams)
+        values |= check_tree("trace", trace or {}, self.schema.trace, streams, partial=True)
+        return values, (-1, state[:, Streams.EPISODE], state[:, Streams.STEP] + 1, -1, -1, -1)
+
+    def _claim(self, count: int) -> np.ndarray:
+        """The next rows [N], empty."""
         rows, reused = self._ring.claim(count)
         if reused:
             self._notes.clear(rows)
             for ragged in self._ragged.values():
                 ragged.clear(rows)
-        where = slice(int(rows[0]), int(rows[-1]) + 1) if count and rows[-1] - rows[0] == count - 1 else rows
+        return rows
+
+    def _rows_for(self, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the next thing of each stream goes, rows and serials [N]: what `peek` took for it, or a new row."""
+        count, new = len(state), -1
+        taken = state[:, Streams.AHEAD] >= 0
+        while new < (new := count - int(taken.sum())):  # new rows may overwrite some of those: then more are needed
+            taken &= self._ring.alive(state[:, Streams.AHEAD_SERIAL] - new)
+        rows, serials = state[:, Streams.AHEAD].copy(), state[:, Streams.AHEAD_SERIAL].copy()
+        rows[~taken], serials[~taken] = self._claim(new), self._ring.written - new + np.arange(new)
+        return rows, serials
+
+    def _fill(
+        self, rows: np.ndarray, values: dict[str, Any], book: tuple[Any, ...], end: Any, *, unknown: int | None
+    ) -> None:
+        """Write into rows [N]. Traces without a value get `unknown`; None: NaN, or -1 where there is no NaN."""
+        in_order = len(rows) and (rows[1:] == rows[:-1] + 1).all()
+        where = slice(int(rows[0]), int(rows[-1]) + 1) if in_order else rows
         for name, value in values.items():
             if name in self._ragged:
                 self._ragged[name].write(rows, value)
@@ -274,7 +321,6 @@ class Buffer:
         for i, value in enumerate(book):
             self._book[where, i] = value
         self._end[where] = end
-        return rows
 
     def _link(self, state: np.ndarray, rows: np.ndarray) -> None:
         """Make rows [N] the next ones of the streams' newest rows, where those exist and are not overwritten."""
@@ -294,7 +340,7 @@ class Buffer:
         return rows
 
     def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """group, episode, step, version, source and seed of rows [B]."""
+        """group, episode, step, version, source, seed and end of rows [B]; see `Store.columns`."""
         return self._store.columns(rows)
 
     def sample(

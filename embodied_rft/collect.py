@@ -7,7 +7,7 @@ Legend: N environments of the pool, K of them active.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from embodied_rft.seeding import training_seed
 from embodied_rft.stepping import StepResult
 
 Act = Callable[[Tree], Decisions]
+Say = Callable[[str], None]
 
 
 @dataclass(slots=True)
@@ -33,21 +34,26 @@ class Recording:
 
     decisions: int = 0
     successes: list[bool] = field(default_factory=list)  # of each ended episode, in order
+    told: bool = False  # whether the environment said anything about success; if not, `successes` mean nothing
     returns: list[float] = field(default_factory=list)  # undiscounted sum of the environment's reward
     lengths: list[int] = field(default_factory=list)
     invalid: int = 0  # episodes thrown away because their environment failed
+    lost: int = 0  # running episodes that a checkpoint could not hold: they are cut, others begin in their place
     ended: list[int] = field(default_factory=list)  # numbers that `write` found the buffer gives these episodes
     cut: int | None = None  # decisions that ran into a length limit; None: the policy has none (trace "cut")
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that `write` takes, at most."""
+        return sum(len(arguments["streams"]) for name, arguments in self.calls if name != "invalidate")
 
     def write(self, buffer: Buffer) -> np.ndarray:
         """Put the rows into the buffer; returns the row numbers of the decisions [decisions]."""
         rows = []
         for name, arguments in self.calls:
             if name == "add":
-                arguments["reward"] = {
-                    k: arguments["reward"][k] for k in buffer.schema.rewards if k in arguments["reward"]
-                }
+                arguments["reward"] = _asked(arguments, buffer.schema.rewards)
             result = getattr(buffer, name)(**arguments)
             if name == "add":
                 rows.append(result)
@@ -60,12 +66,11 @@ class Recording:
         """Means over the episodes that ended while recording, those of all processes."""
         own: dict[str, list[Any]] = {"success": self.successes, "return": self.returns, "length": self.lengths}
         all_ = distributed.total({name: [float(v) for v in values] for name, values in own.items()})
-        if not all_["return"]:
-            return {}
-        metrics = {f"collect/{name}": float(np.mean(values)) for name, values in all_.items()} | {
-            "collect/episodes": float(len(all_["return"])),
-            "collect/invalid_episodes": float(sum(distributed.gather(self.invalid))),
-        }
+        if not distributed.any_of(self.told):
+            del all_["success"]
+        metrics = {f"collect/{name}": float(np.mean(values)) for name, values in all_.items() if values}
+        metrics["collect/episodes"] = float(len(all_["return"]))
+        metrics["collect/invalid_episodes"] = float(sum(distributed.gather(self.invalid)))
         if self.cut is not None:
             metrics["collect/cut_decisions"] = float(sum(distributed.gather(self.cut)))
         return metrics
@@ -75,11 +80,26 @@ class Collector:
     """Keeps the environments of a pool running from episode to episode.
 
     Episode e of process r starts from `training_seed(run_seed, r, e // group_size)`: every episode can be repeated
-    alone, and the `group_size` siblings of a group share their initial state.
+    alone, and the `group_size` siblings of a group share their initial state. Episodes go on from one call to the next.
+
+    Args:
+        pool: made with purpose="training".
+        run_seed: of the run.
+        first_episode: number of the first one.
+        group_size: siblings of a group.
+        source: what the rows are marked with.
+        say: told when no episode ends.
     """
 
     def __init__(
-        self, pool: Pool, *, run_seed: int, first_episode: int = 0, group_size: int = 1, source: Source = Source.ONLINE
+        self,
+        pool: Pool,
+        *,
+        run_seed: int,
+        first_episode: int = 0,
+        group_size: int = 1,
+        source: Source = Source.ONLINE,
+        say: Say | None = None,
     ) -> None:
         self.pool, self.run_seed, self.group_size, self.source = pool, run_seed, group_size, source
         self.next_episode = -(-first_episode // group_size) * group_size  # a group begins with its first sibling
@@ -90,7 +110,8 @@ class Collector:
         self.returned = np.zeros(count, dtype=np.float64)
         self.observation: Tree | None = None
         self._last_episode: int | None = None
-        self._can_save: bool | None = None
+        self._unsaved = False  # the running episodes are those of a checkpoint, the environments are not
+        self._endless = Endless(say)
 
     def collect(
         self, act: Act, *, decisions: int | None = None, episodes: int | None = None, version: int = 0
@@ -109,24 +130,31 @@ class Collector:
         self._begin(np.flatnonzero(self.episode < 0))
         while (self.episode >= 0).any() and (decisions is None or recording.decisions < decisions):
             self._advance(act, recording, version)
+        running = self._running()
+        if len(running):  # their newest decisions are learned from now, not when the next ones are known
+            self._observe("peek", recording, running)
         return recording
-
-    @property
-    def can_save(self) -> bool:
-        """Whether the environments can be saved in the middle of an episode."""
-        if self._can_save is None:
-            self._can_save = self.pool.get_state() is not None
-        return self._can_save
 
     def cut(self) -> Recording:
         """End all running episodes here: their last observation only bootstraps."""
-        recording = Recording()
-        running = np.flatnonzero(self.episode >= 0)
-        started = running[self.step[running] > 0]
-        if len(started):
-            self._close(recording, started)
+        recording, running = Recording(), self._running()
+        if len(running):
+            self._observe("close", recording, running)
         self.episode[:] = -1
         return recording
+
+    def begin_anew(self) -> Recording:
+        """After `load_state_dict`: cut the episodes that the checkpoint could not hold, if there are any."""
+        if not self._unsaved:
+            return Recording()
+        lost = len(self._running())
+        recording = self.cut()
+        recording.lost, self.observation, self._unsaved = lost, None, False
+        return recording
+
+    def _running(self) -> np.ndarray:
+        """Environments in the middle of an episode."""
+        return np.flatnonzero((self.episode >= 0) & (self.step > 0))
 
     def _begin(self, idle: np.ndarray) -> None:
         if not len(idle):
@@ -180,6 +208,7 @@ class Collector:
         self.step[chosen] += 1
         self.observation = result.observation
         over = result.terminated | result.truncated
+        self._endless.step((over & active).any())
         self._finish(recording, active & ~result.valid, valid & over, result.info)
         if (over | ~result.valid).any():
             self._begin(np.flatnonzero(self.episode < 0))
@@ -195,24 +224,25 @@ class Collector:
             self.episode[failed] = -1
         if ended.any():
             done = np.flatnonzero(ended)
-            self._close(recording, done)
+            self._observe("close", recording, done)
             success = info.get("success")
+            recording.told |= success is not None
             recording.successes += [False] * len(done) if success is None else [bool(s) for s in success[done]]
             recording.returns += self.returned[done].tolist()
             recording.lengths += self.step[done].tolist()
             self.episode[done] = -1
 
-    def _close(self, recording: Recording, streams: np.ndarray) -> None:
+    def _observe(self, call: str, recording: Recording, streams: np.ndarray) -> None:
+        """Record what these environments show now: to `close` their episodes, or to `peek` into what goes on."""
         assert self.observation is not None
-        recording.calls.append(("close", {"streams": streams, "observation": take_rows(self.observation, streams)}))
+        recording.calls.append((call, {"streams": streams, "observation": take_rows(self.observation, streams)}))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly here; only the number of episodes if environments cannot be saved."""
-        pool = self.pool.get_state() if self.observation is not None else None
-        if pool is None or self.observation is None:
+        """Everything needed to go on exactly here; without "pool" if the environments cannot be saved."""
+        if self.observation is None:
             return {"next_episode": self.next_episode}
-        return {
-            "pool": pool,
+        pool = self.pool.get_state()
+        return ({} if pool is None else {"pool": pool}) | {
             "next_episode": self.next_episode,
             "episode": self.episode.copy(),
             "seed": self.seed.copy(),
@@ -224,15 +254,37 @@ class Collector:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken; call `begin_anew` before anything else is collected."""
         self.next_episode = int(state["next_episode"])
-        if "pool" not in state:
+        if "observation" not in state:
             return
-        self.pool.reset(np.asarray(state["seed"]))  # builds what is built lazily; the state below replaces its effect
-        self.pool.set_state(state["pool"])
         self.episode[:], self.seed[:], self.step[:] = state["episode"], state["seed"], state["step"]
         self.returned[:] = state["returned"]
         self.observation = dict(state["observation"])
+        self._unsaved = "pool" not in state
+        if not self._unsaved:
+            self.pool.reset(self.seed)  # builds what is built lazily; the state below replaces its effect
+            self.pool.set_state(state["pool"])
+
+
+class Endless:
+    """Says when no episode ends: after a thousand steps of each environment, and whenever it has been twice as long."""
+
+    ADVICE = (
+        "returns and success are those of episodes that end. Give the environment a time limit: "
+        "env: {wrappers: [{id: TimeLimit, max_episode_steps: 200}]}"
+    )
+
+    def __init__(self, say: Say | None) -> None:
+        self.say, self.steps, self.limit = say, 0, 1_000
+
+    def step(self, ended: bool) -> None:
+        """One step of every environment; whether an episode ended or broke in any of them."""
+        self.steps = 0 if ended else self.steps + 1
+        if self.steps >= self.limit:
+            if self.say is not None:
+                self.say(f"no episode has ended in the last {self.steps:,} steps of each environment; {self.ADVICE}")
+            self.limit *= 2
 
 
 def _streams(result: StepResult) -> dict[str, np.ndarray]:
@@ -241,6 +293,19 @@ def _streams(result: StepResult) -> dict[str, np.ndarray]:
     if success is None:
         return {"env": result.reward}
     return {"env": result.reward, "success": (success & (result.terminated | result.truncated)).astype(np.float32)}
+
+
+def _asked(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The streams of reward that a buffer keeps. Before an episode's end nobody has succeeded yet, told or not."""
+    reward = dict(arguments["reward"])
+    if "success" in names and "success" not in reward:
+        if (arguments["terminated"] | arguments["truncated"]).any():
+            raise ValueError(
+                "buffer.success asks for success, and an episode ended without a word about it: the environment must "
+                "say at the end of each episode whether it succeeded (info['is_success'] or info['success'])"
+            )
+        reward["success"] = np.zeros(len(reward["env"]), np.float32)
+    return {name: reward[name] for name in names if name in reward}
 
 
 def take_rows(tree: Tree, rows: np.ndarray) -> dict[str, Any]:

@@ -54,24 +54,29 @@ class Console:
         self._last = (decisions, updates, seconds)
 
     @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Bar]:
-        """A bar for `total` things to do, gone when the block ends; in a pipe a line now and then."""
+    def progress(self, title: str, total: int, *, speed: bool = True) -> Iterator[Bar]:
+        """A bar for `total` things to do, gone when the block ends; in a pipe a line now and then.
+
+        `speed`: with that of collecting and learning; not where neither goes on.
+        """
         if not self.live:
-            yield Bar(self, title, total)
+            yield Bar(self, title, total, speed=speed)
             return
         columns = (
             TextColumn("  {task.description}", markup=False), BarColumn(bar_width=28), _Amount(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[detail]}", markup=False),
         )  # fmt: skip
         with Progress(*columns, console=self.rich, transient=True, refresh_per_second=5) as live:
-            yield Bar(self, title, total, live=live)
+            yield Bar(self, title, total, speed=speed, live=live)
 
 
 class Bar:
     """A running progress bar: `bar.update(300, success=0.4)`."""
 
-    def __init__(self, console: Console, title: str, total: int, *, live: Progress | None = None) -> None:
-        self.console, self.title, self.total, self.live = console, title, total, live
+    def __init__(
+        self, console: Console, title: str, total: int, *, speed: bool = True, live: Progress | None = None
+    ) -> None:
+        self.console, self.title, self.total, self.speed, self.live = console, title, total, speed, live
         self._task = None if live is None else live.add_task(console._writable(title), total=total, detail="")
         self._spoke = time.monotonic()
 
@@ -84,7 +89,7 @@ class Bar:
             self.console.message(f"  {self.title}: {done:,} of {self.total:,}  {self._detail(values)}".rstrip())
 
     def _detail(self, values: Mapping[str, Any]) -> str:
-        return "  ".join(part for part in (describe(values), self.console.speed) if part)
+        return "  ".join(part for part in (describe(values), self.console.speed if self.speed else "") if part)
 
 
 class _Amount(ProgressColumn):

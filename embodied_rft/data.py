@@ -169,7 +169,7 @@ class Batch:
     next_trace: dict[str, Any] = field(default_factory=dict)
     notes: TensorTree = field(default_factory=dict)  # columns written by annotate: advantage, mc_return, ...
     rows: np.ndarray | None = None  # [B] where these decisions live in the buffer
-    columns: dict[str, np.ndarray] = field(default_factory=dict)  # group, episode, step, version, source: each [B]
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # group, episode, step, version, source, end: each [B]
     num_decisions: int = 0  # of the whole batch; kept by split(), so that micro-batches sum up exactly
     num_units: int = 0
     num_episodes: int = 0  # counted where episodes are whole

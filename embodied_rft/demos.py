@@ -56,6 +56,6 @@ def write_demos(
     return {
         "episodes": episodes,
         "decisions": recording.decisions,
-        "success": metrics["collect/success"],
+        "success": metrics.get("collect/success"),
         "return": float(np.round(metrics["collect/return"], 3)),
     }

@@ -73,9 +73,9 @@ class Logger:
         except OSError as error:  # for people only: the run goes on
             self.console.message(f"warning: {_sentence(self.folder / MESSAGES, error)}; the run goes on without it")
 
-    def progress(self, title: str, total: int) -> AbstractContextManager[Bar]:
+    def progress(self, title: str, total: int, *, speed: bool = True) -> AbstractContextManager[Bar]:
         """A progress bar: `with logger.progress("pretrain", 3000) as bar: bar.update(100, success=0.4)`."""
-        return self.console.progress(title, total)
+        return self.console.progress(title, total, speed=speed)
 
     def stage_started(self, path: Sequence[int], title: str) -> None:
         """The heading of a stage."""

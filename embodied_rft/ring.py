@@ -67,10 +67,11 @@ class Ring:
         return serials >= self.written - (self.capacity - self.pinned)
 
     def link(self, rows: np.ndarray, following: np.ndarray, sides: np.ndarray) -> None:
-        """Make `following` the next rows of rows [N], which may be read from now on."""
+        """Make `following` the next rows of rows [N], which may be read from now on, if they could not be before."""
+        new = self.side[rows] == 0
         self.next[rows] = following
         self.side[rows] = sides
-        self._count(rows, sides, 1)
+        self._count(rows[new], sides[new], 1)
 
     def hide(self, rows: np.ndarray) -> None:
         """These rows may not be read any more."""
@@ -175,13 +176,15 @@ class Ring:
 class Streams:
     """Where the open episode of each stream stands. Stream numbers are small integers: those of the environments."""
 
-    ROW, SERIAL, EPISODE, STEP, ENDED = range(5)  # columns of the table; ROW is -1 while no episode is open
+    # Columns of the table. ROW is -1 while no episode is open, AHEAD while nothing is known of the next decision.
+    ROW, SERIAL, EPISODE, STEP, ENDED, AHEAD, AHEAD_SERIAL = range(7)
+    NONE = (-1, 0, 0, 0, 0, -1, 0)
 
     def __init__(self) -> None:
-        self.table = np.zeros((0, 5), np.int64)
+        self.table = np.zeros((0, len(self.NONE)), np.int64)
 
     def states(self, streams: np.ndarray, *, running: bool = False) -> np.ndarray:
-        """A copy of the rows [N, 5] of the table.
+        """A copy of the rows [N, 7] of the table.
 
         Raises:
             ValueError: a negative or repeated stream number; with `running`, an episode that ended and was not closed.
@@ -192,9 +195,7 @@ class Streams:
             raise ValueError(f"streams {streams.tolist()}: different numbers >= 0 are expected")
         needed = int(streams.max(initial=-1)) + 1
         if needed > len(self.table):
-            empty = np.zeros((needed - len(self.table), 5), np.int64)
-            empty[:, self.ROW] = -1
-            self.table = np.concatenate([self.table, empty])
+            self.table = np.concatenate([self.table, np.tile(self.NONE, (needed - len(self.table), 1))])
         states = self.table[streams]
         if running and states[:, self.ENDED].any():
             stream = streams[states[:, self.ENDED] > 0][0]
@@ -211,7 +212,7 @@ class Streams:
 
     def forget(self, streams: np.ndarray) -> None:
         """No episode is open any more."""
-        self.table[streams] = (-1, 0, 0, 0, 0)
+        self.table[streams] = self.NONE
 
     @property
     def open(self) -> np.ndarray:

@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from embodied_rft import distributed, registry, resume
+from embodied_rft import distributed, resume
 from embodied_rft.agent import build_agent
 from embodied_rft.checkpoint import Checkpoints
 from embodied_rft.chunking import fit_pool
 from embodied_rft.collect import Act, Collector
-from embodied_rft.config import Recipe, parse_stages, to_plain, validate_plugin_config
+from embodied_rft.config import Recipe, parse_stages, to_plain
 from embodied_rft.data import Decisions, Source, Tree
-from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
+from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds, latest_incident
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.log import Logger, write_json
 from embodied_rft.plans import Fresh
 from embodied_rft.pool import Pool
 from embodied_rft.rig import Rig
 from embodied_rft.seeding import evaluation_generator, restored_generator, spawn_generator
-from embodied_rft.stages.base import walk
+from embodied_rft.stages.base import new_objective, walk
 
 
 class Interrupted(KeyboardInterrupt):
@@ -76,10 +76,7 @@ class Session(Rig):
 
     def make_objective(self, spec: dict[str, Any]) -> Any:
         """The objective {"id": ..., options} that a stage names, with its networks set up on the agent."""
-        options = dict(spec)
-        id = options.pop("id")
-        config = validate_plugin_config("objective", id, options)
-        self.objective = registry.find("objective", id)(config)
+        self.objective = new_objective(spec)
         self.objective.setup(self.agent, self.generator("setup"))
         if distributed.size() > 1 and isinstance(reading := self.objective.reading, Fresh):
             batch_size = distributed.share(reading.batch_size, "objective.batch_size")
@@ -104,6 +101,7 @@ class Session(Rig):
             first_episode=self.counters["episodes"],
             group_size=group_size,
             source=source,
+            say=self.logger.message,
         )
         if self._resume is not None and self._resume["collector"] is not None:
             self.collector.load_state_dict(self._resume["collector"])
@@ -129,20 +127,25 @@ class Session(Rig):
     def evaluate(self, episodes: int, *, sheet: int, name: str, act: Act | None = None) -> Evaluation:
         """Greedy success on the first `episodes` states of a sheet, written to `evaluations/` and the log."""
         seeds = evaluation_seeds(episodes, sheet=sheet)
-        with self.logger.progress(f"evaluate {name}", episodes) as bar:
+        with self.logger.progress(f"evaluate {name}", episodes, speed=False) as bar:
             outcome = evaluate(
                 act or self.actor(greedy=True, rng=evaluation_generator(sheet=sheet)),
                 self.pool("evaluation"),
                 seeds,
                 name=name,
-                progress=lambda ended, won: bar.update(ended, success=won / max(ended, 1)),
+                progress=lambda ended, so_far: bar.update(ended, **so_far),
+                say=self.logger.message,
+            )
+        if outcome.left_out:
+            self.logger.message(
+                f"evaluate {name}: {outcome}; the latest incident: {latest_incident(self.pool('evaluation'))}"
             )
         slug = "-".join(str(i) for i in self.path) + f"-{self.progress.get('evaluations', 0)}"
         self.progress["evaluations"] = self.progress.get("evaluations", 0) + 1
         facts = {"stage": list(self.path), "sheet": sheet, "decisions": self.counters["decisions"]}
-        content = outcome.write(self.folder, slug, **facts, wall_seconds=self.seconds())
+        outcome.write(self.folder, slug, **facts, wall_seconds=self.seconds())
         self.logger.show_samples(name, outcome.samples, decisions=self.counters["decisions"])
-        self.log({f"evaluate/{key}": content[key] for key in ("success", "low", "high", "mean_return")}, name=name)
+        self.log({f"evaluate/{key}": value for key, value in outcome.headline().items()}, name=name)
         return outcome
 
     # --- logs and clocks -----------------------------------------------------------------------------------------

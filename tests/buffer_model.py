@@ -79,18 +79,41 @@ class Model:
 
     def step(self):
         room = self.capacity - self.pinned
-        choice = self.rng.choice(["add"] * 8 + ["close"] * 2 + ["invalidate", "trajectory", "pin", "restore"])
+        choice = self.rng.choice(
+            ["add"] * 8 + ["peek"] * 3 + ["close"] * 2 + ["invalidate", "trajectory", "pin", "restore"]
+        )
         streams = self.rng.permutation(4)[: self.rng.integers(0, min(4, room) + 1)]
         getattr(self, choice)(streams)
 
+    def next(self, streams):
+        """A serial for the next thing of each stream; one that `peek` took before stays, if it is not too old."""
+        held = [self.open[s]["ahead"] if s in self.open else None for s in streams]
+        for _ in streams:  # new ones may push out some of those
+            oldest = self.serial + held.count(None) - (self.capacity - self.pinned)
+            held = [None if serial is None or serial < oldest else serial for serial in held]
+        new = iter(self.take(held.count(None)))
+        return np.array([next(new) if serial is None else serial for serial in held], np.int64)
+
+    def peek(self, streams):
+        streams = np.array([s for s in streams if s in self.open and s not in self.ended], np.int64)
+        before = self.buffer.size
+        serials = self.next(streams)
+        self.buffer.peek(streams, observation_of(serials, self.schema), trace_of(serials, self.schema))
+        for stream, serial in zip(streams, serials, strict=True):
+            self.open[stream]["ahead"] = int(serial)
+        self.buffer.peek(
+            streams, observation_of(serials, self.schema), trace_of(serials, self.schema)
+        )  # a second look changes nothing
+        assert self.buffer.size == min(self.capacity, self.serial) >= before
+
     def add(self, streams):
         streams = np.array([s for s in streams if s not in self.ended], np.int64)
-        serials = self.take(len(streams))
+        serials = self.next(streams)
         terminated, truncated = self.rng.random((2, len(streams))) < 0.15
         source = Source(int(self.rng.integers(4)))
         new = [s for s in streams if s not in self.open]
         for stream in new:
-            self.open[stream] = {"rows": [], "end": "cut", "closed": None, "valid": True, "sources": []}
+            self.open[stream] = {"rows": [], "end": "cut", "closed": None, "ahead": None, "valid": True, "sources": []}
             self.episodes.append(self.open[stream])
         rows = self.buffer.add(
             streams, observation_of(serials, self.schema), decisions_of(serials, self.schema), reward_of(serials),
@@ -100,6 +123,7 @@ class Model:
         for stream, serial, a, b in zip(streams, serials, terminated, truncated, strict=True):
             episode = self.open[stream]
             episode["rows"].append(int(serial))
+            episode["ahead"] = None
             episode["sources"].append(source)
             episode["end"] = "terminated" if a else "truncated" if b else "cut"
             if a or b:
@@ -107,7 +131,7 @@ class Model:
 
     def close(self, streams):
         streams = np.array([s for s in streams if s in self.open], np.int64)
-        serials = self.take(len(streams))
+        serials = self.next(streams)
         self.buffer.close(streams, observation_of(serials, self.schema), trace_of(serials, self.schema))
         for stream, serial in zip(streams, serials, strict=True):
             self.open.pop(stream)["closed"] = int(serial)
@@ -137,6 +161,7 @@ class Model:
                 "rows": serials[:-1].tolist(),
                 "end": end,
                 "closed": int(serials[-1]),
+                "ahead": None,
                 "valid": True,
                 "sources": [Source.OFFLINE] * count,
             }
@@ -161,8 +186,8 @@ class Model:
         for episode in self.episodes:
             if episode["valid"]:
                 rows = [s for s in episode["rows"] if self.alive(s)]
-                closed = episode["closed"] is not None and self.alive(episode["closed"])
-                yield episode, rows, [episode["closed"]] if closed else []
+                last = episode["ahead"] if episode["closed"] is None else episode["closed"]
+                yield episode, rows, [last] if last is not None and self.alive(last) else []
 
     def readable(self):
         return [s for _, rows, closed in self.chains() for s in (rows + closed)[:-1]]

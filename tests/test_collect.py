@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -5,6 +7,7 @@ from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.collect import Collector, action_field
 from embodied_rft.data import Decisions
 from embodied_rft.seeding import training_seed
+from embodied_rft.stepping import StepResult
 from tests.toys import SeedPool
 
 
@@ -92,9 +95,80 @@ def test_state_is_restored_in_the_middle_of_an_episode():
     assert np.array_equal(again.observation["observation"], collector.observation["observation"])
 
 
-def test_environments_that_cannot_be_saved_say_so():
-    pool, _ = make(2, can_save=False)
+def test_after_every_call_the_newest_decisions_can_be_read_and_no_row_is_stored_twice():
+    pool, buffer = make(4)
+    collector = Collector(pool, run_seed=2)
+    recorded = []
+    for _ in range(12):
+        recorded += collector.collect(act, decisions=4).write(buffer).tolist()
+        assert sorted(buffer.rows()) == sorted(recorded)
+        batch = buffer.batch(buffer.rows())
+        now, after = (tree["observation"].numpy() for tree in (batch.observation, batch.next_observation))
+        assert (after[:, 0] == now[:, 0]).all() and (after[:, 1] == now[:, 1] + 1).all()
+        running = int(((collector.episode >= 0) & (collector.step > 0)).sum())
+        assert buffer.size == len(recorded) + sum(1 for t in buffer.trajectories() if t.end == "terminated") + running
+
+
+def test_running_episodes_that_no_checkpoint_can_hold_are_cut_counted_and_bootstrapped_when_it_is_loaded():
+    pool, buffer = make(5, can_save=False)
     collector = Collector(pool, run_seed=3)
-    collector.collect(act, decisions=4)
-    assert not collector.can_save
-    assert collector.state_dict() == {"next_episode": collector.next_episode}
+    collector.collect(act, decisions=35).write(buffer)
+    saved, rows = collector.state_dict(), buffer.state_dict()
+    running = int(((collector.episode >= 0) & (collector.step > 0)).sum())
+    assert "pool" not in saved and running
+
+    def go_on():
+        pool, other = make(5, can_save=False)
+        other.load_state_dict(rows)
+        again = Collector(pool, run_seed=3)
+        again.load_state_dict(saved)
+        recording = again.begin_anew()
+        assert recording.lost == running and again.next_episode == saved["next_episode"]
+        recording.write(other)
+        ends = [t.end for t in other.trajectories()]
+        assert ends.count("cut") == running
+        last = np.array([run[-1] for run in other.segments(other.rows())])
+        assert ((other.batch(last).discount.numpy() > 0) == [end == "cut" for end in ends]).all()
+        assert again.begin_anew().lost == 0  # once is enough
+        again.collect(act, decisions=40).write(other)
+        check([t for t in other.trajectories() if t.end == "terminated"], 3)
+        return [(t.seed, t.end, len(t)) for t in other.trajectories()]
+
+    assert go_on() == go_on()
+
+
+def test_nothing_is_lost_where_no_episode_runs():
+    pool, buffer = make(3, can_save=False)
+    collector = Collector(pool, run_seed=7)
+    collector.collect(act, episodes=5).write(buffer)
+    saved = collector.state_dict()
+    pool, other = make(3, can_save=False)
+    again = Collector(pool, run_seed=7)
+    again.load_state_dict(saved)
+    assert again.begin_anew().lost == 0
+    both = []
+    for one, into in ((collector, buffer), (again, other)):
+        one.collect(act, episodes=5).write(into)
+        both.append([(t.seed, t.observation["observation"].tolist()) for t in into.trajectories()][-5:])
+    assert both[0] == both[1]
+
+
+def test_an_environment_whose_episodes_never_end_is_told_with_what_to_do_less_and_less_often():
+    pool, _ = make(2)
+    pool.step = lambda action: StepResult(
+        pool._observe(), np.ones(2, np.float32), np.zeros(2, bool), np.zeros(2, bool), {}, np.ones(2, bool)
+    )
+    said = []
+    recording = Collector(pool, run_seed=0, say=said.append).collect(act, decisions=10_000)
+    assert len(said) == 3 and "no episode has ended in the last 1,000 steps" in said[0] and "TimeLimit" in said[0]
+    assert recording.metrics()["collect/episodes"] == 0 and "collect/success" not in recording.metrics()
+
+
+def test_success_of_0_is_never_shown_where_nobody_told_it():
+    pool, _ = make(2)
+    told = Collector(pool, run_seed=0).collect(act, episodes=4).metrics()
+    step = pool.step
+    pool.step = lambda action: replace(step(action), info={})
+    untold = Collector(pool, run_seed=0).collect(act, episodes=4).metrics()
+    assert "collect/success" in told and "collect/success" not in untold
+    assert untold["collect/return"] == told["collect/return"]

@@ -129,7 +129,7 @@ def test_a_recipe_in_two_processes(tmp_path):
 def test_a_share_that_is_not_whole_is_refused(tmp_path, monkeypatch):
     (tmp_path / "two.yaml").write_text(RECIPE)
     monkeypatch.setattr(distributed, "size", lambda: 3)
-    with pytest.raises(ValueError, match=r"env.num_envs is 16, which 3 processes cannot share evenly"):
+    with pytest.raises(ValueError, match=r"is 16, which 3 processes cannot share evenly"):
         train(load_recipe(str(tmp_path / "two.yaml")), tmp_path / "run", quiet=True)
 
 

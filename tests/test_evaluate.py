@@ -40,8 +40,8 @@ def test_wilson_contains_the_rate_and_mirrors(pair):
 def test_every_episode_of_the_list_is_run_once_whatever_the_number_of_environments(num_envs):
     seeds = evaluation_seeds(23)
     shown = []
-    outcome = evaluate(act, SeedPool(num_envs), seeds, progress=lambda ended, won: shown.append((ended, won)))
-    assert all(won <= ended for ended, won in shown) and shown[-1] == (23, sum(outcome.results))
+    outcome = evaluate(act, SeedPool(num_envs), seeds, progress=lambda *so_far: shown.append(so_far))
+    assert shown[-1] == (23, {"success": outcome.success})
     assert outcome.seeds == seeds
     assert outcome.results == [seed % 3 == 0 for seed in seeds]  # SeedPool succeeds on multiples of three
     assert outcome.lengths == [1 + seed % 5 for seed in seeds]
@@ -52,9 +52,28 @@ def test_a_broken_environment_is_run_again_and_counted():
     seeds = evaluation_seeds(6)
     outcome = evaluate(act, SeedPool(2, break_once={seeds[3]}), seeds)
     assert outcome.results == [seed % 3 == 0 for seed in seeds]
-    assert outcome.invalid == 1
-    with pytest.raises(RuntimeError, match=str(seeds[3])):
-        evaluate(act, SeedPool(2, break_always={seeds[3]}), seeds)
+    assert outcome.invalid == 1 and not outcome.left_out
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 6])
+def test_a_state_on_which_the_environment_always_fails_is_left_out_of_the_verdict_and_counted(num_envs):
+    seeds = evaluation_seeds(6)
+    outcome = evaluate(act, SeedPool(num_envs, break_always={seeds[3]}), seeds)
+    left = seeds[:3] + seeds[4:]
+    assert outcome.left_out == [seeds[3]] and outcome.seeds == left and outcome.invalid == 4
+    assert outcome.results == [seed % 3 == 0 for seed in left] and outcome.lengths == [1 + seed % 5 for seed in left]
+    assert outcome.interval == wilson_interval(sum(outcome.results), 5)
+    assert "on 5 held-out initial states (1 left out" in str(outcome)
+    assert outcome.to_json()["left_out"] == [seeds[3]] and outcome.to_json()["episodes"] == 5
+    assert outcome.headline()["left_out"] == 1
+
+
+def test_an_environment_that_fails_on_every_state_says_why():
+    seeds = evaluation_seeds(2)
+    pool = SeedPool(2, break_always=set(seeds))
+    pool.incidents.add("error", "the arm is on fire")
+    with pytest.raises(RuntimeError, match="failed 4 times on each of 2 held-out states.*the arm is on fire"):
+        evaluate(act, pool, seeds)
 
 
 class Silent(SeedPool):

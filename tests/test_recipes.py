@@ -9,7 +9,7 @@ from embodied_rft.train import train
 from tests.test_agents import ACTION, STATE, generator
 
 SMALL = {
-    "episodes": 4,
+    "episodes": 8,  # a whole group
     "updates": 4,
     "decisions": 400,
     "decisions_per_iteration": 200,

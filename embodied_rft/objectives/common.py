@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agent import Agent
+from embodied_rft.buffer import Buffer
 from embodied_rft.data import Batch, Ragged
 from embodied_rft.learner import to_device
 from embodied_rft.networks import Encoder
@@ -91,6 +92,17 @@ def annotate_returns(
 def readable(buffer: Any, rows: np.ndarray) -> np.ndarray:
     """Those of `rows` that can be read: the newest decision of a running episode cannot, nothing follows it yet."""
     return np.intersect1d(rows, buffer.rows(), assume_unique=True)
+
+
+def whole_groups(buffer: Buffer, segments: list[np.ndarray]) -> list[np.ndarray]:
+    """Those of the segments that are whole episodes, from the first decision to the end, as all their siblings are."""
+    if not segments:
+        return []
+    first, last = (buffer.columns(np.array([s[end] for s in segments])) for end in (0, -1))
+    part = (first["step"] > 0) | (last["end"] == 0)
+    torn = np.unique(first["group"][part])
+    whole = ~part & ((first["group"] < 0) | ~np.isin(first["group"], torn))
+    return [segment for segment, kept in zip(segments, whole, strict=True) if kept]
 
 
 def units_of(values: Tensor, mask: Tensor) -> Ragged:

@@ -4,7 +4,8 @@
     def centred(agent, batch, lengths, config):
         return {"advantage": batch.reward - batch.reward.mean()}
 
-A function may carry two attributes. `uses_value`: values are wanted; they come as the notes "value" [B], "next_value"
+A function may carry three attributes. `needs_groups`: it compares siblings; it sees whole episodes of whole groups
+only, and `finetune` insists on those. `uses_value`: values are wanted; they come as the notes "value" [B], "next_value"
 [B] and, where the policy has one for each unit, "unit_value" [B, U]. `per_unit`: the credit is one number a unit,
 and rewards of single units (a KL penalty) come as the note "unit_reward" [B, U]; otherwise they are already part of
 `batch.reward`, and the credit is [B].
@@ -134,18 +135,21 @@ def _group_credit(batch: Batch, lengths: list[int], baseline: Literal["grpo", "d
 
 
 @register("credit", "grpo")
+@_wants(needs_groups=True)
 def grpo_credit(agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
     """(R - mean) / std of the group (Shao et al. 2024, section 4.1.2)."""
     return _group_credit(batch, lengths, "grpo")
 
 
 @register("credit", "dr_grpo")
+@_wants(needs_groups=True)
 def dr_grpo_credit(agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
     """R - mean of the group (Liu et al. 2025, section 3.2)."""
     return _group_credit(batch, lengths, "dr_grpo")
 
 
 @register("credit", "rloo")
+@_wants(needs_groups=True)
 def rloo_credit(agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
     """R - mean of the siblings (Ahmadian et al. 2024, eq. 7)."""
     return _group_credit(batch, lengths, "rloo")

@@ -26,7 +26,15 @@ from embodied_rft import losses, returns
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
 from embodied_rft.networks import polyak
-from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, readable, score_in_chunks, units_of
+from embodied_rft.objectives.common import (
+    STRICT,
+    Losses,
+    fit_normalizers,
+    readable,
+    score_in_chunks,
+    units_of,
+    whole_groups,
+)
 from embodied_rft.objectives.correction import Correction, correct
 from embodied_rft.objectives.credit import Credit
 from embodied_rft.plans import Fresh, Share
@@ -127,6 +135,7 @@ class PPO:
         self.credit: Credit = find("credit", config.credit)
         self.uses_value = getattr(self.credit, "uses_value", False)
         self.per_unit = getattr(self.credit, "per_unit", False)
+        self.needs_groups = getattr(self.credit, "needs_groups", False)
         self.prefix = "unit_" if self.per_unit else ""  # of the notes that credit writes
         if config.critic_warm_up and not self.uses_value:
             raise ValueError(f"critic_warm_up has no effect: credit {config.credit!r} has no value that could learn")
@@ -276,12 +285,16 @@ class PPO:
     def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
         """Write "advantage", "live" and whatever else the losses read, for those of `rows` that something follows."""
         rows = readable(buffer, rows)
-        segments = buffer.segments(rows)
+        segments, torn = buffer.segments(rows), {}
+        if self.needs_groups:
+            whole = whole_groups(buffer, segments)
+            torn = {"credit/torn_episodes": float(len(segments) - len(whole))}
+            segments = whole
         if not segments:
-            return {}
+            return torn
         order, c = np.concatenate(segments), self.config
         batch = buffer.batch(order, gamma=c.gamma, reward_weights=c.reward_weights, next_observation=False)
-        metrics = {"data/reward": float(batch.reward.mean())}
+        metrics = {"data/reward": float(batch.reward.mean())} | torn
         if c.scale_reward:
             metrics |= self._scale(agent, buffer, batch, segments)
         self._score(agent, buffer, batch, [len(s) for s in segments])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from embodied_rft import registry
-from embodied_rft.config import StageSpec
+from embodied_rft.config import StageSpec, validate_plugin_config
 
 if TYPE_CHECKING:
     from embodied_rft.session import Session
@@ -32,6 +32,12 @@ class Stage:
     def run(self, session: Session) -> dict[str, Any] | None:
         """Do the work; returns what the stage table of the report should show."""
         raise NotImplementedError
+
+
+def new_objective(spec: dict[str, Any]) -> Any:
+    """The objective {"id": ..., options} that a stage names, without networks: `setup` makes those."""
+    options = {name: value for name, value in spec.items() if name != "id"}
+    return registry.find("objective", spec["id"])(validate_plugin_config("objective", spec["id"], options))
 
 
 def walk(stages: list[StageSpec], prefix: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:

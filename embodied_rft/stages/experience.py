@@ -66,7 +66,7 @@ class Demonstrate(Stage):
             session.add_trajectories(steps.trajectories(), chunk=chunk)
         session.buffer.pin()
         session.log(metrics)
-        return {"success of the demonstrations": metrics["collect/success"], "episodes": config.episodes}
+        return {f"{name} of the demonstrations": value for name, value in told(metrics)} | {"episodes": config.episodes}
 
 
 @register("stage", "load")
@@ -122,7 +122,23 @@ class WarmUp(Stage):
         collector.cut().write(session.buffer)
         session.counters["decisions"] += sum(distributed.gather(recording.decisions))
         session.log(metrics)
-        return {"success while warming up": metrics.get("collect/success")}
+        return {f"{name} while warming up": value for name, value in told(metrics)}
+
+
+def told(metrics: dict[str, float]) -> list[tuple[str, float]]:
+    """The success of what was collected, or its return where nobody tells success; nothing if no episode ended."""
+    for name in ("success", "return"):
+        if f"collect/{name}" in metrics:
+            return [(name, metrics[f"collect/{name}"])]
+    return []
+
+
+def whole_groups(option: str, episodes: int | None, group_size: int) -> None:
+    """ValueError if so many episodes tear a group."""
+    if episodes is not None and episodes % group_size:
+        below = episodes - episodes % group_size
+        near = f"{below} or {below + group_size}" if below else f"{group_size}"
+        raise ValueError(f"{option} {episodes} tears a group of {group_size}: set it to a multiple, such as {near}")
 
 
 def step_schema(pool: Pool, rewards: tuple[str, ...] = ("env",)) -> Schema:

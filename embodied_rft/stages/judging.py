@@ -37,8 +37,7 @@ class Evaluate(Stage):
         """Evaluate, film, log."""
         config = self.config
         outcome = session.evaluate(config.episodes, sheet=config.sheet, name=config.name or "policy")
-        low, high = outcome.interval
-        if outcome.episodes < config.episodes:
+        if outcome.episodes + len(outcome.left_out) < config.episodes:
             session.logger.message(
                 f"the environment has {outcome.states} held-out initial states: each was judged once, not "
                 f"{config.episodes} episodes"
@@ -53,5 +52,5 @@ class Evaluate(Stage):
             ]
             name = f"{'-'.join(map(str, self.path))}-{config.video}"
             session.logger.message(film(session, wanted, success=config.video == "success", name=name))
-        success = {"success": outcome.success, "low": low, "high": high} if outcome.told else {}
-        return success | {"return": outcome.to_json()["mean_return"], "episodes": outcome.episodes}
+        shown = outcome.headline()
+        return shown | {"return": shown.pop("mean_return"), "episodes": outcome.episodes}

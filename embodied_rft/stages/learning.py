@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import field, replace
+from dataclasses import field, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -17,17 +17,25 @@ from pydantic.dataclasses import dataclass
 
 from embodied_rft import distributed, registry, tuning
 from embodied_rft.agent import wrap_policy
-from embodied_rft.collect import Recording
+from embodied_rft.buffer import Buffer
+from embodied_rft.collect import Endless, Recording
 from embodied_rft.config import parse, plugin_spec, validate_plugin_config
 from embodied_rft.data import Decisions, Tree
 from embodied_rft.learner import LearnerConfig
 from embodied_rft.plans import Replay, Share
 from embodied_rft.registry import register
-from embodied_rft.stages.base import Stage
-from embodied_rft.stages.experience import STRICT
+from embodied_rft.stages.base import Stage, new_objective
+from embodied_rft.stages.experience import STRICT, whole_groups
 
 if TYPE_CHECKING:
     from embodied_rft.session import Session
+
+FRESH = {  # options of `finetune` for replay, and what objectives that learn from fresh experience have instead
+    "batch_size": "set the objective's own batch_size",
+    "updates_per_decision": "set the objective's num_epochs",
+    "offline_share": "leave it out",
+    "overlap": "leave it out",
+}
 
 
 @register("stage", "pretrain")
@@ -40,13 +48,18 @@ class Pretrain(Stage):
 
         objective: Annotated[dict[str, Any], plugin_spec("objective")]
         updates: NonNegativeInt = 1_000
-        batch_size: PositiveInt = 256
-        offline_share: Share | None = None  # share of each batch from demonstrations and offline data; None: uniform
+        batch_size: PositiveInt | None = None  # None: the objective's
+        offline_share: Share | None = None  # of each batch, from demonstrations and offline data; None: the objective's
         only: list[str] | None = None  # losses to step, e.g. [critic]; None: all
         log_every: PositiveInt = 100
         evaluate_every: PositiveInt | None = None  # updates between points of the learning curve
         evaluate_episodes: PositiveInt = 100
         learner: LearnerConfig = field(default_factory=LearnerConfig)
+
+        def __post_init__(self) -> None:
+            objective = new_objective(self.objective)
+            off_policy_plan(objective, self.updates, self.batch_size, self.offline_share)
+            say_once(self.objective, batch_size=self.batch_size, offline_share=self.offline_share)
 
     @property
     def title(self) -> str:
@@ -64,7 +77,6 @@ class Pretrain(Stage):
         learner = session.make_learner(config.learner)
         annotate_once(session)
         rng, sampler = session.generator("learn"), session.numpy_generator("sample")
-        metrics: dict[str, float] = {}
         with session.logger.progress(self.title, config.updates) as bar:
             while (done := progress.setdefault("updates", 0)) < config.updates:
                 count = min(config.log_every, config.updates - done)
@@ -78,13 +90,14 @@ class Pretrain(Stage):
                 if made < count:
                     metrics["learn/skipped_updates"] = count - made  # there was nothing to learn from
                 progress["updates"] += count
+                progress["shown"] = headline(metrics)
                 session.counters["updates"] += made
                 session.log(metrics)
-                bar.update(progress["updates"], **headline(metrics))
+                bar.update(progress["updates"], **progress["shown"])
                 if config.evaluate_every and progress["updates"] % config.evaluate_every < count:
                     session.evaluate(config.evaluate_episodes, sheet=1, name="curve")
                 session.tick()
-        return headline(metrics)
+        return dict(progress.get("shown", {}))
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -109,8 +122,8 @@ class Finetune(Stage):
         decisions_per_iteration: PositiveInt | None = None
         episodes_per_iteration: PositiveInt | None = None  # whole episodes instead, for group credit
         updates_per_decision: NonNegativeFloat | None = None  # replayed objectives only; None: as published
-        batch_size: PositiveInt = 256
-        offline_share: Share | None = None  # e.g. 0.5 (RLPD), 0 (WSRL); None: uniform over everything
+        batch_size: PositiveInt | None = None  # likewise; None: the objective's
+        offline_share: Share | None = None  # likewise, e.g. 0.5 (RLPD), 0 (WSRL); None: the objective's
         group_size: PositiveInt = 1  # episodes that share an initial state (group credit)
         overlap: bool = False  # collect on one thread with the previous weights while learning on another
         evaluate_every: PositiveInt | None = None  # decisions between points of the learning curve
@@ -119,10 +132,42 @@ class Finetune(Stage):
         learner: LearnerConfig = field(default_factory=LearnerConfig)
 
         def __post_init__(self) -> None:
-            if self.overlap and self.episodes_per_iteration is not None:
-                raise ValueError("episodes_per_iteration has no effect with overlap: give decisions_per_iteration")
+            objective = new_objective(self.objective)
+            if isinstance(objective.reading, Replay):
+                off_policy_plan(objective, 0, self.batch_size, self.offline_share)
+                say_once(self.objective, batch_size=self.batch_size, offline_share=self.offline_share)
+            else:
+                self._check_fresh()
+            self._check_iteration(getattr(objective, "needs_groups", False))
             if self.until is not None and self.until.success is not None and self.evaluate_every is None:
                 raise ValueError("until.success reads the learning curve, and there is none: set evaluate_every")
+
+        def _check_fresh(self) -> None:
+            """Refuse options that are those of replay."""
+            for name, instead in FRESH.items():
+                if getattr(self, name) not in (None, False):
+                    raise ValueError(
+                        f"{name} has no effect with objective {self.objective['id']!r}, which learns from fresh "
+                        f"experience, not from replay: {instead}"
+                    )
+
+        def _check_iteration(self, needs_groups: bool) -> None:
+            """Refuse iterations that nothing would come of."""
+            episodes, id = self.episodes_per_iteration, self.objective["id"]
+            if self.overlap and episodes is not None:
+                raise ValueError("episodes_per_iteration has no effect with overlap: give decisions_per_iteration")
+            if episodes is not None and self.decisions_per_iteration is not None:
+                raise ValueError(
+                    "decisions_per_iteration has no effect beside episodes_per_iteration: give one of them"
+                )
+            if needs_groups and self.group_size < 2:
+                raise ValueError(f"objective {id!r} compares siblings of a group: set group_size, such as 8")
+            if needs_groups and episodes is None:
+                raise ValueError(
+                    f"objective {id!r} compares whole episodes: set episodes_per_iteration, such as "
+                    f"{8 * self.group_size}, in place of decisions_per_iteration"
+                )
+            whole_groups("episodes_per_iteration", episodes, self.group_size)
 
     @property
     def title(self) -> str:
@@ -139,13 +184,9 @@ class Finetune(Stage):
         learner = session.make_learner(config.learner)
         collector = session.make_collector(group_size=config.group_size)
         replayed = isinstance(session.objective.reading, Replay)
-        amount = self._iteration(session.pool("training").num_envs, replayed)
-        if config.updates_per_decision is not None and not replayed:
-            raise ValueError("updates_per_decision has no effect on an objective that reads fresh data: leave it out")
-        if config.overlap and not replayed:
-            raise ValueError(
-                "overlap needs an objective that learns from replay; this one learns from fresh experience only"
-            )
+        amount = self._iteration(collector.pool.num_envs, replayed)
+        self._check_room(session, amount)
+        self._begin_anew(session, collector.begin_anew())
         progress.setdefault("decisions", 0)
         with self._recorder(session, amount) as record, session.logger.progress(self.title, config.decisions) as bar:
             while progress["decisions"] < config.decisions and not self._reached(session):
@@ -160,17 +201,19 @@ class Finetune(Stage):
                     noted = self._learn_fresh(session, rows)
                 elif not config.overlap:
                     self._learn_replay(session, recording.decisions if config.episodes_per_iteration else amount)
-                metrics = distributed.mean(noted) | learner.metrics() | recording.metrics()
+                collected = recording.metrics()
+                progress["ended"] = progress.get("ended", 0) + int(collected["collect/episodes"])
+                metrics = distributed.mean(noted) | learner.metrics() | collected
+                progress["shown"] = progress.get("shown", {}) | headline(metrics)
                 session.log(metrics)
-                bar.update(progress["decisions"], **headline(metrics))
+                bar.update(progress["decisions"], **progress["shown"])
                 self._evaluate(session, new)
-                if (
-                    not collector.can_save
-                ):  # nothing can be saved inside an episode: end them all, at the same place in every run
-                    self._write(session, collector.cut())
                 session.tick()
-        collector.cut().write(session.buffer)
-        return headline(learner.metrics()) | {"last success on the curve": progress.get("success")}
+        if progress["decisions"] and not progress.get("ended"):
+            session.logger.message(f"no episode ended in {progress['decisions']:,} decisions; {Endless.ADVICE}")
+        self._write(session, collector.cut())
+        last = {f"last {name} on the curve": progress[name] for name in ("success", "return") if name in progress}
+        return progress.get("shown", {}) | last
 
     # --- collecting ----------------------------------------------------------------------------------------------
 
@@ -190,6 +233,7 @@ class Finetune(Stage):
             episodes = self.config.episodes_per_iteration
             if episodes is not None:
                 episodes = distributed.share(episodes, "episodes_per_iteration")
+                whole_groups("episodes_per_iteration, of each process,", episodes, self.config.group_size)
             how_much = {"decisions": amount} if episodes is None else {"episodes": episodes}
             yield lambda learn: collector.collect(act, **how_much, version=learner.version)
             return
@@ -215,8 +259,26 @@ class Finetune(Stage):
             finally:
                 torch.set_num_threads(threads)
 
+    def _check_room(self, session: Session, amount: int) -> None:
+        """Refuse a buffer in which an iteration would overwrite its own beginning."""
+        if self.config.episodes_per_iteration is None:
+            num_envs = session.pool("training").num_envs
+            steps = -(-amount // num_envs)  # every decision may end its episode, which takes a closing row
+            room(session.buffer, 2 * steps * num_envs + num_envs, f"an iteration of {amount:,} decisions may take")
+
+    def _begin_anew(self, session: Session, recording: Recording) -> None:
+        """A resumed run: what no checkpoint could hold has been cut, and is counted."""
+        lost = sum(distributed.gather(recording.lost))
+        self._write(session, recording)
+        if lost:
+            session.logger.message(
+                f"{lost} running episodes could not be saved and begin anew ({session.env.id} offers no get_state)"
+            )
+            session.log({"collect/begun_anew": float(lost)})
+
     def _write(self, session: Session, recording: Recording) -> np.ndarray:
         """Put new experience into the buffer; its rows [decisions]. Replayed objectives annotate what has ended."""
+        room(session.buffer, recording.num_rows, "this iteration takes")
         rows = recording.write(session.buffer)
         if session.progress.get("annotated") and recording.ended:
             known = session.buffer.rows()
@@ -258,7 +320,10 @@ class Finetune(Stage):
         if every and progress["decisions"] // every > (progress["decisions"] - new) // every:
             outcome = session.evaluate(self.config.evaluate_episodes, sheet=1, name="curve")
             waits = self.config.until is not None and self.config.until.success is not None
-            progress["success"] = outcome.require_success("until.success") if waits else outcome.success
+            if waits or outcome.told:
+                progress["success"] = outcome.require_success("until.success") if waits else outcome.success
+            else:
+                progress["return"] = outcome.mean_return
 
     def _reached(self, session: Session) -> bool:
         until, progress = self.config.until, session.progress
@@ -333,15 +398,39 @@ def published_ratio(objective: Any) -> float:
     return float(getattr(objective, "updates_per_decision", 1.0))
 
 
-def off_policy_plan(objective: Any, updates: int, batch_size: int, offline_share: float | None) -> Replay:
+def off_policy_plan(objective: Any, updates: int, batch_size: int | None, offline_share: float | None) -> Replay:
     """The objective's reading plan with the stage's numbers; a plan for fresh data is refused."""
     if not isinstance(objective.reading, Replay):
         raise ValueError(
             f"objective {type(objective).__name__} learns from fresh experience only: use finetune, not pretrain"
         )
     share = objective.reading.offline_share if offline_share is None else offline_share
-    batch_size = distributed.share(batch_size, "batch_size")
+    batch_size = distributed.share(batch_size or objective.reading.batch_size, "batch_size")
     return replace(objective.reading, num_updates=updates, batch_size=batch_size, offline_share=share)
+
+
+def say_once(spec: dict[str, Any], **options: Any) -> None:
+    """Refuse options of a replayed objective {"id": ..., options} that its stage decides, or decides otherwise."""
+    defaults = {f.name: f.default for f in fields(registry.find("objective", spec["id"]).Config)}
+    if spec.get("num_updates") != defaults.get("num_updates"):
+        raise ValueError(
+            f"objective.num_updates {spec['num_updates']} has no effect in a recipe: how much is learned says the "
+            "stage, pretrain by `updates`, finetune by `updates_per_decision`"
+        )
+    for name, value in options.items():
+        own = spec.get(name)
+        if value is not None and own not in (value, defaults.get(name)):
+            raise ValueError(f"{name} is {value} for the stage and {own} for its objective: say it once")
+
+
+def room(buffer: Buffer, rows: int, what: str) -> None:
+    """ValueError if so many rows are more than the buffer has place for."""
+    free = buffer.capacity - buffer.num_pinned
+    if rows > free:
+        raise ValueError(
+            f"{what} {rows:,} rows (decisions, and one for each episode that ends), but the buffer has {free:,} that "
+            f"are not pinned: set buffer.capacity to at least {rows + buffer.num_pinned:,}"
+        )
 
 
 def delayed_actor(session: Session) -> tuple[Callable[[Tree], Decisions], Callable[[], None]]:
@@ -359,6 +448,7 @@ def delayed_actor(session: Session) -> tuple[Callable[[Tree], Decisions], Callab
 
 
 def headline(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The few numbers worth a progress bar."""
-    wanted = ("collect/success", "critic/loss", "policy/loss", "critic/q_mean")
+    """The few numbers worth a progress bar; the return where nobody tells success."""
+    best = "collect/success" if "collect/success" in metrics else "collect/return"
+    wanted = (best, "critic/loss", "policy/loss", "critic/q_mean")
     return {k: metrics[k] for k in wanted if k in metrics}

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from embodied_rft import distributed
 from embodied_rft.registry import register
 from embodied_rft.stages.base import Stage
-from embodied_rft.stages.experience import STRICT
+from embodied_rft.stages.experience import STRICT, whole_groups
 
 if TYPE_CHECKING:
     from embodied_rft.session import Session
@@ -30,6 +30,7 @@ class Collect(Stage):
         def __post_init__(self) -> None:
             if self.episodes < 1 or self.group_size < 1:
                 raise ValueError(f"episodes {self.episodes}, group_size {self.group_size}: at least 1 is expected")
+            whole_groups("episodes", self.episodes, self.group_size)
 
     @property
     def title(self) -> str:
@@ -47,4 +48,4 @@ class Collect(Stage):
         recording.write(session.buffer)
         session.counters["decisions"] += sum(distributed.gather(recording.decisions))
         session.log(metrics)
-        return {"return": metrics.get("collect/return"), "success": metrics.get("collect/success")}
+        return {name: metrics[f"collect/{name}"] for name in ("return", "success") if f"collect/{name}" in metrics}
