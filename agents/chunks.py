@@ -27,6 +27,7 @@ from embodied_rft.agents.normalisation import Statistics
 from embodied_rft.agents.parts import STRICT
 from embodied_rft.chunking import step_space
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.encoder import Encoder, Normalize
 from embodied_rft.spaces import ActionScale
 
 
@@ -39,7 +40,7 @@ class ChunkConfig:
     width: int = 256  # of the network
     num_blocks: int = 2  # residual blocks of the network
     keys: tuple[str, ...] | None = None  # observation keys to read; None: all state vectors and images, sorted
-    normalize: bool = False  # standardise state vectors with statistics of the first data
+    normalize: Normalize = False  # standardise state vectors: true: with statistics of the first data; running: of all
     num_image_features: int = 64  # per camera
     statistics: Literal["bounds", "min_max", "quantile", "mean_std"] = "bounds"  # what actions are scaled by
     min_std: float = 0.1  # smallest standard deviation of a sampling step, in normalised units (DPPO, section 4.3)
@@ -176,7 +177,7 @@ class ChainPolicy(nn.Module):
         if not 1 <= self.execute <= self.horizon:
             raise ValueError(f"execute {config.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
         space = step_space(action_space, horizon=self.horizon)
-        self.encoder = networks.Encoder(
+        self.encoder = Encoder(
             observation_space,
             keys=config.keys,
             num_image_features=config.num_image_features,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from embodied_rft.networks import linear
 from embodied_rft.packing import plan_within
 from embodied_rft.prefix_tree import Usage
 from embodied_rft.registry import register
-from embodied_rft.stepping import flatten_space
+from embodied_rft.stepping import flatten_space, is_text
 from embodied_rft.text_spaces import ChatText, read_chat, write_chat
 from embodied_rft.tuning import LoraOptions, Train
 
@@ -320,23 +320,30 @@ def texts(column: Any) -> list[str]:
     return [row.tobytes().decode() for row in column] if isinstance(column, Ragged) else list(column)
 
 
-def text_key(space: gym.Space, key: str | None) -> str:
+def text_key(space: gym.Space, key: str | None, *, also: Collection[str] = ()) -> str:
     """Which leaf of an observation space is the prompt: `key`, "prompt", or the only text.
 
+    Without `key`, all of the observation must be read: the prompt, and the keys in `also`.
+
     Raises:
-        ValueError: there is none, or there are several to choose from.
+        ValueError: there is none, there are several to choose from, or something would be left out without a word.
     """
     leaves = flatten_space(space)
-    texts = [name for name, leaf in leaves.items() if isinstance(leaf, gym.spaces.Text)]
+    texts = [name for name, leaf in leaves.items() if is_text(leaf)]
     if key is not None:
         if key not in texts:
             raise ValueError(f"observation key {key!r} is no text; texts: {', '.join(texts) or '(none)'}")
         return key
-    if "prompt" in texts:
-        return "prompt"
-    if len(texts) != 1:
+    if "prompt" not in texts and len(texts) != 1:
         raise ValueError(f"the observation has {len(texts)} texts ({', '.join(texts)}): choose one with the option key")
-    return texts[0]
+    chosen = "prompt" if "prompt" in texts else texts[0]
+    unread = [name for name in leaves if name != chosen and name not in also]
+    if unread:
+        raise ValueError(
+            f"observation key {unread[0]!r} would not be read: this agent reads {', '.join([chosen, *also])}. If that "
+            f"is meant, say so with the option key: {chosen}"
+        )
+    return chosen
 
 
 def _make_encoder(tokenizer: Any, prompt: str, system: str | None, *, chats: bool) -> Callable[[str, bool], np.ndarray]:

@@ -13,11 +13,11 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft import networks
 from embodied_rft.agent import build_policy, observe, require_rng
 from embodied_rft.agents.chunks import ChainPolicy, chain_decisions, require_chain
 from embodied_rft.agents.parts import STRICT, FrozenBase
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.encoder import Encoder
 from embodied_rft.registry import register
 
 
@@ -62,7 +62,7 @@ class LastStepsPolicy(FrozenBase):
         self.tuned.load_state_dict(policy.state_dict())
 
     @property
-    def encoder(self) -> networks.Encoder:
+    def encoder(self) -> Encoder:
         """What further parts of the agent read as the policy does."""
         return self.tuned.encoder
 

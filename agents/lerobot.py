@@ -31,6 +31,7 @@ from embodied_rft.agents.parts import STRICT, freeze
 from embodied_rft.chunking import step_space
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.registry import nearest, register
+from embodied_rft.stepping import flatten_space
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,7 @@ class LeRobotPolicy(nn.Module):
         space = step_space(action_space, horizon=config.horizon)
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             raise ValueError(f"action space {space}: a Box of shape (A,) is expected")
-        boxes = (
-            dict(observation_space.spaces)
-            if isinstance(observation_space, gym.spaces.Dict)
-            else {"observation": observation_space}
-        )
+        boxes = flatten_space(observation_space)
         for key in config.keys:
             if key not in boxes:
                 raise ValueError(f"keys of agent 'lerobot': there is no observation {key!r}; {nearest(key, boxes)}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from embodied_rft import networks
 from embodied_rft.agent import require_rng
+from embodied_rft.encoder import Encoder, Normalize
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -26,7 +27,7 @@ class ActorConfig:
 
     hidden: tuple[int, ...] = (256, 256)  # sizes of the hidden layers
     keys: tuple[str, ...] | None = None  # observation keys to read; None: all state vectors and images, sorted
-    normalize: bool = False  # standardise state vectors with statistics of the first data
+    normalize: Normalize = False  # standardise state vectors: true: with statistics of the first data; running: of all
     num_image_features: int = 64  # per camera
     deterministic: bool = False  # a TD3 actor
     exploration_noise: float = 0.1  # standard deviation in [-1, 1] units, deterministic actors only
@@ -47,7 +48,7 @@ def make_actor(
     rng: torch.Generator,
     extra: int = 0,
     unit: float = 1.0,
-) -> tuple[networks.Encoder, networks.ActorHead]:
+) -> tuple[Encoder, networks.ActorHead]:
     """Encoder and head of a small actor.
 
     Args:
@@ -58,7 +59,7 @@ def make_actor(
         extra: numbers that the head reads beside the encoder's features.
         unit: what 1 of the head's output is worth in the units of `exploration_noise`.
     """
-    encoder = networks.Encoder(
+    encoder = Encoder(
         observation_space,
         keys=config.keys,
         num_image_features=config.num_image_features,
@@ -114,5 +115,5 @@ def freeze(policy: nn.Module) -> None:
     policy.requires_grad_(False)
     policy.eval()
     for module in policy.modules():
-        if isinstance(module, networks.Encoder):
+        if isinstance(module, Encoder):
             module.frozen = True

@@ -29,6 +29,7 @@ from embodied_rft.agents.tiny_vlm import TinyVLMConfig
 from embodied_rft.agents.vla import TrunkEncoder
 from embodied_rft.agents.vla_backbone import Context, load_vlm
 from embodied_rft.data import Decisions, Field, Ragged, Tree
+from embodied_rft.encoder import cameras
 from embodied_rft.registry import nearest, register
 from embodied_rft.stepping import flatten_space
 from embodied_rft.text_spaces import ChatText
@@ -80,8 +81,7 @@ class VisionLanguagePolicy(nn.Module):
         super().__init__()
         if not isinstance(action_space, gym.spaces.Text):
             raise ValueError(f"action space {action_space}: this agent answers in text, a Text space is expected")
-        leaves = observation_space.spaces if isinstance(observation_space, gym.spaces.Dict) else {}
-        known = sorted(k for k, box in leaves.items() if isinstance(box, gym.spaces.Box) and box.dtype == np.uint8)
+        known = cameras(observation_space)
         self.image_keys = known if config.images is None else list(config.images)
         for key in self.image_keys:
             if key not in known:
@@ -90,7 +90,7 @@ class VisionLanguagePolicy(nn.Module):
             raise ValueError(
                 "there is no image to see: a uint8 Box of shape [H, W, 3] is expected; else use `language`"
             )
-        self.config, self.key = config, text_key(observation_space, config.key)
+        self.config, self.key = config, text_key(observation_space, config.key, also=self.image_keys)
         if isinstance(flatten_space(observation_space)[self.key], ChatText):
             raise ValueError("prompts are lists of messages here; this agent reads one text beside its images")
         self.vlm = load_vlm(

@@ -31,8 +31,9 @@ from embodied_rft.agents.vla_backbone import VLM, Context, load_vlm
 from embodied_rft.agents.vla_heads import HEADS, FlowOptions, ParallelOptions, Size, TokenOptions
 from embodied_rft.chunking import step_space
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.encoder import Encoder, Normalize, cameras, is_image
 from embodied_rft.registry import nearest, register
-from embodied_rft.stepping import flatten_space
+from embodied_rft.stepping import flatten_space, is_text
 from embodied_rft.tuning import LoraOptions, Train
 
 HEAD_FILE = "vla_head.safetensors"
@@ -57,7 +58,7 @@ class VLAConfig:
     statistics: Literal["bounds", "min_max", "quantile", "mean_std"] = "bounds"  # what actions are scaled by
     images: tuple[str, ...] | None = None  # keys of the cameras in the order of the prompt; None: all, sorted
     state: tuple[str, ...] | None = None  # keys of state vectors, read as one token; None: all; (): none
-    normalize: bool = False  # standardise the state with statistics of the first data
+    normalize: Normalize = False  # standardise the state: true: with statistics of the first data; running: of all
     instruction: str | None = None  # the same for all episodes; None: the observation's text "instruction"
     prompt: str | None = None  # template with {images} and {instruction}; None: that of the model's family
     value: Literal["detached", "shared", "own"] = "detached"  # what a value reads: see `make_encoder` and `value`
@@ -96,7 +97,7 @@ class VLAPolicy(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.horizon, self.execute = config, config.horizon, config.execute or config.horizon
-        self._choose_keys(flatten_space(observation_space))
+        self._choose_keys(observation_space)
         space = step_space(action_space, horizon=self.horizon)
         vlm = load_vlm(config.model, dtype=config.dtype, rng=rng, prompt=config.prompt, cache_bytes=config.cache_bytes)
         chunk = ChunkConfig(horizon=config.horizon, execute=config.execute, statistics=config.statistics)
@@ -110,7 +111,7 @@ class VLAPolicy(nn.Module):
         self.codec, self.vlm, self.head = codec, vlm, head
         self.state = nn.ModuleDict()
         if self.state_keys:
-            reader = networks.Encoder(observation_space, keys=self.state_keys, normalize=config.normalize, rng=rng)
+            reader = Encoder(observation_space, keys=self.state_keys, normalize=config.normalize, rng=rng)
             self.state = nn.ModuleDict(
                 {"reader": reader, "project": networks.linear(reader.size, vlm.hidden_size, rng=rng)}
             )
@@ -134,21 +135,31 @@ class VLAPolicy(nn.Module):
         if config.gradient_checkpointing:
             vlm.checkpoint_layers()
 
-    def _choose_keys(self, leaves: dict[str, gym.Space]) -> None:
-        boxes = {k: box for k, box in leaves.items() if isinstance(box, gym.spaces.Box)}
-        cameras = sorted(k for k, box in boxes.items() if box.dtype == np.uint8 and len(box.shape) == 3)
-        vectors = sorted(k for k, box in boxes.items() if np.issubdtype(box.dtype, np.floating))
-        for given, known, what in ((self.config.images, cameras, "image"), (self.config.state, vectors, "state")):
+    def _choose_keys(self, space: gym.Space) -> None:
+        """What is read as image, state and instruction; whatever would be left out without a word is refused."""
+        leaves, config = flatten_space(space), self.config
+        known = cameras(space)
+        vectors = sorted(k for k, leaf in leaves.items() if not is_text(leaf) and not is_image(leaf))
+        for given, some, what in ((config.images, known, "image"), (config.state, vectors, "state")):
             for key in given or ():
-                if key not in known:
-                    raise ValueError(f"the observation has no {what} {key!r}; {nearest(key, known)}")
-        self.image_keys = cameras if self.config.images is None else list(self.config.images)
-        self._image_shapes = {key: boxes[key].shape for key in self.image_keys}
-        self.state_keys = vectors if self.config.state is None else list(self.config.state)
+                if key not in some:
+                    raise ValueError(f"the observation has no {what} {key!r}; {nearest(key, some)}")
+        self.image_keys = known if config.images is None else list(config.images)
+        self._image_shapes = {key: leaves[key].shape for key in self.image_keys}
+        self.state_keys = vectors if config.state is None else list(config.state)
         if not self.image_keys:
             raise ValueError("a vla policy needs an image: a uint8 Box of shape [H, W, 3] in the observation space")
-        if self.config.instruction is None and not isinstance(leaves.get(INSTRUCTION), gym.spaces.Text):
+        has_instruction = INSTRUCTION in leaves and is_text(leaves[INSTRUCTION])
+        if config.instruction is None and not has_instruction:
             raise ValueError(f'the observation has no text {INSTRUCTION!r}: set the option instruction: "..."')
+        for key, leaf in leaves.items():
+            said = config.instruction if is_text(leaf) else config.images if is_image(leaf) else config.state
+            if said is None and key not in (*self.image_keys, *self.state_keys, INSTRUCTION):
+                raise ValueError(
+                    f"observation key {key!r} ({leaf}) would not be read: a vla reads uint8 images [H, W, 3], numbers "
+                    f"and the text {INSTRUCTION!r}. If that is meant, say what it reads: the options images, state and "
+                    "instruction"
+                )
 
     def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
         """Choose what is trained from now on (see `tuning.tune`): the trunk, its adapters, all that is no trunk."""
@@ -239,7 +250,7 @@ class VLAPolicy(nn.Module):
     def make_encoder(self, *, rng: torch.Generator) -> nn.Module:
         """What a value of its own reads: the trunk's features without gradient, or images and state by a network."""
         if self.config.value == "own":
-            return networks.Encoder(self.observation_space, keys=[*self.image_keys, *self.state_keys], rng=rng)
+            return Encoder(self.observation_space, keys=[*self.image_keys, *self.state_keys], rng=rng)
         return TrunkEncoder(self)
 
     def fit_statistics(self, buffer: Any, rows: np.ndarray | None = None, *, limit: int = 20_000) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from embodied_rft import networks, registry
 from embodied_rft.data import Tree
+from embodied_rft.encoder import Encoder, as_tensors
 from embodied_rft.spaces import check_action_space, what_suits
 from embodied_rft.tuning import retune
 
@@ -144,8 +145,12 @@ class Agent(nn.Module):
         """The part "reference": a frozen copy of the policy as it is now. Frozen weights are shared, not copied."""
         shared = {id(p): p for p in self.policy.parameters() if not p.requires_grad}
         self.part_specs["reference"] = {"copy_of": "policy"}
-        self.parts["reference"] = copy.deepcopy(self.policy, shared).requires_grad_(False)
-        return self.parts["reference"]
+        reference = copy.deepcopy(self.policy, shared).requires_grad_(False)
+        for module in reference.modules():
+            if isinstance(module, Encoder) and module.normalize == "running":
+                module.frozen = True  # as it is now, statistics included
+        self.parts["reference"] = reference
+        return reference
 
     def rebuild_parts(self, part_specs: Mapping[str, Mapping[str, Any]]) -> None:
         """Make the parts of a saved agent (its `part_specs`), so that its state_dict fits."""
@@ -163,14 +168,13 @@ class Agent(nn.Module):
         if make is not None:
             return make(rng=self.rng)
         own = getattr(self.policy, "encoder", None)
-        if isinstance(own, networks.Encoder):
+        if isinstance(own, Encoder):
             return own.like(self.rng)
-        return networks.Encoder(self.spaces.observation, rng=self.rng)
+        return Encoder(self.spaces.observation, rng=self.rng)
 
-    def normalizers(self) -> list[networks.Encoder]:
-        """Encoders that still wait for statistics of the data."""
-        encoders = [m for m in self.modules() if isinstance(m, networks.Encoder) and m.normalize and not m.frozen]
-        return [m for m in encoders if not bool(m.fitted)]
+    def normalizers(self) -> list[Encoder]:
+        """Encoders that would take statistics of further data."""
+        return [m for m in self.modules() if isinstance(m, Encoder) and m.waits]
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -261,4 +265,4 @@ def require_rng(rng: torch.Generator | None) -> torch.Generator:
 
 def observe(tree: Tree, policy: nn.Module) -> dict[str, Any]:
     """Observation arrays [N, ...] as tensors on the policy's device; texts stay what they are."""
-    return {**tree, **networks.as_tensors(tree, next(policy.parameters()).device)}
+    return {**tree, **as_tensors(tree, next(policy.parameters()).device)}

@@ -19,6 +19,7 @@ import torch
 from gymnasium import spaces
 
 from embodied_rft.data import Field, Trajectory, Tree, pick
+from embodied_rft.spaces import ActionBox
 from embodied_rft.stepping import Incidents, Pool, StepResult, merge
 
 BASE_ACTION = "base_action"  # the observation key of a queued plan
@@ -178,7 +179,8 @@ class QueuedPool:
         self.num_envs, self.action_field = pool.num_envs, pool.action_field
         leaves = pool.observation_space
         inner = dict(leaves.spaces) if isinstance(leaves, spaces.Dict) else {"observation": leaves}
-        self.observation_space: spaces.Space = spaces.Dict({**inner, BASE_ACTION: pool.action_space})
+        shown = ActionBox(pool.action_space.low, pool.action_space.high, dtype=pool.action_space.dtype.type)
+        self.observation_space: spaces.Space = spaces.Dict({**inner, BASE_ACTION: shown})
         self.fields = {**pool.fields, BASE_ACTION: Field(pool.action_space.shape, "float32")}
         self.incidents: Incidents = pool.incidents
         self.seed, self.rng = seed, torch.Generator()

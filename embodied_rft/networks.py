@@ -1,4 +1,4 @@
-"""Network blocks: image and observation encoders, squashed actor head, critics, values. They know no algorithm.
+"""Network blocks: squashed actor head, critics, values, densities. They know no algorithm.
 
 Shapes: B rows, A action dimensions, E ensemble members, F features. Every initial weight is drawn from the generator
 that is passed in; the global one is never touched.
@@ -8,150 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import gymnasium as gym
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embodied_rft.data import Tree
-from embodied_rft.mlp import MLP, Activation, EnsembleMLP, GaussianLogProb, GaussianSample, Init, fill, linear
-from embodied_rft.registry import nearest
+from embodied_rft.encoder import Encoder
+from embodied_rft.mlp import MLP, Activation, EnsembleMLP, GaussianLogProb, GaussianSample, Init
+from embodied_rft.mlp import linear as linear
 from embodied_rft.spaces import DISCRETE, ActionScale, Choices
-
-
-class ImageEncoder(nn.Module):
-    """Four strided 3x3 convolutions, one linear layer and LayerNorm: [B, H, W, C] uint8 -> [B, F] float."""
-
-    def __init__(self, shape: tuple[int, ...], num_features: int, *, rng: torch.Generator) -> None:
-        super().__init__()
-        height, width, channels = shape
-        if min(height, width) < 16:
-            raise ValueError(f"an image of {height}x{width} is too small for the encoder: at least 16x16 is expected")
-        layers: list[nn.Module] = []
-        for out in (32, 32, 32, 32):
-            conv = nn.utils.skip_init(nn.Conv2d, channels, out, 3, stride=2, padding=1)
-            fill(conv.weight, fan_in=9 * channels, gain=1.0, init="orthogonal", rng=rng)
-            nn.init.zeros_(conv.bias)
-            layers += [conv, nn.ReLU(inplace=True)]
-            channels, height, width = out, (height + 1) // 2, (width + 1) // 2
-        self.convolutions = nn.Sequential(*layers)
-        self.project = linear(channels * height * width, num_features, rng=rng)
-        self.norm = nn.LayerNorm(num_features)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """[B, H, W, C] uint8 in 0..255 -> [B, F]."""
-        x = image.permute(0, 3, 1, 2).float() / 255 - 0.5
-        return torch.tanh(self.norm(self.project(self.convolutions(x).flatten(1))))
-
-
-class Encoder(nn.Module):
-    """An observation tree as one feature vector: state keys side by side, images through a small CNN each.
-
-    With `normalize`, the state part is shifted and scaled by statistics that `fit` takes once from data and that
-    travel in the state_dict; until then it passes through.
-
-    Args:
-        space: a Box (key "observation") or a Dict of Boxes: [k] float vectors and [H, W, C] uint8 images.
-        keys: which keys to read; default all state and image keys, sorted.
-        num_image_features: features of each image.
-        normalize: standardise the state part, clipped to [-10, 10].
-        rng: draws the weights.
-    """
-
-    mean: Tensor
-    scale: Tensor
-    fitted: Tensor
-
-    def __init__(
-        self,
-        space: gym.Space,
-        *,
-        rng: torch.Generator,
-        keys: Sequence[str] | None = None,
-        num_image_features: int = 64,
-        normalize: bool = False,
-    ) -> None:
-        super().__init__()
-        boxes = _boxes(space)
-        if keys is not None:
-            for key in keys:
-                if key not in boxes:
-                    raise ValueError(f"observation key {key!r} does not exist or is no array; {nearest(key, boxes)}")
-            boxes = {key: boxes[key] for key in keys}
-        self.options: dict[str, Any] = {"keys": keys, "num_image_features": num_image_features, "normalize": normalize}
-        self.space = space
-        self.image_keys = [k for k, box in boxes.items() if len(box.shape) == 3]
-        self.state_keys = [k for k in boxes if k not in self.image_keys]
-        if not boxes:
-            raise ValueError(f"nothing to read in the observation space {space}: state vectors or images are expected")
-        self.images = nn.ModuleList(ImageEncoder(boxes[k].shape, num_image_features, rng=rng) for k in self.image_keys)
-        state_size = sum(int(np.prod(boxes[k].shape)) for k in self.state_keys)
-        self.size = state_size + num_image_features * len(self.image_keys)
-        self.frozen = False  # a frozen base keeps the statistics that it was trained with
-        if normalize:
-            self.register_buffer("mean", torch.zeros(state_size))
-            self.register_buffer("scale", torch.ones(state_size))
-            self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
-
-    @property
-    def normalize(self) -> bool:
-        """Whether the state part is standardised."""
-        return self.options["normalize"]
-
-    def like(self, rng: torch.Generator) -> Encoder:
-        """A fresh encoder with the same options and statistics, for another part of the agent."""
-        fresh = Encoder(self.space, rng=rng, **self.options).to(next(self.buffers(), torch.empty(0)).device)
-        if self.normalize:
-            for name in ("mean", "scale", "fitted"):
-                getattr(fresh, name).copy_(getattr(self, name))
-        return fresh
-
-    def fit(self, observation: Tree) -> None:
-        """Take mean and standard deviation of the state part from [B, ...] observations, unless already taken."""
-        if self.normalize and not self.frozen and not bool(self.fitted):
-            state = self._state(observation)
-            self.mean.copy_(state.mean(0))
-            self.scale.copy_(1 / state.std(0, correction=0).clamp_min(1e-2))
-            self.fitted.fill_(True)
-
-    def _state(self, observation: Tree) -> Tensor:
-        parts = [observation[k] for k in self.state_keys]
-        parts = [p if p.dim() == 2 else p.reshape(p.shape[0], -1) for p in parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    def forward(self, observation: Tree) -> Tensor:
-        """A tree of tensors [B, ...] -> [B, size]."""
-        features: list[Tensor] = []
-        if self.state_keys:
-            state = self._state(observation)
-            features.append(((state - self.mean) * self.scale).clamp(-10, 10) if self.normalize else state)
-        features += [net(observation[k]) for net, k in zip(self.images, self.image_keys, strict=True)]
-        return features[0] if len(features) == 1 else torch.cat(features, -1)
-
-
-def _boxes(space: gym.Space) -> dict[str, gym.spaces.Box]:
-    """The keys of a space that an encoder can read, sorted."""
-    spaces = space.spaces if isinstance(space, gym.spaces.Dict) else {"observation": space}
-    return {
-        key: box
-        for key, box in sorted(spaces.items())
-        if isinstance(box, gym.spaces.Box)
-        and (np.issubdtype(box.dtype, np.floating) or (box.dtype == np.uint8 and len(box.shape) == 3))
-    }
-
-
-def as_tensors(observation: Tree, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """A tree of arrays as tensors: floats become float32, uint8 stays; whatever is no array is left out."""
-    tensors = {}
-    for key, value in observation.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-            value = torch.from_numpy(np.ascontiguousarray(value))
-        if isinstance(value, Tensor):
-            tensors[key] = value.to(device, torch.float32) if value.is_floating_point() else value.to(device)
-    return tensors
 
 
 @torch.no_grad()

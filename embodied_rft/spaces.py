@@ -49,6 +49,10 @@ def check_action_space(space: gym.Space) -> None:
             )
 
 
+class ActionBox(spaces.Box):
+    """The space of an observation that is an action, such as a base policy's: encoders read it in [-1, 1], too."""
+
+
 class ActionScale(nn.Module):
     """Between an action space's units and [-1, 1]^A.
 

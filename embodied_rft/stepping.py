@@ -95,6 +95,11 @@ class Pool(Protocol):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def is_text(space: spaces.Space) -> bool:
+    """Whether values of this space are strings: Text, and spaces of one's own with dtype str."""
+    return isinstance(space, spaces.Text) or (space.dtype is not None and np.dtype(space.dtype).kind == "U")
+
+
 def flatten_space(space: spaces.Space, *, prefix: str = "") -> dict[str, spaces.Space]:
     """Leaf spaces by key: Dict -> its keys, nesting joined by "/"; anything else -> {"observation": space}."""
     if not isinstance(space, spaces.Dict):

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from embodied_rft.agent import build_agent, build_policy, wrap_policy
 from embodied_rft.chunking import ChunkBox
+from embodied_rft.encoder import as_tensors
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.mlp import GaussianLogProb
-from embodied_rft.networks import EnsembleMLP, as_tensors
+from embodied_rft.networks import EnsembleMLP
 from embodied_rft.objectives import build_objective
 from embodied_rft.testing import random_batch
 
@@ -39,6 +40,7 @@ SPECS = {
         **SMALL,
     },
 }
+READS = {"keys": ["state", "goal", "image/front"]}  # of PIXELS: all but the text
 each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
@@ -59,6 +61,8 @@ def trace_tensors(decisions):
 @pytest.mark.parametrize("observation_space", [STATE, PIXELS], ids=["state", "pixels"])
 @pytest.mark.parametrize("action_space", [ACTION, WIDE], ids=["unit", "wide"])
 def test_act_and_log_prob_agree(spec, observation_space, action_space):
+    if observation_space is PIXELS:
+        spec = {**spec, **READS} | ({"base": {**spec["base"], **READS}} if "base" in spec else {})
     policy = build_policy(spec, observation_space, action_space, generator())
     observation = observations(observation_space, 50)
     for greedy in (False, True):
@@ -239,7 +243,11 @@ NOBODY = {
     "gaussian": (SPECS["gaussian"], STATE, ACTION),
     "residual": (SPECS["residual"], STATE, ACTION),
     "flow": ({"id": "flow", "horizon": 2}, STATE, ChunkBox(ACTION, horizon=2)),
-    "language": ({"id": "language", "model": {"tiny": {}}, "prompt": "plain"}, EMPTY, gym.spaces.Text(9)),
+    "language": (
+        {"id": "language", "model": {"tiny": {}}, "prompt": "plain", "key": "prompt"},
+        EMPTY,
+        gym.spaces.Text(9),
+    ),
     "vision_language": ({"id": "vision_language", "model": {"tiny": {}}}, SEEN, gym.spaces.Text(9)),
     "vla tokens": ({"id": "vla", "model": {"tiny": {}}, "instruction": "push"}, SEEN, ACTION),
     "vla flow": ({"id": "vla", "model": {"tiny": {}}, "instruction": "push", "head": "flow"}, SEEN, ACTION),

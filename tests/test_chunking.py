@@ -23,7 +23,7 @@ from embodied_rft.chunking import (
 )
 from embodied_rft.collect import Collector
 from embodied_rft.data import Trajectory
-from embodied_rft.networks import as_tensors
+from embodied_rft.encoder import as_tensors
 from embodied_rft.pool import make_pool
 from embodied_rft.stepping import StepResult
 from embodied_rft.testing import PointReach

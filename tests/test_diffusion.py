@@ -14,7 +14,7 @@ from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.checks import check_policy
 from embodied_rft.chunking import ChunkBox
 from embodied_rft.data import Field, Trajectory
-from embodied_rft.networks import as_tensors
+from embodied_rft.encoder import as_tensors
 
 STATE = gym.spaces.Box(-1, 1, (3,))
 UNIT = gym.spaces.Box(-1, 1, (2,))

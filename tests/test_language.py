@@ -397,7 +397,10 @@ def test_value_head_shares_the_trunk():
 
 def test_which_text_is_the_prompt():
     assert make(space=TEXT).policy.key == "observation"
-    assert make(space=gymnasium.spaces.Dict({"task": TEXT, "x": gymnasium.spaces.Discrete(2)})).policy.key == "task"
+    more = gymnasium.spaces.Dict({"task": TEXT, "x": gymnasium.spaces.Discrete(2)})
+    assert make(space=more, key="task").policy.key == "task"
+    with pytest.raises(ValueError, match="'x' would not be read"):
+        make(space=more)
     both = gymnasium.spaces.Dict({"a": TEXT, "b": TEXT})
     assert make(space=both, key="b").policy.key == "b"
     with pytest.raises(ValueError, match="2 texts"):

@@ -8,8 +8,8 @@ import torch
 from embodied_rft.agent import build_agent, build_policy, wrap_policy
 from embodied_rft.checks import check_policy
 from embodied_rft.chunking import ChunkBox
+from embodied_rft.encoder import as_tensors
 from embodied_rft.learner import Learner, LearnerConfig
-from embodied_rft.networks import as_tensors
 from embodied_rft.objectives import build_objective
 from embodied_rft.testing import random_batch
 

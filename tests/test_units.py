@@ -10,11 +10,11 @@ import torch
 from embodied_rft import registry
 from embodied_rft.agent import build_agent
 from embodied_rft.chunking import ChunkBox
+from embodied_rft.encoder import as_tensors
 from embodied_rft.learner import Learner
-from embodied_rft.networks import as_tensors
 from embodied_rft.objectives import build_objective
 from embodied_rft.plans import Replay
-from embodied_rft.spaces import ActionScale, check_action_space
+from embodied_rft.spaces import ActionBox, ActionScale, check_action_space
 from embodied_rft.testing import random_batch
 from tests.test_agents import generator, trace_tensors
 
@@ -85,6 +85,24 @@ def learned(units, spec, *objectives):
         density = agent.parts["density"].negative_elbo(as_tensors(seen), action, beta=0.1, rng=generator())
         values.append(density[:, None])
     return torch.cat([v.detach().reshape(20, -1) for v in values], 1)
+
+
+@pytest.mark.parametrize("units", ["large", "small", "shifted"])
+def test_a_planned_action_is_an_observation_in_unit_range(units):
+    """A residual on a queued plan, and its critic, see the same numbers in all units."""
+    found = []
+    for each in ("unit", units):
+        space = space_of(each, {})
+        shown = ActionBox(space.low, space.high, dtype=np.float32)
+        spec = {"id": "residual", "base": {"id": "queued", "base": {"id": "gaussian", "horizon": 2, **SMALL}}, **SMALL}
+        agent = build_agent(spec, gym.spaces.Dict({"base_action": shown, "state": STATE}), space, generator())
+        build_objective("sac").setup(agent)
+        plan = ActionScale(space).to_env(torch.rand(20, 2, generator=generator()) * 2 - 1)
+        seen = {"base_action": plan.numpy(), "state": np.ones((20, 4), np.float32)}
+        action = torch.from_numpy(agent.policy.act(seen, rng=generator(1)).action)
+        value = agent.parts["critic"](as_tensors(seen), action).T
+        found.append(torch.cat([ActionScale(space).from_env(action), value], 1).detach())
+    assert_the_same(*found)
 
 
 def assert_the_same(found, expected):

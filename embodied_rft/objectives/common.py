@@ -16,8 +16,8 @@ from torch import Tensor
 from embodied_rft.agent import Agent
 from embodied_rft.buffer import Buffer
 from embodied_rft.data import Batch, Ragged
+from embodied_rft.encoder import Encoder
 from embodied_rft.learner import to_device
-from embodied_rft.networks import Encoder
 from embodied_rft.registry import nearest, register
 from embodied_rft.returns import monte_carlo, pad_segments
 

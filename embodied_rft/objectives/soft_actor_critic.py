@@ -16,7 +16,8 @@ from torch import Tensor
 from embodied_rft import losses
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Tree
-from embodied_rft.networks import as_tensors, polyak
+from embodied_rft.encoder import as_tensors
+from embodied_rft.networks import polyak
 from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, imitation, preset
 from embodied_rft.plans import Replay, Share
 from embodied_rft.registry import register
