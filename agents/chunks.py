@@ -57,17 +57,25 @@ class Step(NamedTuple):
 
 
 class Codec(nn.Module):
-    """Action chunks [..., D] in the environment's units to normalised ones and back."""
+    """Action chunks [..., D] in the environment's units to normalised ones and back.
 
-    def __init__(self, space: gym.Space, *, config: ChunkConfig, layout: dict[str, Any]) -> None:
+    Every action of the data comes back as it was: `decode(encode(action))` equals it, however rare it is.
+
+    Args:
+        space: of one step, a Box of shape (A,).
+        config: horizon, and the kind of statistics.
+        layout: JSON that identifies the robot, for `Statistics`.
+        unit: normalised numbers fill [-1, 1] and no more, for what cuts that into bins.
+    """
+
+    def __init__(self, space: gym.Space, *, config: ChunkConfig, layout: dict[str, Any], unit: bool = False) -> None:
         super().__init__()
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             raise ValueError(f"action space {space}: a Box of shape (A,) is expected")
         self.action_dim, self.horizon = space.shape[0], config.horizon
         self.bounds = ActionScale(space) if space.is_bounded() else None
         self.statistics: Statistics | None = None
-        # Beyond this a normalised action is no action of the data; samples are clipped to it.
-        self.limit = {"bounds": 1.0, "min_max": 1.0, "quantile": 1.5, "mean_std": 5.0}[config.statistics]
+        self.unit = unit
         if config.statistics != "bounds":
             layout = layout | {"low": space.low.tolist(), "high": space.high.tolist()}
             self.statistics = Statistics({"action": self.action_dim}, kind=config.statistics, layout=layout)
@@ -87,19 +95,54 @@ class Codec(nn.Module):
                 f"{self.action_dim} = {size}. Cut the data with chunking.chunk_trajectories(horizon={self.horizon})."
             )
         steps = action.unflatten(-1, (self.horizon, self.action_dim))
-        if self.statistics is not None:
-            return self.statistics.normalise("action", steps).flatten(-2)
-        assert self.bounds is not None
-        return self.bounds.from_env(steps).flatten(-2)
+        if self.statistics is None:
+            assert self.bounds is not None
+            return self.bounds.from_env(steps).flatten(-2)
+        steps = self.statistics.normalise("action", steps)
+        if self.unit:
+            middle, half = self._ends(self.statistics)
+            steps = (steps - middle) / half
+        return steps.flatten(-2)
+
+    def clip(self, chunk: Tensor) -> Tensor:
+        """Normalised [..., D] within what the data reaches; beyond it a chunk is none of the data's."""
+        if self.statistics is None or self.unit:
+            return chunk.clamp(-1, 1)
+        return self.statistics.clip("action", chunk.unflatten(-1, (self.horizon, self.action_dim))).flatten(-2)
 
     def decode(self, chunk: Tensor) -> Tensor:
         """Normalised [B, D] -> the environment's units, within the bounds."""
-        steps = chunk.clamp(-self.limit, self.limit).unflatten(-1, (self.horizon, self.action_dim))
-        if self.statistics is not None:
-            steps = self.statistics.denormalise("action", steps)
-            return (steps if self.bounds is None else self.bounds.clip(steps)).flatten(-2)
-        assert self.bounds is not None
-        return self.bounds.to_env(steps).flatten(-2)
+        steps = self.clip(chunk).unflatten(-1, (self.horizon, self.action_dim))
+        if self.statistics is None:
+            assert self.bounds is not None
+            return self.bounds.to_env(steps).flatten(-2)
+        if self.unit:
+            middle, half = self._ends(self.statistics)
+            steps = self.statistics.clip("action", torch.addcmul(middle, steps, half))
+        steps = self.statistics.denormalise("action", steps)
+        return (steps if self.bounds is None else self.bounds.clip(steps)).flatten(-2)
+
+    @staticmethod
+    def _ends(statistics: Statistics) -> tuple[Tensor, Tensor]:
+        """Middle and half the width [A] of what the data reaches, after normalisation."""
+        low, high = (statistics.get_buffer(f"{part}/action") for part in ("low", "high"))
+        half = (high - low) / 2
+        return (high + low) / 2, torch.where(half == 0, 1.0, half)
+
+    def fit(self, buffer: Any, rows: np.ndarray, *, limit: int) -> None:
+        """Take the statistics of actions, once: the extremes of all rows, the rest of at most about `limit` of them."""
+        if self.statistics is None or bool(self.statistics.fitted):
+            return
+        ends, spread = [], []
+        step = max(1, len(rows) // limit)
+        for start in range(0, len(rows), step * 4096):
+            action = buffer.column("action/", rows[start : start + step * 4096]).reshape(
+                -1, self.horizon, self.action_dim
+            )
+            ends += [action.min((0, 1)), action.max((0, 1))]
+            spread.append(action[::step])
+        data = torch.from_numpy(np.concatenate(spread))
+        self.statistics.fit({"action": data}, extremes={"action": torch.from_numpy(np.stack(ends))})
 
 
 class ChunkNetwork(nn.Module):
@@ -301,14 +344,12 @@ class ChainPolicy(nn.Module):
     def fit_statistics(self, buffer: Any, rows: np.ndarray | None = None, *, limit: int = 20_000) -> None:
         """Take the statistics of observations and actions from at most `limit` rows, spread evenly; once."""
         rows = buffer.rows() if rows is None else rows
-        statistics = self.codec.statistics
         spread = rows[:: max(1, len(rows) // limit)][:limit]
         if len(spread) == 0:
             raise ValueError("there is no data to take statistics of: fill the buffer with demonstrations first")
         batch = buffer.batch(spread, next_observation=False)
         self.encoder.fit({k: v.to(self.start.device) for k, v in batch.observation.items() if isinstance(v, Tensor)})
-        if statistics is not None and not bool(statistics.fitted):
-            statistics.fit({"action": batch.action.unflatten(-1, (self.horizon, self.action_dim))})
+        self.codec.fit(buffer, rows, limit=limit)
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, first: int | None = None) -> Tensor:

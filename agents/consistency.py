@@ -77,8 +77,7 @@ class ConsistencyPolicy(ChainPolicy):
         """To the clean chunk, then under the noise at which the next step starts (Song et al. 2023, algorithm 1)."""
         sigma, following = self.widths[index], self.widths[index + 1]
         x = torch.where((index == 0)[..., None], x * self.widths[0], x)  # a chain starts with unit noise
-        limit = self.codec.limit
-        clean = self.clean(x, condition, sigma).clamp(-limit, limit)
+        clean = self.codec.clip(self.clean(x, condition, sigma))
         std = (following.square() - self.config.sigma_min**2).clamp_min(self.config.min_std**2).sqrt()
         renoise = (following.square() - self.config.sigma_min**2).clamp_min(0).sqrt()  # part of the sampler
         return Step(clean, std[..., None], clean, renoise[..., None])

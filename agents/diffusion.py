@@ -78,7 +78,7 @@ class DiffusionPolicy(ChainPolicy):
         """The chunk that the network sees in x, within the data's range."""
         if self.config.prediction == "epsilon":
             prediction = (x - (1 - kept).sqrt() * prediction) / kept.sqrt()
-        return prediction.clamp(-self.codec.limit, self.codec.limit)
+        return self.codec.clip(prediction)
 
     def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
         """[B]: squared error of the predicted noise (or chunk) at a random time (DDPM, eq. 14)."""

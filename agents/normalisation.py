@@ -19,18 +19,25 @@ from torch import Tensor, nn
 from embodied_rft.registry import nearest
 
 Kind = Literal["min_max", "quantile", "mean_std"]
-SMALLEST_SCALE = 1e-2  # of a dimension that hardly varies in the data
+PARTS = ("center", "scale", "low", "high")
+REACH = {"min_max": 1.0, "quantile": 1.5, "mean_std": 5.0}  # how far normalised numbers reach at least
+LARGEST = 8.0  # data that would reach further is scaled by its extremes: a rare event would be all of the loss
+CONSTANT = 1e-6  # range of a dimension that does not vary, relative to its size: rounding of fp32
 
 
 class Statistics(nn.Module):
     """Shift and scale of named vectors, one pair per dimension.
 
     With kind "min_max", an action dimension that the data moves between 0.2 and 0.6 gets centre 0.4 and scale 0.2, so
-    that `normalise` gives [-1, 1].
+    that `normalise` gives [-1, 1]. Nothing that occurs in the data lies outside of what `clip` lets through: `low` and
+    `high` are the data's extremes after normalisation, or -+1 (min_max), -+1.5 (quantile), -+5 (mean_std), whichever is
+    further. Where an extreme would be larger than 8, that dimension is scaled by its extremes instead. A dimension that
+    does not vary has scale 1 and is clipped to its one value.
 
     Args:
         sizes: length of each vector by name, e.g. {"action": 4}.
-        kind: "min_max" (the data's range becomes [-1, 1]), "quantile" (its 1 % to 99 % range does) or "mean_std".
+        kind: "min_max" (the data's range becomes [-1, 1]), "quantile" (its 1 % to 99 % range does) or "mean_std"
+            (mean 0 and deviation 1).
         layout: JSON that identifies the robot: what must be equal where the statistics are used. Sizes and kind
             always count.
     """
@@ -45,14 +52,20 @@ class Statistics(nn.Module):
         for name, size in self.sizes.items():
             self.register_buffer(f"center/{name}", torch.zeros(size))
             self.register_buffer(f"scale/{name}", torch.ones(size))
+            self.register_buffer(f"low/{name}", -torch.ones(size))
+            self.register_buffer(f"high/{name}", torch.ones(size))
         text = json.dumps({"sizes": self.sizes, "kind": kind, **(layout or {})}, sort_keys=True)
         self.register_buffer("layout", _sha256(text.encode()))
         self.register_buffer("digest", torch.zeros(32, dtype=torch.uint8))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
-    def fit(self, data: Mapping[str, Tensor]) -> None:
+    def fit(self, data: Mapping[str, Tensor], *, extremes: Mapping[str, Tensor] | None = None) -> None:
         """Take the statistics of data [..., size] by name.
+
+        Args:
+            data: all of it, or a part that is spread evenly.
+            extremes: smallest and largest values [2, size] of all data, where `data` is a part.
 
         Raises:
             ValueError: they were fitted before, a vector is missing, has another size, or holds NaN or infinity.
@@ -69,9 +82,10 @@ class Statistics(nn.Module):
                 )
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"data of {name!r} holds NaN or infinity: clean it before taking statistics")
-            center, scale = _shift_and_scale(values.reshape(-1, size), self.kind)
-            self.get_buffer(f"center/{name}").copy_(center)
-            self.get_buffer(f"scale/{name}").copy_(scale)
+            values = values.reshape(-1, size)
+            whole = values if extremes is None else torch.cat([values, torch.as_tensor(extremes[name]).float().cpu()])
+            for part, numbers in zip(PARTS, _fit(values, whole.amin(0), whole.amax(0), self.kind), strict=True):
+                self.get_buffer(f"{part}/{name}").copy_(numbers)
         self.fitted.fill_(True)
         self.digest.copy_(self._compute_digest(dict(self.named_buffers())))
 
@@ -84,6 +98,11 @@ class Statistics(nn.Module):
         """The inverse of `normalise`."""
         self._require_fitted()
         return torch.addcmul(self.get_buffer(f"center/{name}"), value, self.get_buffer(f"scale/{name}"))
+
+    def clip(self, name: str, value: Tensor) -> Tensor:
+        """Normalised numbers [..., size] within what the data reaches."""
+        self._require_fitted()
+        return torch.minimum(torch.maximum(value, self.get_buffer(f"low/{name}")), self.get_buffer(f"high/{name}"))
 
     @property
     def hash(self) -> str:
@@ -98,7 +117,7 @@ class Statistics(nn.Module):
             )
 
     def _compute_digest(self, numbers: Mapping[str, Any]) -> Tensor:
-        names = [f"{part}/{name}" for name in sorted(self.sizes) for part in ("center", "scale")]
+        names = [f"{part}/{name}" for name in sorted(self.sizes) for part in PARTS]
         return _sha256(b"".join(numbers[n].detach().cpu().numpy().astype("<f4").tobytes() for n in names))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -131,15 +150,23 @@ class Statistics(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)  # only now: a refused file changes nothing
 
 
-def _shift_and_scale(values: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-    """[rows, size] -> centre and scale [size]."""
+def _fit(values: Tensor, low: Tensor, high: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centre, scale and the normalised extremes, [size] each, of values [rows, size] in [low, high]."""
+    first, last = low.double(), high.double()
+    center, scale = middle, half = (first + last) / 2, (last - first) / 2
     if kind == "mean_std":
-        return values.mean(0), values.std(0, correction=0).clamp_min(SMALLEST_SCALE)
-    if kind == "min_max":
-        low, high = values.amin(0), values.amax(0)
-    else:
-        low, high = (torch.from_numpy(np.quantile(values.numpy(), q, axis=0)).float() for q in (0.01, 0.99))
-    return (high + low) / 2, ((high - low) / 2).clamp_min(SMALLEST_SCALE)
+        center, scale = values.double().mean(0), values.double().std(0, correction=0)
+    elif kind == "quantile":
+        ends = [torch.from_numpy(np.quantile(values.cpu().numpy().astype(np.float64), q, axis=0)) for q in (0.01, 0.99)]
+        center, scale = (ends[1] + ends[0]) / 2, (ends[1] - ends[0]) / 2
+    far = torch.maximum(last - center, center - first) > LARGEST * scale
+    center, scale = torch.where(far, middle, center), torch.where(far, half, scale)
+    limit = torch.where(far, REACH["min_max"], REACH[kind])
+    constant = 2 * half <= CONSTANT * torch.maximum(first.abs(), last.abs())
+    center, scale = torch.where(constant, middle, center).float(), torch.where(constant, 1.0, scale).float()
+    ends = [torch.where(constant, 0.0, sign * limit).float() for sign in (-1, 1)]
+    reached_low, reached_high = (low - center) / scale, (high - center) / scale  # rounded as `normalise` rounds
+    return center, scale, torch.minimum(ends[0], reached_low), torch.maximum(ends[1], reached_high)
 
 
 def _hash(digest: Tensor) -> str:

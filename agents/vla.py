@@ -101,12 +101,12 @@ class VLAPolicy(nn.Module):
         space = step_space(action_space, horizon=self.horizon)
         vlm = load_vlm(config.model, dtype=config.dtype, rng=rng, prompt=config.prompt, cache_bytes=config.cache_bytes)
         chunk = ChunkConfig(horizon=config.horizon, execute=config.execute, statistics=config.statistics)
-        codec = Codec(space, config=chunk, layout={"state": self.state_keys, "images": self.image_keys})
+        reads = {"state": self.state_keys, "images": self.image_keys}
+        codec = Codec(space, config=chunk, layout=reads, unit=config.head == "tokens")
         make_head, options = HEADS[config.head]
         shape = Size(codec.action_dim, self.horizon, self.execute)
         head = make_head(vlm, getattr(config, config.head) or options(), shape, rng=rng)
         # First in the state_dict, so that a checkpoint of another policy is refused before any weight is read.
-        reads = {"images": self.image_keys, "state": self.state_keys}
         self.identity = Identity({**vlm.identity, "head": config.head, **head.identity, **_shape(shape), **reads})
         self.codec, self.vlm, self.head = codec, vlm, head
         self.state = nn.ModuleDict()
@@ -263,9 +263,7 @@ class VLAPolicy(nn.Module):
         if self.state_keys:
             reader: Any = self.state["reader"]
             reader.fit({key: batch.observation[key].to(self.device) for key in self.state_keys})
-        statistics = self.codec.statistics
-        if statistics is not None and not bool(statistics.fitted):
-            statistics.fit({"action": batch.action.unflatten(-1, (self.horizon, self.codec.action_dim))})
+        self.codec.fit(buffer, rows, limit=limit)
 
     # --- files ---------------------------------------------------------------------------------------------------
 

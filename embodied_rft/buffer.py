@@ -401,7 +401,8 @@ class Buffer:
         for run in self.segments(self.rows() if rows is None else rows):
             yield self._trajectory(run)
 
-    def _column(self, name: str, rows: np.ndarray) -> Any:
+    def column(self, name: str, rows: np.ndarray) -> Any:
+        """One column of rows [B]: "action/", "observation/KEY", "reward/env"."""
         column = self._ragged.get(name)
         if column is None:
             return self._dense.column(name, rows)
@@ -409,15 +410,15 @@ class Buffer:
 
     def _trajectory(self, run: np.ndarray) -> Trajectory:
         whole = np.append(run, self._ring.next[run[-1]])
-        rewards = {name: self._column(f"reward/{name}", run) for name in self.schema.rewards}
+        rewards = {name: self.column(f"reward/{name}", run) for name in self.schema.rewards}
         group, _, _, version, source, seed = self._book[run[0]].tolist()
         return Trajectory(
-            observation={key: self._column(f"observation/{key}", whole) for key in self.schema.observation},
-            action=self._column("action/", run),
+            observation={key: self.column(f"observation/{key}", whole) for key in self.schema.observation},
+            action=self.column("action/", run),
             reward=rewards.pop("env"),
             end=ENDS[self._end[run[-1]]],
-            log_prob=self._column("log_prob/", run),
-            trace={key: self._column(f"trace/{key}", run) for key in self.schema.trace},
+            log_prob=self.column("log_prob/", run),
+            trace={key: self.column(f"trace/{key}", run) for key in self.schema.trace},
             rewards=rewards,
             source=Source(source),
             version=version,
