@@ -177,10 +177,14 @@ class ChunkNetwork(nn.Module):
         """Observation features [B, F] -> [B, width]."""
         return self.observe(features)
 
+    def features(self, time: Tensor) -> Tensor:
+        """Sines and cosines [..., 32] of time [...]."""
+        angle = time[..., None] * self.frequencies
+        return torch.cat([angle.sin(), angle.cos()], -1)
+
     def forward(self, x: Tensor, condition: Tensor, time: Tensor) -> Tensor:
         """Time in [0, 1]; leading dimensions broadcast."""
-        angle = time[..., None] * self.frequencies
-        hidden = self.chunk(x) + condition + self.time(torch.cat([angle.sin(), angle.cos()], -1))
+        hidden = self.chunk(x) + condition + self.time(self.features(time))
         for block in self.blocks:
             hidden = hidden + block(hidden)
         return self.last(F.silu(hidden)).float()
@@ -211,7 +215,6 @@ class ChainPolicy(nn.Module):
         action_space: gym.Space,
         rng: torch.Generator,
         num_steps: int,
-        outputs: int = 1,
     ) -> None:
         super().__init__()
         if min(config.horizon, num_steps, config.num_blocks) < 1 or config.min_std <= 0:
@@ -233,7 +236,7 @@ class ChainPolicy(nn.Module):
         self.net = ChunkNetwork(
             self.encoder.size,
             self.size,
-            outputs * self.size,
+            self.size,
             width=config.width,
             num_blocks=config.num_blocks,
             rng=rng,

@@ -56,6 +56,7 @@ class GaussianPolicy(nn.Module):
         self.action_dim = self.scale.action_dim // self.horizon  # of one step
         self.encoder, self.head = make_actor(config, observation_space, action_dim=self.scale.action_dim, rng=rng)
         self.stochastic = not config.deterministic
+        self.unit_size = self.scale.action_dim
         self.trace_fields = {"u": Field((self.scale.action_dim,))}
 
     @torch.no_grad()

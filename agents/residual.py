@@ -53,7 +53,7 @@ class ResidualPolicy(FrozenBase):
         self.encoder, self.head = make_actor(
             config, observation_space, action_dim=size, extra=size, unit=config.scale, rng=rng
         )
-        self.stochastic = not config.deterministic
+        self.stochastic, self.unit_size = not config.deterministic, size
         self.trace_fields = {"u": Field((size,)), "base_action": Field((size,))}
 
     @torch.no_grad()

@@ -122,6 +122,7 @@ class VLAPolicy(nn.Module):
             self.value = self._value  # objectives look for the method: with it, the value's loss joins the policy's
         self.action_dim, self.size = codec.action_dim, codec.action_dim * self.horizon
         self.num_units: int = head.num_units
+        self.unit_size, self.random_start = head.unit_size, getattr(head, "random_start", False)
         self.trace_fields: dict[str, Field] = head.trace_fields
         if hasattr(head, "retrace"):
             self.retrace = self._retrace  # a flow cannot tell how a given chunk would have come about

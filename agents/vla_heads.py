@@ -92,7 +92,7 @@ class TokenHead(nn.Module):
         self.embedding = nn.Parameter(0.02 * torch.randn(options.bins, vlm.hidden_size, generator=rng))
         self.output = linear(vlm.hidden_size, options.bins, rng=rng)
         self._start_from_vocabulary(vlm)
-        self.num_units = size.execute * size.action_dim
+        self.num_units, self.unit_size = size.execute * size.action_dim, 1
         self.trace_fields = {"tokens": Field((self.num_units,), "int64")}
         self.identity: dict[str, Any] = {"bins": options.bins}  # what a checkpoint's weights mean
 
@@ -176,7 +176,7 @@ class ParallelHead(nn.Module):
         self.norm = nn.LayerNorm(vlm.hidden_size)
         self.regress = MLP(vlm.hidden_size, options.hidden, size.action_dim, rng=rng, last_gain=0.1)
         self.log_std = nn.Parameter(torch.full((size.action_dim,), math.log(options.initial_std)))
-        self.num_units = size.execute
+        self.num_units, self.unit_size = size.execute, size.action_dim
         self.trace_fields = {"raw": Field((size.execute * size.action_dim,))}
         self.identity: dict[str, Any] = {"hidden": list(options.hidden)}
 

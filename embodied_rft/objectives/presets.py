@@ -59,6 +59,45 @@ class GPG(PPO):
     """
 
 
+@preset(
+    "dppo",
+    clip_low=0.01,
+    clip_high=0.01,
+    clip_first=0.001,
+    per_dimension=True,
+    unit_discount=0.99,
+    target_kl=1.0,
+    critic_warm_up=2,
+    scale_reward=True,
+)
+class DPPO(PPO):
+    """PPO through the denoising steps of a diffusion policy (Ren et al. 2024, DPPO), with the options of its code.
+
+    A step's ratio is the geometric mean over the numbers of the chunk that are executed, early steps are clipped more
+    and count less. Not in it: log-probabilities clamped to [-5, 2], noise clipped at 3 deviations, a learned noise.
+    """
+
+
+@preset(
+    "reinflow",
+    ratio="mean",
+    normalizer="decisions",
+    clip_low=0.01,
+    clip_high=0.01,
+    per_dimension=True,
+    entropy_weight=0.03,
+    target_kl=0.01,
+    scale_reward=True,
+)
+class ReinFlow(PPO):
+    """PPO through the steps of a flow with learned noise (Zhang et al. 2025, ReinFlow), for `flow` with noise: learned.
+
+    One ratio a decision: the chain's, a geometric mean over steps and numbers, as in its code; the entropy, likewise a
+    mean, is rewarded. Not in it: the density of the first noise (it cancels in the ratio), the hold and decay of the
+    largest width, the Wasserstein penalty.
+    """
+
+
 # Clip range: section 5.1, ratios of means over hundreds of tokens barely move.
 @preset("gspo", credit="grpo", ratio="episode_mean", normalizer="episodes", clip_low=3e-4, clip_high=4e-4, **GROUP)
 class GSPO(PPO):
