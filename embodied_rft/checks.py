@@ -19,7 +19,8 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 
 from embodied_rft.data import Decisions, Ragged
-from embodied_rft.pool import Pool, fields_of, find_spec, flatten_space, make_pool, single_state
+from embodied_rft.pool import Pool, fields_of, find_spec, flatten_space, make_pool
+from embodied_rft.wrapping import single_state
 
 NUM_STEPS = 50
 

@@ -6,6 +6,7 @@ mend and shows its traceback. Everything heavy is imported by the verb that need
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import os
@@ -178,8 +179,24 @@ def doctor() -> int:
     return examine()
 
 
+def unquittable(verb: Callable[..., int | None]) -> Callable[..., int | None]:
+    """The verb, in which `sys.exit` of something that it runs is an error: exit code 0 means that the work is done."""
+
+    @functools.wraps(verb)
+    def run(*arguments: Any, **options: Any) -> int | None:
+        try:
+            return verb(*arguments, **options)
+        except SystemExit as stop:
+            raise RuntimeError(f"a plug-in, a model or an environment called sys.exit({stop.code!r})") from stop
+
+    return run
+
+
 VERBS: dict[str, Callable[..., int | None]] = {
-    "train": train, "eval": evaluate, "demos": demos, "report": report, "list": list_known, "doctor": doctor,
+    name: unquittable(verb)
+    for name, verb in {
+        "train": train, "eval": evaluate, "demos": demos, "report": report, "list": list_known, "doctor": doctor,
+    }.items()
 }  # fmt: skip
 
 DESCRIPTION = """Makes robot and agent policies reliable with reinforcement learning.
@@ -241,8 +258,9 @@ def _overrides_first(given: list[str]) -> list[str]:
 def _is_users(error: Exception) -> bool:
     """Whether the message alone tells the user what to do."""
     from embodied_rft.checkpoint import CheckpointError
+    from embodied_rft.incidents import EnvironmentFailure
 
-    return isinstance(error, (ValueError, CheckpointError, FloatingPointError, OSError))
+    return isinstance(error, (ValueError, CheckpointError, EnvironmentFailure, FloatingPointError, OSError))
 
 
 def _fail(message: str) -> int:

@@ -27,7 +27,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import (
     ConfigDict,
+    Field,
     NonNegativeFloat,
+    PositiveFloat,
     PositiveInt,
     TypeAdapter,
     ValidationError,
@@ -39,6 +41,7 @@ from pydantic.dataclasses import is_pydantic_dataclass, rebuild_dataclass
 from embodied_rft import registry
 from embodied_rft.checkpoint import write_atomically as write_atomically  # for those who write recipes
 from embodied_rft.log import LogConfig
+from embodied_rft.making import check_wrapper
 
 T = TypeVar("T")
 
@@ -124,11 +127,33 @@ def plugin_spec(kind: str) -> WrapValidator:
 class EnvConfig:
     """Which environment, how many copies, and how they run."""
 
-    id: str  # Gymnasium id
+    id: str  # Gymnasium id, or "module:Id" of a module that registers it
     num_envs: PositiveInt = 64  # environments stepped together
+    evaluation_envs: PositiveInt | None = None  # the same for evaluations; None: num_envs
     pool: Literal["auto", "native", "sync", "workers"] = "auto"  # see `pool.make_pool`
     num_workers: PositiveInt | None = None  # worker processes; None: one for each core
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the environment
+    wrappers: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # innermost first: {id: TimeLimit, max_episode_steps: 200}
+    time_limit: Literal["truncated", "terminal"] = "truncated"  # terminal: an episode cut off does not bootstrap
+    deadline: PositiveFloat = 60.0  # seconds that a step or reset of one environment may take
+    max_incidents: Annotated[float, Field(ge=0, le=1)] = 0.9  # share of the latest 100 episodes that may break; 1: all
+
+    def __post_init__(self) -> None:
+        if self.num_workers is not None and self.pool != "workers":
+            raise ConfigError(f"env.num_workers has no effect with env.pool {self.pool!r}: set env.pool to workers")
+        if self.wrappers and self.pool == "native":
+            raise ConfigError("env.wrappers wrap single environments: they cannot be used with env.pool 'native'")
+        for index, wrapper in enumerate(self.wrappers):
+            try:
+                check_wrapper(wrapper)
+            except ValueError as error:
+                raise ConfigError(f"env.wrappers.{index}: {error}") from None
+
+    def num_envs_for(self, purpose: str) -> int:
+        """How many environments "training" or "evaluation" has."""
+        return self.evaluation_envs or self.num_envs if purpose == "evaluation" else self.num_envs
 
 
 @dataclass
@@ -191,6 +216,10 @@ def _import_plugin(module: Any) -> None:
         if error.name != str(module).partition(".")[0]:
             raise  # the plug-in exists; something that it needs does not
         raise ConfigError(f"plugins: no module {str(module)!r}, neither installed nor in {Path.cwd()}") from error
+    except SystemExit as error:
+        raise ConfigError(
+            f"plugins: the module {str(module)!r} calls sys.exit({error.code!r}) when it is imported"
+        ) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -217,6 +246,8 @@ def recipe_difference(stored: str, recipe: Recipe) -> list[str]:
     for tree in (old, new):
         for harmless in ("description", "logging", "checkpoint_seconds"):
             tree.pop(harmless, None)
+        for harmless in ("num_workers", "deadline", "max_incidents"):
+            (tree.get("env") or {}).pop(harmless, None)
     before, after = (yaml.safe_dump(tree, sort_keys=False).splitlines() for tree in (old, new))
     lines = difflib.unified_diff(before, after, n=0, lineterm="")
     return [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gymnasium
 import numpy as np
 
 from embodied_rft.collect import Act
 from embodied_rft.log import write_json
+from embodied_rft.making import make_single
 from embodied_rft.pool import Pool, VectorPool
 from embodied_rft.seeding import evaluation_generator
+from embodied_rft.singles import Singles
 
 if TYPE_CHECKING:
+    from embodied_rft.config import EnvConfig
     from embodied_rft.session import Session
 
 
@@ -29,7 +32,7 @@ def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tr
     act = session.actor(greedy=True, rng=evaluation_generator())
     try:
         for seed in seeds[:tries]:
-            frames, won = roll_out(act, env.id, env.options, seed, session.fit)
+            frames, won = roll_out(act, env, seed, session.fit)
             if won == success:
                 path = write_video(session.folder / "videos" / f"{name}.mp4", frames, fps=25)
                 write_json(
@@ -42,23 +45,19 @@ def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tr
         return f"no video: {error}"
 
 
-def roll_out(
-    act: Act, env_id: str, options: dict[str, Any], seed: int, fit: Callable[[Pool], Pool]
-) -> tuple[np.ndarray, bool]:
+def roll_out(act: Act, env: EnvConfig, seed: int, fit: Callable[[Pool], Pool]) -> tuple[np.ndarray, bool]:
     """(frames [T + 1, H, W, 3] uint8, success) of one episode in the single environment."""
-    options = {k: v for k, v in options.items() if k not in ("num_threads", "engine")}
-    vector = gymnasium.vector.SyncVectorEnv(
-        [lambda: gymnasium.make(env_id, render_mode="rgb_array", **options)],
-        autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED,
-    )
-    pool = fit(VectorPool(vector, purpose="evaluation"))
+    options = {k: v for k, v in env.options.items() if k not in ("num_threads", "engine")}
+    single = functools.partial(make_single, env.id, options=options, wrappers=env.wrappers, render_mode="rgb_array")
+    envs = Singles(single, 1, deadline=env.deadline)
+    pool = fit(VectorPool(envs, purpose="evaluation"))
     try:
         observation = pool.reset(np.array([seed]))
-        frames: list[Any] = [vector.envs[0].render()]
+        frames: list[Any] = [envs.render(0)]
         while True:
             result = pool.step(act(observation).action)
             observation = result.observation
-            frames.append(vector.envs[0].render())
+            frames.append(envs.render(0))
             if result.terminated[0] or result.truncated[0] or not result.valid[0]:
                 success = result.info.get("success")
                 return np.stack(frames).astype(np.uint8), bool(success is not None and success[0])

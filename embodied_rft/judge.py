@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import gymnasium
 
 from embodied_rft.config import load_recipe
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
-from embodied_rft.pool import find_spec, make_pool
+from embodied_rft.pool import find_spec, open_pool
+from embodied_rft.promises import held_out
 from embodied_rft.seeding import evaluation_generator
 from embodied_rft.session import Session
 
@@ -48,17 +50,15 @@ def evaluate_run(
     try:
         if not session.restore(weights_only=True):
             raise ValueError(f"{folder} holds no whole checkpoint; train it first")
-        options = dict(session.env.options)
+        setting = session.env
         if official:
             if env is not None:
                 raise ValueError(f"--official and --env {env} exclude each other")
-            env, options = official_id(recipe.env.id, options), {}
-        pool = make_pool(
-            env or recipe.env.id,
-            num_envs=num_envs or min(recipe.env.num_envs, episodes),
-            options=options,
-            purpose="evaluation",
-        )
+            env, setting = official_id(recipe.env.id, dict(setting.options)), replace(setting, options={})
+        if env is not None and setting.pool == "native":  # the other one may have no such form
+            setting = replace(setting, pool="auto")
+        num_envs = num_envs or min(setting.num_envs_for("evaluation"), episodes)
+        pool = open_pool(setting, purpose="evaluation", num_envs=num_envs, id=env)
         try:
             if pool.fields != session.step_pool("training").fields:
                 raise ValueError(f"{env} has other observations than {recipe.env.id}: {pool.observation_space}")
@@ -69,6 +69,7 @@ def evaluate_run(
             pool.close()
         facts = {"stage": list(session.path), "sheet": sheet, "environment": env or recipe.env.id}
         facts |= {"decisions": session.counters["decisions"], "wall_seconds": session.counters["seconds"]}
+        facts |= held_out(pool)
         outcome.write(folder, f"later-{(env or 'again').replace('/', '-')}-{sheet}-{episodes}", **facts)
         return outcome
     finally:

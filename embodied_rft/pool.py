@@ -1,8 +1,8 @@
 """Environments stepped together: the in-process pool and `make_pool`, the door to all kinds of pools.
 
-Boundary: knows Gymnasium and nothing of policies, buffers or algorithms. Processes live in `workers`, the protocol and
-its types in `stepping`. A pool never resets an environment by itself; it keeps NaN, wrong shapes and seeds of the
-wrong purpose out.
+Boundary: knows Gymnasium and nothing of policies, buffers or algorithms. Single environments live in `singles`,
+processes in `workers`, the protocol and its types in `stepping`. A pool never resets an environment by itself; it
+keeps NaN, answers that do not fit and seeds of the wrong purpose out.
 
 Legend: N environments, A action dimensions.
 """
@@ -10,22 +10,24 @@ Legend: N environments, A action dimensions.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
-from collections.abc import Mapping
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec, load_env_creator
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
+from gymnasium.vector import AutoresetMode, VectorEnv
 
+from embodied_rft.batches import Batch
 from embodied_rft.data import Ragged, Tree
-from embodied_rft.registry import load_plugins, nearest
+from embodied_rft.incidents import MAX_INCIDENTS, EnvironmentFailure, Incidents
+from embodied_rft.making import find_spec, make_single
+from embodied_rft.promises import Seeding
+from embodied_rft.registry import nearest
+from embodied_rft.singles import DEADLINE, Answer, Singles
 from embodied_rft.stepping import (
-    Incidents,
     Pool,
     Purpose,
     StepResult,
@@ -37,13 +39,17 @@ from embodied_rft.stepping import (
     field_of,
     fields_of,
     finite_rows,
-    flatten_observation,
     flatten_space,
     merge,
 )
+from embodied_rft.watch import Watch
 from embodied_rft.workers import WorkerPool
 
+if TYPE_CHECKING:
+    from embodied_rft.config import EnvConfig
+
 __all__ = [
+    "EnvironmentFailure",
     "Incidents",
     "Pool",
     "Purpose",
@@ -56,46 +62,95 @@ __all__ = [
     "find_spec",
     "flatten_space",
     "make_pool",
+    "open_pool",
 ]
 
 Kind = Literal["auto", "native", "sync", "workers"]
 KINDS = ("auto", "native", "sync", "workers")
+TimeLimitIs = Literal["truncated", "terminal"]
+
+
+class Host(Protocol):
+    """What holds the N environments of a `VectorPool`: `singles.Singles` or `batches.Batch`."""
+
+    num_envs: int
+    observation_space: spaces.Space
+    action_space: spaces.Space
+    observation: dict[str, Any]
+    seeding: Seeding | None
+    first: int
+
+    @property
+    def can_save(self) -> bool:
+        """Whether the environments can be saved inside an episode."""
+
+    def reset(self, seeds: np.ndarray, mask: np.ndarray, options: Mapping[str, Any] | None) -> Answer:
+        """New episodes where `mask`."""
+
+    def step(self, action: Any, running: np.ndarray) -> Answer:
+        """One step of those that are `running`."""
+
+    def get_state(self) -> dict[str, np.ndarray] | None:
+        """The states of all."""
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from them."""
+
+    def close(self) -> None:
+        """Free everything."""
 
 
 class VectorPool:
-    """A Pool over a `gymnasium.vector.VectorEnv` in this process (native batch or SyncVectorEnv).
+    """A Pool in this process, over single environments or a `gymnasium.vector.VectorEnv`.
 
-    The vector environment must have been made with AutoresetMode.DISABLED and honour `options={"reset_mask": mask}`.
+    A vector environment must have been made with AutoresetMode.DISABLED and honour `options={"reset_mask": mask}`.
+
+    Args:
+        envs: who holds the environments.
+        purpose: which seeds are accepted.
+        max_incidents: share of the latest 100 episodes that may fail.
+        time_limit: "terminal" makes every truncation a terminal state, which does not bootstrap.
     """
 
-    def __init__(self, vector_env: VectorEnv, *, purpose: Purpose = "training") -> None:
-        mode = vector_env.metadata.get("autoreset_mode")
-        if mode != AutoresetMode.DISABLED:
-            raise ValueError(
-                f"the vector environment resets by itself (autoreset_mode {mode}); a pool needs episodes that are "
-                "reset from outside. Make it with autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED."
-            )
+    def __init__(
+        self,
+        envs: Host | VectorEnv,
+        *,
+        purpose: Purpose = "training",
+        max_incidents: float = MAX_INCIDENTS,
+        time_limit: TimeLimitIs = "truncated",
+    ) -> None:
         if purpose not in ("training", "evaluation"):
             raise ValueError(f"purpose is {purpose!r}; expected 'training' or 'evaluation'")
-        self.vector_env = vector_env
+        self.host: Host = Batch(envs) if isinstance(envs, VectorEnv) else envs
         self.purpose: Purpose = purpose
-        self.num_envs: int = vector_env.num_envs
-        self.observation_space: spaces.Space = vector_env.single_observation_space
-        self.action_space: spaces.Space = vector_env.single_action_space
+        self.time_limit: TimeLimitIs = time_limit
+        self.num_envs: int = self.host.num_envs
+        self.observation_space, self.action_space = self.host.observation_space, self.host.action_space
         self.fields = fields_of(self.observation_space)
         self.action_field = field_of("action", self.action_space)
-        self.incidents = Incidents()
+        self.incidents = Incidents(max_incidents)
         self._observation: dict[str, Any] = {}  # the latest of all N; empty before the first reset
         self._idle = np.ones(self.num_envs, dtype=np.bool_)  # no episode is running
-        self._ended = np.ones(self.num_envs, dtype=np.bool_)  # the vector environment wants a reset
-        self._bad_start = np.zeros(self.num_envs, dtype=np.bool_)  # the reset gave NaN: the first step is invalid
+        self._bad_start = np.zeros(self.num_envs, dtype=np.bool_)  # the reset failed: the first step is invalid
+        self._seeds = np.zeros(self.num_envs, dtype=np.int64)  # of the running episodes, for messages
         self._reports_success = False
         self._closed = False
 
     @property
+    def vector_env(self) -> VectorEnv | None:
+        """The vector environment inside, where there is one."""
+        return self.host.vector_env if isinstance(self.host, Batch) else None
+
+    @property
+    def seeding(self) -> Seeding | None:
+        """What seeds promise here; None before the first reset."""
+        return self.host.seeding
+
+    @property
     def can_save(self) -> bool:
         """Whether `get_state` works inside an episode."""
-        return _offers_state(self.vector_env)
+        return self.host.can_save
 
     @property
     def observation(self) -> Tree:
@@ -104,6 +159,8 @@ class VectorPool:
 
     def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """Start new episodes where `mask`; `options` go to every environment that is reset.
+
+        An environment that fails here keeps its old observation (zeros at first), and its first step is invalid.
 
         Args:
             seeds: [N] integers; only those under the mask count.
@@ -115,20 +172,13 @@ class VectorPool:
         """
         mask = check_mask(mask, num_envs=self.num_envs)
         chosen = np.where(mask, check_seeds(seeds, mask, purpose=self.purpose), 0)
-        # The very first reset of a vector environment must be a full one; environments outside the mask stay idle.
-        applied = mask if self._observation else np.ones_like(mask)
-        new = self._reset(chosen, applied, options)
-        bad = self._clean(new, np.zeros(self.num_envs, dtype=np.float32))
+        self._seeds = np.where(mask, chosen, self._seeds)
+        answer = self.host.reset(chosen, mask, options)
+        new, bad = self._clean(answer)
         self._bad_start = np.where(mask, bad, self._bad_start)
         self._idle = self._idle & ~mask
-        self._observation = merge(applied, new, self._observation)
-        return dict(self._observation)
-
-    def _reset(self, seeds: np.ndarray, mask: np.ndarray, options: Mapping[str, Any] | None) -> dict[str, Any]:
-        seed = cast(Any, [int(seed) for seed in seeds])
-        batch, _ = self.vector_env.reset(seed=seed, options={**(options or {}), "reset_mask": mask})
-        self._ended = self._ended & ~mask
-        return flatten_observation(self.observation_space, batch)
+        self._observation = self.host.observation = new
+        return dict(new)
 
     def step(self, action: Any) -> StepResult:
         """Execute one action in every environment; see `StepResult`; idle ones are not heard."""
@@ -136,60 +186,63 @@ class VectorPool:
         if idle.all():
             raise RuntimeError("no environment has a running episode: call reset before step")
         action = check_action(action, self.action_space, num_envs=self.num_envs)
-        if self._ended.any():
-            self._reset(np.zeros(self.num_envs, dtype=np.int64), self._ended.copy(), None)
-        batch, rewards, terminations, truncations, infos = self.vector_env.step(
-            tuple(action) if isinstance(action, list) else action
-        )
-        terminations, truncations = np.asarray(terminations, dtype=np.bool_), np.asarray(truncations, dtype=np.bool_)
-        self._ended = terminations | truncations
-        muted = idle | self._bad_start
-        new = merge(~muted, flatten_observation(self.observation_space, batch), self._observation)
-        reward = np.where(muted, np.float32(0), np.asarray(rewards, dtype=np.float32))
-        broken = self._clean(new, reward)
-        if broken.any():
-            new = merge(~broken, new, self._observation)
-        valid = ~(broken | muted)
-        reward = np.where(valid, reward, np.float32(0))
-        terminated, truncated = terminations & valid, truncations | ~valid
+        running = ~(idle | self._bad_start)
+        answer = self.host.step(action, running)
+        new, bad = self._clean(answer)
+        valid = running & ~bad
+        reward = np.where(valid, answer.reward, np.float32(0))
+        terminated, truncated = answer.terminated & valid, answer.truncated | ~valid
+        if self.time_limit == "terminal":
+            terminated, truncated = terminated | (truncated & valid), ~valid
+        self._reports_success |= answer.told
+        info = {"success": answer.success & valid} if self._reports_success else {}
         self._idle, self._bad_start, self._observation = terminated | truncated, np.zeros_like(idle), new
-        return StepResult(dict(new), reward, terminated, truncated, self._info(infos, valid), valid)
+        self.host.observation = new
+        failed = ~valid & ~idle
+        self.incidents.judge(ended=int((self._idle & valid).sum()), failed=int(failed.sum()))
+        return StepResult(dict(new), reward, terminated, truncated, info, valid)
+
+    def ask(self, name: str) -> Any:
+        """What the (first) environment says under `name`, called if it is a method; None if it does not have it."""
+        env = self.host.vector_env if isinstance(self.host, Batch) else cast(Singles, self.host).slots[0].env
+        found = getattr(getattr(env, "unwrapped", env), name, None)
+        return found() if callable(found) else found
 
     def skip_images(self, skip: bool) -> None:
         """Whether steps may leave images as they were, but where an episode ends: nobody reads them. A hint."""
         if hasattr(self.vector_env, "skip_images"):
-            self.vector_env.skip_images = skip
+            cast(Any, self.vector_env).skip_images = skip
 
-    def _clean(self, observation: dict[str, Any], reward: np.ndarray) -> np.ndarray:
-        """[N] bool of rows with non-finite numbers; they are reported, and set to zero in place."""
+    def _clean(self, answer: Answer) -> tuple[dict[str, Any], np.ndarray]:
+        """The observation, with old rows where new ones are no good, and [N] bool of the environments that failed."""
         invalid = np.zeros(self.num_envs, dtype=np.bool_)
-        for key, value in {**observation, "reward": reward}.items():
+        for index, incident in answer.failed.items():
+            invalid[index] = True
+            if incident is not None:
+                self.incidents.add(*incident)
+        new = answer.observation
+        for key, value in {**new, "reward": answer.reward}.items():
             finite = finite_rows(value, num_envs=self.num_envs)
             if finite is None:
                 continue
-            rows = np.flatnonzero(~finite)
-            name = "reward" if value is reward else f"observation {key!r}"
-            self.incidents.add("non_finite", f"{name} of environments {rows.tolist()} is NaN or infinite")
+            name = "reward" if value is answer.reward else f"observation {key!r}"
+            for row in np.flatnonzero(~finite & ~invalid):
+                who = f"environment {self.host.first + row} (seed {self._seeds[row]})"
+                self.incidents.add("non_finite", f"{who}: {name} is NaN or infinite")
             invalid |= ~finite
-            if value is not reward:
-                observation[key] = np.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)
-        return invalid
-
-    def _info(self, infos: Mapping[str, Any], valid: np.ndarray) -> dict[str, np.ndarray]:
-        """{"success": [N] bool}, always from the first time on that an environment reported it."""
-        for key in ("is_success", "success"):
-            if key in infos:
-                self._reports_success = True
-                present = np.asarray(infos.get(f"_{key}", True), dtype=np.bool_)
-                return {"success": np.asarray(infos[key]).astype(np.bool_) & present & valid}
-        return {"success": np.zeros(self.num_envs, dtype=np.bool_)} if self._reports_success else {}
+        if not invalid.any():
+            return new, invalid
+        old = self._observation or {
+            k: [""] * len(v) if isinstance(v, list) else np.zeros_like(v) for k, v in new.items()
+        }
+        return merge(~invalid, new, old), invalid
 
     def get_state(self) -> dict[str, np.ndarray] | None:
         """The state of every environment and of this pool, or None if the environments do not offer `get_state`."""
-        state = _vector_state(self.vector_env)
-        if state is None or not self._observation:
+        state = self.host.get_state() if self._observation else None
+        if state is None:
             return None
-        state |= {f"pool/{name}": getattr(self, f"_{name}").copy() for name in ("idle", "ended", "bad_start")}
+        state |= {f"pool/{name}": getattr(self, f"_{name}").copy() for name in ("idle", "bad_start")}
         state["pool/reports_success"] = np.array(self._reports_success)
         for key, value in self._observation.items():
             if isinstance(value, list):
@@ -206,83 +259,22 @@ class VectorPool:
                 f"the state is of {len(state['pool/idle'])} environments; this pool has {self.num_envs}. "
                 "Use the same num_envs as the run that wrote it."
             )
-        if not self._observation:
-            self.vector_env.reset(seed=cast(Any, [0] * self.num_envs))  # fills what no state holds
-        _set_vector_state(self.vector_env, {k: v for k, v in state.items() if not k.startswith("pool/")})
-        for name in ("idle", "ended", "bad_start"):
+        self.host.set_state({k: v for k, v in state.items() if not k.startswith("pool/")})
+        for name in ("idle", "bad_start"):
             setattr(self, f"_{name}", state[f"pool/{name}"].astype(np.bool_))
-        if isinstance(self.vector_env, SyncVectorEnv):  # keeps this mark outside its environments
-            self.vector_env._autoreset_envs = self._ended.copy()
         self._reports_success = bool(state["pool/reports_success"])
         for key, each in self.fields.items():
             if each.kind == "ragged":
                 self._observation[key] = decode_text(Ragged(state[f"pool/text/{key}"], state[f"pool/offsets/{key}"]))
             else:
                 self._observation[key] = state[f"pool/observation/{key}"].copy()
+        self.host.observation = self._observation
 
     def close(self) -> None:
         """Close the environments; a second call does nothing."""
         if not self._closed:
             self._closed = True
-            self.vector_env.close()
-
-
-def _offers_state(env: VectorEnv) -> bool:
-    if hasattr(env, "get_state") and hasattr(env, "set_state"):
-        return True
-    return isinstance(env, SyncVectorEnv) and all(
-        _time_limits(single) is not None and hasattr(single.unwrapped, "get_state") for single in env.envs
-    )
-
-
-def _vector_state(env: VectorEnv) -> dict[str, np.ndarray] | None:
-    if not _offers_state(env):
-        return None
-    if not isinstance(env, SyncVectorEnv):
-        return dict(cast(Any, env).get_state())
-    states = {index: single_state(single) for index, single in enumerate(env.envs)}
-    return {f"env/{index}/{key}": value for index, one in states.items() for key, value in (one or {}).items()}
-
-
-def _set_vector_state(env: VectorEnv, state: dict[str, np.ndarray]) -> None:
-    if hasattr(env, "set_state"):
-        env.set_state(state)
-        return
-    if not isinstance(env, SyncVectorEnv):
-        raise ValueError(f"{env} offers no set_state: it cannot continue inside an episode")
-    for index, single in enumerate(env.envs):
-        prefix = f"env/{index}/"
-        set_single_state(single, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-
-
-def _time_limits(env: gymnasium.Env) -> list[TimeLimit] | None:
-    """The TimeLimit wrappers, outermost first; None if an unknown wrapper may hold further state."""
-    limits: list[TimeLimit] = []
-    while isinstance(env, gymnasium.Wrapper):
-        if isinstance(env, TimeLimit):
-            limits.append(env)
-        elif not isinstance(env, OrderEnforcing | PassiveEnvChecker):
-            return None
-        env = env.env
-    return limits
-
-
-def single_state(env: gymnasium.Env) -> dict[str, np.ndarray] | None:
-    """State of one environment and its time limits; None if it offers no `get_state` or sits in an unknown wrapper."""
-    limits, base = _time_limits(env), env.unwrapped
-    if limits is None or not (hasattr(base, "get_state") and hasattr(base, "set_state")):
-        return None
-    steps = np.array([-1 if limit._elapsed_steps is None else limit._elapsed_steps for limit in limits], dtype=np.int64)
-    return {**base.get_state(), "time_limit/elapsed_steps": steps}
-
-
-def set_single_state(env: gymnasium.Env, state: Mapping[str, np.ndarray]) -> None:
-    """The inverse of `single_state`."""
-    limits, base = _time_limits(env), cast(Any, env.unwrapped)
-    assert limits is not None
-    base.set_state({key: value for key, value in state.items() if key != "time_limit/elapsed_steps"})
-    for limit, steps in zip(limits, state["time_limit/elapsed_steps"], strict=True):
-        cast(Any, limit)._elapsed_steps = None if steps < 0 else int(steps)
+            self.host.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,25 +282,8 @@ def set_single_state(env: gymnasium.Env, state: Mapping[str, np.ndarray]) -> Non
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_spec(id: str | EnvSpec) -> EnvSpec:
-    """The registered specification of an environment id; ValueError with the nearest known id.
-
-    "package.module:Id-v0" imports the module first, as `gymnasium.make` does.
-    """
-    if isinstance(id, EnvSpec):
-        return id
-    module, _, name = id.rpartition(":")
-    if module:
-        importlib.import_module(module)
-    if name not in gymnasium.registry:
-        load_plugins()
-    if name not in gymnasium.registry:
-        raise ValueError(f"unknown environment {name!r}; {nearest(name, gymnasium.registry)}")
-    return gymnasium.spec(name)
-
-
 def supports_native(spec: EnvSpec) -> bool:
-    """Whether the registered vector form lets itself be reset from outside (takes `autoreset_mode`)."""
+    """Whether the registered vector form says that it can be reset from outside (takes `autoreset_mode`)."""
     entry = spec.vector_entry_point
     if entry is None:
         return False
@@ -317,14 +292,43 @@ def supports_native(spec: EnvSpec) -> bool:
     return "autoreset_mode" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def open_pool(env: EnvConfig, *, purpose: Purpose, num_envs: int | None = None, id: str | None = None) -> Pool:
+    """The environments of a recipe.
+
+    Args:
+        env: as the recipe says.
+        purpose: "training" or "evaluation".
+        num_envs: how many; None: as the recipe says.
+        id: another environment in place of the recipe's.
+    """
+    return make_pool(
+        id or env.id,
+        num_envs or env.num_envs_for(purpose),
+        options=env.options,
+        wrappers=env.wrappers,
+        kind=env.pool,
+        num_workers=env.num_workers,
+        purpose=purpose,
+        deadline=env.deadline,
+        max_incidents=env.max_incidents,
+        time_limit=env.time_limit,
+    )
+
+
 def make_pool(
     id: str | EnvSpec,
     num_envs: int,
     *,
     options: Mapping[str, Any] | None = None,
+    wrappers: Sequence[Mapping[str, Any]] = (),
     kind: Kind = "auto",
     num_workers: int | None = None,
     purpose: Purpose = "training",
+    deadline: float = DEADLINE,
+    max_incidents: float = MAX_INCIDENTS,
+    time_limit: TimeLimitIs = "truncated",
+    watch: Watch | None = None,
+    first: int = 0,
 ) -> Pool:
     """N environments of one id behind the Pool protocol.
 
@@ -332,10 +336,16 @@ def make_pool(
         id: a registered Gymnasium id, or its specification.
         num_envs: N >= 1.
         options: constructor arguments of the environment.
+        wrappers: around each environment, innermost first; see `making.make_single`.
         kind: "native" (batched on native threads), "sync" (one after the other), "workers" (processes), or "auto":
             native if the id offers it, else sync.
         num_workers: processes of kind "workers" (default: one per core, at most N); an error with other kinds.
         purpose: which seeds the pool accepts: "training" (< 2**31) or "evaluation" (>= 2**31).
+        deadline: seconds that a step or a reset of one environment (of the batch, if native) may take.
+        max_incidents: share of the latest 100 episodes that may fail in their environment before EnvironmentFailure.
+        time_limit: "truncated" bootstraps where an episode is cut off, "terminal" does not.
+        watch: who is told of every call; default an alarm.
+        first: number of the first environment, for messages.
 
     Raises:
         ValueError: unknown id or kind, options that the environment refuses, a native form that does not exist.
@@ -347,25 +357,50 @@ def make_pool(
     if num_workers and kind != "workers":
         raise ValueError(f"num_workers={num_workers} has no effect with kind {kind!r}: use kind 'workers' or drop it")
     spec = find_spec(id)
+    same: dict[str, Any] = {"purpose": purpose, "max_incidents": max_incidents, "time_limit": time_limit}
     if kind == "workers":
-        make_slice = functools.partial(make_pool, spec, options=options, purpose=purpose)
-        return WorkerPool(make_slice, num_envs=num_envs, num_workers=num_workers, purpose=purpose)
-    native = supports_native(spec)
-    if kind == "native" and not native:
-        raise ValueError(
-            f"{spec.id!r} has no native vector form that takes autoreset_mode; use kind 'sync' or 'workers' for it"
-        )
-    vector_env = _make_vector(spec, num_envs, dict(options or {}), native=native and kind != "sync")
-    return VectorPool(vector_env, purpose=purpose)
+        every = {**same, "options": options, "wrappers": wrappers, "deadline": deadline}
+        make_slice = functools.partial(make_pool, spec, **{**every, "max_incidents": 1.0})  # the parent judges
+        settings: dict[str, Any] = {"purpose": purpose, "deadline": deadline, "max_incidents": max_incidents}
+        return WorkerPool(make_slice, num_envs=num_envs, num_workers=num_workers, **settings)
+    made = None if kind == "sync" else _make_native(spec, num_envs, options or {}, wrappers, must=kind == "native")
+    if made is not None:
+        host: Host = Batch(made[0], make=made[1], watch=watch, deadline=deadline, first=first)
+    else:
+        single = functools.partial(make_single, spec, options=options, wrappers=wrappers)
+        host = Singles(single, num_envs, watch=watch, deadline=deadline, first=first)
+    return VectorPool(host, **same)
 
 
-def _make_vector(spec: EnvSpec, num_envs: int, options: dict[str, Any], *, native: bool) -> VectorEnv:
-    try:
-        if native:
-            options = {**options, "autoreset_mode": AutoresetMode.DISABLED}
-            return gymnasium.make_vec(spec, num_envs=num_envs, vectorization_mode="vector_entry_point", **options)
-        return SyncVectorEnv(
-            [lambda: gymnasium.make(spec, **options) for _ in range(num_envs)], autoreset_mode=AutoresetMode.DISABLED
+def _make_native(
+    spec: EnvSpec, num_envs: int, options: Mapping[str, Any], wrappers: Sequence[Any], *, must: bool
+) -> tuple[VectorEnv, Callable[[], VectorEnv]] | None:
+    """The registered vector form, and how to make another; None (ValueError if it `must`) where it resets by itself."""
+    why = ""
+    if wrappers:
+        why = "has wrappers, which are made for single environments"
+    elif not supports_native(spec):
+        why = "has no native vector form that takes autoreset_mode"
+    else:
+        make = functools.partial(
+            gymnasium.make_vec, spec, num_envs=num_envs, vectorization_mode="vector_entry_point", **options
         )
-    except TypeError as error:
-        raise ValueError(f"environment {spec.id!r} refused its options {options}: {error}") from error
+        disabled = functools.partial(make, autoreset_mode=AutoresetMode.DISABLED)
+        try:
+            env = disabled()
+        except Exception as error:
+            try:  # does it refuse its options, or to leave resets to others?
+                make().close()
+            except Exception:
+                if isinstance(error, TypeError):
+                    raise ValueError(f"environment {spec.id!r} refused its options {dict(options)}: {error}") from error
+                raise error from None
+            why = f"has a native vector form that cannot leave resets to others ({error})"
+        else:
+            if env.metadata.get("autoreset_mode") == AutoresetMode.DISABLED:
+                return env, disabled
+            env.close()
+            why = "has a native vector form that resets by itself"
+    if must:
+        raise ValueError(f"{spec.id!r} {why}; use kind 'sync' or 'workers' for it")
+    return None

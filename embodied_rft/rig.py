@@ -18,7 +18,7 @@ from embodied_rft.collect import action_field
 from embodied_rft.config import Recipe
 from embodied_rft.data import Trajectory
 from embodied_rft.log import Logger
-from embodied_rft.pool import Pool, Purpose, make_pool
+from embodied_rft.pool import Pool, Purpose, open_pool
 from embodied_rft.states import unreadable
 
 
@@ -40,16 +40,10 @@ class Rig:
     def step_pool(self, purpose: Purpose) -> Pool:
         """The environments for "training" or "evaluation", one decision a step; made once."""
         if purpose not in self._pools:
-            env = self.env
-            num_envs = env.num_envs if purpose == "evaluation" else distributed.share(env.num_envs, "env.num_envs")
-            self._pools[purpose] = make_pool(
-                env.id,
-                num_envs=num_envs,
-                options=env.options,
-                kind=env.pool,
-                num_workers=env.num_workers,
-                purpose=purpose,
-            )
+            num_envs = self.env.num_envs_for(purpose)
+            if purpose == "training":
+                num_envs = distributed.share(num_envs, "env.num_envs")
+            self._pools[purpose] = open_pool(self.env, purpose=purpose, num_envs=num_envs)
         return self._pools[purpose]
 
     def pool(self, purpose: Purpose) -> Pool:

@@ -7,19 +7,20 @@ stopped in this stage starts the stage again from the same seed.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import gymnasium
 import numpy as np
 from gymnasium import spaces
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.data import Decisions, Tree
+from embodied_rft.making import make_single
 from embodied_rft.pool import find_spec, flatten_space
 from embodied_rft.registry import register
 from embodied_rft.seeding import training_seed
@@ -63,11 +64,12 @@ class SB3Stage(Stage):
         if not session.progress.get("saved"):  # where a stopped run takes up again: the start of this stage
             session.progress["saved"] = True
             session.save()
-        spec, options = find_spec(session.env.id), dict(session.env.options)
+        spec, options, wrappers = find_spec(session.env.id), dict(session.env.options), session.env.wrappers
         seed = training_seed(session.recipe.seed, 0, 0) % (2**31 - config.num_envs)
         try:
-            env = make_vec_env(lambda: gymnasium.make(spec, **options), n_envs=config.num_envs, seed=seed)
-        except TypeError as error:
+            single = functools.partial(make_single, spec, options=options, wrappers=wrappers)
+            env = make_vec_env(single, n_envs=config.num_envs, seed=seed)
+        except ValueError as error:
             raise ValueError(
                 f"the stage sb3 runs single environments, and {spec.id!r} as a single one refused {options}: {error}"
             ) from error

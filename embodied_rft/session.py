@@ -7,6 +7,7 @@ session saves them (`resume` says what). What the policy stands on, environments
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.log import Logger, write_json
 from embodied_rft.plans import Fresh
 from embodied_rft.pool import Pool
+from embodied_rft.promises import held_out
 from embodied_rft.rig import Rig
 from embodied_rft.seeding import evaluation_generator, restored_generator, spawn_generator
 from embodied_rft.stages.base import new_objective, walk
+
+SHOWN = 8  # texts of incidents that are kept
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,6 +48,8 @@ class Session(Rig):
         self.stages = parse_stages(recipe.stages)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=2)
         self.counters: dict[str, Any] = {"decisions": 0, "updates": 0, "episodes": 0, "seconds": 0.0, "saves": 0}
+        self.counters["incidents"] = {"counts": {}, "latest": []}  # of environments, and the latest texts
+        self._said: set[str] = set()
         self.records: list[dict[str, Any]] = []  # one for each finished stage
         self.path: tuple[int, ...] = ()  # of the running stage
         self.stage_name = ""  # its title
@@ -143,7 +149,7 @@ class Session(Rig):
         slug = "-".join(str(i) for i in self.path) + f"-{self.progress.get('evaluations', 0)}"
         self.progress["evaluations"] = self.progress.get("evaluations", 0) + 1
         facts = {"stage": list(self.path), "sheet": sheet, "decisions": self.counters["decisions"]}
-        outcome.write(self.folder, slug, **facts, wall_seconds=self.seconds())
+        outcome.write(self.folder, slug, **facts, **held_out(self.step_pool("evaluation")), wall_seconds=self.seconds())
         self.logger.show_samples(name, outcome.samples, decisions=self.counters["decisions"])
         self.log({f"evaluate/{key}": value for key, value in outcome.headline().items()}, name=name)
         return outcome
@@ -155,9 +161,9 @@ class Session(Rig):
         return self.counters["seconds"] + time.perf_counter() - self._clock
 
     def log(self, metrics: dict[str, float], **labels: str) -> None:
-        """One line in every log."""
+        """One line in every log; what went wrong in the environments since the last one is part of it."""
         self.logger.log(
-            metrics,
+            {**metrics, **self.note_incidents()},
             stage=list(self.path),
             stage_name=self.stage_name,
             decisions=self.counters["decisions"],
@@ -165,6 +171,31 @@ class Session(Rig):
             seconds=self.seconds(),
             **labels,
         )
+
+    def note_incidents(self) -> dict[str, float]:
+        """{"incidents/error": how many since the last call}; said whenever their number doubles, kept for reports."""
+        fresh: Counter[str] = Counter()
+        known = self.counters["incidents"]
+        for pool in self._pools.values():
+            counts, texts = pool.incidents.news()
+            fresh.update(counts)
+            known["latest"] = [*known["latest"], *texts][-SHOWN:]
+            note = getattr(getattr(pool, "seeding", None), "note", "")
+            if note and note not in self._said:
+                self._said.add(note)
+                self.logger.message(f"warning: {note}", style="yellow")
+        before = sum(known["counts"].values())
+        known["counts"] = dict(Counter(known["counts"]) + fresh)
+        if fresh:
+            after = sum(known["counts"].values())
+            if after.bit_length() > before.bit_length():
+                kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(known["counts"].items()))
+                self.logger.message(
+                    f"warning: {after} incidents in environments so far ({kinds}); the latest is {known['latest'][-1]}",
+                    style="yellow",
+                )
+            write_json(self.folder / "incidents.json", known)
+        return {f"incidents/{kind}": float(count) for kind, count in sorted(fresh.items())}
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from gymnasium.vector import SyncVectorEnv
 
 from embodied_rft.seeding import held_out_index
 
@@ -25,16 +24,7 @@ def ask(pool: Any, name: str) -> Any:
     """What the environments of a pool say under `name`, called if it is a method; None if they do not have it."""
     while hasattr(pool, "pool"):  # chunks and queues around a pool
         pool = pool.pool
-    if hasattr(pool, "_make_slice"):  # worker processes: the environment is asked here
-        one = pool._make_slice(1)
-        try:
-            return ask(one, name)
-        finally:
-            one.close()
-    env = getattr(pool, "vector_env", None)
-    env = env.envs[0] if isinstance(env, SyncVectorEnv) else env
-    found = getattr(getattr(env, "unwrapped", env), name, None)
-    return found() if callable(found) else found
+    return pool.ask(name) if hasattr(pool, "ask") else None
 
 
 def num_held_out_states(pool: Any) -> int | None:

@@ -8,18 +8,19 @@ Legend: N environments, A action dimensions.
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from gymnasium import spaces
 
 from embodied_rft.data import Field, Ragged, Tree
+from embodied_rft.incidents import Incidents as Incidents
 from embodied_rft.seeding import FIRST_EVALUATION_SEED, check_training_seeds
 
 Purpose = Literal["training", "evaluation"]
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(slots=True)
@@ -37,19 +38,6 @@ class StepResult:
     truncated: np.ndarray  # [N] bool; True where invalid, so that every loop resets it
     info: dict[str, np.ndarray]  # {"success": [N] bool} if the environment reports is_success or success
     valid: np.ndarray  # [N] bool; False: crash, hang, non-finite numbers or idle: learn nothing from this row
-
-
-@dataclass(slots=True)
-class Incidents:
-    """What went wrong so far, counted by kind ("non_finite", "hang", "crash", "error"), with the latest texts."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    latest: deque[str] = field(default_factory=lambda: deque(maxlen=32))
-
-    def add(self, kind: str, text: str) -> None:
-        """Count one incident and keep its text."""
-        self.counts[kind] += 1
-        self.latest.append(f"{kind}: {text}")
 
 
 class Pool(Protocol):
@@ -113,7 +101,7 @@ def flatten_space(space: spaces.Space, *, prefix: str = "") -> dict[str, spaces.
 def flatten_observation(space: spaces.Space, batch: Any, *, prefix: str = "") -> dict[str, Any]:
     """A batched observation of `space` as a flat tree; text becomes a list of strings."""
     if not isinstance(space, spaces.Dict):
-        value = list(batch) if isinstance(space, spaces.Text) else np.asarray(batch)
+        value = list(batch) if is_text(space) else np.asarray(batch)
         return {prefix or "observation": value}
     leaves: dict[str, Any] = {}
     for key, child in space.spaces.items():
@@ -132,14 +120,14 @@ def fields_of(space: spaces.Space) -> dict[str, Field]:
 
 def field_of(key: str, space: spaces.Space) -> Field:
     """The column for one leaf space; `key` is only for the error text."""
-    if isinstance(space, spaces.Text):
+    if is_text(space):
         return Field((), "uint8", "ragged")
     if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         assert space.dtype is not None and space.shape is not None
         dtype = "float32" if np.issubdtype(space.dtype, np.floating) else np.dtype(space.dtype).name
         return Field(tuple(space.shape), dtype)
     raise ValueError(
-        f"{key!r} has the space {space}; expected Box, Discrete, MultiDiscrete, MultiBinary, Text or a "
+        f"{key!r} has the space {type(space).__name__}; expected Box, Discrete, MultiDiscrete, MultiBinary, Text or a "
         "Dict of them. Wrap the environment so that it gives one of these."
     )
 
@@ -156,7 +144,7 @@ def decode_text(rows: Ragged) -> list[str]:
 
 def check_action(action: Any, space: spaces.Space, *, num_envs: int) -> Any:
     """`action` for `num_envs` environments in the dtype of `space`; ValueError on a wrong shape, kind or value."""
-    if isinstance(space, spaces.Text):
+    if is_text(space):
         if isinstance(action, str) or len(action) != num_envs or not all(isinstance(a, str) for a in action):
             raise ValueError(f"expected a list of {num_envs} strings, one action per environment, given {action!r:.80}")
         return list(action)
@@ -222,8 +210,8 @@ def merge(mask: np.ndarray, new: Tree, old: Tree) -> dict[str, Any]:
 
 
 def finite_rows(array: Any, *, num_envs: int) -> np.ndarray | None:
-    """[N] bool, or None when every number is finite: the common case costs one pass."""
-    if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.floating):
+    """[N] bool, or None when every number is finite as the float32 that is stored: the common case costs one pass."""
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         return None
-    finite = np.isfinite(array)
+    finite = np.isfinite(array) if array.dtype.itemsize <= 4 else np.abs(array) <= LARGEST
     return None if finite.all() else np.asarray(finite.reshape(num_envs, -1).all(axis=1))

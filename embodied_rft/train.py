@@ -15,6 +15,7 @@ import torch
 from embodied_rft import distributed
 from embodied_rft.checkpoint import RunLock
 from embodied_rft.config import Recipe, dump_recipe, write_atomically
+from embodied_rft.incidents import EnvironmentFailure
 from embodied_rft.log import LogConfig
 from embodied_rft.session import Session
 
@@ -24,10 +25,12 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False, report: bo
 
     Raises:
         ValueError: the folder holds a run of another recipe, or another process is working in it.
+        EnvironmentFailure: the environments fail too often to go on.
         Interrupted: Ctrl-C; the run was saved and the same call continues it.
     """
     rank = distributed.rank()
     folder = Path(folder) if not rank else Path(folder) / "ranks" / str(rank)
+    folder = folder.absolute()  # an environment may change the working directory
     folder.mkdir(parents=True, exist_ok=True)
     if rank:  # rank 0 speaks for all; the others keep only what they need to be continued
         quiet, report, recipe = True, False, replace(recipe, logging=LogConfig(console=False, csv=False))
@@ -40,6 +43,10 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False, report: bo
             write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
             with stop_on_interrupt(session):
                 session.run()
+        except EnvironmentFailure as failure:
+            session.note_incidents()
+            session.logger.message(f"stopped: {failure}", style="red")
+            raise
         finally:
             session.close()
     if report:

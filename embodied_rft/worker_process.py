@@ -6,25 +6,31 @@ block of shared memory, text and small things through the pipe.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing as mp
 import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.shared_memory import SharedMemory
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import cloudpickle  # comes with gymnasium, whose AsyncVectorEnv needs it for the same purpose
 import numpy as np
 from gymnasium import spaces
 
 from embodied_rft.data import Tree
-from embodied_rft.stepping import Pool, flatten_space
+from embodied_rft.promises import Seeding
+from embodied_rft.stepping import Pool, flatten_space, is_text
+from embodied_rft.watch import Note
 
 Layout = dict[str, tuple[tuple[int, ...], str, int]]  # name -> shape, dtype, offset in bytes
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 ALIGNMENT = 64  # bytes; a cache line, so that two arrays never share one
 
 
@@ -35,6 +41,8 @@ class SharedArrays:
         size = max(offset + int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype, offset in layout.values())
         self.layout, self.owner = layout, name is None
         self.memory = SharedMemory(name=name, create=self.owner, size=size)
+        if self.owner:
+            _reserve(self.memory, size)
         self.arrays: dict[str, np.ndarray] = {
             key: np.ndarray(shape, dtype=dtype, buffer=self.memory.buf, offset=offset)
             for key, (shape, dtype, offset) in layout.items()
@@ -51,11 +59,35 @@ class SharedArrays:
             self.memory.unlink()
 
 
+def _reserve(memory: SharedMemory, size: int) -> None:
+    """Take the memory now: where /dev/shm is too small, its first use would kill the process."""
+    path = Path("/dev/shm", memory.name.lstrip("/"))
+    if not path.exists():
+        return
+    try:
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError:
+        memory.close()
+        memory.unlink()
+        room = os.statvfs(path.parent)
+        raise ValueError(
+            f"worker processes need {size / 2**20:.1f} MiB of shared memory, and {path.parent} has "
+            f"{room.f_bavail * room.f_frsize / 2**20:.1f} MiB left. Make it larger (docker run --shm-size=2g), "
+            "take fewer environments or smaller images, or use the pool kind 'sync'."
+        ) from None
+
+
+def control_layout(num_workers: int) -> Layout:
+    """Where `watch.Note` writes."""
+    return {"due": ((num_workers,), "<f8", 0), "busy": ((num_workers,), "<i8", 8 * num_workers)}
+
+
 def layout_of(observation_space: spaces.Space, action_space: spaces.Space, *, num_envs: int) -> Layout:
     """Where everything of fixed size lies; text is not in it."""
     leaves = {f"observation/{key}": leaf for key, leaf in flatten_space(observation_space).items()}
     leaves["action"] = action_space
-    wanted = [(key, leaf.shape, leaf.dtype) for key, leaf in leaves.items() if not isinstance(leaf, spaces.Text)]
+    wanted = [(key, leaf.shape, leaf.dtype) for key, leaf in leaves.items() if not is_text(leaf)]
     wanted += [("reward", (), np.dtype(np.float32))]
     wanted += [(name, (), np.dtype(np.bool_)) for name in ("terminated", "truncated", "success", "valid")]
     layout: Layout = {}
@@ -69,26 +101,36 @@ def layout_of(observation_space: spaces.Space, action_space: spaces.Space, *, nu
 
 
 def serve(
-    connection: Connection, make_slice: Callable[[int], Pool], first: int, count: int, patience: float, cores: set[int]
+    connection: Connection,
+    make_slice: bytes,
+    worker: int,
+    first: int,
+    count: int,
+    control: tuple[str, Layout],
+    cores: set[int],
 ) -> None:
     """Main function of a worker: make the pool of a slice, then answer commands until the parent hangs up.
 
     Args:
         connection: this end of the pipe.
-        make_slice: makes the Pool of `count` environments.
+        make_slice: pickled `make_slice(count, watch=..., first=...)`, which makes the Pool of `count` environments.
+        worker: number of this worker.
         first: number of the first environment of the slice.
         count: environments in the slice.
-        patience: seconds after which a command that still runs ends this process, whoever is alive.
+        control: name and layout of the shared memory in which the worker says what it is busy with.
         cores: this worker's share of the processor: what counts its cores to start threads finds these.
     """
     _follow_parent()
+    shared = SharedArrays(control[1], name=control[0])
+    note = Note(shared.arrays["due"], shared.arrays["busy"], worker=worker, first=first)
     try:
         with _only(cores):
-            host = _Host(make_slice(count), first, count)
+            host = _Host(cloudpickle.loads(make_slice)(count, watch=note, first=first), first, count)
     except BaseException as error:
         connection.send(("failed", (_portable(error), traceback.format_exc())))
         return
-    connection.send(("ready", (host.pool.observation_space, host.pool.action_space, host.pool.can_save)))
+    pool = host.pool
+    connection.send(("ready", cloudpickle.dumps((pool.observation_space, pool.action_space, pool.can_save))))
     while True:
         try:
             serial, command, arguments = connection.recv()
@@ -97,17 +139,19 @@ def serve(
         if command == "close":
             return host.close()
         try:
-            signal.setitimer(signal.ITIMER_REAL, patience)  # ends a worker that hangs after its parent is gone
             answer = (serial, "done", getattr(host, command)(*arguments))
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        except Exception:
+        except BaseException:
             answer = (serial, "error", traceback.format_exc())
         connection.send(answer)
 
 
 def _follow_parent() -> None:
-    """Die when the parent dies, also from inside a step; leave Ctrl-C to the parent."""
+    """Die when the parent dies, also from inside a step or while stopped; leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(
+        OSError, AttributeError
+    ):  # Linux: the kernel kills us after the fork server, which ends with the parent
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = mp.parent_process()
     assert parent is not None
 
@@ -148,7 +192,7 @@ class _Host:
         self.pool = pool
         self.envs = slice(first, first + count)
         self.shared: SharedArrays | None = None
-        self.told = 0  # incidents already reported
+        self.seeding: Seeding | None = None  # what the parent knows
 
     def attach(self, name: str, layout: Layout) -> None:
         """Map the parent's shared memory."""
@@ -165,18 +209,20 @@ class _Host:
                 self.shared.arrays[f"observation/{key}"][self.envs] = value
         return texts
 
-    def _news(self) -> list[str]:
-        """Incident texts since the last answer."""
-        total = self.pool.incidents.counts.total()
-        news = list(self.pool.incidents.latest)[-(total - self.told) :] if total > self.told else []
-        self.told = total
-        return news
-
-    def reset(self, seeds: np.ndarray, mask: np.ndarray, options: Any) -> tuple[dict[str, list[str]], list[str]]:
+    def reset(
+        self, seeds: np.ndarray, mask: np.ndarray, options: Any
+    ) -> tuple[dict[str, list[str]], Any, Seeding | None]:
         texts = self._write(self.pool.reset(seeds, mask, options))
-        return texts, self._news()
+        found = getattr(self.pool, "seeding", None)
+        told, self.seeding = (None if found == self.seeding else found), found
+        return texts, self._news(), told
 
-    def step(self, text_action: list[str] | None) -> tuple[dict[str, list[str]], list[str], bool]:
+    def _news(self) -> tuple[dict[str, int], list[str]] | None:
+        """Incidents since the last answer."""
+        counts, texts = self.pool.incidents.news()
+        return (counts, texts) if counts else None
+
+    def step(self, text_action: list[str] | None) -> tuple[dict[str, list[str]], Any, bool]:
         assert self.shared is not None
         arrays = self.shared.arrays
         result = self.pool.step(arrays["action"][self.envs].copy() if text_action is None else text_action)
@@ -186,6 +232,9 @@ class _Host:
         reports = "success" in result.info
         arrays["success"][self.envs] = result.info["success"] if reports else False
         return texts, self._news(), reports
+
+    def ask(self, name: str) -> Any:
+        return cast(Any, self.pool).ask(name)
 
     def get_state(self) -> dict[str, np.ndarray] | None:
         return self.pool.get_state()

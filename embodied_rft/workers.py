@@ -1,8 +1,9 @@
 """Environments in worker processes: shared memory for arrays, deadlines, and replacement of what hangs or crashes.
 
 Boundary: knows the Pool protocol, not which environment a worker hosts: it gets a function that makes the pool of a
-slice. A worker that misses its deadline, dies or raises is killed and replaced; the step of its environments comes back
-with valid False, and the rest of the run goes on. `worker_process` is the other end of the pipe.
+slice. A worker that misses a deadline or dies is killed and replaced; the step of its environments comes back with
+valid False, and the rest of the run goes on. An environment that raises is met inside its worker (`singles`) and costs
+nobody else. `worker_process` is the other end of the pipe.
 
 Processes come from a fork server: a plain fork would copy the locks of torch's and MuJoCo's threads and the GL context
 of a parent that has long been running, and spawn would pay for every import again each time a worker is replaced.
@@ -25,12 +26,15 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import cloudpickle
 import numpy as np
 from gymnasium import spaces
 
 from embodied_rft.data import Tree
+from embodied_rft.incidents import MAX_INCIDENTS, EnvironmentFailure, Incidents
+from embodied_rft.promises import Seeding
+from embodied_rft.singles import DEADLINE, FIRST_TIME
 from embodied_rft.stepping import (
-    Incidents,
     Pool,
     Purpose,
     StepResult,
@@ -40,9 +44,9 @@ from embodied_rft.stepping import (
     field_of,
     fields_of,
 )
-from embodied_rft.worker_process import Layout, SharedArrays, layout_of, serve
+from embodied_rft.worker_process import Layout, SharedArrays, control_layout, layout_of, serve
 
-HEALTHY_STEPS = 100  # a worker that answered so many steps since it was replaced counts as healthy again
+START = 180.0  # seconds that a process may take to come up, beside what its environments take
 
 
 @dataclass(slots=True)
@@ -50,8 +54,6 @@ class _Worker:
     envs: slice
     process: BaseProcess
     connection: Connection
-    failures: int = 0  # since it was last healthy
-    good_steps: int = 0
 
 
 class _StartError(Exception):
@@ -67,57 +69,72 @@ class WorkerPool:
 
     def __init__(
         self,
-        make_slice: Callable[[int], Pool],
+        make_slice: Callable[..., Pool],
         num_envs: int,
         *,
         num_workers: int | None = None,
         purpose: Purpose = "training",
-        deadline: float = 60.0,
-        start_deadline: float = 180.0,
+        deadline: float = DEADLINE,
+        max_incidents: float = MAX_INCIDENTS,
         max_restarts: int = 3,
     ) -> None:
         """Start the workers and wait until their environments stand.
 
         Args:
-            make_slice: picklable function that makes the Pool of `n` environments; runs in the worker.
+            make_slice: makes the Pool of `n` environments; called in the worker as `make_slice(n, watch=...,
+                first=...)`.
             num_envs: N.
             num_workers: W; default one for each core, at most N.
             purpose: which seeds are accepted.
-            deadline: seconds that a step or a reset may take before the worker counts as hanging.
-            start_deadline: seconds that making the environments may take.
-            max_restarts: how often in a row a worker is replaced (100 good steps end the row) before RuntimeError.
+            deadline: seconds that a step or a reset of one environment may take before its worker counts as hanging.
+            max_incidents: share of the latest 100 episodes that may fail before EnvironmentFailure.
+            max_restarts: how often in a row a new process may fail to come up before EnvironmentFailure.
 
         Raises:
             Exception: the environment's own error if it cannot be made.
+            ValueError: the environment cannot be sent to a process, or /dev/shm is too small.
         """
-        self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        num_workers = min(num_envs, num_workers or len(self._cores) or os.cpu_count() or 1)
-        self._cores_each = len(self._cores) // num_workers
         self.num_envs, self.purpose = num_envs, purpose
-        self.deadline, self.start_deadline, self.max_restarts = deadline, start_deadline, max_restarts
-        self.incidents = Incidents()
-        self._make_slice = make_slice
+        self.deadline, self.max_restarts = deadline, max_restarts
+        self.incidents = Incidents(max_incidents)
+        self.seeding: Seeding | None = None  # what seeds promise; None before the first reset
+        self._make_slice = _pickled(make_slice)
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(["embodied_rft.pool"])
+        self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self._start(min(num_envs, num_workers or len(self._cores) or os.cpu_count() or 1))
+
+    def _start(self, num_workers: int) -> None:
+        """Launch W workers; of a pool that has none."""
+        num_envs = self.num_envs
+        self._cores_each = len(self._cores) // num_workers
         self._workers: list[_Worker] = []
-        self._shared: list[SharedArrays] = []  # empty until the spaces are known, then one
+        self._shared: list[
+            SharedArrays
+        ] = []  # what the workers are busy with; and the arrays, once the spaces are known
         self._finalizer = weakref.finalize(self, _shut_down, self._workers, self._shared, os.getpid())
+        self._shared.append(SharedArrays(control_layout(num_workers)))
         bounds = np.linspace(0, num_envs, num_workers + 1).astype(int).tolist()
         try:
-            self._workers += [self._launch(slice(a, b)) for a, b in itertools.pairwise(bounds)]
-            ready = [self._await_ready(worker) for worker in self._workers]
+            self._workers += [self._launch(w, slice(a, b)) for w, (a, b) in enumerate(itertools.pairwise(bounds))]
+            ready = [self._await_ready(w) for w in range(num_workers)]
+            self.observation_space, self.action_space, self.can_save = ready[0]
+            self.fields = fields_of(self.observation_space)
+            self.action_field = field_of("action", self.action_space)
+            self._shared.append(SharedArrays(layout_of(self.observation_space, self.action_space, num_envs=num_envs)))
         except _StartError as failure:
             self.close()
             if failure.error is None:
                 raise RuntimeError(f"a worker could not start ({failure.kind}): {failure.text}") from None
             failure.error.add_note(f"raised in a worker process:\n{failure.text}")
             raise failure.error from None
-        self.observation_space, self.action_space, self.can_save = ready[0]
-        self.fields = fields_of(self.observation_space)
-        self.action_field = field_of("action", self.action_space)
-        self._shared.append(SharedArrays(layout_of(self.observation_space, self.action_space, num_envs=num_envs)))
+        except BaseException:
+            self.close()
+            raise
         self._serial = 0  # of the latest command
+        self._seeds = np.zeros(num_envs, dtype=np.int64)  # of the running episodes, for messages
         self._idle = np.ones(num_envs, dtype=np.bool_)
+        self._bad_start = np.zeros(num_envs, dtype=np.bool_)  # lost while being reset: the first step is invalid
         self._texts: dict[str, list[str]] = {k: [""] * num_envs for k, f in self.fields.items() if f.kind == "ragged"}
         self._reports_success = False
         self._exchange({w: ("attach", self._attachment()) for w in range(num_workers)})
@@ -130,23 +147,27 @@ class WorkerPool:
     @property
     def observation(self) -> Tree:
         """The current observation of all N (a copy); zeros before the first reset."""
-        arrays = self._shared[0].arrays
+        arrays = self._shared[1].arrays
         return {
             key: list(self._texts[key]) if key in self._texts else arrays[f"observation/{key}"].copy()
             for key in self.fields
         }
 
     def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
-        """Start new episodes where `mask`; see `stepping.Pool`. A worker that fails is replaced and asked again."""
+        """Start new episodes where `mask`; see `stepping.Pool`. Where a worker fails, the first step is invalid."""
         mask = check_mask(mask, num_envs=self.num_envs)
         seeds = check_seeds(seeds, mask, purpose=self.purpose)
-        pending = [w for w, worker in enumerate(self._workers) if mask[worker.envs].any()]
-        while pending:
-            slices = {w: self._workers[w].envs for w in pending}
-            answers = self._exchange({w: ("reset", (seeds[s], mask[s], options)) for w, s in slices.items()})
-            for w, (texts, news) in answers.items():
-                self._hear(w, texts, news)
-            pending = [w for w in pending if w not in answers]
+        self._seeds = np.where(mask, seeds, self._seeds)
+        self._bad_start &= ~mask
+        slices = {w: worker.envs for w, worker in enumerate(self._workers) if mask[worker.envs].any()}
+        answers = self._exchange({w: ("reset", (seeds[s], mask[s], options)) for w, s in slices.items()})
+        for w, (texts, news, seeding) in answers.items():
+            self._hear(w, texts, news)
+            if seeding is not None and (self.seeding is None or self.seeding.held_out):
+                self.seeding = seeding
+        for w, envs in slices.items():
+            if w not in answers:
+                self._bad_start[envs] |= mask[envs]
         self._idle &= ~mask
         return self.observation
 
@@ -156,27 +177,30 @@ class WorkerPool:
             raise RuntimeError("no environment has a running episode: call reset before step")
         action = check_action(action, self.action_space, num_envs=self.num_envs)
         texts = action if isinstance(action, list) else None
-        arrays = self._shared[0].arrays
+        arrays = self._shared[1].arrays
         if texts is None:
             arrays["action"][:] = action
         arrays["valid"][:] = False  # whoever does not answer stays invalid
-        running = {w: worker.envs for w, worker in enumerate(self._workers) if not self._idle[worker.envs].all()}
+        idle, active = self._idle, ~(self._idle | self._bad_start)
+        running = {w: worker.envs for w, worker in enumerate(self._workers) if active[worker.envs].any()}
         answers = self._exchange({w: ("step", (None if texts is None else texts[s],)) for w, s in running.items()})
         for w, (observed, news, reports) in answers.items():
             self._hear(w, observed, news)
             self._reports_success |= reports
-            self._workers[w].good_steps += 1
-            if self._workers[w].good_steps >= HEALTHY_STEPS:
-                self._workers[w].failures = 0
         answered = np.zeros(self.num_envs, dtype=np.bool_)
         for w in answers:
             answered[self._workers[w].envs] = True
-        valid = arrays["valid"] & answered & ~self._idle
+        valid = arrays["valid"] & answered & active
         terminated, truncated = arrays["terminated"] & valid, arrays["truncated"] | ~valid
-        self._idle = terminated | truncated
         info = {"success": arrays["success"] & valid} if self._reports_success else {}
         reward = np.where(valid, arrays["reward"], np.float32(0))
+        self._idle, self._bad_start = terminated | truncated, np.zeros_like(idle)
+        self.incidents.judge(ended=int((self._idle & valid).sum()), failed=int((~valid & ~idle).sum()))
         return StepResult(self.observation, reward, terminated, truncated, info, valid)
+
+    def ask(self, name: str) -> Any:
+        """What the first environment says under `name`; see `VectorPool.ask`."""
+        return self._exchange({0: ("ask", (name,))}).get(0)
 
     def get_state(self) -> dict[str, np.ndarray] | None:
         """The states of all workers, or None if the environments do not offer theirs."""
@@ -185,6 +209,7 @@ class WorkerPool:
         answers = self._exchange({w: ("get_state", ()) for w in range(self.num_workers)})
         state = {
             "pool/idle": self._idle.copy(),
+            "pool/bad_start": self._bad_start.copy(),
             "pool/reports_success": np.array(self._reports_success),
             "pool/num_workers": np.array(self.num_workers),
         }
@@ -193,13 +218,18 @@ class WorkerPool:
         return state
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Continue bit for bit from `get_state` of a pool of the same environments and number of workers."""
-        shape = (len(state["pool/idle"]), int(state.get("pool/num_workers", 0)))
-        if shape != (self.num_envs, self.num_workers):
+        """Continue bit for bit from `get_state` of a pool of the same environments, on any number of cores.
+
+        Episodes belong to the slices in which they run: this pool takes the number of workers of the state.
+        """
+        if len(state["pool/idle"]) != self.num_envs:
             raise ValueError(
-                f"the state is of (environments, workers) {shape}, this pool has {(self.num_envs, self.num_workers)}: "
-                "continue with the num_envs and num_workers of the run that wrote it"
+                f"the state is of {len(state['pool/idle'])} environments, this pool has {self.num_envs}: continue with "
+                "the num_envs of the run that wrote it"
             )
+        if int(state["pool/num_workers"]) != self.num_workers:
+            self.close()
+            self._start(int(state["pool/num_workers"]))
         requests = {}
         for w in range(self.num_workers):
             prefix = f"worker/{w}/"
@@ -208,51 +238,63 @@ class WorkerPool:
                 requests[w] = ("set_state", (own,))
         answers = self._exchange(requests)
         for w, texts in answers.items():
-            self._hear(w, texts, [])
+            self._hear(w, texts, None)
         self._idle = state["pool/idle"].astype(np.bool_)
+        self._bad_start = state["pool/bad_start"].astype(np.bool_)
         for w in range(self.num_workers):
             if w not in answers:
-                self._idle[self._workers[w].envs] = True
+                envs = self._workers[w].envs
+                self._bad_start[envs] = ~self._idle[envs]
         self._reports_success = bool(state["pool/reports_success"])
 
     def close(self) -> None:
         """Stop the workers and remove the shared memory; a second call does nothing."""
         self._finalizer()
 
-    def _hear(self, w: int, texts: dict[str, list[str]], news: list[str]) -> None:
+    def _hear(self, w: int, texts: dict[str, list[str]], news: tuple[dict[str, int], list[str]] | None) -> None:
         """Take the text observations and the incidents of an answer."""
-        envs = self._workers[w].envs
         for key, value in texts.items():
-            self._texts[key][envs] = value
-        for text in news:
-            kind, _, what = text.partition(": ")
-            self.incidents.add(kind, f"worker {w} (environments {envs.start} to {envs.stop - 1}): {what}")
+            self._texts[key][self._workers[w].envs] = value
+        if news is not None:
+            self.incidents.take(*news)
 
     # --- supervision -------------------------------------------------------------------------------------------------
 
-    def _launch(self, envs: slice) -> _Worker:
+    def _launch(self, w: int, envs: slice) -> _Worker:
         ours, theirs = self._context.Pipe()
-        count = envs.stop - envs.start
+        control = self._shared[0]
+        control.arrays["due"][w], control.arrays["busy"][w] = 0.0, -1
         share = self._cores[envs.start * len(self._cores) // self.num_envs :][: max(1, self._cores_each)]
-        arguments = (theirs, self._make_slice, envs.start, count, 2 * self.deadline, set(share))
-        process = self._context.Process(target=serve, args=arguments, daemon=True, name=f"environments {envs.start}")
+        place = (w, envs.start, envs.stop - envs.start, (control.memory.name, control.layout), set(share))
+        process = self._context.Process(
+            target=serve, args=(theirs, self._make_slice, *place), daemon=True, name=f"environments {envs.start}"
+        )
         process.start()
         theirs.close()
         return _Worker(envs, process, ours)
 
-    def _await_ready(self, worker: _Worker) -> tuple[spaces.Space, spaces.Space, bool]:
-        if not worker.connection.poll(self.start_deadline):
-            raise _StartError("hang", f"no sign of life after {self.start_deadline:g} s")
+    def _await_ready(self, w: int) -> tuple[spaces.Space, spaces.Space, bool]:
+        worker, end = self._workers[w], time.monotonic() + START
+        while not worker.connection.poll(max(0.0, self._due(w, end) - time.monotonic())):
+            if time.monotonic() >= self._due(w, end):
+                raise _StartError(
+                    "hang",
+                    f"no sign of life within {max(START, FIRST_TIME * self.deadline):g} s of making it (env.deadline)",
+                )
         try:
             answer, payload = worker.connection.recv()
         except (EOFError, OSError):
             raise _StartError("crash", _death(worker.process)) from None
         if answer == "failed":
             raise _StartError("error", payload[1], payload[0])
-        return payload
+        return cloudpickle.loads(payload)
+
+    def _due(self, w: int, end: float) -> float:
+        """When worker `w` counts as hanging: at `end`, or later where an environment may take longer."""
+        return max(end, float(self._shared[0].arrays["due"][w]))
 
     def _attachment(self) -> tuple[str, Layout]:
-        return self._shared[0].memory.name, self._shared[0].layout
+        return self._shared[1].memory.name, self._shared[1].layout
 
     def _exchange(self, requests: dict[int, tuple[str, tuple]]) -> dict[int, Any]:
         """Send a command to some workers and collect the answers; who fails is replaced and is not in the result."""
@@ -268,11 +310,13 @@ class WorkerPool:
                 failed[w] = ("crash", "")
         end = time.monotonic() + self.deadline
         while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
+            patience = min(self._due(w, end) for w in waiting.values()) - time.monotonic()
+            ready = wait(list(waiting), timeout=max(0.0, patience))
             if not ready:
-                hang = f"no answer within {self.deadline:g} s to "
-                failed |= {w: ("hang", hang + requests[w][0]) for w in waiting.values()}
-                break
+                for connection, w in list(waiting.items()):
+                    if time.monotonic() >= self._due(w, end):
+                        del waiting[connection]
+                        failed[w] = ("hang", f"no answer within {self.deadline:g} s to {requests[w][0]} (env.deadline)")
             for connection in ready:
                 w = waiting[connection]
                 try:
@@ -292,28 +336,36 @@ class WorkerPool:
 
     def _replace(self, w: int, kind: str, text: str) -> None:
         """Kill worker `w` and put a fresh one in its place; its environments are idle until they are reset."""
-        old = self._workers[w]
-        failures = old.failures
-        while True:
+        envs = self._workers[w].envs
+        for _ in range(self.max_restarts + 1):
+            busy = int(self._shared[0].arrays["busy"][w])
             _kill(self._workers[w])
-            failures += 1
             text = text or _death(self._workers[w].process)
-            self.incidents.add(kind, f"worker {w} (environments {old.envs.start} to {old.envs.stop - 1}): {text}")
-            if failures > self.max_restarts:
-                self.close()
-                raise RuntimeError(
-                    f"worker {w} failed {failures} times without {HEALTHY_STEPS} good steps in between; "
-                    f"the last time, {kind}: {text}\nUse the pool kind 'sync' to meet the error in this process."
-                )
-            self._workers[w] = self._launch(old.envs)
+            who = f"environment {busy} (seed {self._seeds[busy]}) in " if busy >= 0 else ""
+            self.incidents.add(kind, f"{who}worker {w} (environments {envs.start} to {envs.stop - 1}): {text}")
+            self._workers[w] = self._launch(w, envs)
             try:
-                self._await_ready(self._workers[w])
-                break
+                self._await_ready(w)
             except _StartError as failure:
                 kind, text = failure.kind, failure.text
-        self._workers[w].failures = failures
-        self._idle[old.envs] = True
-        self._exchange({w: ("attach", self._attachment())})
+            else:
+                self._exchange({w: ("attach", self._attachment())})
+                return
+        self.close()
+        raise EnvironmentFailure(
+            f"worker {w} could not be replaced, {self.max_restarts + 1} times; the last time, {kind}: {text}\n"
+            "Use the pool kind 'sync' to meet the error in this process."
+        )
+
+
+def _pickled(make_slice: Callable[..., Pool]) -> bytes:
+    try:
+        return cloudpickle.dumps(make_slice)
+    except Exception as error:
+        raise ValueError(
+            f"this environment cannot be sent to worker processes ({type(error).__name__}: {error}). Register it as "
+            "'module:Class', with options that are plain data, or use the pool kind 'sync'."
+        ) from error
 
 
 def _death(process: BaseProcess) -> str:

@@ -112,7 +112,7 @@ def test_not_finite_numbers_stop_at_the_door(trouble):
     assert np.isfinite(observation["state"]).all() and np.isfinite(result.reward).all()
     assert result.truncated[1] and not result.terminated[1] and not result.info["success"][1]
     assert pool.incidents.counts["non_finite"] == 1
-    assert "[1]" in pool.incidents.latest[0]
+    assert f"environment 1 (seed {TROUBLE_SEED})" in pool.incidents.latest[0]
     pool.reset(np.array([0, 2, 0]), np.array([False, True, False]))
     assert pool.step(np.zeros((3, 2))).valid.all()
     assert pool.incidents.counts["non_finite"] == 1
