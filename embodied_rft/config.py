@@ -41,7 +41,7 @@ from pydantic.dataclasses import is_pydantic_dataclass, rebuild_dataclass
 from embodied_rft import registry
 from embodied_rft.checkpoint import write_atomically as write_atomically  # for those who write recipes
 from embodied_rft.log import LogConfig
-from embodied_rft.making import check_wrapper
+from embodied_rft.making import check_wrappers
 
 T = TypeVar("T")
 
@@ -145,11 +145,10 @@ class EnvConfig:
             raise ConfigError(f"env.num_workers has no effect with env.pool {self.pool!r}: set env.pool to workers")
         if self.wrappers and self.pool == "native":
             raise ConfigError("env.wrappers wrap single environments: they cannot be used with env.pool 'native'")
-        for index, wrapper in enumerate(self.wrappers):
-            try:
-                check_wrapper(wrapper)
-            except ValueError as error:
-                raise ConfigError(f"env.wrappers.{index}: {error}") from None
+        try:
+            check_wrappers(self.wrappers)
+        except ValueError as error:
+            raise ConfigError(f"env.{error}") from None
 
     def num_envs_for(self, purpose: str) -> int:
         """How many environments "training" or "evaluation" has."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import gymnasium
 
-from embodied_rft.config import load_recipe
+from embodied_rft.config import EnvConfig, load_recipe
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
-from embodied_rft.pool import find_spec, open_pool
+from embodied_rft.pool import Pool, find_spec, open_pool
 from embodied_rft.promises import held_out
 from embodied_rft.seeding import evaluation_generator
 from embodied_rft.session import Session
@@ -51,14 +51,11 @@ def evaluate_run(
         if not session.restore(weights_only=True):
             raise ValueError(f"{folder} holds no whole checkpoint; train it first")
         setting = session.env
+        if official and env is not None:
+            raise ValueError(f"--official and --env {env} exclude each other")
         if official:
-            if env is not None:
-                raise ValueError(f"--official and --env {env} exclude each other")
             env, setting = official_id(recipe.env.id, dict(setting.options)), replace(setting, options={})
-        if env is not None and setting.pool == "native":  # the other one may have no such form
-            setting = replace(setting, pool="auto")
-        num_envs = num_envs or min(setting.num_envs_for("evaluation"), episodes)
-        pool = open_pool(setting, purpose="evaluation", num_envs=num_envs, id=env)
+        pool = _open(setting, env, num_envs or min(setting.num_envs_for("evaluation"), episodes))
         try:
             if pool.fields != session.step_pool("training").fields:
                 raise ValueError(f"{env} has other observations than {recipe.env.id}: {pool.observation_space}")
@@ -74,6 +71,13 @@ def evaluate_run(
         return outcome
     finally:
         session.close()
+
+
+def _open(setting: EnvConfig, id: str | None, num_envs: int) -> Pool:
+    """The recipe's environments, or others in their place, which may have no native form."""
+    if id is not None and setting.pool == "native":
+        setting = replace(setting, pool="auto")
+    return open_pool(setting, purpose="evaluation", num_envs=num_envs, id=id)
 
 
 def official_id(id: str, options: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 from gymnasium import wrappers as gymnasium_wrappers
@@ -151,7 +151,7 @@ def find_wrapper(id: str) -> type[gymnasium.Wrapper]:
             f"unknown wrapper {id!r}; {nearest(name, names)} One of your own is written 'module:Class', a subclass of "
             "gymnasium.Wrapper."
         )
-    return found
+    return cast(type[gymnasium.Wrapper], found)
 
 
 def _is_wrapper(value: Any) -> bool:
@@ -171,6 +171,15 @@ def check_wrapper(wrapper: Mapping[str, Any]) -> None:
     missing = [name for name, p in named.items() if p.default is p.empty and name not in options]
     if missing:
         raise ValueError(f"the wrapper {wrapper['id']} needs the option {missing[0]!r}")
+
+
+def check_wrappers(wrappers: Sequence[Mapping[str, Any]]) -> None:
+    """All of a list; the message begins with the place: "wrappers.0: ..."."""
+    for index, wrapper in enumerate(wrappers):
+        try:
+            check_wrapper(wrapper)
+        except ValueError as error:
+            raise ValueError(f"wrappers.{index}: {error}") from None
 
 
 def _wrap(env: gymnasium.Env, wrapper: Mapping[str, Any]) -> gymnasium.Env:

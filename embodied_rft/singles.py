@@ -222,7 +222,8 @@ class Singles:
         """What the reset of an environment returns, seeded as `seeding` says."""
         seed = narrow_seed(seed) if seeding.narrow else seed
         own = seeding.way in ("global", "remake")
-        with global_generators(None, seed) if own else nullcontext([]) as kept:
+        generators: Any = global_generators(None, seed) if own else nullcontext([])
+        with generators as kept:
             if seeding.way == "remake" and not slot.young:
                 assert slot.env is not None
                 slot.env.close()
