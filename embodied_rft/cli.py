@@ -193,11 +193,9 @@ def unquittable(verb: Callable[..., Any]) -> Callable[..., int | None]:
 
 
 VERBS: dict[str, Callable[..., int | None]] = {
-    name: unquittable(verb)
-    for name, verb in {
-        "train": train, "eval": evaluate, "demos": demos, "report": report, "list": list_known, "doctor": doctor,
-    }.items()
+    "train": train, "eval": evaluate, "demos": demos, "report": report, "list": list_known, "doctor": doctor,
 }  # fmt: skip
+VERBS = {name: unquittable(verb) for name, verb in VERBS.items()}
 
 DESCRIPTION = """Makes robot and agent policies reliable with reinforcement learning.
 

@@ -150,10 +150,6 @@ class EnvConfig:
         except ValueError as error:
             raise ConfigError(f"env.{error}") from None
 
-    def num_envs_for(self, purpose: str) -> int:
-        """How many environments "training" or "evaluation" has."""
-        return self.evaluation_envs or self.num_envs if purpose == "evaluation" else self.num_envs
-
 
 @dataclass
 class BufferConfig:

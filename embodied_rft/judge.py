@@ -10,7 +10,7 @@ import gymnasium
 
 from embodied_rft.config import EnvConfig, load_recipe
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
-from embodied_rft.pool import Pool, find_spec, open_pool
+from embodied_rft.pool import Pool, find_spec, num_envs_for, open_pool
 from embodied_rft.promises import held_out
 from embodied_rft.seeding import evaluation_generator
 from embodied_rft.session import Session
@@ -55,7 +55,7 @@ def evaluate_run(
             raise ValueError(f"--official and --env {env} exclude each other")
         if official:
             env, setting = official_id(recipe.env.id, dict(setting.options)), replace(setting, options={})
-        pool = _open(setting, env, num_envs or min(setting.num_envs_for("evaluation"), episodes))
+        pool = _open(setting, env, num_envs or min(num_envs_for(setting, "evaluation"), episodes))
         try:
             if pool.fields != session.step_pool("training").fields:
                 raise ValueError(f"{env} has other observations than {recipe.env.id}: {pool.observation_space}")

@@ -292,6 +292,11 @@ def supports_native(spec: EnvSpec) -> bool:
     return "autoreset_mode" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def num_envs_for(env: EnvConfig, purpose: Purpose) -> int:
+    """How many environments a recipe has for "training" or "evaluation"."""
+    return env.evaluation_envs or env.num_envs if purpose == "evaluation" else env.num_envs
+
+
 def open_pool(env: EnvConfig, *, purpose: Purpose, num_envs: int | None = None, id: str | None = None) -> Pool:
     """The environments of a recipe.
 
@@ -303,7 +308,7 @@ def open_pool(env: EnvConfig, *, purpose: Purpose, num_envs: int | None = None, 
     """
     return make_pool(
         id or env.id,
-        num_envs or env.num_envs_for(purpose),
+        num_envs or num_envs_for(env, purpose),
         options=env.options,
         wrappers=env.wrappers,
         kind=env.pool,

@@ -18,7 +18,7 @@ from embodied_rft.collect import action_field
 from embodied_rft.config import Recipe
 from embodied_rft.data import Trajectory
 from embodied_rft.log import Logger
-from embodied_rft.pool import Pool, Purpose, open_pool
+from embodied_rft.pool import Pool, Purpose, num_envs_for, open_pool
 from embodied_rft.states import unreadable
 
 
@@ -40,7 +40,7 @@ class Rig:
     def step_pool(self, purpose: Purpose) -> Pool:
         """The environments for "training" or "evaluation", one decision a step; made once."""
         if purpose not in self._pools:
-            num_envs = self.env.num_envs_for(purpose)
+            num_envs = num_envs_for(self.env, purpose)
             if purpose == "training":
                 num_envs = distributed.share(num_envs, "env.num_envs")
             self._pools[purpose] = open_pool(self.env, purpose=purpose, num_envs=num_envs)
