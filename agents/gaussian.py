@@ -68,8 +68,15 @@ class GaussianPolicy(nn.Module):
         return Decisions(action.cpu().numpy(), log_prob[:, None].cpu().numpy(), {"u": u.cpu().numpy()})
 
     def log_prob(self, observation: Tree, action: Tensor, trace: Tree) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy, [B, 1] each; without "u" in the trace it is recovered from the action."""
-        u = trace["u"] if "u" in trace else self.head.unsquash(self.scale.from_env(action))
+        """Log-probability and entropy, [B, 1] each; without "u" in the trace it is recovered from the action.
+
+        So it is where "u" is NaN: of decisions that something else took.
+        """
+        scaled = self.scale.from_env(action)
+        if "u" in trace:
+            u = torch.where(trace["u"].isnan(), self.head.unsquash(scaled), trace["u"])
+        else:
+            u = self.head.unsquash(scaled, margin=1e-6)
         log_prob, entropy = self.head.log_prob(self.encoder(observation), u)
         return log_prob[:, None], entropy[:, None]
 

@@ -32,6 +32,9 @@ class ActorConfig:
     deterministic: bool = False  # a TD3 actor
     exploration_noise: float = 0.1  # standard deviation in [-1, 1] units, deterministic actors only
     std: Literal["state", "free"] = "state"  # log std from the observation, or one parameter per dimension
+    squash: Literal["action", "mean"] = (
+        "action"  # tanh of what is drawn, or of its mean alone (IQL): then it is clipped
+    )
     initial_log_std: float = 0.0  # in [-1, 1] units before tanh
     log_std_range: tuple[float, float] = (-5.0, 2.0)
     last_gain: float = 1.0  # gain of the last layer; 0.01 starts near zero
@@ -72,6 +75,7 @@ def make_actor(
         hidden=config.hidden,
         noise=config.exploration_noise / unit if config.deterministic else None,
         std=config.std,
+        squash=config.squash,
         initial_log_std=config.initial_log_std,
         log_std_range=config.log_std_range,
         last_gain=config.last_gain,

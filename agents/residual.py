@@ -86,9 +86,10 @@ class ResidualPolicy(FrozenBase):
         return Decisions(action, log_prob[:, None].cpu().numpy(), trace)
 
     def log_prob(self, observation: Tree, action: Tensor, trace: Tree) -> tuple[Tensor, Tensor]:
-        """Log-probability of the correction and its entropy, [B, 1] each; without a trace it is read off the action."""
+        """Log-probability of the correction and its entropy, [B, 1] each; an unknown one is read off the action."""
         base = trace["base_action"] if "base_action" in trace else self.base_action(observation)
-        u = trace["u"] if "u" in trace else self._raw_of(action, base)
+        u = self._raw_of(action, base)
+        u = torch.where(trace["u"].isnan(), u, trace["u"]) if "u" in trace else u
         log_prob, entropy = self.head.log_prob(self._features(observation, base), u)
         return log_prob[:, None], entropy[:, None]
 

@@ -141,22 +141,22 @@ class Agent(nn.Module):
             self.parts[target].requires_grad_(False)
         return self.parts[target]
 
-    def ensure_reference(self) -> nn.Module:
-        """The part "reference": a frozen copy of the policy as it is now. Frozen weights are shared, not copied."""
+    def ensure_copy(self, name: str) -> nn.Module:
+        """The part `name`: a copy of the policy as it is now, without gradients. Frozen weights are shared."""
         shared = {id(p): p for p in self.policy.parameters() if not p.requires_grad}
-        self.part_specs["reference"] = {"copy_of": "policy"}
-        reference = copy.deepcopy(self.policy, shared).requires_grad_(False)
-        for module in reference.modules():
+        self.part_specs[name] = {"copy_of": "policy"}
+        copied = copy.deepcopy(self.policy, shared).requires_grad_(False)
+        for module in copied.modules():
             if isinstance(module, Encoder) and module.normalize == "running":
                 module.frozen = True  # as it is now, statistics included
-        self.parts["reference"] = reference
-        return reference
+        self.parts[name] = copied
+        return copied
 
     def rebuild_parts(self, part_specs: Mapping[str, Mapping[str, Any]]) -> None:
         """Make the parts of a saved agent (its `part_specs`), so that its state_dict fits."""
         for name, spec in part_specs.items():
             if spec.get("copy_of") == "policy":
-                self.ensure_reference()
+                self.ensure_copy(name)
             elif "copy_of" in spec:
                 self.ensure_target(spec["copy_of"])
             else:

@@ -343,6 +343,10 @@ class Buffer:
         """group, episode, step, version, source, seed and end of rows [B]; see `Store.columns`."""
         return self._store.columns(rows)
 
+    def ends(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """How each row's episode ended there [B]: "terminated", "truncated"; "cut": it goes on, or was broken off."""
+        return np.array(ENDS)[self._end[np.asarray(rows, np.int64)]]
+
     def sample(
         self, rng: np.random.Generator, batch_size: int, *, offline_share: float | None = None, **reading: Any
     ) -> Batch:

@@ -171,6 +171,9 @@ class Learner:
 
     def _step(self, names: Sequence[str], pieces: list[Batch], rng: torch.Generator) -> bool:
         """One step of these losses, from one backward pass; False: the objective has seen enough, nothing changed."""
+        if (look := getattr(self.objective, "before_step", None)) is not None:
+            for name in names:
+                look(name, self.agent, pieces, rng)
         parameters = [p for name in names for p in self.parameters[name]]
         optimizers = [self.optimizers[name] for name in names]
         seen: dict[str, list[Tensor]] = {}

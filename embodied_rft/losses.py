@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Reduction = Literal["min", "mean", "mean_of_pair_minima"]
+Reduction = Literal["min", "mean", "mean_of_pair_minima", "first"]
 RatioLevel = Literal["unit", "decision", "mean", "episode", "episode_mean", "none"]
 KLEstimator = Literal["k1", "k2", "k3"]
 Correction = Literal["truncate", "mask"]
@@ -59,8 +59,11 @@ def reduce_ensemble(values: Tensor, how: Reduction) -> Tensor:
     """[E, B] -> [B].
 
     "min": Fujimoto et al. 2018 (TD3, eq. 10); "mean"; "mean_of_pair_minima": mean over all pairs (i < j) of
-    min(Q_i, Q_j), less pessimistic than the minimum of a large ensemble (E2O, Zhao et al. 2023).
+    min(Q_i, Q_j), less pessimistic than the minimum of a large ensemble (E2O, Zhao et al. 2023); "first": member 0,
+    what TD3's policy climbs.
     """
+    if how == "first":
+        return values[0]
     if how == "mean":
         return values.mean(0)
     if how == "min" or len(values) < 3:
@@ -71,15 +74,19 @@ def reduce_ensemble(values: Tensor, how: Reduction) -> Tensor:
     return torch.einsum("e,eb->b", weights, values.sort(0).values)
 
 
-def conservative(sampled: Tensor, log_density: Tensor, data: Tensor) -> Tensor:
-    """Conservative gap log E_K[exp(Q) / density] - Q(data), per member and row (Kumar et al. 2020, CQL, eq. 4 and F.1).
+def conservative(sampled: Tensor, log_density: Tensor, data: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Conservative gap T log E_K[exp((Q - log density) / T)] - Q(data), per member and row.
+
+    Kumar et al. 2020 (CQL), eq. 4 and appendix F. The authors' code leaves out -T log K, which has no gradient.
 
     Args:
         sampled: [E, K, B] values of K sampled actions.
         log_density: [K, B] log-density with which each was sampled.
         data: [E, B] values of the data's actions.
+        temperature: T.
     """
-    return torch.logsumexp(sampled - log_density, dim=1) - math.log(sampled.shape[1]) - data
+    gap = torch.logsumexp((sampled - log_density) / temperature, dim=1) - math.log(sampled.shape[1])
+    return temperature * gap - data
 
 
 def calibrated(sampled: Tensor, floor: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ from embodied_rft.spaces import DISCRETE, ActionScale, Choices
 @torch.no_grad()
 def polyak(target: nn.Module, online: nn.Module, tau: float) -> None:
     """Move target by tau (online - target) (Lillicrap et al. 2015, DDPG, algorithm 1); buffers are copied."""
-    torch._foreach_lerp_([p.data for p in target.parameters()], [p.data for p in online.parameters()], tau)
+    pairs = ((t.data, o.data) for t, o in zip(target.parameters(), online.parameters(), strict=True) if t is not o)
+    moving, towards = zip(*pairs, strict=True)  # frozen weights are shared, they stay
+    torch._foreach_lerp_(moving, towards, tau)
     for old, new in zip(target.buffers(), online.buffers(), strict=True):
         old.copy_(new)
 
@@ -34,7 +36,7 @@ class ActorHead(nn.Module):
     """Features to an action in [-1, 1]^A: tanh of a Gaussian, or a deterministic tanh with exploration noise.
 
     The raw value `u` of a decision is what its log-probability is computed from: before tanh for a Gaussian, before
-    clipping for a deterministic actor (a Gaussian of fixed width around its action).
+    clipping for a deterministic actor (a Gaussian of fixed width around its action) and for a Gaussian around tanh.
 
     Args:
         in_features: F.
@@ -42,6 +44,7 @@ class ActorHead(nn.Module):
         hidden: sizes of the hidden layers.
         noise: None for a Gaussian head, else the standard deviation of exploration of a deterministic one.
         std: "state" (a second output) or "free" (one parameter per dimension).
+        squash: "action": tanh of the Gaussian's value; "mean": tanh of its mean, and its value is clipped.
         initial_log_std: where log std starts.
         log_std_range: log std is clamped to it.
         last_gain: gain of the last layer; 0.01 starts near the zero action.
@@ -60,6 +63,7 @@ class ActorHead(nn.Module):
         rng: torch.Generator,
         noise: float | None = None,
         std: Literal["state", "free"] = "state",
+        squash: Literal["action", "mean"] = "action",
         initial_log_std: float = 0.0,
         log_std_range: tuple[float, float] = (-5.0, 2.0),
         last_gain: float = 1.0,
@@ -70,7 +74,10 @@ class ActorHead(nn.Module):
         super().__init__()
         if noise is not None and noise <= 0:
             raise ValueError(f"exploration noise {noise} of a deterministic actor: a positive number is expected")
+        if noise is not None and squash != "action":
+            raise ValueError(f"squash: {squash} has no effect on a deterministic actor: leave it out")
         self.noise, self.std, self.log_std_range = noise, std, log_std_range
+        self.squashed = noise is None and squash == "action"  # whether a value goes through tanh, or is clipped
         two_outputs = noise is None and std == "state"
         outputs = 2 * action_dim if two_outputs else action_dim
         self.net = MLP(
@@ -96,11 +103,12 @@ class ActorHead(nn.Module):
         if self.noise is not None:
             return torch.tanh(out), out.new_full((self.action_dim,), math.log(self.noise))
         mean, log_std = out.split(self.action_dim, -1) if self.std == "state" else (out, self.log_std)
+        mean = mean if self.squashed else torch.tanh(mean)
         return mean, F.hardtanh(log_std, *self.log_std_range)  # clamp, with a backward pass of one kernel
 
     def squash(self, u: Tensor) -> Tensor:
         """Raw value to action in [-1, 1]."""
-        return torch.tanh(u) if self.noise is None else u.clamp(-1, 1)
+        return torch.tanh(u) if self.squashed else u.clamp(-1, 1)
 
     def mode(self, features: Tensor) -> Tensor:
         """The most likely action [B, A], differentiable."""
@@ -111,17 +119,21 @@ class ActorHead(nn.Module):
         """A reparametrised (action [B, A], log_prob [B], u [B, A])."""
         centre, log_std = self(features)
         noise = torch.randn(centre.shape, generator=rng, device=centre.device)
-        u, log_prob = GaussianSample.apply(centre, log_std, noise, self.noise is None)
+        u, log_prob = GaussianSample.apply(centre, log_std, noise, self.squashed)
         return self.squash(u), log_prob, u
 
     def log_prob(self, features: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability [B] of raw values, and entropy [B] of the Gaussian before squashing (a usual stand-in)."""
         centre, log_std = self(features)
-        return GaussianLogProb.apply(u, centre, log_std, self.noise is None)
+        return GaussianLogProb.apply(u, centre, log_std, self.squashed)
 
-    def unsquash(self, action: Tensor) -> Tensor:
-        """The raw value of an action in [-1, 1] whose trace is unknown (a demonstration)."""
-        return torch.atanh(action.clamp(-1 + 1e-6, 1 - 1e-6)) if self.noise is None else action
+    def unsquash(self, action: Tensor, *, margin: float = 1e-3) -> Tensor:
+        """The raw value of an action in [-1, 1], at least `margin` from the bounds, where it would be infinite.
+
+        Actions of others often lie at the bounds, where something clipped them; values that far out (7 at a margin of
+        1e-6) would outweigh all other actions in a likelihood.
+        """
+        return torch.atanh(action.clamp(-1 + margin, 1 - margin)) if self.squashed else action
 
 
 class ActionReader(nn.Module):
@@ -141,10 +153,7 @@ class Critic(nn.Module):
     """An ensemble of action values Q_e(o, a): (observation, [B, A]) -> [E, B].
 
     Actions come in the units of their space; the networks read them in [-1, 1] (choices: as one-hot vectors).
-    `scale` is a running mean of |Q|, kept by objectives that weigh the value against a penalty.
     """
-
-    scale: Tensor
 
     def __init__(
         self,
@@ -162,7 +171,6 @@ class Critic(nn.Module):
         self.net = EnsembleMLP(
             encoder.size + self.reads.size, hidden, num_members=num_members, rng=rng, layer_norm=layer_norm
         )
-        self.register_buffer("scale", torch.zeros(()))
 
     def forward(self, observation: Tree, action: Tensor, members: Tensor | None = None) -> Tensor:
         """Values [E, B], or [M, B] of the chosen members."""
@@ -253,12 +261,15 @@ class Density(nn.Module):
         self.register_buffer("weight", torch.zeros(()))
 
     def negative_elbo(self, observation: Tree, action: Tensor, *, beta: float, rng: torch.Generator) -> Tensor:
-        """[B]: squared reconstruction error + beta KL(q(z | o, a) || N(0, 1)): small where the data has this action."""
+        """[B]: mean squared reconstruction error + beta * mean KL(q(z | o, a) || N(0, 1)) over dimensions.
+
+        Small where the data has this action. One sample of z; means, not sums, as in the code of SPOT's authors.
+        """
         features, action = self.encoder(observation), self.action.from_env(action)
         mean, log_std = self.infer(torch.cat([features, action], -1)).float().chunk(2, -1)
-        log_std = log_std.clamp(-4, 4)
+        log_std = log_std.clamp(-4, 15)
         noise = torch.randn(mean.shape, generator=rng, device=mean.device)
         z = torch.addcmul(mean, log_std.exp(), noise)
         error = torch.tanh(self.decode(torch.cat([features, z], -1)).float()) - action
         kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std
-        return error.square().sum(-1) + beta * kl.sum(-1)
+        return error.square().mean(-1) + beta * kl.mean(-1)

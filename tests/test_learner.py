@@ -22,9 +22,8 @@ CRITIC = {"critic_hidden": [32, 32]}
 OBJECTIVES = {
     "bc": ("bc", GAUSSIAN),
     "sac": ({"id": "sac", **CRITIC}, GAUSSIAN),
-    "sac without entropy": ({"id": "sac", **CRITIC}, DETERMINISTIC),
     "td3": ({"id": "td3", "target_noise": 0.0, **CRITIC}, DETERMINISTIC),
-    "td3 with imitation": ({"id": "td3", "target_noise": 0.0, "bc_weight": 2.0, **CRITIC}, DETERMINISTIC),
+    "td3_bc": ({"id": "td3_bc", "target_noise": 0.0, **CRITIC}, DETERMINISTIC),
     "rlpd": ({"id": "rlpd", "num_critics": 3, **CRITIC}, GAUSSIAN),
     "iql": ({"id": "iql", **CRITIC}, GAUSSIAN),
 }
@@ -74,6 +73,8 @@ def test_micro_batches_add_up_to_one_batch(objective, agent, size):
             gradients = []
             for pieces in ([batch], batch.split(size)):
                 start = 0
+                if look := getattr(learner.objective, "before_step", None):
+                    look(name, agent, pieces, generator())
                 total = [torch.zeros_like(p) for p in learner.parameters[name]]
                 for piece in pieces:
                     piece.notes = dict(piece.notes)

@@ -341,7 +341,7 @@ def test_frozen_weights_of_the_reference_are_shared():
     lab = Lab()
     policy = torch.nn.Sequential(torch.nn.Linear(3, 3).requires_grad_(False), torch.nn.Linear(3, 3))
     lab.agent.policy = policy
-    reference = lab.agent.ensure_reference()
+    reference = lab.agent.ensure_copy("reference")
     assert reference[0].weight is policy[0].weight and reference[1].weight is not policy[1].weight
     assert not any(p.requires_grad for p in reference.parameters()) and policy[1].weight.requires_grad
 

@@ -119,16 +119,6 @@ def test_dsrl_sac_is_sac_of_an_environment_whose_actions_are_noise():
     torch.testing.assert_close(again, 0.5 * error.square().sum() / len(batch))
 
 
-def test_dsrl_sac_smooths_the_noise_of_deterministic_policies_within_its_bounds():
-    agent, objective = agent_with("dsrl_sac", deterministic=True, target_noise=3.0)
-    assert "temperature" not in agent.parts and float(objective.scale.half_range[0]) == 1.5
-    seen, critic = [], agent.parts["target_critic"].forward
-    agent.parts["target_critic"].forward = lambda o, w, *m: seen.append(w) or critic(o, w, *m)
-    objective.td_target(agent, batch_with_noise(agent), generator())
-    quiet, _ = agent.policy.choose(random_batch(STATE, ACTION, size=24).next_observation)
-    assert seen[0].abs().max() <= 1.5 and (seen[0] - quiet).abs().max() > 0.3
-
-
 def test_dsrl_na_judges_actions_and_distils_them_into_a_critic_of_noise():
     agent, objective = agent_with("dsrl_na")
     assert list(objective.losses) == ["critic", "noise_critic", "policy", "temperature"]
@@ -139,8 +129,8 @@ def test_dsrl_na_judges_actions_and_distils_them_into_a_critic_of_noise():
     noise = agent.policy.draw_noise(24, rng=generator(999))
     with torch.no_grad():
         action = agent.policy.from_noise(batch.observation, noise)
-        told = agent.parts["noise_critic"](batch.observation, noise)[0]
-        true = agent.parts["critic"](batch.observation, action).amin(0)
+        told = agent.parts["noise_critic"](batch.observation, noise)
+        true = agent.parts["critic"](batch.observation, action)
     assert (told - true).square().mean() < 0.1 * true.var()
     assert noise.abs().max() <= 1.5
 
@@ -150,7 +140,7 @@ def test_dsrl_na_climbs_the_critic_of_noise_alone():
     batch = batch_with_noise(agent)
     loss, _ = objective.policy_loss(agent, batch, generator(2))
     noise, log_prob = agent.policy.choose(batch.observation, rng=generator(2))
-    value = agent.parts["noise_critic"](batch.observation, noise)[0]
+    value = agent.parts["noise_critic"](batch.observation, noise).amin(0)
     torch.testing.assert_close(loss, (agent.parts["temperature"].alpha * log_prob - value).mean())
     touched = torch.autograd.grad(loss, list(agent.parts["critic"].parameters()), allow_unused=True)
     assert all(gradient is None for gradient in touched)

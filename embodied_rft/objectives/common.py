@@ -43,6 +43,7 @@ def preset(id: str, **defaults: Any) -> Callable[[T], T]:
         made = make_dataclass(f"{cls.__name__}Config", fields, bases=(base,), kw_only=True)
         made.__doc__ = f"Options of `{id}`."
         cls.Config = dataclass(config=STRICT, kw_only=True)(made)  # type: ignore[attr-defined]
+        cls.id = id  # type: ignore[attr-defined]
         return register("objective", id)(cls)
 
     return decorate
@@ -71,10 +72,11 @@ def fit_normalizers(agent: Agent, buffer: Any, rows: np.ndarray, *, limit: int =
 def annotate_returns(
     buffer: Any, rows: np.ndarray, *, gamma: float, reward_weights: dict[str, float] | None = None
 ) -> dict[str, float]:
-    """Write the note "mc_return": the discounted return of each decision.
+    """Write the note "mc_return": the discounted return of each decision, a floor for its value.
 
-    Where an episode did not terminate, its last reward is taken to go on for ever: exact for goals that stay reached
-    (or missed), and a lower bound on the value for rewards that are never negative.
+    The rule of Cal-QL's authors: of an episode that was stopped, not terminated, and has seen nothing but one negative
+    reward (it failed all along), that reward goes on for ever, r / (1 - gamma); of every other one, the discounted sum
+    of what was received. Not known, NaN, while an episode runs or where it was cut, and of such failures if gamma is 1.
     """
     segments = buffer.segments(rows)
     if not segments:
@@ -82,11 +84,19 @@ def annotate_returns(
     order = np.concatenate(segments)
     batch = buffer.batch(order, gamma=gamma, reward_weights=reward_weights, next_observation=False)
     index, mask = (torch.from_numpy(a) for a in pad_segments([len(s) for s in segments]))
-    last = mask.sum(1) - 1
-    tail = batch.reward[index.gather(1, last[:, None])[:, 0]] / (1 - gamma)
-    returns = monte_carlo(batch.reward[index], batch.discount[index], mask, tail)[mask]
+    reward, ends = batch.reward[index], buffer.ends([s[-1] for s in segments])
+    returns = monte_carlo(reward, batch.discount[index], mask, reward.new_zeros(len(segments)))
+    first = reward[:, :1]
+    failed = (
+        ((reward == first) | ~mask).all(1, keepdim=True) & (first < 0) & torch.from_numpy(ends == "truncated")[:, None]
+    )
+    forever = first / (1 - gamma) if gamma < 1 else torch.full_like(first, torch.nan)
+    returns = torch.where(failed, forever, returns)
+    returns[torch.from_numpy(ends == "cut")] = torch.nan
+    returns = returns[mask]
     buffer.annotate("mc_return", order, returns.numpy())
-    return {"data/mc_return": float(returns.mean())}
+    known = returns[returns.isfinite()]
+    return {"data/mc_return": float(known.mean())} if len(known) else {}
 
 
 def readable(buffer: Any, rows: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -26,59 +27,103 @@ class CQLConfig(SACConfig):
     """Options of `cql` and `cal_ql`: SAC's and these."""
 
     conservative_weight: float = 5.0  # alpha of CQL
-    num_sampled_actions: int = 4  # of each kind: uniform, the policy's now, the policy's next
+    num_sampled_actions: PositiveInt = 10  # of each kind: uniform, the policy's now, the policy's next
+    importance_sampling: bool = True  # weigh sampled actions by their density; without, they all count the same
+    gap_temperature: PositiveFloat = 1.0  # of the soft maximum over sampled actions
+    max_target: bool = False  # targets are of the best of `num_sampled_actions` next actions
+    lagrange_gap: float | None = None  # the weight is multiplied by what keeps the gap here; None: it stays as it is
 
 
 @preset("cql", backup_entropy=False)
 class CQL(SAC):
-    """Conservative Q-learning, CQL(H) with importance sampling (Kumar et al. 2020, eq. 4 and appendix F)."""
+    """Conservative Q-learning, CQL(H) with importance sampling (Kumar et al. 2020, eq. 4 and appendix F).
+
+    The squared error of TD counts fully, as in the authors' code, from which the weight of 5 is; their equation has
+    half of it. They train the policy at a third of the critic's rate: `learner: {learning_rates: {policy: 1e-4}}`.
+    """
 
     Config: type = CQLConfig
+    needs_entropy = False  # chains without one, such as ConRFT's, may propose actions
+    td_weight = 1.0
+
+    def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
+        """As SAC; with `lagrange_gap` the part "conservatism", too, a multiplier that begins at 1."""
+        super().setup(agent, rng)
+        if self.config.lagrange_gap is not None:
+            agent.ensure("conservatism", "temperature", fresh=not self.config.warm_start)
+            self.losses["conservatism"] = self.multiplier_loss
+
+    def next_value(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """As SAC, or with `max_target` the value of the best of several next actions (appendix F)."""
+        if not self.config.max_target:
+            return super().next_value(agent, batch, rng)
+        count, size = self.config.num_sampled_actions, len(batch)
+        observation = _repeat(batch.next_observation, count)
+        action, log_prob = self.decide(agent, observation, rng)
+        value, best = self.target_value(agent, observation, action, rng).unflatten(0, (count, size)).max(0)
+        if log_prob is not None:
+            log_prob = log_prob.unflatten(0, (count, size)).gather(0, best[None])[0]
+        return value, log_prob
 
     def critic_penalty(self, agent: Agent, batch: Batch, q: Tensor, rng: torch.Generator) -> Tensor:
-        """The conservative gap."""
-        return conservative_penalty(agent, batch, q, self.config, rng)
+        """The conservative gap, its mean over rows, summed over members and weighed.
+
+        Args:
+            agent: its critic is penalised, its policy proposes actions.
+            batch: B rows.
+            q: [E, B] values of the data's actions.
+            rng: draws the actions.
+        """
+        c, critic = self.config, agent.parts["critic"]
+        action, log_density = propose(agent, batch, c.num_sampled_actions, rng)
+        features = critic.encoder(batch.observation)
+        features = features.expand(len(action), *features.shape).flatten(0, 1)
+        sampled = critic.of_features(features, action.flatten(0, 1)).unflatten(1, (len(action), len(batch)))
+        if (floor := self.floor(batch)) is not None:
+            uniform, own = sampled.split([c.num_sampled_actions, 2 * c.num_sampled_actions], dim=1)
+            sampled = torch.cat([uniform, losses.calibrated(own, floor)], dim=1)
+        if not c.importance_sampling:
+            log_density = torch.zeros_like(log_density)
+        gap = losses.conservative(sampled, log_density, q, temperature=c.gap_temperature)
+        weight: float | Tensor = c.conservative_weight
+        if c.lagrange_gap is not None:
+            gap = gap - c.lagrange_gap
+            batch.notes["excess_gap"] = gap.detach().mean(0)  # the multiplier's loss of this update reads it
+            weight = weight * agent.parts["conservatism"].alpha.clamp_max(1e6)
+        return weight * gap.sum() / batch.num_decisions
+
+    def multiplier_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Raise the multiplier while the gap is above `lagrange_gap` (appendix F, dual gradient descent)."""
+        excess = batch.notes.get("excess_gap")
+        if excess is None:
+            with torch.no_grad():
+                q = agent.parts["critic"](batch.observation, self.taken(batch))
+                self.critic_penalty(agent, batch, q, rng)
+            excess = batch.notes["excess_gap"]
+        multiplier = agent.parts["conservatism"].log_alpha.exp().clamp_max(1e6)
+        loss = -multiplier * self.config.conservative_weight * excess.sum() / batch.num_decisions
+        return loss, {"conservatism/multiplier": multiplier.detach(), "conservatism/excess": excess.mean()}
+
+    def floor(self, batch: Batch) -> Tensor | None:
+        """[B]: what values of the policy's actions count as at least, not those of uniform ones; None: nothing."""
+        return None
 
 
-@preset("cal_ql", backup_entropy=False)
-class CalQL(SAC):
-    """Calibrated Q-learning (Nakamoto et al. 2023): CQL + a floor at the return of the data."""
+@preset("cal_ql", backup_entropy=False, max_target=True)
+class CalQL(CQL):
+    """Calibrated Q-learning (Nakamoto et al. 2023): CQL + a floor at the return of the data, eq. 5.
 
-    Config: type = CQLConfig
+    Targets are of the best of ten next actions, as in the authors' code.
+    """
 
-    def critic_penalty(self, agent: Agent, batch: Batch, q: Tensor, rng: torch.Generator) -> Tensor:
-        """The conservative gap, not below the noted return (rows without one have no floor)."""
-        return conservative_penalty(agent, batch, q, self.config, rng, floor=batch.notes.get("mc_return"))
+    def floor(self, batch: Batch) -> Tensor | None:
+        """The noted return (rows without one have no floor)."""
+        return batch.notes.get("mc_return")
 
     def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
         """Note the discounted return of each decision."""
         fit_normalizers(agent, buffer, rows)
         return annotate_returns(buffer, rows, gamma=self.config.gamma, reward_weights=self.config.reward_weights)
-
-
-def conservative_penalty(
-    agent: Agent, batch: Batch, q: Tensor, config: CQLConfig, rng: torch.Generator, *, floor: Tensor | None = None
-) -> Tensor:
-    """Weighted mean of the conservative gap over rows, summed over members.
-
-    Args:
-        agent: its critic is penalised, its policy proposes actions.
-        batch: B rows.
-        q: [E, B] values of the data's actions.
-        config: weight and number of actions.
-        rng: draws the actions.
-        floor: [B]; values of the policy's actions count as at least this (not those of uniform actions).
-    """
-    critic, count = agent.parts["critic"], config.num_sampled_actions
-    action, log_density = propose(agent, batch, count, rng)
-    features = critic.encoder(batch.observation)
-    features = features.expand(len(action), *features.shape).flatten(0, 1)
-    sampled = critic.of_features(features, action.flatten(0, 1)).unflatten(1, (len(action), len(batch)))
-    if floor is not None:
-        uniform, own = sampled.split([count, len(action) - count], dim=1)
-        sampled = torch.cat([uniform, losses.calibrated(own, floor)], dim=1)
-    gap = losses.conservative(sampled, log_density, q)
-    return config.conservative_weight * gap.sum() / batch.num_decisions
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,9 +22,11 @@ from embodied_rft.registry import register
 class IQLConfig(Replay):
     """Options of `iql`: how the buffer is read, and these; the critic's are as in `sac`."""
 
-    expectile: float = 0.8  # 0.5: the mean over the data's actions; towards 1: the best of them
-    inverse_temperature: float = 3.0  # beta; 0 is behaviour cloning
+    expectile: Share = 0.7  # 0.5: the mean over the data's actions; towards 1: the best of them (AntMaze: 0.9)
+    inverse_temperature: float = 3.0  # beta; 0 is behaviour cloning (AntMaze: 10)
     largest_weight: float = 100.0
+    # The policy's own likelihood, or the `imitation_loss` that suits it: a squared error, diffusion, flow matching
+    extraction: Literal["likelihood", "imitation"] = "likelihood"
     tau: Share = 0.005
     num_critics: int | None = None
     critic_hidden: tuple[int, ...] | None = None  # of critic and value
@@ -34,9 +36,10 @@ class IQLConfig(Replay):
 
 @register("objective", "iql")
 class IQL:
-    """Kostrikov et al. 2021: expectile value, one-step critic, advantage-weighted imitation."""
+    """Kostrikov et al. 2021: expectile value, one-step critic, advantage-weighted likelihood of the data's actions."""
 
     Config = IQLConfig
+    updates_per_decision: float = 1.0
 
     def __init__(self, config: IQLConfig) -> None:
         self.config = config
@@ -44,8 +47,19 @@ class IQL:
         self.reading: Replay = config
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
-        """Critic, target critic and value."""
-        c = self.config
+        """Critic, target critic and value.
+
+        Raises:
+            ValueError: the policy does not know how likely the actions of others are, or cannot imitate.
+        """
+        c, name = self.config, type(agent.policy).__name__
+        if c.extraction == "likelihood" and not hasattr(agent.policy, "retrace"):
+            raise ValueError(
+                f"{name} does not know how likely actions of others are: set extraction: imitation, which weighs its "
+                "own imitation_loss instead"
+            )
+        if c.extraction == "imitation" and not hasattr(agent.policy, "imitation_loss"):
+            raise ValueError(f"{name} has no imitation_loss: set extraction: likelihood")
         fresh = not c.warm_start
         options: dict[str, Any] = {"layer_norm": c.critic_layer_norm, "fresh": fresh}
         options["hidden"] = None if c.critic_hidden is None else list(c.critic_hidden)
@@ -57,35 +71,43 @@ class IQL:
 
     def value_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Expectile regression of V on the target critic (eq. 5)."""
-        with torch.no_grad():
-            q = losses.reduce_ensemble(agent.parts["target_critic"](batch.observation, batch.action), "min")
         value = agent.parts["value"](batch.observation)
-        batch.notes["advantage_over_value"] = (q - value).detach()  # the policy loss of this update reads it
-        loss = losses.expectile(q - value, tau=self.config.expectile).sum() / batch.num_decisions
+        loss = losses.expectile(self._data_value(agent, batch) - value, tau=self.config.expectile)
+        loss = loss.sum() / batch.num_decisions
         return loss, {"value/loss": loss.detach(), "value/mean": value.detach().mean()}
 
     def critic_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """One-step regression of Q on V of the next observation (eq. 6)."""
+        """One-step regression of Q on V of the next observation (eq. 6), summed over members."""
         with torch.no_grad():
             target = losses.td_target(batch.reward, batch.discount, agent.parts["value"](batch.next_observation))
         q = agent.parts["critic"](batch.observation, batch.action)
-        loss = 0.5 * losses.squared_error(q, target).sum() / batch.num_decisions
+        loss = losses.squared_error(q, target).sum() / batch.num_decisions
         return loss, {"critic/loss": loss.detach(), "critic/q_mean": q.detach().mean()}
 
     def policy_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Imitation weighted by exp(beta A) (eq. 7)."""
-        advantage = batch.notes.get("advantage_over_value")
-        if advantage is None:
-            with torch.no_grad():
-                q = losses.reduce_ensemble(agent.parts["target_critic"](batch.observation, batch.action), "min")
-                advantage = q - agent.parts["value"](batch.observation)
+        """Log-likelihood weighted by exp(beta A) (eq. 7), A of the target critic over the value just updated."""
         c = self.config
+        with torch.no_grad():
+            advantage = self._data_value(agent, batch) - agent.parts["value"](batch.observation)
         weight = losses.advantage_weights(
             advantage, inverse_temperature=c.inverse_temperature, largest=c.largest_weight
         )
-        each = imitation(agent, batch, rng)
+        each = imitation(agent, batch, rng) if c.extraction == "imitation" else -self._log_likelihood(agent, batch)
         loss = (weight * each).sum() / batch.num_decisions
         return loss, {"policy/loss": loss.detach(), "policy/weight": weight.mean()}
+
+    def _data_value(self, agent: Agent, batch: Batch) -> Tensor:
+        """The smaller of the target critics' values of the data's actions [B]; computed once an update."""
+        if "data_value" not in batch.notes:
+            with torch.no_grad():
+                q = agent.parts["target_critic"](batch.observation, batch.action)
+            batch.notes["data_value"] = losses.reduce_ensemble(q, "min")
+        return batch.notes["data_value"]
+
+    def _log_likelihood(self, agent: Agent, batch: Batch) -> Tensor:
+        """Of the data's actions under the policy [B]."""
+        log_prob, _ = agent.policy.log_prob(batch.observation, batch.action, batch.trace)
+        return torch.where(batch.mask, log_prob, 0.0).sum(1)
 
     # --- around the losses ---------------------------------------------------------------------------------------
 

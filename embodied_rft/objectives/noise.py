@@ -7,24 +7,31 @@ Boundary: what is judged, and by which critic. Legend: B rows, D numbers of a no
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft import losses
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch, Tree
-from embodied_rft.objectives.common import preset
-from embodied_rft.objectives.soft_actor_critic import SAC
+from embodied_rft.objectives.common import STRICT, preset
+from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig
+from embodied_rft.plans import Share
 
 
-@preset("dsrl_sac")
+@preset("dsrl_sac", target_entropy=0.0, critic_layer_norm=True)
 class DSRLSAC(SAC):
     """DSRL-SAC: the environment together with the frozen base is an environment whose actions are noise.
 
-    It learns from decisions whose noise is known: its own, no demonstrations.
+    It learns from decisions whose noise is known: its own, no demonstrations. As the authors' code has it for
+    manipulation: 5 updates a decision (a chunk), target entropy 0, LayerNorm in the critics.
     """
 
     judges = "noise"
+    updates_per_decision = 5.0
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """As SAC, for policies that choose noise only."""
@@ -50,12 +57,29 @@ class DSRLSAC(SAC):
         return agent.policy.choose(observation, rng=rng)
 
 
-@preset("dsrl_na")
-class DSRLNA(SAC):
-    """DSRL-NA: the critic judges actions, so it learns from everybody's; a critic of noise is distilled from it.
+@dataclass(config=STRICT, kw_only=True)
+class DSRLNAConfig(SACConfig):
+    """Options of `dsrl_na`: those of `sac` and these."""
 
-    Noises that lead to the same action (aliases) then have the same value, whether or not they were tried.
+    noise_critic_delay: PositiveInt = 2  # critic updates per update of the noise critic
+    own_noise: Share = 0.0  # share of the noises that the noise critic learns from which are the policy's
+
+
+@preset("dsrl_na", target_entropy=0.0, critic_layer_norm=True)
+class DSRLNA(SAC):
+    """DSRL-NA: the critic judges actions, so it learns from everybody's; critics of noise are distilled from it.
+
+    Noises that lead to the same action (aliases) then have the same value, whether or not they were tried. Each noise
+    critic learns from the action critic of its number, at noises of the base's own distribution (algorithm 2), as far
+    as the policy can choose them. Numbers as in `dsrl_sac`; 10 of 20 updates are of the noise critics, too.
     """
+
+    Config: type = DSRLNAConfig
+    updates_per_decision = 5.0
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.every["noise_critic"] = config.noise_critic_delay
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """As SAC, and the part "noise_critic"."""
@@ -69,30 +93,28 @@ class DSRLNA(SAC):
             judges="noise",
             fresh=not c.warm_start,
             hidden=hidden,
-            num_members=1,
+            num_members=agent.parts["critic"].num_members,
             layer_norm=c.critic_layer_norm,
         )
         first = {"critic": self.losses.pop("critic"), "noise_critic": self.noise_critic_loss}
         self.losses = first | self.losses
 
     def noise_critic_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Half the squared error of Q(o, w) to the value of the action that w leads to, at random w.
-
-        Half of the noises are the base's own, half the policy's: its corners are rare among the base's.
-        """
+        """Half the squared error of Q_e(o, w) to the value Q_e of the action that w leads to, at random w."""
         with torch.no_grad():
-            noise, _ = agent.policy.choose(batch.observation, rng=rng)
-            drawn = agent.policy.draw_noise(len(batch), rng=rng)
-            noise = torch.where(torch.arange(len(batch), device=noise.device)[:, None] % 2 == 0, drawn, noise)
+            noise = agent.policy.draw_noise(len(batch), rng=rng)
+            if self.config.own_noise:
+                own, _ = agent.policy.choose(batch.observation, rng=rng)
+                rows = torch.rand(len(batch), 1, generator=rng, device=noise.device) < self.config.own_noise
+                noise = torch.where(rows, own, noise)
             action = agent.policy.from_noise(batch.observation, noise)
-            value = agent.parts["critic"](batch.observation, action)
-            target = losses.reduce_ensemble(value, self.config.policy_value)
+            target = agent.parts["critic"](batch.observation, action)
         q = agent.parts["noise_critic"](batch.observation, noise)
         loss = 0.5 * losses.squared_error(q, target).sum() / batch.num_decisions
         return loss, {"noise_critic/loss": loss.detach()}
 
     def own_values(self, agent: Agent, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values [1, B] of the policy's noise [B, D]; no gradient passes through the base."""
+        """Values [E, B] of the policy's noise [B, D]; no gradient passes through the base."""
         noise, log_prob = agent.policy.choose(observation, rng=rng)
         return agent.parts["noise_critic"](observation, noise), noise, log_prob
 

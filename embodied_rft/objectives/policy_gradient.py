@@ -158,7 +158,7 @@ class PPO:
         """The value, where the credit needs one; the reference, where there is a KL term."""
         c = self.config
         if c.kl_weight:
-            agent.ensure_reference()
+            agent.ensure_copy("reference")
         if c.scale_reward:
             agent.ensure("return_scale", "return_scale")
         self._check(agent.policy)

@@ -171,7 +171,7 @@ class DPO:
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """The reference."""
         if self.config.reference == "start":
-            agent.ensure_reference()
+            agent.ensure_copy("reference")
 
     def score(self, policy: nn.Module, batch: Batch) -> Tensor:
         """[B]: log-probability of each decision, the sum (or mean) over its units."""

@@ -1,11 +1,12 @@
-"""The off-policy core, `sac`, and what differs from it by a few options: `td3`, `rlpd`, `e2o`.
+"""The off-policy core, `sac`, and what differs from it by a few options: `rlpd`, `wsrl`, `e2o`.
 
-A policy that exposes no entropy (a deterministic actor) is trained as in TD3 by the same losses: alpha is 0 and there
-is no temperature. Conservative and support-constrained variants live in their own files.
+Deterministic policies (`td3`), conservative and support-constrained variants live in their own files. The critic loss
+of an ensemble is a sum over members where some papers take the mean: Adam's steps are the same.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft import losses
+from embodied_rft import distributed, losses
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Tree
 from embodied_rft.encoder import as_tensors
@@ -22,6 +23,8 @@ from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, imit
 from embodied_rft.plans import Replay, Share
 from embodied_rft.registry import register
 from embodied_rft.spaces import ActionScale
+
+OF_ENTROPY = ("backup_entropy", "initial_temperature", "train_temperature", "target_entropy")
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -33,7 +36,6 @@ class SACConfig(Replay):
     subset_size: int = 2  # of "random_subset" (REDQ)
     target_clip: tuple[float, float] | None = None  # known range of returns
     backup_entropy: bool = True  # count the entropy of the next action in the target
-    target_noise: float = 0.0  # smoothing of the next action, deterministic actors, [-1, 1] units, clipped at 0.5
     tau: Share = 0.005  # speed of the target critic
     # Critic
     num_critics: int | None = None  # a new critic has 2
@@ -43,36 +45,40 @@ class SACConfig(Replay):
     # Policy
     policy_value: losses.Reduction = "min"  # what of the ensemble the policy climbs
     policy_delay: int = 1  # critic updates per policy update
-    bc_weight: float = 0.0  # in the policy loss: imitation of demonstrations, interventions and offline actions
+    bc_weight: float = 0.0  # adds imitation of demonstrations, interventions and offline actions, as in TD3+BC
     # Temperature
     initial_temperature: float = 1.0
     train_temperature: bool = True
-    target_entropy: float | None = None  # None: -A
+    target_entropy: float | None = None  # None: -A (`rlpd`, `wsrl`: -A / 2)
 
 
 @register("objective", "sac")
 class SAC:
-    """Soft actor-critic (Haarnoja et al. 2018b) over an ensemble of critics.
+    """Soft actor-critic (Haarnoja et al. 2018b) over an ensemble of critics, for policies with an entropy.
 
     Example: {"id": "sac", "num_critics": 10, "critic_layer_norm": True, "offline_share": 0.5, "gamma": 0.98}.
     """
 
     Config: type = SACConfig
+    id = "sac"
     judges = "action"  # what the critic judges: see `Agent.decision_space`
     updates_per_decision: float = 1.0  # gradient steps for each decision of experience, as published
+    needs_entropy = True
+    td_weight = 0.5  # of the squared error, each member's
+    entropy_per_number = -1.0  # target entropy for each number of a decision, where the options give none
 
     def __init__(self, config: Any) -> None:
         self.config = config
         self.losses: Losses = {}  # filled by setup: whether there is a temperature depends on the policy
         self.every = {"policy": config.policy_delay, "temperature": config.policy_delay}
         self.reading: Replay = config
+        self._size = 1.0  # mean |Q| of a batch that comes in pieces
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """Critic, target critic and temperature; those that exist are kept unless `warm_start` is off."""
         c = self.config
         fresh = not c.warm_start
-        if c.bc_weight and not hasattr(agent.policy, "imitation_loss"):
-            raise ValueError(f"bc_weight {c.bc_weight}: {type(agent.policy).__name__} cannot imitate; set it to 0")
+        self._check(agent)
         self.scale = ActionScale(agent.decision_space(self.judges)).to(agent.device)
         hidden = None if c.critic_hidden is None else list(c.critic_hidden)
         agent.ensure(
@@ -92,13 +98,30 @@ class SAC:
             if c.train_temperature:
                 self.losses["temperature"] = self.temperature_loss
 
+    def _check(self, agent: Agent) -> None:
+        """Refuse a policy that the options do not suit."""
+        c = self.config
+        if c.bc_weight and not hasattr(agent.policy, "imitation_loss"):
+            raise ValueError(f"bc_weight {c.bc_weight}: {type(agent.policy).__name__} cannot imitate; set it to 0")
+        if is_stochastic(agent.policy):
+            return
+        if self.needs_entropy:
+            raise ValueError(
+                f"objective {self.id!r} trains policies with an entropy, this one has none: use td3, or a policy "
+                "without deterministic: true"
+            )
+        usual = {f.name: f.default for f in fields(self.Config)}
+        for name in OF_ENTROPY:
+            if getattr(c, name) != usual[name]:
+                raise ValueError(f"{name} has no effect on a policy without entropy: leave it out")
+
     # --- losses, in update order ---------------------------------------------------------------------------------
 
     def critic_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the squared error to the bootstrapped target, summed over members (SAC, eq. 5)."""
         target = self.td_target(agent, batch, rng)
         q = agent.parts["critic"](batch.observation, self.taken(batch))
-        loss = 0.5 * losses.squared_error(q, target).sum() / batch.num_decisions
+        loss = self.td_weight * losses.squared_error(q, target).sum() / batch.num_decisions
         metrics = {"critic/loss": loss.detach(), "critic/q_mean": q.detach().mean()}
         penalty = self.critic_penalty(agent, batch, q, rng)
         if penalty is not None:
@@ -107,26 +130,46 @@ class SAC:
         return loss, metrics
 
     def policy_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean of alpha log pi - Q at the policy's own action (SAC, eq. 7); of -Q for a deterministic actor (TD3)."""
+        """Mean of alpha log pi - Q at the policy's own action (SAC, eq. 7).
+
+        With a penalty this is divided by the mean of |Q|, so that the penalty's weight means the same for rewards of
+        any size (Fujimoto and Gu 2021, TD3+BC, eq. 5).
+        """
         values, action, log_prob = self.own_values(agent, batch.observation, rng)
-        loss = -losses.reduce_ensemble(values, self.config.policy_value).sum() / batch.num_decisions
+        value = losses.reduce_ensemble(values, self.config.policy_value)
+        loss = -value.sum() / batch.num_decisions
         metrics = {"policy/q_mean": -loss.detach()}
         if log_prob is not None:
             batch.notes["policy_log_prob"] = log_prob.detach()  # the temperature loss of this update reads it
             loss = loss + temperature_of(agent) * log_prob.sum() / batch.num_decisions
         penalty = self.policy_penalty(agent, batch, action, rng)
         if penalty is not None:
-            loss = loss + penalty
+            whole = len(batch) == batch.num_decisions
+            size = value.detach().abs().mean() if whole else self._size
+            loss = loss / size + penalty
             metrics["policy/penalty"] = penalty.detach()
         return loss, metrics | {"policy/loss": loss.detach()}
+
+    def before_step(self, name: str, agent: Agent, pieces: list[Batch], rng: torch.Generator) -> None:
+        """The mean of |Q| over a batch in pieces, which no piece can see."""
+        whole = distributed.size() == 1 and len(pieces) == 1 and len(pieces[0]) == pieces[0].num_decisions
+        if name != "policy" or whole or not self.penalises:
+            return
+        with torch.no_grad():
+            own = (self.own_values(agent, piece.observation, rng)[0] for piece in pieces)
+            sizes = (losses.reduce_ensemble(values, self.config.policy_value).abs().sum() for values in own)
+            total = sum(float(size) / piece.num_decisions for size, piece in zip(sizes, pieces, strict=True))
+        self._size = distributed.total({"size": total})["size"]
 
     def temperature_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Raise alpha while the entropy is below its target (SAC, eq. 18)."""
         log_prob = batch.notes.get("policy_log_prob")
         if log_prob is None:
             with torch.no_grad():
-                _, log_prob = agent.policy.rsample(batch.observation, rng=rng)
-        entropy = -float(agent.action_dim) if self.config.target_entropy is None else self.config.target_entropy
+                _, log_prob = self.decide(agent, batch.observation, rng)
+            assert log_prob is not None  # there is a temperature, so there is an entropy
+        entropy = self.config.target_entropy
+        entropy = self.entropy_per_number * self.scale.action_dim if entropy is None else entropy
         log_alpha = agent.parts["temperature"].log_alpha
         loss = losses.temperature(log_alpha, log_prob, target_entropy=entropy).sum() / batch.num_decisions
         return loss, {"temperature/alpha": log_alpha.detach().exp(), "policy/entropy": -log_prob.mean()}
@@ -146,30 +189,38 @@ class SAC:
         action, log_prob = self.decide(agent, observation, rng)
         return agent.parts["critic"](observation, action), action, log_prob
 
+    def next_value(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """The target critic's value [B] of a next decision, and that decision's log-probability [B]."""
+        action, log_prob = self.decide(agent, batch.next_observation, rng)
+        return self.target_value(agent, batch.next_observation, action, rng), log_prob
+
+    def target_value(self, agent: Agent, observation: Tree, action: Tensor, rng: torch.Generator) -> Tensor:
+        """What of the ensemble of target critics a target is made of, [B]."""
+        target_critic = agent.parts["target_critic"]
+        if self.config.target == "random_subset":  # Chen et al. 2021 (REDQ), algorithm 1
+            chosen = torch.randperm(target_critic.num_members, generator=rng, device=action.device)
+            return target_critic(observation, action, chosen[: self.config.subset_size]).amin(0)
+        return losses.reduce_ensemble(target_critic(observation, action), self.config.target)
+
     @torch.no_grad()
     def td_target(self, agent: Agent, batch: Batch, rng: torch.Generator) -> Tensor:
         """[B] target, from the target critic at the policy's next action."""
-        c = self.config
-        action, log_prob = self.decide(agent, batch.next_observation, rng)
-        if c.target_noise and log_prob is None:
-            noise = c.target_noise * torch.randn(action.shape, generator=rng, device=action.device)
-            action = self.scale.clip(action + self.scale.half_range * noise.clamp(-0.5, 0.5))
-        target_critic = agent.parts["target_critic"]
-        if c.target == "random_subset":  # Chen et al. 2021 (REDQ), algorithm 1
-            members = torch.randperm(target_critic.num_members, generator=rng, device=action.device)[: c.subset_size]
-            value = target_critic(batch.next_observation, action, members).amin(0)
-        else:
-            value = losses.reduce_ensemble(target_critic(batch.next_observation, action), c.target)
-        if log_prob is not None and c.backup_entropy:
+        value, log_prob = self.next_value(agent, batch, rng)
+        if log_prob is not None and self.config.backup_entropy:
             value = value - temperature_of(agent) * log_prob
-        return losses.td_target(batch.reward, batch.discount, value, clip=c.target_clip)
+        return losses.td_target(batch.reward, batch.discount, value, clip=self.config.target_clip)
 
     def critic_penalty(self, agent: Agent, batch: Batch, q: Tensor, rng: torch.Generator) -> Tensor | None:
         """A further term of the critic loss, for variants."""
         return None
 
+    @property
+    def penalises(self) -> bool:
+        """Whether `policy_penalty` gives anything."""
+        return self.config.bc_weight > 0
+
     def policy_penalty(self, agent: Agent, batch: Batch, action: Tensor, rng: torch.Generator) -> Tensor | None:
-        """Imitation of what others did, weighed by `bc_weight` (Fujimoto and Gu 2021, TD3+BC, eq. 3)."""
+        """Imitation of what others did, weighed by `bc_weight` (1 / alpha of TD3+BC, Fujimoto and Gu 2021, eq. 5)."""
         if not self.config.bc_weight:
             return None
         rows = torch.from_numpy(batch.columns["source"] != Source.ONLINE).to(batch.reward)
@@ -188,16 +239,6 @@ class SAC:
         polyak(agent.parts["target_critic"], agent.parts["critic"], self.config.tau)
 
 
-@preset("td3", policy_delay=2, target_noise=0.2)
-class TD3(SAC):
-    """The deterministic special case: no entropy, delayed policy, smoothed target action (Fujimoto et al. 2018)."""
-
-    def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
-        """As SAC, for deterministic policies only."""
-        require_deterministic(agent, "td3")
-        super().setup(agent, rng)
-
-
 @preset(
     "rlpd",
     offline_share=0.5,
@@ -205,10 +246,39 @@ class TD3(SAC):
     critic_layer_norm=True,
     target="random_subset",
     policy_value="mean",
+    policy_delay=20,
     backup_entropy=False,
 )
 class RLPD(SAC):
-    """SAC + half demonstrations + an ensemble of critics with LayerNorm (Ball et al. 2023). Nothing else differs."""
+    """SAC + half demonstrations + ten critics with LayerNorm + 20 updates a decision (Ball et al. 2023, algorithm 1).
+
+    Targets are the minimum of two random critics, without entropy; the policy climbs the mean of all ten after every
+    20th step of the critics; target entropy -A / 2. Nothing else differs from `sac`.
+    """
+
+    updates_per_decision = 20.0
+    entropy_per_number = -0.5
+
+
+@preset(
+    "wsrl",
+    offline_share=0.0,
+    num_critics=10,
+    critic_layer_norm=True,
+    target="random_subset",
+    policy_value="mean",
+    policy_delay=4,
+    backup_entropy=False,
+)
+class WSRL(SAC):
+    """The online half of WSRL (Zhou et al. 2025): RLPD with 4 updates a decision that never reads offline data.
+
+    Before it come `cal_ql` with the same critics (`num_critics: 10, critic_layer_norm: true`) and a `warm_up` of 5,000
+    decisions. The authors' policy has LayerNorm, too: `layer_norm: true` of the agent.
+    """
+
+    updates_per_decision = 4.0
+    entropy_per_number = -0.5
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -245,15 +315,6 @@ class E2O(SAC):
 def is_stochastic(policy: Any) -> bool:
     """Whether the policy exposes an entropy; one that does not is trained as in TD3."""
     return bool(getattr(policy, "stochastic", hasattr(policy, "rsample")))
-
-
-def require_deterministic(agent: Agent, objective: str) -> None:
-    """Raise ValueError unless the policy is deterministic."""
-    if is_stochastic(agent.policy):
-        raise ValueError(
-            f"objective {objective!r} trains deterministic policies, this one is stochastic: set deterministic: true "
-            "in the agent, or use sac"
-        )
 
 
 def sample(policy: Any, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:

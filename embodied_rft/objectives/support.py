@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
 from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, preset
-from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig, require_deterministic
+from embodied_rft.objectives.deterministic import TD3, TD3Config
 from embodied_rft.plans import Replay
 from embodied_rft.registry import register
 
@@ -28,15 +29,16 @@ class DensityConfig:
     num_updates: int = 1_000  # per learn call
     batch_size: int = 256
     offline_share: float | None = None
-    hidden: tuple[int, ...] = (256, 256)
-    beta: float = 0.1  # weight of the KL term: twice the variance of an action around what is decoded
+    hidden: tuple[int, ...] = (750, 750)
+    beta: PositiveFloat = 0.5  # weight of the KL term
 
 
 @register("objective", "density")
 class DensityObjective:
-    """Fits the part "density" to the data's actions (Wu et al. 2022, SPOT, eq. 8)."""
+    """Fits the part "density", a conditional VAE, to the data's actions (Wu et al. 2022, SPOT, eq. 8)."""
 
     Config = DensityConfig
+    updates_per_decision: float = 1.0
 
     def __init__(self, config: DensityConfig) -> None:
         self.config = config
@@ -65,51 +67,43 @@ class DensityObjective:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class SPOTConfig(SACConfig):
+class SPOTConfig(TD3Config):
     """Options of `spot`: those of `td3` and these."""
 
-    support_weight: float = 0.1  # lambda, in units of the mean |Q|
-    final_support_weight: float | None = None  # None: lambda stays; else it cools to this
-    cooling_updates: int = 10_000  # linearly over this many updates
-    beta: float = 0.1  # as in `density`
+    support_weight: NonNegativeFloat = 0.1  # lambda, in units of the mean |Q|
+    final_support_weight: NonNegativeFloat | None = None  # None: lambda stays; else it cools to this
+    cooling_updates: PositiveInt = 10_000  # linearly over this many updates
+    beta: PositiveFloat = 0.5  # as in `density`
 
 
-@preset("spot", policy_delay=2, target_noise=0.2)
-class SPOT(SAC):
-    """Supported policy optimisation (Wu et al. 2022): TD3 + lambda * negative log-density of the policy's action."""
+@preset("spot", policy_delay=2, policy_value="first")
+class SPOT(TD3):
+    """Supported policy optimisation (Wu et al. 2022, eq. 11): TD3, Q of mean size 1, + lambda * -log density."""
 
     Config: type = SPOTConfig
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """As TD3; the density must exist."""
-        require_deterministic(agent, "spot")
+        super().setup(agent, rng)
         if "density" not in agent.parts:
             raise ValueError(
                 "spot needs a density of the data: put the stage `pretrain: {objective: density}` before it"
             )
-        super().setup(agent, rng)
         agent.parts["density"].weight.fill_(self.config.support_weight)
-        self._size = 0.0  # mean |Q| of this update, summed over its micro-batches
 
-    def critic_penalty(self, agent: Agent, batch: Batch, q: Tensor, rng: torch.Generator) -> Tensor | None:
-        """None; but keeps the size of Q, against which lambda is measured."""
-        self._size += float(q.detach().abs().sum()) / (len(q) * batch.num_decisions)
-        return None
+    penalises = True
 
     def policy_penalty(self, agent: Agent, batch: Batch, action: Tensor, rng: torch.Generator) -> Tensor:
-        """Lambda * size of Q * negative evidence bound of the action."""
+        """Lambda * negative evidence bound of the action."""
         density = agent.parts["density"]
         each = density.negative_elbo(batch.observation, action, beta=self.config.beta, rng=rng)
-        penalty = density.weight * agent.parts["critic"].scale * each.sum() / batch.num_decisions
+        penalty = density.weight * each.sum() / batch.num_decisions
         imitation = super().policy_penalty(agent, batch, action, rng)
         return penalty if imitation is None else penalty + imitation
 
     def after_update(self, agent: Agent, update: int) -> None:
-        """Move the target critic and the size of Q, cool lambda."""
+        """As TD3, and cool lambda."""
         super().after_update(agent, update)
-        scale = agent.parts["critic"].scale
-        scale.fill_(self._size if not scale else torch.lerp(scale, torch.tensor(self._size), 0.01))
-        self._size = 0.0
         c = self.config
         if c.final_support_weight is not None:
             done = min(1.0, update / c.cooling_updates)
