@@ -6,26 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch, Tree
 from embodied_rft.networks import polyak
-from embodied_rft.objectives.common import STRICT, preset
-from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig, is_stochastic, sample
+from embodied_rft.objectives.common import preset
+from embodied_rft.objectives.soft_actor_critic import SAC, is_stochastic, sample
 
 
-@dataclass(config=STRICT, kw_only=True)
-class TD3Config(SACConfig):
-    """Options of `td3`: those of `sac` but for entropy and temperature, which have no effect, and these."""
-
-    target_noise: NonNegativeFloat = 0.2  # smoothing of the next action, standard deviation in [-1, 1] units
-    target_noise_clip: NonNegativeFloat = 0.5  # it is kept within this
-
-
-@preset("td3", policy_delay=2, policy_value="first")
+@preset("td3", policy_delay=2, policy_value="first", target_noise=0.2)
 class TD3(SAC):
     """Twin delayed deterministic policy gradient (Fujimoto et al. 2018, algorithm 1).
 
@@ -34,8 +24,8 @@ class TD3(SAC):
     stage, since what came before may have trained the policy in another way.
     """
 
-    Config: type = TD3Config
     needs_entropy = False
+    unused = ()  # but those of entropy
     td_weight = 1.0
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
@@ -78,7 +68,7 @@ class TD3(SAC):
             polyak(agent.parts["target_policy"], agent.policy, self.config.tau)
 
 
-@preset("td3_bc", policy_delay=2, policy_value="first", bc_weight=0.4)
+@preset("td3_bc", policy_delay=2, policy_value="first", target_noise=0.2, bc_weight=0.4)
 class TD3BC(TD3):
     """A minimalist approach to offline learning (Fujimoto and Gu 2021): TD3, Q of mean size 1, and imitation.
 

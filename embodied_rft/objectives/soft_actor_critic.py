@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from embodied_rft.plans import Replay, Share
 from embodied_rft.registry import register
 from embodied_rft.spaces import ActionScale
 
+OF_SMOOTHING = ("target_noise", "target_noise_clip")  # options that only TD3 reads
 OF_ENTROPY = ("backup_entropy", "initial_temperature", "train_temperature", "target_entropy")
 
 
@@ -36,6 +38,8 @@ class SACConfig(Replay):
     subset_size: int = 2  # of "random_subset" (REDQ)
     target_clip: tuple[float, float] | None = None  # known range of returns
     backup_entropy: bool = True  # count the entropy of the next action in the target
+    target_noise: NonNegativeFloat = 0.0  # `td3`: standard deviation of noise on the next action, in [-1, 1] units
+    target_noise_clip: NonNegativeFloat = 0.5  # it is kept within this
     tau: Share = 0.005  # speed of the target critic
     # Critic
     num_critics: int | None = None  # a new critic has 2
@@ -64,6 +68,7 @@ class SAC:
     judges = "action"  # what the critic judges: see `Agent.decision_space`
     updates_per_decision: float = 1.0  # gradient steps for each decision of experience, as published
     needs_entropy = True
+    unused: tuple[str, ...] = OF_SMOOTHING  # options without effect
     td_weight = 0.5  # of the squared error, each member's
     entropy_per_number = -1.0  # target entropy for each number of a decision, where the options give none
 
@@ -103,17 +108,17 @@ class SAC:
         c = self.config
         if c.bc_weight and not hasattr(agent.policy, "imitation_loss"):
             raise ValueError(f"bc_weight {c.bc_weight}: {type(agent.policy).__name__} cannot imitate; set it to 0")
-        if is_stochastic(agent.policy):
-            return
-        if self.needs_entropy:
+        without = not is_stochastic(agent.policy)
+        if without and self.needs_entropy:
             raise ValueError(
                 f"objective {self.id!r} trains policies with an entropy, this one has none: use td3, or a policy "
                 "without deterministic: true"
             )
         usual = {f.name: f.default for f in fields(self.Config)}
-        for name in OF_ENTROPY:
+        for name in (*self.unused, *(OF_ENTROPY if without else ())):
             if getattr(c, name) != usual[name]:
-                raise ValueError(f"{name} has no effect on a policy without entropy: leave it out")
+                why = "on a policy without entropy" if name in OF_ENTROPY else f"in {self.id!r}, see td3"
+                raise ValueError(f"{name} has no effect {why}: leave it out")
 
     # --- losses, in update order ---------------------------------------------------------------------------------
 

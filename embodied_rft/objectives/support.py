@@ -17,7 +17,8 @@ from torch import Tensor
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
 from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, preset
-from embodied_rft.objectives.deterministic import TD3, TD3Config
+from embodied_rft.objectives.deterministic import TD3
+from embodied_rft.objectives.soft_actor_critic import SACConfig
 from embodied_rft.plans import Replay
 from embodied_rft.registry import register
 
@@ -67,7 +68,7 @@ class DensityObjective:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class SPOTConfig(TD3Config):
+class SPOTConfig(SACConfig):
     """Options of `spot`: those of `td3` and these."""
 
     support_weight: NonNegativeFloat = 0.1  # lambda, in units of the mean |Q|
@@ -76,7 +77,7 @@ class SPOTConfig(TD3Config):
     beta: PositiveFloat = 0.5  # as in `density`
 
 
-@preset("spot", policy_delay=2, policy_value="first")
+@preset("spot", policy_delay=2, policy_value="first", target_noise=0.2)
 class SPOT(TD3):
     """Supported policy optimisation (Wu et al. 2022, eq. 11): TD3, Q of mean size 1, + lambda * -log density."""
 
