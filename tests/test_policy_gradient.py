@@ -202,6 +202,31 @@ def test_losses_equal_those_of_trl(preset, loss_type, level):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
+def test_rloo_equals_trl():
+    from trl import RLOOTrainer
+
+    lab, objective, batch, _ = prepared({"id": "rloo", "clip_low": 0.05, "clip_high": 0.08})
+    moved(lab)
+    log_prob, _ = lab.agent.policy.log_prob(batch.observation, batch.action, {})
+    fake = Fake(
+        _get_per_token_logps_and_entropies=lambda *a, **k: (log_prob, torch.zeros_like(log_prob), None),
+        _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
+        model=types.SimpleNamespace(training=False),
+        accelerator=Fake(gather=lambda x: x, reduce=lambda x, **_: x),
+        epsilon_low=0.05,
+        epsilon_high=0.08,
+    )
+    ids = torch.zeros(batch.mask.shape, dtype=torch.int64)
+    inputs = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids}
+    inputs |= {"completion_mask": batch.mask.float(), "advantages": batch.notes["advantage"]}
+    inputs["old_logps"] = torch.where(batch.mask, batch.log_prob, 0.0).sum(1)
+    expected = RLOOTrainer._compute_loss(fake, None, inputs)
+    loss, _ = objective.policy_loss(lab.agent, batch, lab.rng)
+    torch.testing.assert_close(loss, expected)
+    for one, other in zip(gradients(lab, loss), gradients(lab, expected), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
 # --- credit ------------------------------------------------------------------------------------------------------
 
 

@@ -176,31 +176,48 @@ SPECS = {
 }
 
 
+def papers(name, chosen, rejected, units, likely):
+    """What each paper writes of one pair, from the scores of both sides."""
+    logsigmoid = torch.nn.functional.logsigmoid
+    if name == "dpo":  # Rafailov et al. 2023, eq. 7, with Mitchell's label smoothing
+        h = 0.5 * (chosen - rejected)
+        return -0.9 * logsigmoid(h) - 0.1 * logsigmoid(-h)
+    if name == "ipo":  # Azar et al. 2023, eq. 17
+        return (chosen - rejected - 1 / (2 * 0.1)) ** 2
+    if name == "simpo":  # Meng et al. 2024, eq. 6: means over all tokens of a side
+        return -logsigmoid(2.0 * chosen / units[0] - 2.0 * rejected / units[1] - 0.8)
+    if name == "slic":  # Zhao et al. 2023, eq. 3
+        return (1 - chosen + rejected).clamp_min(0) - 0.2 * likely
+    both = torch.stack([0.4 * chosen, 0.5 * 0.4 * rejected])  # Hejna et al. 2023, eq. 8
+    return -(both[0] - both.logsumexp(0))
+
+
 @pytest.mark.parametrize("name", SPECS)
-def test_the_loss_equals_a_loop_over_pairs(name):
+def test_one_update_equals_the_papers_equations(name):
+    """Loss and gradient from a loop over the decisions of each pair; episodes have two turns."""
     lab, objective, batch = prepared(SPECS[name], turns=2)
-    c, policy = objective.config, lab.agent.policy
+    policy, decay = lab.agent.policy, 0.9 if name == "cpl" else 1.0
     loss, metrics = objective.policy_loss(lab.agent, batch, lab.rng)
-    total, right = 0.0, 0
+    total = 0.0
     for pair in range(12):
-        margin, likelihood = 0.0, 0.0
+        score, units, likely = [0.0, 0.0], [0, 0], 0.0
         for b in np.flatnonzero(batch.columns["pair"] == pair):
             one = batch.take(np.array([b]))
-            with torch.no_grad():
-                score = policy.log_prob(one.observation, one.action, {})[0].sum()
-                own = float(score)
-                if c.reference == "start":
-                    score -= lab.agent.parts["reference"].log_prob(one.observation, one.action, {})[0].sum()
-            score = float(score) / (int(one.mask.sum()) if c.per_unit else 1)
-            chosen = bool(batch.columns["chosen"][b])
-            margin += c.gamma ** int(batch.columns["place"][b]) * (score if chosen else -c.rejected_weight * score)
-            likelihood += own * chosen
-        margin -= c.margin / c.beta
-        right += margin > 0
-        each = losses.preference(torch.tensor(margin), kind=c.loss, beta=c.beta, smoothing=c.smoothing)
-        total += (float(each) - c.chosen_weight * likelihood) / 12
-    assert float(loss.detach()) == pytest.approx(total, rel=1e-4)
-    assert float(metrics["preference/accuracy"]) == pytest.approx(right / 12)
+            own = policy.log_prob(one.observation, one.action, {})[0].sum()
+            against = 0.0
+            if name in ("dpo", "ipo"):
+                reference = lab.agent.parts["reference"]
+                against = reference.log_prob(one.observation, one.action, {})[0].sum().detach()
+            side = int(not batch.columns["chosen"][b])
+            score[side] = score[side] + decay ** int(batch.columns["place"][b]) * (own - against)
+            units[side] += int(one.mask.sum())
+            likely = likely + own * (side == 0)
+        total = total + papers(name, *score, units, likely) / 12
+    torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-5)
+    parameters = list(policy.parameters())
+    for one, other in zip(*(torch.autograd.grad(x, parameters) for x in (loss, total)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    assert 0 <= float(metrics["preference/accuracy"]) <= 1
 
 
 @pytest.mark.parametrize("name", SPECS)

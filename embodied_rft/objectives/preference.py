@@ -30,7 +30,7 @@ from embodied_rft.registry import register
 
 @dataclasses.dataclass(slots=True)
 class PairBatch(Batch):
-    """The decisions of P pairs, pair after pair: those of the better piece, then those of the other.
+    """The decisions of P pairs, pair after pair, which `together` keeps whole: the better piece, then the other.
 
     `columns` has "pair" [B] (numbers that never fall), "chosen" [B] bool and "place" [B], the decision's place in its
     piece, from 0.
@@ -134,16 +134,16 @@ class DPOConfig:
 
     num_updates: int = 1_000  # per learn call
     batch_size: int = 64  # pairs
-    within: Literal["group", "seed", "all"] = "group"
-    pairing: Literal["random", "extremes"] = "random"
-    segment: int | None = None  # decisions; None: whole episodes
-    min_gap: float = 0.0
+    within: Literal["group", "seed", "all"] = "group"  # what the two of a pair share
+    pairing: Literal["random", "extremes"] = "random"  # any two that differ, or the best and the worst
+    segment: int | None = None  # decisions of a piece; None: whole episodes
+    min_gap: float = 0.0  # returns that differ by no more are a draw
     reward_weights: dict[str, float] | None = None  # what returns are made of; None: the environment's reward
-    loss: losses.Preference = "sigmoid"
+    loss: losses.Preference = "sigmoid"  # of the margin: DPO's, IPO's ("squared") or SLiC's ("hinge")
     beta: float = 0.1  # strength of the pull to the reference, or scale of the log-probabilities without one
     reference: Literal["start", "none"] = "start"  # the policy when the stage starts
     smoothing: float = 0.0  # how often labels are wrong (conservative DPO)
-    per_unit: bool = False  # means over units in place of sums, so that length has no say
+    per_unit: bool = False  # means over the units of a piece in place of sums, so that length has no say
     margin: float = 0.0  # what the better score must lead by, after beta
     gamma: float = 1.0  # weight of a decision's score, to the power of its place in the piece
     rejected_weight: float = 1.0  # of the worse piece's score (CPL's bias, below 1)
@@ -173,22 +173,25 @@ class DPO:
         if self.config.reference == "start":
             agent.ensure_copy("reference")
 
-    def score(self, policy: nn.Module, batch: Batch) -> Tensor:
-        """[B]: log-probability of each decision, the sum (or mean) over its units."""
+    def score(self, policy: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probability of each decision [B], the sum over its units, and how many these are [B]."""
         log_prob, _ = policy.log_prob(batch.observation, batch.action, batch.trace)  # type: ignore[operator]
         # Of pairs that somebody else wrote, no log-probability was stored: what is behind a reply's end is 0.
         mask = batch.mask if batch.mask.shape == log_prob.shape else log_prob.detach() != 0
-        total = torch.where(mask, log_prob, 0.0).sum(1)
-        return total / mask.sum(1).clamp_min(1) if self.config.per_unit else total
+        return torch.where(mask, log_prob, 0.0).sum(1), mask.sum(1)
 
     def policy_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean preference loss over pairs."""
         assert isinstance(batch, PairBatch)
-        c, own = self.config, self.score(agent.policy, batch)
+        c, columns = self.config, batch.columns
+        own, units = self.score(agent.policy, batch)
         score = own - self._reference(agent, batch) if c.reference == "start" else own
-        columns = batch.columns
-        sign = np.where(columns["chosen"], 1.0, -c.rejected_weight) * c.gamma ** columns["place"]
         number = torch.from_numpy(columns["pair"] - columns["pair"][0]).to(score.device)
+        if c.per_unit:  # the length of a piece is that of all its decisions
+            piece = 2 * number + torch.from_numpy(columns["chosen"]).to(number)
+            length = torch.zeros(int(piece.max()) + 1, device=score.device).index_add(0, piece, units.to(score))[piece]
+            own, score = own / length.clamp_min(1), score / length.clamp_min(1)
+        sign = np.where(columns["chosen"], 1.0, -c.rejected_weight) * c.gamma ** columns["place"]
         margin = torch.zeros(int(number[-1]) + 1, device=score.device)
         margin = margin.index_add(0, number, score * torch.from_numpy(sign).to(score)) - c.margin / c.beta
         each = losses.preference(margin, kind=c.loss, beta=c.beta, smoothing=c.smoothing)
@@ -204,14 +207,14 @@ class DPO:
         if noted is not None and not bool(noted.isnan().any()):
             return noted
         with torch.no_grad():
-            return self.score(agent.parts["reference"], batch)
+            return self.score(agent.parts["reference"], batch)[0]
 
     def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
         """Write "reference_score", one number a decision."""
         fit_normalizers(agent, buffer, rows)
         if self.config.reference == "start" and len(rows):
             batch = buffer.batch(rows, next_observation=False)
-            score = score_in_chunks(lambda b: self.score(agent.parts["reference"], b), batch, agent.device)
+            score = score_in_chunks(lambda b: self.score(agent.parts["reference"], b)[0], batch, agent.device)
             buffer.annotate("reference_score", rows, score.numpy())
         return {}
 
@@ -279,6 +282,11 @@ class CPLConfig(DPOConfig):
 
 @register("objective", "cpl")
 class CPL(DPO):
-    """Contrastive preference learning (Hejna et al. 2023, eq. 5 and 8): segments and their log-probabilities."""
+    """Contrastive preference learning (Hejna et al. 2023, eq. 5 and 8): segments and their log-probabilities.
+
+    The paper's labels say which segment has less regret; here the larger sum of rewards is preferred, since
+    a buffer knows no optimal advantage. Both agree where rewards are the optimal advantage up to a constant; where they
+    do not (a reward that comes late), label segments elsewhere and store a reward stream for `reward_weights`.
+    """
 
     Config = CPLConfig
