@@ -218,8 +218,14 @@ class Buffer:
         trace = trajectory.trace if retrace is None else retrace(trajectory.observation, trajectory.action)
         trace = {key: value for key, value in trace.items() if key in schema.trace}
         streams, head, last = np.full(count, -1), slice(0, count), slice(count, None)
-        reward = dict.fromkeys(schema.rewards, np.zeros(count, np.float32)) | {"env": trajectory.reward}
-        reward |= {name: value for name, value in trajectory.rewards.items() if name in reward}
+        reward = {**trajectory.rewards, "env": trajectory.reward}
+        for name in schema.rewards:
+            if name not in reward:
+                raise ValueError(
+                    f"this buffer keeps the reward stream {name!r}, and the episode says nothing about it: write it "
+                    f"again (`erft demos` tells success), or give the trajectory rewards={{{name!r}: [T numbers]}}"
+                )
+        reward = {name: reward[name] for name in schema.rewards}
         log_prob = trajectory.log_prob
         if log_prob is None:
             log_prob = Ragged.of([[]] * count) if schema.units is None else np.zeros((count, schema.units), np.float32)

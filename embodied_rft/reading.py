@@ -20,6 +20,9 @@ from embodied_rft.ring import Ring
 
 ENDS: tuple[End, ...] = ("cut", "terminated", "truncated")  # of the code in `Store.end`, of an episode's last decision
 TERMINATED, TRUNCATED = 1, 2
+# Streams of reward that are paid once, with the last decision of an episode, whatever ended it. Nothing is paid behind
+# that: where one of them counts, a time limit does not bootstrap either, or a success would be counted again.
+FINAL = ("success",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,8 @@ def read(store: Store, rows: np.ndarray, reading: Reading) -> Batch:
         reward = mix(now["reward"], reading.reward_weights)
     else:
         reward, discount, last = _window(store, rows, reading, list(now["reward"]))
+    if any((reading.reward_weights or {}).get(name) for name in FINAL):
+        discount = torch.where(torch.from_numpy(store.end[last] == TRUNCATED), 0.0, discount)
     after = store.ring.next[last]
     following: dict[str, dict[str, Any]] = {"observation": {}, "trace": {}}
     if reading.next_observation:

@@ -139,11 +139,6 @@ class Rig:
             chunk: (horizon, execute) of the chunks that single steps are to be cut into.
         """
         for one in trajectories:
-            if "success" in self.schema().rewards and "success" not in one.rewards:
-                raise ValueError(
-                    "an episode does not say whether it succeeded, but buffer.success asks for it: write it again with "
-                    "`erft demos`, or give its trajectories a reward stream 'success'"
-                )
             for each in [one] if chunk is None else chunk_trajectories([one], horizon=chunk[0], execute=chunk[1]):
                 self.buffer.add_trajectory(each, retrace=getattr(self.agent.policy, "retrace", None))
 

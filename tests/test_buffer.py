@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from embodied_rft.blobs import BlobStore
 from embodied_rft.buffer import Buffer, Schema
-from embodied_rft.data import Decisions, Field, Ragged, Source
+from embodied_rft.data import Decisions, Field, Ragged, Source, Trajectory
 from embodied_rft.ring import Ring
 from tests.buffer_model import DENSE, RICH, Model, run_history
 
@@ -96,6 +96,52 @@ def test_only_a_terminal_state_does_not_bootstrap(end, discount):
     assert batch.next_observation["state"].tolist() == [[9, 9]]
     (trajectory,) = buffer.trajectories()
     assert trajectory.end == end and len(trajectory) == 2
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.parametrize(
+    ("end", "weights", "discount"),
+    [
+        ("terminated", {"success": 1.0}, 0.0),
+        ("truncated", {"success": 1.0}, 0.0),  # it was paid for the last time: it is not counted again
+        ("truncated", {"env": 0.1, "success": 1.0}, 0.0),
+        ("truncated", {"env": 1.0, "success": 0.0}, 0.5),
+        ("truncated", None, 0.5),
+        ("cut", {"success": 1.0}, 0.5),  # the episode would have gone on
+    ],
+)
+def test_a_stream_that_is_paid_at_the_end_ends_with_the_episode_whatever_ended_it(end, weights, discount, num_steps):
+    buffer = simple(rewards=("env", "success"))
+    reward = {"env": np.zeros(1), "success": np.ones(1)}
+    for step in range(2):
+        over = step == 1
+        add(buffer, [0], reward=reward, terminated=over and end == "terminated", truncated=over and end == "truncated")
+    close(buffer, [0])
+    batch = buffer.batch(buffer.rows()[-1:], gamma=0.5, reward_weights=weights, num_steps=num_steps)
+    assert batch.discount.tolist() == [discount]
+
+
+def test_a_reward_stream_that_an_episode_does_not_have_is_named_never_silently_zero():
+    buffer = simple(rewards=("env", "success"))
+    trajectory = Trajectory({"state": np.zeros((3, 2))}, np.zeros((2, 1)), np.zeros(2, np.float32), "terminated")
+    with pytest.raises(ValueError, match="keeps the reward stream 'success', and the episode says nothing about it"):
+        buffer.add_trajectory(trajectory)
+
+
+def test_the_next_decision_fills_the_row_that_was_looked_ahead_into():
+    buffer = simple()
+    add(buffer, [0, 1], 1.0)
+    assert len(buffer) == 0 and buffer.size == 2
+    buffer.peek(np.array([1]), state(1, 5.0))
+    (row,) = buffer.rows()
+    assert buffer.batch([row]).next_observation["state"].tolist() == [[5.0, 5.0]] and buffer.size == 3
+    assert add(buffer, [0, 1], 5.0).tolist() == [3, 2] and buffer.size == 4 and len(buffer) == 2
+    assert buffer.batch([row], num_steps=2).next_observation["state"].tolist() == [[5.0, 5.0]]
+    buffer.peek(np.array([1]), state(1, 6.0))
+    close(buffer, [1], 6.0)
+    assert buffer.size == 5 and len(buffer) == 3
+    with pytest.raises(ValueError, match="stream 1 has no open episode"):
+        buffer.peek(np.array([1]), state(1, 6.0))
 
 
 def test_offline_share_is_exact_wherever_the_rows_lie():

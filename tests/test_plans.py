@@ -92,6 +92,25 @@ def test_fresh_reads_each_decision_once_per_epoch(groups, batch_size, whole, shu
         assert np.concatenate(parts[:middle]).tolist() == buffer.rows().tolist()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "read"),
+    [
+        ([3, 3], 4, [3, 3]),  # the border lies inside the second group
+        ([3, 3], 6, [6]),
+        ([3, 1, 3], 4, [4, 3]),  # the border lies between two groups
+        ([2, 2, 2, 2], 5, [4, 4]),
+        ([5, 1], 4, [5, 1]),  # longer than a batch
+        ([1, 5, 1], 4, [1, 5, 1]),
+    ],
+)
+def test_a_border_of_batches_never_lies_in_a_group(sizes, batch_size, read):
+    buffer = filled([group for group, size in enumerate(sizes) for _ in range(size)])
+    plan = Fresh(batch_size=batch_size, whole_groups=True, shuffle=False)
+    parts = [batch.columns["group"].tolist() for batch in plan.batches(buffer, np.random.default_rng(0), version=0)]
+    assert [len(part) for part in parts] == read
+    assert sorted(sum(parts, [])) == sum(parts, [])
+
+
 def test_shuffling_changes_the_order():
     buffer = filled([-1] * 50)
     batch = next(Fresh(batch_size=50).batches(buffer, np.random.default_rng(0), 0))

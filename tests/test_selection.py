@@ -184,3 +184,23 @@ def test_without_the_option_success_is_not_kept(tmp_path):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(ValueError, match=r"set buffer\.success"):
         train(load_recipe(tmp_path / "s.yaml"), tmp_path / "run", quiet=True, report=False)
+
+
+@pytest.mark.parametrize(
+    ("groups", "returns", "kept"),
+    [
+        ([-1, -1, -1, -1], [1.0, 4.0, 2.0, 3.0], [1.0, 4.0, 2.0, 3.0]),  # of a file: nobody's siblings
+        ([0, 0, 1, 1], [1.0, 4.0, 2.0, 3.0], [4.0, 3.0]),
+        ([0, -1, 0, -1], [1.0, 0.0, 2.0, 3.0], [0.0, 2.0, 3.0]),
+    ],
+)
+def test_the_best_of_each_group_and_whoever_has_none(groups, returns, kept):
+    buffer = Buffer(Schema({"state": Field((1,))}, Field((1,))), 20)
+    for group, returned in zip(groups, returns, strict=True):
+        one = {"state": np.zeros((1, 1))}
+        buffer.add(
+            np.array([0]), one, Decisions(np.zeros((1, 1)), np.zeros((1, 1))), [returned], True, False, group=group
+        )
+        buffer.close(np.array([0]), one)
+    rows = select(buffer, Selection(best_of=1))
+    assert buffer.batch(rows).reward.tolist() == kept

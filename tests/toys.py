@@ -49,3 +49,48 @@ class SeedPool:
 
     def close(self):
         pass
+
+
+class Corridor(gymnasium.Env):
+    """Walks forward whatever is done, like most environments without get_state: `length` steps, reward 1 each.
+
+    Args:
+        length: steps of an episode; 0: it never ends. With `spread`, up to so many more, decided by the seed.
+        spread: see `length`.
+        end: what the last step says, "terminated" or "truncated".
+        success: when an episode counts as a success: "end", "middle" (lost again), "never", or "" (nothing is told).
+        tell: "always", or "end": success is told with the last step only.
+        fails: seeds of which each first step is NaN.
+    """
+
+    metadata = {"render_modes": []}
+
+    def __init__(
+        self, *, length=5, spread=0, end="terminated", success="end", tell="always", fails=(), render_mode=None
+    ):
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+        self.length, self.spread, self.end, self.success, self.tell = length, spread, end, success, tell
+        self.fails, self.render_mode = set(fails), render_mode
+
+    def _observe(self):
+        return np.array([self.t / 10, self.place], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.broken = 0, seed in self.fails
+        self.place = float(self.np_random.normal())
+        self.last = self.length + (int(self.np_random.integers(self.spread + 1)) if self.spread else 0)
+        return self._observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        over = self.t == self.last
+        won = {"end": over, "middle": self.t == self.last // 2}.get(self.success, False)
+        info = {"success": won} if self.success and (over or self.tell == "always") else {}
+        reward = float("nan") if self.broken else 1.0
+        return self._observe(), reward, over and self.end == "terminated", over and self.end == "truncated", info
+
+
+if "Corridor-v0" not in gymnasium.registry:
+    gymnasium.register("Corridor-v0", Corridor)

@@ -60,6 +60,7 @@ def select(buffer: Buffer, selection: Selection, reward_weights: dict[str, float
         keep &= segment_returns(buffer, segments, reward_weights={"success": 1.0}) > 0
     if selection.best_of is not None and segments:
         group = buffer.columns(np.array([s[0] for s in segments]))["group"]
+        group = np.where(group < 0, -1 - np.arange(len(group)), group)  # whoever has no group is the best of its own
         order = np.lexsort((-returned, group))
         first = np.flatnonzero(np.append(True, np.diff(group[order]) != 0))
         rank = np.arange(len(order)) - np.repeat(first, np.diff(np.append(first, len(order))))
@@ -74,6 +75,11 @@ class SelectedReplay(Replay):
     """Batches drawn with replacement from the decisions of selected episodes."""
 
     selection: Selection = field(default_factory=Selection)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.offline_share is not None and not self.selection.everything:
+            raise ValueError("offline_share has no effect on selected episodes: leave it out, or the selection")
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
         """`num_updates` batches; what is selected is decided when the first one is asked for."""
@@ -94,10 +100,6 @@ class BehaviorCloningConfig:
     offline_share: float | None = None  # 1.0: demonstrations and offline data only; without a selection
     selection: Selection = field(default_factory=Selection)
     reward_weights: dict[str, float] | None = None  # what returns are made of; None: the environment's reward
-
-    def __post_init__(self) -> None:
-        if self.offline_share is not None and not self.selection.everything:
-            raise ValueError("offline_share has no effect on selected episodes: leave it out, or the selection")
 
 
 @register("objective", "bc")

@@ -48,6 +48,11 @@ class PairPlan(Replay):
     segment: int | None = None  # decisions of a piece; None: whole episodes
     min_gap: float = 0.0  # returns that differ by no more are a draw
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.offline_share is not None:
+            raise ValueError("offline_share has no effect on pairs: leave it out")
+
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
         """`num_updates` batches; none if all that can be compared is equally good: then there is nothing to learn.
 
