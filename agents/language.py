@@ -55,7 +55,7 @@ class LanguageConfig:
     gradient_checkpointing: bool = False  # compute a layer twice instead of keeping its activations
     token_chunk: int | None = None  # tokens whose logits exist at the same time; None: 64 MB of them
     share_prefix: bool = True  # compute the prompt of a group once
-    value_head: bool = False  # a value of the prompt on the same trunk, trained with the policy's loss
+    value_head: bool = False  # a value before every token on the same trunk, trained with the policy's loss
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -111,7 +111,7 @@ class LanguagePolicy(nn.Module):
         self.usage = Usage()  # of the decoder when it scores
         if config.value_head:
             self.head = linear(self.lm.hidden_size, 1, gain=0.0, rng=rng)
-            self.value = self._value  # objectives look whether there is one
+            self.value, self.unit_values = self._value, self._unit_values  # objectives look whether there are any
         self.select(config.train, lora=config.lora, rng=rng)
         if config.gradient_checkpointing:
             self.lm.checkpoint_layers()
@@ -169,26 +169,27 @@ class LanguagePolicy(nn.Module):
 
         Scores the ids in the trace; only rows without them (somebody else's decisions) are tokenised, each text once.
         """
-        from embodied_rft.prefix import reply_states
         from embodied_rft.token_loss import token_log_probs
 
-        trace = self._complete(observation, action, trace)
-        prompts, replies = trace["prompt"], trace["reply"]
-        self.lm.check_ids(prompts.values, replies.values)
-        hidden = reply_states(
-            self.lm.decoder,
-            prompts,
-            replies,
-            num_layers=self.lm.num_layers,
-            share=self.config.share_prefix,
-            usage=self.usage,
-        )
+        hidden, replies = self._reply_states(observation, action, trace)
         targets = torch.from_numpy(replies.values).to(hidden.device)
         head = self.lm.head(self.config.temperature)
         flat = token_log_probs(hidden, targets, head, chunk=self.config.token_chunk)
         mask = torch.from_numpy(replies.pad()[1]).to(hidden.device)
         log_prob, entropy = (torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, f) for f in flat)
         return log_prob, entropy
+
+    def _reply_states(self, observation: Tree, action: Any, trace: Tree) -> tuple[Tensor, Ragged]:
+        """The states [sum of U, H] before every reply token, and the replies."""
+        from embodied_rft.prefix import reply_states
+
+        trace = self._complete(observation, action, trace)
+        prompts, replies = trace["prompt"], trace["reply"]
+        self.lm.check_ids(prompts.values, replies.values)
+        share, layers = self.config.share_prefix, self.lm.num_layers
+        return reply_states(
+            self.lm.decoder, prompts, replies, num_layers=layers, share=share, usage=self.usage
+        ), replies
 
     def micro_batches(self, batch: Batch, most: int) -> list[np.ndarray]:
         """The rows of micro-batches of at most `most` tokens each, padding included, siblings together."""
@@ -271,6 +272,13 @@ class LanguagePolicy(nn.Module):
 
         states = prompt_states(self.lm.decoder, self.prompt_ids(observation))
         return self.head(_standardize(states)).squeeze(-1)
+
+    def _unit_values(self, observation: Tree, action: Any, trace: Tree) -> Tensor:
+        """[B, U]: the same before each token of the replies, 0 behind their ends; the first is that of the prompt."""
+        states, replies = self._reply_states(observation, action, trace)
+        mask = torch.from_numpy(replies.pad()[1]).to(states.device)
+        flat = self.head(_standardize(states)).squeeze(-1)
+        return torch.zeros(mask.shape, device=states.device).masked_scatter(mask, flat)
 
     def make_encoder(self, *, rng: torch.Generator) -> PromptEncoder:
         """What a value function reads: the state of the prompt's last token, without gradient into this model."""

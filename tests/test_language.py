@@ -389,6 +389,10 @@ def test_value_head_shares_the_trunk():
     assert value.shape == (len(PROMPTS),) and value[0] == value[1] != value[2]
     value.sum().backward()
     assert {"head.weight", "model.model.embed_tokens.weight"} <= set(gradient(policy))
+    units = policy.unit_values({"prompt": PROMPTS}, ["x"] * len(PROMPTS), trace)
+    assert units.shape == (len(PROMPTS), 2)
+    torch.testing.assert_close(units[:, 0], value, atol=1e-5, rtol=1e-5)  # before the first token: the prompt's
+    assert not torch.allclose(units[:, 1], units[:, 0])
     copied = copy.deepcopy(policy)
     with torch.no_grad():
         policy.head.weight.zero_()

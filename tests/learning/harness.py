@@ -78,7 +78,7 @@ class Lab:
         self.learner = Learner(self.agent, objective, config)
         if self.tamper is not None:
             update = self.learner.update
-            self.learner.update = lambda batch, rng: update(self.tamper(batch), rng)
+            self.learner.update = lambda batch, rng, **more: update(self.tamper(batch), rng, **more)
         return objective
 
     def pretrain(self, spec, *, updates, config=FAST):

@@ -64,7 +64,7 @@ class Lab:
         learner, buffer = self.learner(spec, learning_rate=learning_rate), self.new_buffer()
         update = learner.update
         if tamper is not None:
-            learner.update = lambda batch, rng: update(tamper(batch, self.numbers), rng)
+            learner.update = lambda batch, rng, **more: update(tamper(batch, self.numbers), rng, **more)
         act = functools.partial(self.agent.policy.act, rng=self.rng)
         for _ in range(rounds):
             self.collector.collect(act, episodes=ROWS, version=learner.version).write(buffer)
@@ -102,7 +102,8 @@ def learns(*args, **kwargs):
 def shuffled(batch, numbers):
     """Credit goes to somebody else's decision."""
     order = torch.from_numpy(numbers.permutation(len(batch)))
-    batch.notes["advantage"] = batch.notes["advantage"][order]
+    for name in {"advantage", "unit_advantage"} & set(batch.notes):
+        batch.notes[name] = batch.notes[name][order]
     return batch
 
 
@@ -129,6 +130,13 @@ def test_ppo(started, options):
     spec = {"id": "ppo", **FRESH}
     learns(started, spec, rounds=40, **options)
     fails(learns, started, spec, rounds=40, tamper=shuffled, **options)
+
+
+def test_bi_level_credit(started):
+    """A value before every token (VAGEN): as good as one for each reply, on the trunk of a shipped agent."""
+    spec = {"id": "ppo", "credit": "bi_level_gae", **FRESH}
+    learns(started, spec, rounds=40, value_head=True)
+    fails(learns, started, spec, rounds=40, tamper=shuffled, value_head=True)
 
 
 def test_raft(started):
