@@ -330,7 +330,8 @@ def _to_fields(cls: Any, mapping: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _to_key(name: str) -> str:
+def to_key(name: str) -> str:
+    """The key of a field: `with` of `with_`."""
     return name[:-1] if name.endswith("_") and keyword.iskeyword(name[:-1]) else name
 
 
@@ -354,7 +355,7 @@ def _keys_at(cls: Any, location: Sequence[Any]) -> list[str]:
     for part in location:
         hints = [typing.get_type_hints(c).get(part) for c in _dataclasses_in(cls)] if isinstance(part, str) else [cls]
         cls = next((hint for hint in hints if hint is not None), None)
-    return [_to_key(f.name) for c in _dataclasses_in(cls) for f in dataclasses.fields(c) if f.init]
+    return [to_key(f.name) for c in _dataclasses_in(cls) for f in dataclasses.fields(c) if f.init]
 
 
 def _dataclasses_in(hint: Any) -> Iterator[Any]:
@@ -371,7 +372,7 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, StageSpec):
         return {value.word: to_plain(value.config) or {}}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {_to_key(f.name): to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {to_key(f.name): to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

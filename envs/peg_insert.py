@@ -224,6 +224,11 @@ def fixture_pose(goal: np.ndarray) -> np.ndarray:
 class PegInsertEnv(ManipulationEnv):
     """One peg insertion; the options of `PegInsertTask` go there, all others to `ManipulationEnv`."""
 
+    @staticmethod
+    def option_sources() -> tuple[Any, ...]:
+        """Whose arguments are options, too."""
+        return (PegInsertTask,)
+
     def __init__(self, **options: Any) -> None:
         super().__init__(PegInsertTask(**_of_task(options)), **options)
 

@@ -321,6 +321,12 @@ def describe(task: str) -> str:
     return (TASKS[task].__doc__ or "").partition("\n")[0]
 
 
+def option_sources(task: str) -> tuple[Any, ...]:
+    """Whose arguments a text environment's options are."""
+    return TASKS[task], TextBatch
+
+
+setattr(make_env, "option_sources", option_sources)  # noqa: B010
 setattr(make_env, "describe", describe)  # noqa: B010  (a function with an attribute, said so that mypy agrees)
 for _name, _task in zip(("Sum", "Countdown", "Format", "Jsonl"), TASKS, strict=True):
     gymnasium.register(
