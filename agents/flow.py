@@ -31,7 +31,7 @@ class FlowConfig(ChunkConfig):
     """Options of a `flow` agent."""
 
     num_steps: int = 10  # S
-    noise: Literal["sde", "learned"] = "sde"
+    noise: Literal["sde", "learned"] = "sde"  # of the steps
     noise_level: float = 1.0  # "sde": width of the noise is noise_level * (1 - t) / sqrt(S), at least min_std
     max_std: float = 0.3  # "learned": widths lie in [min_std, max_std]
     noise_hidden: tuple[int, ...] = (64, 64)  # "learned": hidden layers of the network of widths

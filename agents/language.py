@@ -46,8 +46,8 @@ class LanguageConfig:
     max_new_tokens: int = 64  # a reply that reaches it is cut, and marked so in the trace
     long_prompts: Literal["refuse", "skip"] = "refuse"  # those that leave no room for a reply: an error, or left out
     temperature: float = 1.0  # of sampling and of every log-probability
-    top_k: int | None = None
-    top_p: float | None = None
+    top_k: int | None = None  # draw from the k likeliest tokens; null: all
+    top_p: float | None = None  # draw from the likeliest tokens of this probability together; null: all
     stop: tuple[str, ...] = ()  # texts that end a reply; the text handed to the environment ends before them
     train: Train = "full"  # all weights, adapters, adapters and output layer, output layer, nothing
     lora: LoraOptions = field(default_factory=LoraOptions)

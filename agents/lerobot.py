@@ -47,7 +47,9 @@ class LeRobotConfig:
     horizon: int = 1  # H, steps of a predicted chunk that are used
     execute: int | None = None  # steps until the next prediction; None: all H
     # From our observation keys to the policy's: state vectors in the units of the policy's data, images as [0, 1].
-    keys: dict[str, str] = Option(default_factory=lambda: {"observation": "observation.state"})
+    keys: dict[str, str] = Option(  # our observation keys: the policy's
+        default_factory=lambda: {"observation": "observation.state"}
+    )
     task: str | None = None  # instruction given with every observation, for policies that read language
 
 

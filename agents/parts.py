@@ -36,11 +36,11 @@ class ActorConfig:
         "action"  # tanh of what is drawn, or of its mean alone (IQL): then it is clipped
     )
     initial_log_std: float = 0.0  # in [-1, 1] units before tanh
-    log_std_range: tuple[float, float] = (-5.0, 2.0)
+    log_std_range: tuple[float, float] = (-5.0, 2.0)  # of the width, natural logarithm
     last_gain: float = 1.0  # gain of the last layer; 0.01 starts near zero
-    layer_norm: bool = False
-    init: Literal["uniform", "orthogonal"] = "uniform"
-    activation: Literal["relu", "tanh"] = "relu"
+    layer_norm: bool = False  # after every layer
+    init: Literal["uniform", "orthogonal"] = "uniform"  # of the weights
+    activation: Literal["relu", "tanh"] = "relu"  # between layers
 
 
 def make_actor(

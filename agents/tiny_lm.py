@@ -25,12 +25,12 @@ class TinyConfig:
     """Size of a random model."""
 
     kind: Literal["qwen2", "llama", "gpt2"] = "qwen2"  # "gpt2": positions are learned, not rotary
-    hidden_size: int = 64
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 2
+    hidden_size: int = 64  # width
+    num_layers: int = 2  # depth
+    num_heads: int = 4  # of attention
+    num_kv_heads: int = 2  # of attention, shared
     vocab_size: int | None = None  # rows of the embedding; None: as many as the tokenizer knows
-    tie_embeddings: bool = False
+    tie_embeddings: bool = False  # output layer and embedding are one
     max_tokens: int = 4096  # longest context
     merges: int = 0  # pairs of bytes that become one token; 0: every byte is a token
 

@@ -21,15 +21,15 @@ AROUND, GLOBAL = "<fake_token_around_image>", "<global-img>"
 class TinyVLMConfig:
     """Size of a random vision-language model."""
 
-    kind: Literal["qwen2_5_vl", "smolvlm", "paligemma"] = "qwen2_5_vl"
-    hidden_size: int = 64
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 2
+    kind: Literal["qwen2_5_vl", "smolvlm", "paligemma"] = "qwen2_5_vl"  # family
+    hidden_size: int = 64  # width
+    num_layers: int = 2  # depth
+    num_heads: int = 4  # of attention
+    num_kv_heads: int = 2  # of attention, shared
     image_size: int = 32  # pixels; qwen2_5_vl takes images of any size
     patch_size: int = 8  # pixels; qwen2_5_vl and smolvlm merge 2x2 patches into one token
     vision_size: int = 32  # width of the vision tower
-    vision_layers: int = 1
+    vision_layers: int = 1  # depth of the tower
     vocab_size: int | None = None  # rows of the embedding; None: as many as the tokenizer knows
 
 

@@ -45,10 +45,10 @@ class VLAConfig:
     """Options of a `vla` agent."""
 
     model: str | dict[str, TinyVLMConfig]  # folder or hub id, or {"tiny": {...}} for random weights
-    head: Literal["tokens", "parallel", "flow"] = "tokens"
+    head: Literal["tokens", "parallel", "flow"] = "tokens"  # how actions come out
     tokens: TokenOptions | None = None  # options of the chosen head; those of another one are refused
-    parallel: ParallelOptions | None = None
-    flow: FlowOptions | None = None
+    parallel: ParallelOptions | None = None  # options of head parallel
+    flow: FlowOptions | None = None  # options of head flow
     fresh_head: bool = False  # begin with a new head although the model folder has one
     train: Train = "full"  # all weights, adapters, adapters and head, the head (iRe-VLA's RL stage), or nothing
     freeze_vision: bool = False  # of train "full": keep the way from pixels to image features as it is

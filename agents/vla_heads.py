@@ -44,7 +44,7 @@ class ParallelOptions:
     attention: Literal["bidirectional", "causal"] = "bidirectional"  # among the steps of a chunk
     hidden: tuple[int, ...] = (256,)  # of the regression head
     initial_std: float = 0.1  # of the Gaussian around the regressed action, in normalised units
-    min_std: float = 0.01
+    min_std: float = 0.01  # least width
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -52,11 +52,11 @@ class FlowOptions:
     """Options of the head "flow" (pi-0: Black et al. 2024; noisy steps: Flow-GRPO, Liu et al. 2025, section 4.2)."""
 
     num_steps: int = 4  # S
-    noise_level: float = 1.0
-    min_std: float = 0.1
+    noise_level: float = 1.0  # of the sampling steps
+    min_std: float = 0.1  # least width
     width: int = 128  # W
-    num_blocks: int = 2
-    num_heads: int = 4
+    num_blocks: int = 2  # depth of the head
+    num_heads: int = 4  # of attention
     greedy_start: Literal["random", "zero"] = "random"  # where greedy chains start: drawn noise, or zero
 
 

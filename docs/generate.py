@@ -10,8 +10,9 @@ import dataclasses
 import itertools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
@@ -81,11 +82,49 @@ def stage_table() -> str:
 
 def env_table() -> str:
     """| id | what it is | of our environments."""
-    from embodied_rft.cli import known_of
+    from embodied_rft.listing import known_of
 
     return "\n".join(
         ["| id | what it is |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in sorted(known_of("envs").items()))]
     )
+
+
+def options_tables() -> str:
+    """Every option of everything that a recipe may name; of presets, what differs from what they are based on."""
+    import gymnasium
+
+    from embodied_rft import registry
+    from embodied_rft.options import KINDS, TOPICS, base_of, of_dataclass, options_of
+
+    registry.load_plugins()
+    parts = ["## Parts of a recipe"]
+    for topic, cls in TOPICS.items():
+        parts += [f"### `{topic}`", _first_line(cls), _table(of_dataclass(cls))]
+    for kind in KINDS:
+        ids = registry.known(kind) if kind != "env" else sorted(i for i in gymnasium.registry if _is_ours(i))
+        with_options = {id: rows for id in ids if (rows := options_of(kind, id))}
+        parts += [f"## `erft list {kind}s`"] if with_options else []
+        shown: dict[str, str] = {}
+        for id, rows in with_options.items():
+            base = None if kind == "env" else base_of(kind, id)
+            own = rows if base is None else [row for row in rows if row not in options_of(kind, base)]
+            as_base = "" if base is None else f"All options of `{base}`{', but' if own else ''}:"
+            table = "\n\n".join(part for part in (as_base, _table(own) if own else "") if part)
+            twin = shown.setdefault(table, id)
+            parts += [f"### `{id}`", table if twin == id or base is not None else f"As `{twin}`."]
+    return "\n\n".join(parts)
+
+
+def _is_ours(id: str) -> bool:
+    return id.startswith("embodied_rft/")
+
+
+def _table(rows: Sequence[Any]) -> str:
+    lines = ["| option | default | values | meaning |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        cells = (f"`{row.name}`", row.default and f"`{row.default}`", row.values, row.meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 def _first_line(target: object) -> str:
@@ -98,6 +137,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "objectives": lambda: plugin_table("objective"),
     "agents": lambda: plugin_table("agent"),
     "envs": env_table,
+    "options": options_tables,
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(\n<!-- end -->)", re.S)
 

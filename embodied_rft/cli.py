@@ -15,7 +15,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg
@@ -24,7 +24,7 @@ USER, BROKEN, STOPPED = 2, 1, 130  # exit codes
 
 TAKE_VALUE = ("--run", "--seed", "--out", "--episodes", "--noise")  # options of the verbs below
 TAKE_PAIRS = ("train", "demos")  # verbs that take KEY=VALUE
-LISTED = ("recipes", "stages", "agents", "objectives", "envs", "demonstrators")
+LISTED = ("recipes", "stages", "agents", "objectives", "envs", "demonstrators", "rewards")
 
 
 def train(
@@ -123,53 +123,23 @@ def report(run: Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]) -> None:
     print(f"report: {write_report(run)}")
 
 
-def list_known(kind: Annotated[Positional[str], arg(metavar="KIND")] = "all") -> None:
-    """Show what can be named in a recipe, with one line each.
+def list_known(
+    kind: Annotated[Positional[str], arg(metavar="KIND")] = "all",
+    id: Annotated[Positional[str | None], arg(metavar="ID")] = None,
+) -> None:
+    """Show what can be named in a recipe, with one line each, or all options of one of them.
 
     Args:
-        kind: recipes, stages, agents, objectives, envs, demonstrators; default all.
+        kind: recipes, stages, agents, objectives, envs, demonstrators, rewards; default all. Or recipe, env, buffer,
+            learner, logging: the options of that part of a recipe.
+        id: One of the kind, as in `erft list objective sac`: its options, with meaning, default and range.
     """
-    from embodied_rft.registry import nearest
+    from embodied_rft.listing import print_known, print_options
 
-    if kind != "all" and kind not in LISTED:
-        raise ValueError(f"erft list {kind}: unknown kind; {nearest(kind, LISTED)}")
-    for name in LISTED if kind == "all" else (kind,):
-        entries = known_of(name)
-        width = max((len(id) for id in entries), default=0)
-        print(f"{name}:" if kind == "all" else "", end="\n" if kind == "all" else "")
-        for id, line in sorted(entries.items()):
-            print(f"  {id:<{width}}  {line}".rstrip())
-
-
-def known_of(kind: str) -> dict[str, str]:
-    """{id: one line} of everything of a kind."""
-    from embodied_rft import registry
-
-    if kind == "recipes":
-        from embodied_rft.config import describe_recipes
-
-        return describe_recipes()
-    if kind == "envs":
-        import gymnasium
-
-        registry.load_plugins()
-        return {id: describe_env(spec) for id, spec in gymnasium.registry.items() if id.startswith("embodied_rft/")}
-    singular = kind.removesuffix("s")
-    return {id: first_line(registry.find(singular, id)) for id in registry.known(singular)}
-
-
-def describe_env(spec: Any) -> str:
-    """One line about a registered environment: what its creator's `describe(**kwargs)` says, else its docstring."""
-    from gymnasium.envs.registration import load_env_creator
-
-    creator = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
-    describe = getattr(creator, "describe", None)
-    return first_line(creator) if describe is None else describe(**spec.kwargs)
-
-
-def first_line(target: Any) -> str:
-    """The first line of the docstring of a class or function."""
-    return (getattr(target, "__doc__", None) or "").strip().partition("\n")[0]
+    if kind == "all" or (id is None and kind in LISTED):
+        print_known(LISTED if kind == "all" else (kind,))
+    else:
+        print_options(kind, id)
 
 
 def doctor() -> int:

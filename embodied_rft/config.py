@@ -165,8 +165,8 @@ class Recipe:
 
     env: EnvConfig
     agent: Annotated[dict[str, Any], plugin_spec("agent")]  # {"id": "gaussian", **options of that agent}
-    stages: Stages
-    name: str = "recipe"
+    stages: Stages  # run in this order
+    name: str = "recipe"  # of the run; null: of the file
     description: str = ""  # one line, shown by `erft list recipes`
     plugins: list[str] = field(default_factory=list)  # modules to import first; installed, or in the current folder
     seed: int = 0  # fixes everything: weights, training states, exploration, data order

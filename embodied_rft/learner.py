@@ -43,7 +43,7 @@ class NonFiniteLossError(FloatingPointError):
 class LearnerConfig:
     """How gradients are taken, the same for every objective."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-4  # of all parts
     learning_rates: dict[str, float] = field(default_factory=dict)  # for single parts: {"critic": 1e-3}
     anneal: bool = False  # all learning rates fall linearly, to 0 at the end of the stage
     weight_decay: NonNegativeFloat = 0.0  # decoupled (AdamW)

@@ -18,7 +18,7 @@ import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,10 @@ class Option:
     values: str  # type and range
     meaning: str
 
+    def __post_init__(self) -> None:
+        """A recipe writes null for what Python calls None."""
+        object.__setattr__(self, "meaning", re.sub(r"\bNone\b", "null", self.meaning))
+
 
 def options_of(kind: str, id: str) -> list[Option]:
     """The options of a plug-in or an environment.
@@ -64,7 +68,7 @@ def options_of(kind: str, id: str) -> list[Option]:
     config = getattr(target, "Config", None)
     if config is not None:
         return of_dataclass(config)
-    if kind in ("stage", "objective", "agent"):
+    if kind in ("stage", "objective", "agent", "credit"):
         return []
     skipped = {"reward": 2, "logger": 1}.get(kind, 0)  # what a rule judges and where a logger writes is no option
     return of_callable(target, skip=skipped, without={"step", "recipe", "prompt", "columns"})
@@ -92,28 +96,23 @@ def of_dataclass(cls: Any, prefix: str = "") -> list[Option]:
             ranges, default = _range(default.metadata), default.get_default(call_default_factory=True)
         topic = next((t for t, known in TOPICS.items() if hint is known), None)
         if topic is not None:
-            rows.append(Option(name, "", "mapping", f"{comments.get(each.name) or ''} (see `{topic}`)".strip()))
+            rows.append(Option(name, "{}", "mapping", f"see `erft list {topic}`"))
         elif dataclasses.is_dataclass(hint):
             rows += of_dataclass(hint, f"{name}.")
         else:
             values = " ".join(part for part in (describe_type(hint), ranges) if part)
             rows.append(Option(name, as_yaml(default), values, comments.get(each.name, "")))
-            rows += [
-                row for inner in _inner_dataclasses(hint) for row in of_dataclass(inner, f"{name}.{_place(inner)}.")
-            ]
+            for place, inner in _inner_dataclasses(hint):
+                rows += of_dataclass(inner, f"{name}.{place}")
     return rows
 
 
-def _place(inner: Any) -> str:
-    """The key under which a mapping holds such options: "tiny" of TinyConfig."""
-    return re.sub(r"(VLM|LM)?Config$", "", inner.__name__).lower()
-
-
-def _inner_dataclasses(hint: Any) -> Iterator[Any]:
-    """Of `str | dict[str, TinyConfig]`, TinyConfig."""
+def _inner_dataclasses(hint: Any) -> Iterator[tuple[str, Any]]:
+    """(place, type): of `str | dict[str, TinyConfig]` ("tiny.", TinyConfig), of `FlowOptions | None` ("", it)."""
     for part in typing.get_args(hint):
         if isinstance(part, type) and dataclasses.is_dataclass(part) and part not in TOPICS.values():
-            yield part
+            key = re.sub(r"(VLM|LM)?Config$", "", part.__name__).lower() if typing.get_origin(hint) is dict else ""
+            yield key and f"{key}.", part
         elif typing.get_origin(part) is dict:
             yield from _inner_dataclasses(part)
 
@@ -147,11 +146,11 @@ def describe_type(hint: Any) -> str:
         if origin is tuple and Ellipsis not in arguments:
             return f"[{', '.join(map(describe_type, arguments))}]"
         return f"list of {describe_type(arguments[0])}" if arguments else "list"
-    if origin is dict or hint is dict:
+    if origin in (dict, Mapping) or hint is dict:
         return "mapping"
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return " | ".join(str(member.value) for member in hint)
-    return WORDS.get(hint, "mapping" if dataclasses.is_dataclass(hint) else "")
+    return WORDS.get(hint, "mapping" if dataclasses.is_dataclass(hint) else "anything")
 
 
 def _range(metadata: Sequence[Any]) -> str:

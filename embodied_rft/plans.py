@@ -28,7 +28,7 @@ class Replay:
     """
 
     num_updates: int = 1_000  # per learn call
-    batch_size: int = 256
+    batch_size: int = 256  # decisions of one update
     offline_share: Share | None = None  # of demonstrations and offline data; None: uniform; 0.5: RLPD; 0: WSRL online
     num_steps: int = 1  # n of the n-step return
     gamma: Share = 0.99  # discount of one decision
@@ -58,7 +58,7 @@ class Fresh:
     PPO is Fresh(num_epochs=10, batch_size=2048); GRPO is Fresh(num_epochs=1, batch_size=512, whole_groups=True).
     """
 
-    num_epochs: int = 1
+    num_epochs: int = 1  # passes over an iteration
     batch_size: int = 256  # decisions
     max_lag: int = 0  # oldest policy version that is read, in versions behind the current one
     whole_groups: bool = False  # a group is never torn: batches may be smaller, or larger if one group is

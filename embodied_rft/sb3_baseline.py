@@ -40,15 +40,15 @@ class SB3Stage(Stage):
     class Config:
         """Which algorithm, how long, and what differs from SB3's defaults."""
 
-        algorithm: Literal["SAC", "TD3", "PPO"] = "SAC"
-        decisions: int = 100_000
+        algorithm: Literal["SAC", "TD3", "PPO"] = "SAC"  # of stable-baselines3
+        decisions: int = 100_000  # of experience, in all
         max_seconds: float | None = None  # wall time of learning, evaluation not counted
         until: float | None = None  # success on the curve at which to stop
         num_envs: int = 1  # stepped one after the other, as SB3's DummyVecEnv does
         hindsight: bool | None = None  # HER; None: for SAC and TD3 on goal environments
         options: dict[str, Any] = field(default_factory=dict)  # of the algorithm's constructor: {gamma: 0.98}
         evaluate_every: int = 10_000  # decisions
-        evaluate_episodes: int = 100
+        evaluate_episodes: int = 100  # of a point of the learning curve
         sheet: int = 1  # learning curves use sheet 1, final numbers sheet 0
 
     @property

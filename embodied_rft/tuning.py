@@ -27,7 +27,7 @@ WORDS: tuple[Train, ...] = get_args(Train)
 class LoraOptions:
     """Low-rank adapters (Hu et al. 2022, eq. 3), through peft. They start as nothing."""
 
-    rank: int = 16
+    rank: int = 16  # of the adapters
     alpha: int = 32  # the update is scaled by alpha / rank
     targets: str | tuple[str, ...] = "all-linear"  # names of the adapted layers; the output layer is never one
 

@@ -48,7 +48,12 @@ class FetchDemonstrator:
 
 @registry.register("demonstrator", "fetch_reach")
 class FetchReachDemonstrator(FetchDemonstrator):
-    """Straight to the goal; `gain` is action per metre (20 would cover the distance in one decision)."""
+    """Straight to the goal.
+
+    Args:
+        noise: as in `FetchDemonstrator`.
+        gain: action per metre (20 would cover the distance in one decision).
+    """
 
     for_env = ("embodied_rft/FetchReach-v0",)
 

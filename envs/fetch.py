@@ -338,6 +338,11 @@ class FetchEnv(ManipulationEnv):
     """One Fetch environment; `name` and `reward_type` as in `FetchTask`, further options as in `ManipulationEnv`."""
 
     @staticmethod
+    def option_sources(name: str) -> tuple[Any, ...]:
+        """Whose arguments are options, too."""
+        return (FetchTask,)
+
+    @staticmethod
     def describe(name: str) -> str:
         """One line about a task."""
         return f"Fetch arm: {VARIANTS[name].instruction} (Plappert et al. 2018)"

@@ -75,7 +75,13 @@ def make_rule(spec: str | Mapping[str, Any]) -> Judge:
 
 @register("reward", "exact")
 def exact(reply: str, answer: str, *, ignore_case: bool = False) -> float:
-    """Whether reply and answer are the same text, but for spaces around and between the words."""
+    """Whether reply and answer are the same text, but for spaces around and between the words.
+
+    Args:
+        reply: any text.
+        answer: what is right.
+        ignore_case: whether capitals matter not.
+    """
     a, b = (" ".join(text.split()) for text in (reply, answer))
     return float(a.casefold() == b.casefold() if ignore_case else a == b)
 
@@ -148,6 +154,14 @@ def tag_format(
     """Whether the reply is exactly <think>...</think><answer>...</answer> (any tags), each once and in order.
 
     With `rule`, what stands in the last tag is judged by it: half the reward is for the format.
+
+    Args:
+        reply: any text.
+        answer: what `rule` compares with.
+        tags: names of the tags, in order.
+        rule: who judges what stands in the last one; None: nobody.
+        prompt: what was asked, for `rule`.
+        columns: further columns of the problem, for `rule`.
     """
     body = r"\s*".join(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>" for tag in map(re.escape, tags))
     match = re.fullmatch(rf"\s*{body}\s*", reply, flags=re.DOTALL)

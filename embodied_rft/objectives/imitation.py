@@ -95,7 +95,7 @@ class SelectedReplay(Replay):
 class BehaviorCloningConfig:
     """Options of `bc`."""
 
-    batch_size: int = 256
+    batch_size: int = 256  # decisions of one update
     num_updates: int = 1_000  # per learn call
     offline_share: float | None = None  # 1.0: demonstrations and offline data only; without a selection
     selection: Selection = field(default_factory=Selection)

@@ -49,7 +49,7 @@ class PPOConfig:
     """Options of `ppo`, and of everything that is a preset of it."""
 
     # Reading
-    num_epochs: PositiveInt = 10
+    num_epochs: PositiveInt = 10  # passes over an iteration
     batch_size: PositiveInt = 256  # decisions
     max_lag: int = 0  # oldest experience, in policy versions
     whole_groups: bool = False  # siblings are never in different batches
@@ -84,13 +84,13 @@ class PPOConfig:
     normalizer_units: float = 1.0  # units of a typical episode, for normalizer "constant"
     correction: Correction | None = None  # of stale or mismatched experience
     # KL to a reference policy
-    kl_weight: float = 0.0
-    kl_in: Literal["loss", "reward"] = "loss"
-    kl_estimator: losses.KLEstimator = "k3"
+    kl_weight: float = 0.0  # of the divergence from the reference
+    kl_in: Literal["loss", "reward"] = "loss"  # where it enters
+    kl_estimator: losses.KLEstimator = "k3"  # Schulman 2020
     reference: Literal["start", "moving"] = "start"  # the policy when the stage starts, or an average that follows it
     reference_decay: Share = 0.99  # of "moving", per learn call
     # Entropy and value
-    entropy_weight: float = 0.0
+    entropy_weight: float = 0.0  # bonus for entropy
     value_hidden: tuple[int, ...] | None = None  # a new value has (256, 256)
     value_activation: Literal["relu", "tanh"] | None = None  # a new value has "relu"
     value_clip: float | None = None  # how far a value may move from its old one before its error stops falling

@@ -24,8 +24,8 @@ class Repeat:
     class Config:
         """How often, and what."""
 
-        times: NonNegativeInt
-        stages: Stages
+        times: NonNegativeInt  # how often
+        stages: Stages  # what is repeated
 
     def __init__(self, config: Any, path: tuple[int, ...]) -> None:
         self.config, self.path = config, path

@@ -34,7 +34,7 @@ class Demonstrate(Stage):
     class Config:
         """Whose demonstrations, and how many."""
 
-        episodes: PositiveInt = 200
+        episodes: PositiveInt = 200  # how many
         with_: str = "scripted"  # written `with`: a demonstrator id; scripted: the environment's own
         noise: NonNegativeFloat = 0.0  # standard deviation of Gaussian noise on the action, in action units
         options: dict[str, Any] = field(default_factory=dict)  # of the demonstrator
@@ -77,9 +77,9 @@ class Load(Stage):
     class Config:
         """Which file."""
 
-        file: Path
-        max_episodes: PositiveInt | None = None
-        source: Literal["demonstration", "offline"] = "demonstration"
+        file: Path  # written by `erft demos`
+        max_episodes: PositiveInt | None = None  # of the file; null: all
+        source: Literal["demonstration", "offline"] = "demonstration"  # what the data counts as
 
     @property
     def title(self) -> str:
@@ -104,8 +104,8 @@ class WarmUp(Stage):
     class Config:
         """How much."""
 
-        decisions: NonNegativeInt = 5_000
-        greedy: bool = False
+        decisions: NonNegativeInt = 5_000  # of experience, in all
+        greedy: bool = False  # without exploring
 
     @property
     def title(self) -> str:

@@ -23,8 +23,8 @@ class Evaluate(Stage):
     class Config:
         """On how many states of which sheet."""
 
-        episodes: PositiveInt = 200
-        name: str = ""
+        episodes: PositiveInt = 200  # how many
+        name: str = ""  # what the report calls it
         sheet: NonNegativeInt = 0  # learning curves use sheet 1: stopping by them does not select on these states
         video: Literal["failure", "success"] | None = None  # film one such episode
 

@@ -46,14 +46,14 @@ class Pretrain(Stage):
     class Config:
         """What to learn, and for how long."""
 
-        objective: Annotated[dict[str, Any], plugin_spec("objective")]
-        updates: NonNegativeInt = 1_000
+        objective: Annotated[dict[str, Any], plugin_spec("objective")]  # what is learned
+        updates: NonNegativeInt = 1_000  # gradient steps
         batch_size: PositiveInt | None = None  # None: the objective's
         offline_share: Share | None = None  # of each batch, from demonstrations and offline data; None: the objective's
         only: list[str] | None = None  # losses to step, e.g. [critic]; None: all
-        log_every: PositiveInt = 100
+        log_every: PositiveInt = 100  # updates between log lines
         evaluate_every: PositiveInt | None = None  # updates between points of the learning curve
-        evaluate_episodes: PositiveInt = 100
+        evaluate_episodes: PositiveInt = 100  # of a point of the learning curve
         learner: LearnerConfig = field(default_factory=LearnerConfig)
 
         def __post_init__(self) -> None:
@@ -116,10 +116,12 @@ class Finetune(Stage):
     class Config:
         """What to learn, from how much experience."""
 
-        objective: Annotated[dict[str, Any], plugin_spec("objective")]
-        decisions: NonNegativeInt = 100_000
+        objective: Annotated[dict[str, Any], plugin_spec("objective")]  # what is learned
+        decisions: NonNegativeInt = 100_000  # of experience, in all
         # None: 50 for each environment; of replayed objectives about 50 in all, at least one of each environment
-        decisions_per_iteration: PositiveInt | None = None
+        decisions_per_iteration: PositiveInt | None = (
+            None  # null: 50 steps of each environment; of replay, about 50 decisions in all
+        )
         episodes_per_iteration: PositiveInt | None = None  # whole episodes instead, for group credit
         updates_per_decision: NonNegativeFloat | None = None  # replayed objectives only; None: as published
         batch_size: PositiveInt | None = None  # likewise; None: the objective's
@@ -127,8 +129,8 @@ class Finetune(Stage):
         group_size: PositiveInt = 1  # episodes that share an initial state (group credit)
         overlap: bool = False  # collect on one thread with the previous weights while learning on another
         evaluate_every: PositiveInt | None = None  # decisions between points of the learning curve
-        evaluate_episodes: PositiveInt = 100
-        until: Until | None = None
+        evaluate_episodes: PositiveInt = 100  # of a point of the learning curve
+        until: Until | None = None  # {success: 0.95}: end as soon as the curve shows it
         learner: LearnerConfig = field(default_factory=LearnerConfig)
 
         def __post_init__(self) -> None:
@@ -343,7 +345,7 @@ class Adapt(Stage):
         """Which weights, or which adapter."""
 
         # written `with`: full, lora, lora+head, head, frozen; or an agent id that takes a base, which is frozen
-        with_: str = "residual"
+        with_: str = "residual"  # lora, head, frozen, full, or an agent around this one
         options: dict[str, Any] = field(default_factory=dict)  # of the adapters (rank, alpha, targets) or of the agent
 
         def __post_init__(self) -> None:

@@ -23,9 +23,9 @@ class Collect(Stage):
     class Config:
         """How many."""
 
-        episodes: int = 256
+        episodes: int = 256  # how many
         group_size: int = 1  # siblings: they are compared by raft, dpo and its kin
-        greedy: bool = False
+        greedy: bool = False  # without exploring
 
         def __post_init__(self) -> None:
             if self.episodes < 1 or self.group_size < 1:
