@@ -96,7 +96,8 @@ def of_dataclass(cls: Any, prefix: str = "") -> list[Option]:
             ranges, default = _range(default.metadata), default.get_default(call_default_factory=True)
         topic = next((t for t, known in TOPICS.items() if hint is known), None)
         if topic is not None:
-            rows.append(Option(name, "{}", "mapping", f"see `erft list {topic}`"))
+            needed = each.default is each.default_factory is dataclasses.MISSING
+            rows.append(Option(name, "required" if needed else "{}", "mapping", f"see `erft list {topic}`"))
         elif dataclasses.is_dataclass(hint):
             rows += of_dataclass(hint, f"{name}.")
         else:

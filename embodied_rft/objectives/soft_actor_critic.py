@@ -34,7 +34,7 @@ class SACConfig(Replay):
     """Options of `sac`: how the buffer is read, and these; None keeps what an existing critic has, else the default."""
 
     # Targets
-    target: Literal["min", "mean", "mean_of_pair_minima", "random_subset"] = "min"
+    target: Literal["min", "mean", "mean_of_pair_minima", "random_subset"] = "min"  # what of the ensemble it takes
     subset_size: int = 2  # of "random_subset" (REDQ)
     target_clip: tuple[float, float] | None = None  # known range of returns
     backup_entropy: bool = True  # count the entropy of the next action in the target
@@ -51,8 +51,8 @@ class SACConfig(Replay):
     policy_delay: int = 1  # critic updates per policy update
     bc_weight: float = 0.0  # adds imitation of demonstrations, interventions and offline actions, as in TD3+BC
     # Temperature
-    initial_temperature: float = 1.0
-    train_temperature: bool = True
+    initial_temperature: float = 1.0  # of entropy
+    train_temperature: bool = True  # towards target_entropy
     target_entropy: float | None = None  # None: -A (`rlpd`, `wsrl`: -A / 2)
 
 

@@ -28,9 +28,9 @@ class DensityConfig:
     """Options of `density`."""
 
     num_updates: int = 1_000  # per learn call
-    batch_size: int = 256
-    offline_share: float | None = None
-    hidden: tuple[int, ...] = (750, 750)
+    batch_size: int = 256  # decisions of one update
+    offline_share: float | None = None  # share of each batch from demonstrations and offline data; null: uniform
+    hidden: tuple[int, ...] = (750, 750)  # layers of the network
     beta: PositiveFloat = 0.5  # weight of the KL term
 
 
