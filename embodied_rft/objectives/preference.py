@@ -231,7 +231,7 @@ class DPO:
 class IPOConfig(DPOConfig):
     """Options of `ipo`."""
 
-    loss: losses.Preference = "squared"
+    loss: losses.Preference = "squared"  # of the margin
 
 
 @register("objective", "ipo")
@@ -263,7 +263,7 @@ class SLiCConfig(DPOConfig):
     """Options of `slic`."""
 
     reference: Literal["start", "none"] = "none"
-    loss: losses.Preference = "hinge"
+    loss: losses.Preference = "hinge"  # of the margin
     beta: float = 1.0
     chosen_weight: float = 0.1
 
@@ -279,7 +279,7 @@ class SLiC(DPO):
 class CPLConfig(DPOConfig):
     """Options of `cpl`."""
 
-    within: Literal["group", "seed", "all"] = "all"
+    within: Literal["group", "seed", "all"] = "all"  # whose replies are compared
     segment: int | None = 16
     reference: Literal["start", "none"] = "none"
     rejected_weight: float = 0.5
