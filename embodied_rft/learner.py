@@ -52,7 +52,9 @@ class LearnerConfig:
     micro_batch: int | None = None  # decisions per backward pass; None: the whole batch
     micro_units: int | None = None  # instead: most units of a backward pass, padding (and a text's prompts) included
     compile: bool = False  # losses through torch.compile: small networks gain most; the first update waits for it
-    ema: float | None = Option(default=None, ge=0, lt=1)  # decay of an averaged copy of the policy, e.g. 0.999
+    ema: float | None = Option(
+        default=None, ge=0, lt=1
+    )  # decay of an average of the policy, which judges see and which stays, e.g. 0.999
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
@@ -92,7 +94,8 @@ class Learner:
         self.optimizers = {name: self._optimizer(name) for name in objective.losses}
         self.averaged: nn.Module | None = None  # the EMA of the policy
         if self.config.ema is not None:
-            self.averaged = copy.deepcopy(agent.policy).requires_grad_(False)
+            shared = {id(p): p for p in agent.policy.parameters() if not p.requires_grad}
+            self.averaged = copy.deepcopy(agent.policy, shared).requires_grad_(False)
         self._every: Mapping[str, int] = getattr(objective, "every", {})
         self._independent: bool = getattr(objective, "independent", False)
         self._enough = getattr(objective, "enough", lambda metrics: False)
@@ -233,6 +236,17 @@ class Learner:
         if self.config.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.agent.device.type, dtype=torch.bfloat16)
+
+    @property
+    def judged(self) -> Any:
+        """The policy that evaluations see: the averaged one, if there is one. Experience is collected by the other."""
+        return self.agent.policy if self.averaged is None else self.averaged
+
+    def finish(self) -> None:
+        """The stage is over: from here on the averaged policy is the policy, for what follows and for good."""
+        if self.averaged is not None:
+            self.agent.policy.load_state_dict(self.averaged.state_dict())
+            self.agent.version.add_(1)
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -53,6 +53,9 @@ def restore(session: Session, state: dict[str, Any], *, weights_only: bool = Fal
         raise ValueError(
             f"the checkpoint in {session.folder} holds other networks than this version makes: {error}"
         ) from None
+    averaged = (state["learner"] or {}).get("averaged")
+    if weights_only and averaged is not None:  # who only looks sees what evaluations see
+        session.agent.policy.load_state_dict(averaged)
     session.path, session.progress = target, dict(state["progress"])
     session.counters, session.records = dict(state["counters"]), list(state["records"])
     if weights_only:

@@ -119,6 +119,8 @@ class Session(Rig):
         `rng`: what it draws from; None: the stage's own generator, which goes on from call to call.
         """
         generator, policy = self.generator("act") if rng is None else rng, self.agent.policy
+        if greedy and self.learner is not None:
+            policy = self.learner.judged
         explore = None if greedy else getattr(self.objective, "explore", None)
 
         def act(observation: Tree) -> Decisions:

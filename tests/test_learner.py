@@ -237,11 +237,57 @@ def test_rates_clipping_and_average():
     before = {k: v.clone() for k, v in before.items()}
     learner.update(batches(), generator())
     assert same(before, agent.policy.state_dict()) and same(before, learner.averaged.state_dict())
-    agent, learner = make(*OBJECTIVES["bc"], LearnerConfig(learning_rate=0.1, ema=0.5))
-    start = agent.policy.head.net.last.weight.detach().clone()
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.2])
+def test_the_average_follows_the_policy_by_one_minus_its_decay(decay):
+    agent, learner = make(*OBJECTIVES["bc"], LearnerConfig(learning_rate=0.1, ema=decay))
+    expected = {k: v.clone() for k, v in agent.policy.state_dict().items()}
+    for i in range(3):
+        learner.update(batches(i), generator())
+        expected = {k: decay * v + (1 - decay) * agent.policy.state_dict()[k] for k, v in expected.items()}
+    assert learner.judged is learner.averaged
+    for key, value in learner.averaged.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
+    version = learner.version
+    learner.finish()
+    assert same(learner.averaged.state_dict(), agent.policy.state_dict()) and learner.version == version + 1
+
+
+def test_without_an_average_the_policy_itself_is_judged_and_stays():
+    agent, learner = make(*OBJECTIVES["bc"])
     learner.update(batches(), generator())
-    middle = (start + agent.policy.head.net.last.weight.detach()) / 2
-    torch.testing.assert_close(learner.averaged.head.net.last.weight, middle)
+    before = weights(agent)
+    learner.finish()
+    assert learner.judged is agent.policy and same(before, weights(agent))
+
+
+@pytest.mark.parametrize("largest", [0.05, 1e6])
+def test_gradients_are_shrunk_to_the_largest_norm_part_by_part(largest):
+    agent, learner = make(*OBJECTIVES["sac"], LearnerConfig(clip_norm=largest))
+    before = copy.deepcopy(agent)
+    learner.update(batches(), generator(5), only=["critic"])
+    plain, free = make(*OBJECTIVES["sac"])
+    plain.load_state_dict(before.state_dict())
+    free.update(batches(), generator(5), only=["critic"])
+    given, wanted = (torch.cat([10 * m.flatten() for m in x.optimizers["critic"].first]) for x in (learner, free))
+    assert float(wanted.norm()) > 0.05
+    torch.testing.assert_close(given, wanted * min(1.0, largest / float(wanted.norm())), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["bc", "td3", "td3_bc", "iql"])
+@pytest.mark.parametrize("cut", [{"micro_batch": 24}, {"micro_units": 10}], ids=str)
+def test_the_learner_steps_alike_on_a_batch_and_on_its_pieces(name, cut):
+    """Objectives without random numbers: the same gradients, and numbers in the log, through the learner itself."""
+    found = []
+    for options in ({}, cut):
+        agent, learner = make(*OBJECTIVES[name], LearnerConfig(**options))
+        for i in range(2):
+            learner.update(batches(i), generator(i))
+        moments = [m.flatten() for optimizer in learner.optimizers.values() for m in optimizer.first]
+        found.append((torch.cat(moments), {k: v for k, v in learner.metrics().items() if k.endswith("loss")}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=1e-6)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
 
 
 @pytest.mark.parametrize("anneal, factors", [(True, (1.0, 0.25, 0.0)), (False, (1.0, 1.0, 1.0))])

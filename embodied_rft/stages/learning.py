@@ -97,6 +97,7 @@ class Pretrain(Stage):
                 if config.evaluate_every and progress["updates"] % config.evaluate_every < count:
                     session.evaluate(config.evaluate_episodes, sheet=1, name="curve")
                 session.tick()
+        learner.finish()
         return dict(progress.get("shown", {}))
 
 
@@ -214,6 +215,7 @@ class Finetune(Stage):
         if progress["decisions"] and not progress.get("ended"):
             session.logger.message(f"no episode ended in {progress['decisions']:,} decisions; {Endless.ADVICE}")
         self._write(session, collector.cut())
+        learner.finish()
         last = {f"last {name} on the curve": progress[name] for name in ("success", "return") if name in progress}
         return progress.get("shown", {}) | last
 
