@@ -50,6 +50,11 @@ class DiffusionPolicy(ChainPolicy):
         count = config.denoising_steps if config.ddim_steps is None else config.ddim_steps
         if not (1 <= count <= config.denoising_steps and 0 <= config.eta <= 1):
             raise ValueError(f"1 <= ddim_steps <= denoising_steps and eta in [0, 1] are expected, given {config}")
+        if count == 1 and config.prediction == "epsilon":
+            raise ValueError(
+                "a chain of one step starts from pure noise, of which predicted noise leaves nothing: the chunk is "
+                "always clipped, and nothing can be learned. Take two steps or more, or prediction: x0"
+            )
         super().__init__(
             config, observation_space=observation_space, action_space=action_space, rng=rng, num_steps=count
         )

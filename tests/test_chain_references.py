@@ -128,6 +128,30 @@ def test_learned_noise_has_a_network_of_its_own_and_is_what_is_drawn():
     assert all(gradient is None for gradient in touched)  # imitation says nothing about noise
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "x0"])
+def test_ppo_through_a_chain_changes_what_reads_the_image(eta, prediction):
+    """A sampler without noise of its own (`eta: 0`) explores with `min_std`, and learns."""
+    space = gym.spaces.Dict({"image/front": gym.spaces.Box(0, 255, (16, 16, 3), np.uint8)})
+    spec = {"id": "diffusion", "denoising_steps": 20, "ddim_steps": 4, "eta": eta, "prediction": prediction, **CHAIN}
+    agent = build_agent(spec, space, ChunkBox(ACTION, horizon=HORIZON), generator())
+    objective = build_objective({"id": "ppo", "value_hidden": [8], "num_epochs": 1})
+    objective.setup(agent)
+    seen = {"image/front": np.random.default_rng(0).integers(0, 256, (33, 16, 16, 3)).astype(np.uint8)}
+    schema = Schema({"image/front": Field((16, 16, 3), "uint8")}, Field((6,)), trace=agent.policy.trace_fields, units=4)
+    buffer = Buffer(schema, 100)
+    taken = agent.policy.act({k: v[:-1] for k, v in seen.items()}, rng=generator(1))
+    reward = np.random.default_rng(0).normal(size=32).astype(np.float32)
+    buffer.add_trajectory(
+        Trajectory(seen, taken.action, reward, "terminated", log_prob=taken.log_prob, trace=taken.trace, version=1)
+    )
+    before = {name: p.detach().clone() for name, p in agent.policy.named_parameters()}
+    learner = Learner(agent, objective, LearnerConfig())
+    learner.read(buffer, buffer.rows(), objective.reading, sampler=np.random.default_rng(0), rng=generator())
+    changed = {name for name, p in agent.policy.named_parameters() if not torch.equal(p, before[name])}
+    assert any(name.startswith("encoder.images") for name in changed) and any(n.startswith("net.last") for n in changed)
+
+
 # --- around the loss -------------------------------------------------------------------------------------------------
 
 

@@ -368,6 +368,7 @@ def test_statistics_refuse_bad_data():
     [
         ({"id": "diffusion", "ddim_steps": 50}, "ddim_steps"),
         ({"id": "diffusion", "horizon": 4, "execute": 5}, "execute"),
+        ({"id": "diffusion", "horizon": 4, "ddim_steps": 1}, "prediction: x0"),
         ({"id": "diffusion", "horizons": 4}, "did you mean 'horizon'"),
         ({"id": "flow", "noise": "learned", "max_std": 0.01}, "max_std"),
         ({"id": "consistency", "sigma_min": 20.0}, "sigma_min"),
