@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
@@ -135,7 +136,8 @@ class Logger:
     def show_samples(self, name: str, samples: Sequence[Sample], *, decisions: int) -> None:
         """What agents that write text said in an evaluation, for the logs that show it."""
         if samples and any(hasattr(sink, "show_samples") for sink in self._opened()):
-            self._derive(lambda sink: getattr(sink, "show_samples", lambda *_: None)(name, samples, decisions))
+            tag = re.sub(r"[^\w .:+-]", "_", name).strip(". ") or "policy"  # it becomes part of the name of a file
+            self._derive(lambda sink: getattr(sink, "show_samples", lambda *_: None)(tag, samples, decisions))
 
     def _opened(self) -> list[Any]:
         self._open()

@@ -25,7 +25,8 @@ from embodied_rft.seeding import FIRST_EVALUATION_SEED
 from embodied_rft.stepping import is_text
 
 WAYS = ("reset", "method", "global", "remake")
-PROBES = tuple(2**32 - 1 - 1000 * k for k in range(4))  # behind every evaluation sheet; as large as a seed may be
+# Behind every evaluation sheet, as large as a seed may be; neighbours, because a finite list of states repeats itself.
+PROBES = tuple(2**32 - 1 - k for k in (0, 1, 1000, 3001))
 NUM_STEPS = 3  # with the same actions: a goal that no observation shows, shows in the reward
 
 

@@ -54,8 +54,9 @@ class Axis:
         self.decisions, self.updates = decisions, updates
         counters = ("decisions", "updates")
         values = {n: v for n, v in record.items() if isinstance(v, int | float) and n not in counters}
-        prefix = OFFLINE if offline else ""
-        return {prefix + name: value for name, value in values.items()}, updates if offline else decisions
+        if offline:
+            return {OFFLINE + n: v for n, v in values.items() if not n.startswith("wall/")}, updates
+        return values, decisions
 
 
 class Table:

@@ -11,6 +11,7 @@ from embodied_rft.config import Recipe, parse
 from embodied_rft.console import visible
 from embodied_rft.data import Decisions
 from embodied_rft.evaluate import evaluate, evaluation_seeds
+from embodied_rft.log import LogConfig, Logger
 from embodied_rft.pool import make_pool
 from embodied_rft.text_spaces import write_chat
 from embodied_rft.train import train
@@ -115,3 +116,26 @@ def test_a_run_shows_samples_in_file_report_and_tensorboard(tmp_path):
     assert any(tag.startswith("samples/first") for tag in tags) and "recipe/text_summary" in tags
     (shown,) = events.Tensors(next(tag for tag in tags if tag.startswith("samples/policy")))
     assert b"alert(1)" in shown.tensor_proto.string_val[0] and b"<script" not in shown.tensor_proto.string_val[0]
+
+
+def test_names_of_evaluations_lead_nowhere(tmp_path):
+    """Weights & Biases makes files of them."""
+    seen = []
+
+    class Shown:
+        def write(self, step, record):
+            pass
+
+        def close(self):
+            pass
+
+        def show_samples(self, name, samples, decisions):
+            seen.append((name, len(samples), decisions))
+
+    logger = Logger(tmp_path, LogConfig(csv=False), quiet=True)
+    logger._open()
+    logger._sinks = [Shown()]
+    for name in ("after", "../../x", "/etc/x", "[/red]\x1b", "..", ""):
+        logger.show_samples(name, [sample(1)], decisions=7)
+    names = ["after", "_.._x", "_etc_x", "__red__", "policy", "policy"]
+    assert seen == [(name, 1, 7) for name in names]

@@ -104,6 +104,16 @@ def training_prompts(options):
     return shown
 
 
+@pytest.mark.parametrize("count", [2, 10, 100, 250])
+def test_a_finite_list_counts_as_different_states(tmp_path, count):
+    """Whatever its length: seeds far apart often mean the same entry."""
+    options = problems(tmp_path, [f"say {i}" for i in range(count)]) | {"held_out": 0}
+    pool = make_pool("embodied_rft/TextJsonl-v0", 2, options=options, purpose="evaluation")
+    pool.reset(np.array([2**31, 2**31 + 1]))
+    assert pool.seeding.varies and pool.seeding.repeats
+    pool.close()
+
+
 def test_generated_tasks_know_how_few_problems_they_have():
     counts = {"Sum": 100, "Format": 36, "Countdown": None}
     for name, count in counts.items():
