@@ -20,10 +20,10 @@ from embodied_rft.columns import (
     Notes,
     RaggedColumn,
     Schema,
-    announce,
 )
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Trajectory, Tree, pick
 from embodied_rft.intake import check_decisions, check_tree, per_row
+from embodied_rft.memory import announce
 from embodied_rft.reading import ENDS, TERMINATED, TRUNCATED, Reading, Store, read
 from embodied_rft.ring import BOTH, OFFLINE, ONLINE, Ring, Streams
 from embodied_rft.trajectories import read_trajectories, write_trajectories

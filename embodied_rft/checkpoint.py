@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +29,7 @@ from embodied_rft.data import Ragged
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+BEST = "best"  # beside the newest checkpoints of a run: the best policy of its learning curve
 TENSORS, META, MANIFEST = "tensors.safetensors", "meta.json", "manifest.json"
 
 # The type names of the safetensors format, little-endian throughout.
@@ -106,7 +107,9 @@ def load(folder: str | Path) -> Any:
         meta = json.loads((folder / META).read_bytes())
         with open(folder / TENSORS, "rb") as file:
             return _Decoder(file).decode(meta["tree"])
-    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a forged file makes of the reader: sizes beyond memory, depth, wrong shapes
         raise CheckpointError(f"{folder} is not a whole checkpoint ({type(error).__name__}: {error})") from error
 
 
@@ -308,18 +311,26 @@ class Checkpoints:
     """The newest `keep` checkpoints of a run; a damaged one is passed over for the one before it.
 
     `Checkpoints(folder).write(7, {"weights": w})` makes folder/000000000007; `newest()` then is (7, {"weights": w}).
+    Who reads changes nothing and may do so while another process writes; only who holds the run's lock may write.
+
+    Args:
+        root: folder of the checkpoints.
+        keep: how many.
+        holds: keys of a whole tree; one without them was not written by a run.
     """
 
-    def __init__(self, root: str | Path, *, keep: int = 2) -> None:
+    def __init__(self, root: str | Path, *, keep: int = 2, holds: Iterable[str] = ()) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint must be kept")
-        self.root, self.keep = Path(root), keep
+        self.root, self.keep, self.holds = Path(root), keep, tuple(holds)
+        self._mark = self.root.with_name(f".{self.root.name}-began")  # there once was one
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints on disk, whole or not, oldest first."""
-        if not self.root.is_dir():
+        try:
+            return sorted(int(path.name) for path in self.root.iterdir() if path.name.isdigit() and path.is_dir())
+        except FileNotFoundError:
             return []
-        return sorted(int(path.name) for path in self.root.iterdir() if path.name.isdigit() and path.is_dir())
 
     def path(self, step: int) -> Path:
         """The folder of one checkpoint."""
@@ -327,9 +338,13 @@ class Checkpoints:
 
     def write(self, step: int, tree: Any) -> Path:
         """Save a checkpoint, then remove those that are no longer needed. Raises CheckpointError like `save`."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._clean()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.clean()
+        except OSError as error:
+            raise _cannot_write(self.path(step), 0, error) from error
         save(self.path(step), tree)
+        self._mark.touch()
         for old in [s for s in self.steps() if s < step][: -(self.keep - 1) or None]:
             _remove(self.path(old))
         return self.path(step)
@@ -341,24 +356,36 @@ class Checkpoints:
             at_most: newer ones are passed over (other processes do not have them).
 
         Raises:
-            CheckpointError: all are damaged. Beginning anew would overwrite what is left of the run.
+            CheckpointError: all are damaged or gone. Beginning anew would overwrite what is left of the run.
         """
-        self._clean()
-        steps = [s for s in self.steps() if at_most is None or s <= at_most]
-        for step in reversed(steps):
-            try:
-                return step, load(self.path(step))
-            except CheckpointError as error:
-                logger.warning("checkpoint %d cannot be used: %s", step, error)
-        if steps:
+        steps: list[int] = []
+        while (now := [s for s in self.steps() if at_most is None or s <= at_most]) != steps:
+            steps = now  # another process may write newer ones and remove those that were just listed
+            for step in reversed(steps):
+                try:
+                    return step, self._load(step)
+                except CheckpointError as error:
+                    if self.path(step).exists():
+                        logger.warning("checkpoint %d cannot be used: %s", step, error)
+        if steps or (self._mark.exists() and not self.steps()):
             raise CheckpointError(
-                f"no checkpoint in {self.root} is whole, and nothing was changed: go on in another run folder, or "
-                "remove this one to begin anew"
+                f"no checkpoint in {self.root} is whole, and nothing was changed: "
+                f"{'' if steps else 'put them back, '}go on in another run folder, or remove this one to begin anew"
             )
         return None
 
-    def _clean(self) -> None:
-        """Remove what an interrupted write left; bring back a checkpoint that was moved aside but never replaced."""
+    def _load(self, step: int) -> Any:
+        tree = load(self.path(step))
+        missing = [key for key in self.holds if not isinstance(tree, dict) or key not in tree]
+        if missing:
+            raise CheckpointError(f"{self.path(step)} is no checkpoint of a run: it does not hold {missing[0]!r}")
+        return tree
+
+    def clean(self) -> None:
+        """Remove what an interrupted write left; bring back a checkpoint that was moved aside but never replaced.
+
+        For the process that holds the run's lock: what another one is writing looks the same.
+        """
         if not self.root.is_dir():
             return
         for path in self.root.glob(".*"):
@@ -387,7 +414,12 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise ValueError(f"{self.path} is a symbolic link, whose target would be overwritten") from None
+            raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -51,14 +51,15 @@ def train(
 
     changes = [*overrides, *([] if seed is None else [f"seed={seed}"])]
     loaded = load_recipe(recipe, changes)
-    folder = run or Path("runs") / (loaded.name if seed is None else f"{loaded.name}-seed{seed}")
+    named = run or Path("runs") / (loaded.name if seed is None else f"{loaded.name}-seed{seed}")
+    folder = named.absolute()  # an environment may change the current folder
     with distributed.joined():
         first = distributed.rank() == 0
         if first:
-            write_run_facts(folder, ["erft", "train", recipe, *changes, "--run", str(folder)])
+            write_run_facts(folder, ["erft", "train", recipe, *changes, "--run", str(named)])
         train_recipe(loaded, folder, quiet=quiet, report=False)
     if first:
-        print(f"report: {write_report(folder)}")
+        print(f"report: {named / write_report(folder).name}")
 
 
 def evaluate(
@@ -104,9 +105,9 @@ def demos(
         noise: Standard deviation of Gaussian noise on the action, in action units.
         seed: Fixes initial states and noise.
     """
-    from embodied_rft.config import parse_overrides
     from embodied_rft.console import describe
     from embodied_rft.demos import write_demos
+    from embodied_rft.yaml_tree import parse_overrides
 
     given = parse_overrides(options)
     print(f"{out}: {describe(write_demos(env, out, episodes=episodes, noise=noise, seed=seed, options=given))}")

@@ -9,11 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -320,65 +318,3 @@ class Notes:
         for name, column in state["ragged"].items():
             rows = np.arange(len(column["offsets"]) - 1)
             self.write(name, rows, Ragged(column["values"], column["offsets"]))
-
-
-# --- memory ---------------------------------------------------------------------------------------
-
-
-def announce(schema: Schema, capacity: int, available: int | None = None) -> str:
-    """What a buffer will take, said before it is taken.
-
-    Args:
-        schema: its columns.
-        capacity: its rows.
-        available: bytes that are free; None asks the system (and its container).
-
-    Returns:
-        Such as "this run needs 3.1 GB of replay (2 images of 128x128x3, 100,000 rows)".
-
-    Raises:
-        ValueError: it does not fit.
-    """
-    columns = schema.columns().values()
-    needed = capacity * (sum(map(_row_bytes, columns)) + BOOKKEEPING_BYTES)
-    images: dict[str, int] = {}
-    for column in columns:
-        if column.kind == "dense" and column.dtype == "uint8" and len(column.shape) >= 2:
-            size = "x".join(map(str, column.shape))
-            images[size] = images.get(size, 0) + 1
-    parts = [f"{n} image{'s' * (n > 1)} of {size}" for size, n in images.items()] + [f"{capacity:,} rows"]
-    parts += ["text, tokens and images of varying size not counted"] * any(f.kind != "dense" for f in columns)
-    sentence = f"this run needs {_bytes(needed)} of replay ({', '.join(parts)})"
-    available = available_memory() if available is None else available
-    if needed > available:
-        raise ValueError(
-            f"{sentence}, but only {_bytes(available)} are free: at most {capacity * available // needed:,} rows fit. "
-            "Lower buffer.capacity."
-        )
-    return sentence
-
-
-def available_memory() -> int:
-    """Free bytes, of the machine or of the container (control group) that limits this process."""
-    free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        inactive = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
-        return free if limit == "max" else min(free, int(limit) - used + int(inactive))
-    except (OSError, ValueError, KeyError):
-        return free  # no control group: the machine's own number holds
-
-
-def _row_bytes(column: Field) -> int:
-    if column.kind != "dense":
-        return 16  # start and length; the values are not known beforehand
-    return np.dtype(STORED_AS[column.dtype]).itemsize * math.prod(column.shape)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

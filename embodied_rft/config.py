@@ -7,7 +7,6 @@ objectives, agents and the like are found in the registry; each declares its opt
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import difflib
 import enum
@@ -15,7 +14,6 @@ import importlib
 import importlib.resources
 import keyword
 import os
-import re
 import sys
 import types
 import typing
@@ -42,12 +40,11 @@ from embodied_rft import registry
 from embodied_rft.checkpoint import write_atomically as write_atomically  # for those who write recipes
 from embodied_rft.log import LogConfig
 from embodied_rft.making import check_wrappers
+from embodied_rft.yaml_tree import HOLD_FILES, ConfigError, Dumper, Loader, apply_override, map_files, merge, read_yaml
 
 T = TypeVar("T")
 
-
-class ConfigError(ValueError):
-    """A recipe or an option is wrong; the message says where, what was given and what is known."""
+KEPT_PLUGINS = "inputs/plugins"  # in a run folder: sources of the plug-ins that the run was started with
 
 
 # --- stages ------------------------------------------------------------------------------------------
@@ -173,11 +170,15 @@ class Recipe:
     buffer: BufferConfig = field(default_factory=BufferConfig)
     logging: LogConfig = field(default_factory=LogConfig)
     checkpoint_seconds: NonNegativeFloat = 30.0  # least wall time between two checkpoints inside a stage
+    inputs: dict[str, str] = field(default_factory=dict)  # {file too large to be kept: its hash}, written by the run
     threads: PositiveInt | None = None  # torch's; None: one per core. 1 suits small networks and a shared machine
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed must be in [0, 2**31); got {self.seed}")
+        parts = Path(self.name).parts
+        if not parts or ".." in parts or Path(self.name).is_absolute() or not self.name.isprintable():
+            raise ConfigError(f"name must name a folder inside runs/, as in `name: my_recipe`; got {self.name!r}")
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -192,54 +193,71 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     tree = _read(path_or_name, ())
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
+    beside = _find(path_or_name, ()).parent
+    return _complete(tree, [beside / KEPT_PLUGINS, Path.cwd(), beside])
+
+
+def recipe_of(text: str, folder: Path) -> Recipe:
+    """The recipe that `dump_recipe` wrote, for a run in `folder`, which its files are relative to.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
+    return _complete(_anchored(read_yaml(text), folder), [folder / KEPT_PLUGINS])
+
+
+def _complete(tree: dict[str, Any], folders: Sequence[Path]) -> Recipe:
+    """Import the plug-ins of a raw recipe, which may lie in `folders`, then validate it."""
     plugins = tree.get("plugins") or []
     if not isinstance(plugins, list):
         raise ConfigError(f"plugins must be a list of modules, as in `plugins: [my_module]`; got {plugins!r}")
+    for folder in folders:  # the command `erft` looks into none of them by itself
+        if folder.is_dir() and str(folder) not in sys.path:
+            sys.path.append(str(folder))
     for module in plugins:
-        _import_plugin(module)
+        _import_plugin(module, folders)
     return parse(Recipe, tree)
 
 
-def _import_plugin(module: Any) -> None:
+def _import_plugin(module: Any, folders: Sequence[Path]) -> None:
     """Import a module that a recipe names, so that what it registers is known."""
-    if "" not in sys.path:
-        sys.path.append("")  # the command `erft` does not look into the current folder by itself
     try:
         importlib.import_module(str(module))
     except ModuleNotFoundError as error:
         if error.name != str(module).partition(".")[0]:
             raise  # the plug-in exists; something that it needs does not
-        raise ConfigError(f"plugins: no module {str(module)!r}, neither installed nor in {Path.cwd()}") from error
+        looked = " or ".join(dict.fromkeys(map(str, folders)))
+        raise ConfigError(f"plugins: no module {str(module)!r}, neither installed nor in {looked}") from error
     except SystemExit as error:
         raise ConfigError(
             f"plugins: the module {str(module)!r} calls sys.exit({error.code!r}) when it is imported"
         ) from error
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Recipe | Mapping[str, Any]) -> str:
     """The fully resolved recipe as YAML, defaults included; `load_recipe` of it gives an equal recipe."""
-    resolved = dataclasses.replace(recipe, stages=parse_stages(recipe.stages))
-    return dump_plain(to_plain(resolved))
+    return dump_plain(to_plain(recipe))
 
 
 def dump_plain(tree: Any) -> str:
     """Plain data as the YAML of `dump_recipe`."""
-    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
+    return str(yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 
-def recipe_difference(stored: str, recipe: Recipe) -> list[str]:
+def recipe_difference(stored: str, given: str, *, stages: bool = True) -> list[str]:
     """What two recipes disagree on, of all that can change results: ["-seed: 3", "+seed: 4"].
 
     Args:
         stored: from `dump_recipe`, perhaps of an older version: options that are new since then have their defaults.
-        recipe: the one given now.
+        given: from `dump_recipe`, now.
+        stages: whether these count.
     """
-    old, new = yaml.load(stored, _Loader), yaml.load(dump_recipe(recipe), _Loader)
+    old, new = read_yaml(stored), read_yaml(given)
     with contextlib.suppress(ConfigError):
-        old = yaml.load(dump_recipe(parse(Recipe, old)), _Loader)
+        old = read_yaml(dump_recipe(parse(Recipe, old)))
     for tree in (old, new):
-        for harmless in ("description", "logging", "checkpoint_seconds"):
+        for harmless in ("description", "logging", "checkpoint_seconds", "threads", *([] if stages else ["stages"])):
             tree.pop(harmless, None)
         for harmless in ("num_workers", "deadline", "max_incidents"):
             (tree.get("env") or {}).pop(harmless, None)
@@ -259,7 +277,7 @@ def describe_recipes() -> dict[str, str]:
     for name, path in _shipped().items():
         text = path.read_text(encoding="utf-8")
         comment = text.partition("\n")[0].lstrip("# ") if text.startswith("#") else ""
-        described[name] = str((yaml.load(text, Loader=_Loader) or {}).get("description") or comment)
+        described[name] = str((yaml.load(text, Loader=Loader) or {}).get("description") or comment)
     return described
 
 
@@ -371,6 +389,8 @@ def to_plain(value: Any) -> Any:
     """Dataclasses, enums, tuples and paths as what YAML and JSON know; a StageSpec as {word: options}."""
     if isinstance(value, StageSpec):
         return {value.word: to_plain(value.config) or {}}
+    if isinstance(value, Recipe):
+        value = dataclasses.replace(value, stages=parse_stages(value.stages))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {to_key(f.name): to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, Mapping):
@@ -382,33 +402,7 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, os.PathLike) else value
 
 
-# --- YAML --------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses the same key twice, which plain YAML would silently drop."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *name`, whose keys give way to those written beside it
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise ConfigError(f"key {key!r} is given twice, line {key_node.start_mark.line + 1}")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would read as a number."""
-
-
-# YAML 1.1 reads 1e-3 as text because it has no dot; people mean a number.
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
+# --- files ------------------------------------------------------------------------------------------
 
 
 def _shipped() -> dict[str, Path]:
@@ -422,14 +416,20 @@ def _read(path_or_name: str | Path, trail: tuple[Path, ...]) -> dict[str, Any]:
     if path in trail:
         raise ConfigError(f"{path} extends itself: {' -> '.join(p.name for p in (*trail, path))}")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping with env, agent and stages; got {type(tree).__name__}")
     base = tree.pop("extends", None)
     tree.setdefault("name", path.stem)
-    return tree if base is None else _merge(_read(base, (*trail, path)), tree)
+    tree = _anchored(tree, path.parent)
+    return tree if base is None else merge(_read(base, (*trail, path)), tree)
+
+
+def _anchored(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same recipe with files that lie beside it (`file: demos.npz`) by their whole path."""
+    return tree | {part: map_files(tree[part], folder, str) for part in HOLD_FILES if part in tree}
 
 
 def _find(path_or_name: str | Path, trail: tuple[Path, ...]) -> Path:
@@ -444,56 +444,3 @@ def _find(path_or_name: str | Path, trail: tuple[Path, ...]) -> Path:
     if name in shipped:
         return shipped[name]
     raise ConfigError(f"no recipe file and no shipped recipe {str(path_or_name)!r}; {registry.nearest(name, shipped)}")
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings are merged key by key; everything else, lists included, is replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """["cameras=[front]", "image_size=64"] -> {"cameras": ["front"], "image_size": 64}; dots nest."""
-    tree: dict[str, Any] = {}
-    for override in overrides:
-        _apply_override(tree, override)
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted key; the way there is made where it is missing, list positions must exist."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form key=value, as in env.num_envs=8")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of override {override!r} is not YAML: {error}") from error
-    *way, last = key.split(".")
-    node: Any = tree
-    for done, part in enumerate(way):
-        index = _step(node, part, ".".join(way[: done + 1]), override)
-        if isinstance(node, dict):
-            node.setdefault(part, {})
-        if isinstance(node[index], str) and isinstance(node, list):
-            node[index] = {node[index]: {}}  # a bare stage word
-        # A copy, so that other places that the recipe fills from the same anchor (*name) stay as they are.
-        node[index] = {} if node[index] is None else copy.copy(node[index])
-        node = node[index]
-    node[_step(node, last, key, override)] = value
-
-
-def _step(node: Any, part: str, path: str, override: str) -> Any:
-    """The key or index that `part` means in `node`."""
-    if isinstance(node, dict):
-        return part
-    if not isinstance(node, list):
-        raise ConfigError(f"override {override!r}: {path.rpartition('.')[0]} is {node!r}, it has no {part!r}")
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(
-            f"override {override!r}: {path} is not a position in a list of {len(node)} (0 to {len(node) - 1})"
-        )
-    return int(part)

@@ -8,12 +8,11 @@ from typing import Any
 
 import gymnasium
 
-from embodied_rft.config import EnvConfig, load_recipe
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
-from embodied_rft.pool import Pool, find_spec, num_envs_for, open_pool
+from embodied_rft.pool import find_spec, num_envs_for, open_pool
 from embodied_rft.promises import held_out
 from embodied_rft.seeding import evaluation_generator
-from embodied_rft.session import Session
+from embodied_rft.trained import Which, opened
 
 
 def evaluate_run(
@@ -24,8 +23,9 @@ def evaluate_run(
     env: str | None = None,
     official: bool = False,
     num_envs: int | None = None,
+    checkpoint: Which = "newest",
 ) -> Evaluation:
-    """Greedy success of a run's newest policy; also written to `evaluations/` in the folder.
+    """Greedy success of a run's policy; also written to `evaluations/` in the folder.
 
     Args:
         folder: of the run, finished or not.
@@ -33,51 +33,44 @@ def evaluate_run(
         sheet: which list of them (0: that of the recipe's final evaluation, 1: that of its learning curve).
         env: another environment id with the same spaces; None: the recipe's.
         official: the environment that the recipe's one reproduces, as its authors ship it, from the same seeds.
-        num_envs: environments stepped together.
+        num_envs: environments stepped together; None: as many as the recipe says.
+        checkpoint: "newest", or "best" on the learning curve.
 
     Raises:
-        ValueError: no checkpoint in the folder, other spaces, or no official environment.
+        ValueError: no checkpoint in the folder, an edited recipe.yaml, other spaces, or no official environment.
     """
     folder = Path(folder)
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected at least 1")
-    if not (folder / "recipe.yaml").exists():
-        raise ValueError(
-            f"{folder} holds no run: there is no recipe.yaml in it. Give the folder that `erft train` wrote."
-        )
-    recipe = load_recipe(folder / "recipe.yaml")
-    session = Session(recipe, folder, quiet=True)
-    try:
-        if not session.restore(weights_only=True):
-            raise ValueError(f"{folder} holds no whole checkpoint; train it first")
-        setting = session.env
-        if official and env is not None:
-            raise ValueError(f"--official and --env {env} exclude each other")
+    with opened(folder, checkpoint) as session:
+        own = session.env
+        count = num_envs or min(num_envs_for(own, "evaluation"), episodes)
+        changed = replace(own, num_workers=own.num_workers and min(own.num_workers, count))
         if official:
-            env, setting = official_id(recipe.env.id, dict(setting.options)), replace(setting, options={})
-        pool = _open(setting, env, num_envs or min(num_envs_for(setting, "evaluation"), episodes))
+            if env is not None:
+                raise ValueError(f"--official and --env {env} exclude each other")
+            changed = replace(changed, id=official_id(own.id, own.options), options={})
+        elif env is not None:
+            changed = replace(changed, id=env)
+        if changed.id != own.id and own.pool == "native":
+            changed = replace(changed, pool="auto")  # another one may have no native form
+        pool = open_pool(changed, purpose="evaluation", num_envs=count)
         try:
             if pool.fields != session.step_pool("training").fields:
-                raise ValueError(f"{env} has other observations than {recipe.env.id}: {pool.observation_space}")
+                raise ValueError(f"{changed.id} has other observations than {own.id}: {pool.observation_space}")
             act = session.actor(greedy=True, rng=evaluation_generator(sheet=sheet))
-            name = f"policy in {env}" if env else "policy, evaluated again"
+            name = "policy, evaluated again" if changed.id == own.id else f"policy in {changed.id}"
+            name = name if checkpoint == "newest" else f"{checkpoint} {name}"
             outcome = evaluate(act, session.fit(pool), evaluation_seeds(episodes, sheet=sheet), name=name)
         finally:
             pool.close()
-        facts = {"stage": list(session.path), "sheet": sheet, "environment": env or recipe.env.id}
+        facts = {"stage": list(session.path), "sheet": sheet, "environment": changed.id}
         facts |= {"decisions": session.counters["decisions"], "wall_seconds": session.counters["seconds"]}
         facts |= held_out(pool)
-        outcome.write(folder, f"later-{(env or 'again').replace('/', '-')}-{sheet}-{episodes}", **facts)
-        return outcome
-    finally:
-        session.close()
-
-
-def _open(setting: EnvConfig, id: str | None, num_envs: int) -> Pool:
-    """The recipe's environments, or others in their place, which may have no native form."""
-    if id is not None and setting.pool == "native":
-        setting = replace(setting, pool="auto")
-    return open_pool(setting, purpose="evaluation", num_envs=num_envs, id=id)
+    slug = ("again" if changed.id == own.id else changed.id).replace("/", "-")
+    slug += "" if checkpoint == "newest" else f"-{checkpoint}"
+    outcome.write(folder, f"later-{slug}-{sheet}-{episodes}", **facts)
+    return outcome
 
 
 def official_id(id: str, options: dict[str, Any]) -> str:

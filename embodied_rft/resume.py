@@ -7,44 +7,79 @@ with the same bits as one that was not. Structure (which networks exist) is neve
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from embodied_rft import distributed
-from embodied_rft.config import Recipe, dump_recipe, recipe_difference
+from embodied_rft.config import parse_stages, recipe_difference, to_plain
 from embodied_rft.seeding import generator_state
 from embodied_rft.stages.base import walk
+from embodied_rft.yaml_tree import read_yaml
 
 if TYPE_CHECKING:
     from embodied_rft.session import Session
 
+HOLDS = ("format", "recipe", "path", "finished", "progress", "counters", "records", "agent", "buffer", "learner",
+         "collector", "generators", "logger", "tail", "best")  # fmt: skip
+
 
 def snapshot(session: Session, *, finished: bool) -> dict[str, Any]:
     """The state of a session, as plain data for `checkpoint.save`; `finished`: the stage at `path` is over."""
-    learner, collector = session.learner, session.collector
+    inside = {"learner": None, "collector": None, "generators": {}} if finished else going_on(session)
     return {
         "format": 1,
         "processes": distributed.size(),
-        "recipe": dump_recipe(session.recipe),
+        "threads": session.threads,
+        "recipe": session.recipe_text,
         "path": list(session.path),
         "finished": finished,
         "progress": session.progress,
+        **inside,
         "counters": session.counters,
         "records": session.records,
         "agent": session.agent.finite_state(),
         "buffer": session.buffer_state(),
-        "learner": None if finished or learner is None else learner.state_dict(),
-        "collector": None if finished or collector is None else collector.state_dict(),
-        "generators": {} if finished else {k: generator_state(g) for k, g in session.generators.items()},
         "logger": session.logger.state_dict(),
+        "tail": session.tail,
+        "best": session.best,
     }
 
 
-def restore(session: Session, state: dict[str, Any], *, weights_only: bool = False) -> None:
-    """Make a fresh session what it was when `state` was taken; `weights_only` leaves buffer and logs alone."""
-    if not weights_only:
-        distributed.check_size(state.get("processes", 1), session.folder)
-        check_recipe(state["recipe"], session.recipe, session.folder)
+def going_on(session: Session) -> dict[str, Any]:
+    """What the running stage needs to go on."""
+    return {
+        "progress": session.progress,
+        "learner": None if session.learner is None else session.learner.state_dict(),
+        "collector": None if session.collector is None else session.collector.state_dict(),
+        "generators": {name: generator_state(each) for name, each in session.generators.items()},
+    }
+
+
+def weights(session: Session) -> dict[str, Any]:
+    """What `load_weights` needs, as a state without buffer, learner and collector."""
+    whole = snapshot(session, finished=True)
+    return whole | {"buffer": None, "tail": None, "progress": {}}
+
+
+def restore(session: Session, state: dict[str, Any]) -> dict[str, Any]:
+    """Make a fresh session what it was when `state` was taken; that state, as the session goes on from it."""
+    distributed.check_size(state.get("processes", 1), session.folder)
+    state = continuation(state, session)
+    _keep_threads(session, state.get("threads", session.threads))
+    load_weights(session, state)
+    if state["buffer"] is not None:
+        session.buffer.load_state_dict(state["buffer"])
+    session.tail, session.best = state["tail"], state["best"]
+    session.logger.load_state_dict(state["logger"])
+    where = f"{'after' if state['finished'] else 'in'} stage {'.'.join(map(str, session.path))}"
+    session.logger.message(f"continuing {where}, {session.counters['decisions']} decisions in")
+    return state
+
+
+def load_weights(session: Session, state: dict[str, Any]) -> None:
+    """Networks, counters and the place in the recipe; buffer and logs stay as they are."""
     target = tuple(state["path"])
     prepare_until(session, target)
     try:
@@ -58,25 +93,95 @@ def restore(session: Session, state: dict[str, Any], *, weights_only: bool = Fal
         session.agent.policy.load_state_dict(averaged)
     session.path, session.progress = target, dict(state["progress"])
     session.counters, session.records = dict(state["counters"]), list(state["records"])
-    if weights_only:
-        return
-    if state["buffer"] is not None:
-        session.buffer.load_state_dict(state["buffer"])
-    session.logger.load_state_dict(state["logger"])
-    where = "after" if state["finished"] else "in"
-    session.logger.message(
-        f"continuing {where} stage {'.'.join(map(str, target))}, {session.counters['decisions']} decisions in"
+
+
+# --- a recipe that was changed meanwhile -------------------------------------------------------------------------
+
+
+def continuation(state: dict[str, Any], session: Session) -> dict[str, Any]:
+    """The state from which a run goes on with the recipe that is given now.
+
+    A run folder belongs to one recipe, but what has not begun may be changed, and the last stage that learned (only
+    evaluations came after it) may be made longer: it goes on with its own optimisers and its own experience.
+
+    Raises:
+        ValueError: the recipes differ in what has been run already; names the difference.
+    """
+    if state["recipe"] == session.recipe_text:
+        return state
+    stages: list[list[Leaf]] = []
+    for text in (state["recipe"], session.recipe_text):
+        specs = parse_stages(read_yaml(text)["stages"])
+        stages.append([Leaf(path, stage, to_plain(stage.config) or {}) for path, stage in walk(specs)])
+    old, new = stages
+    begun = [leaf for leaf in old if leaf.path <= tuple(state["path"])]
+    pairs = zip(begun, [*new, *[None] * len(begun)], strict=False)
+    first = next((index for index, (a, b) in enumerate(pairs) if b is None or a.key != b.key), None)
+    difference = recipe_difference(state["recipe"], session.recipe_text, stages=False)
+    if not difference and first is None:
+        return state
+    after = begun[first:] if first is not None else []
+    rest = [leaf for leaf in after[1:] if not leaf.stage.measures]
+    if not difference and after and not rest:
+        assert first is not None
+        if after[0].stage.measures:  # measured again: it changed nothing
+            return _rewound(state, begun[first - 1].path if first else (), finished=True)
+        going_on = len(after) == 1 and not state["finished"]
+        if first < len(new) and _longer(after[0], new[first]) and (going_on or state["tail"] is not None):
+            return state if going_on else _rewound(state, after[0].path, finished=False) | state["tail"]
+    difference = difference or recipe_difference(state["recipe"], session.recipe_text)
+    raise ValueError(
+        f"{session.folder} holds a run of another recipe ({'; '.join(difference[:6])}). Continue it with its own "
+        "recipe or choose another folder. Of a run that has begun only what is still to come may be changed, and its "
+        "last stage that learns may be made longer."
     )
 
 
-def check_recipe(stored: str, recipe: Recipe, folder: Path) -> None:
-    """A run folder belongs to one recipe."""
-    difference = recipe_difference(stored, recipe)
-    if difference:
-        raise ValueError(
-            f"{folder} holds a run of another recipe ({'; '.join(difference[:6])}). Continue it with its own recipe, "
-            "or choose another folder."
+@dataclass(frozen=True)
+class Leaf:
+    """A stage as it runs: where, which, with what options."""
+
+    path: tuple[int, ...]
+    stage: Any
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal stages."""
+        return self.path, self.stage.word, self.options
+
+
+def _longer(old: Leaf, new: Leaf) -> bool:
+    """Whether a stage differs only in how long it goes on, and in how often it is measured."""
+    if (old.path, old.stage.word) != (new.path, new.stage.word):
+        return False
+    changed = [key for key in old.options if old.options[key] != new.options[key]]
+    return all(
+        key in old.stage.adjustable or (key in old.stage.extendable and new.options[key] > old.options[key])
+        for key in changed
+    )
+
+
+def _rewound(state: dict[str, Any], path: tuple[int, ...], *, finished: bool) -> dict[str, Any]:
+    """The state at an earlier place, from which only measurements were made."""
+    earlier = [each for each in state["records"] if tuple(each["path"]) <= path]
+    done = [each for each in earlier if finished or tuple(each["path"]) < path]
+    return state | {"path": list(path), "finished": finished, "records": done}
+
+
+def _keep_threads(session: Session, before: int) -> None:
+    """Sums over another number of threads round otherwise: go on with as many as before, unless the recipe says."""
+    if before == session.threads:
+        return
+    if session.recipe.threads is not None:
+        session.logger.message(
+            f"warning: this run used {before} threads and goes on with {session.threads}, as the recipe says: not to "
+            "the bit as it would have been"
         )
+        return
+    session.logger.message(f"this run used {before} threads, not {session.threads}: going on with {before}")
+    torch.set_num_threads(before)
+    session.threads = before
 
 
 def prepare_until(session: Session, target: tuple[int, ...]) -> None:

@@ -17,10 +17,10 @@ import torch
 
 from embodied_rft import distributed, resume
 from embodied_rft.agent import build_agent
-from embodied_rft.checkpoint import Checkpoints
+from embodied_rft.checkpoint import BEST, Checkpoints, save, write_atomically
 from embodied_rft.chunking import fit_pool
 from embodied_rft.collect import Act, Collector
-from embodied_rft.config import Recipe, parse_stages, to_plain
+from embodied_rft.config import Recipe, dump_recipe, parse_stages, to_plain
 from embodied_rft.data import Decisions, Source, Tree
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds, latest_incident
 from embodied_rft.learner import Learner, LearnerConfig
@@ -42,11 +42,12 @@ class Interrupted(KeyboardInterrupt):
 class Session(Rig):
     """The state of a run. Stages use its parts; see `stages` for how."""
 
-    def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False, text: str | None = None) -> None:
         self.folder = Path(folder)
+        self.recipe_text = text or dump_recipe(recipe)  # as it is kept: files by their names in the folder
         super().__init__(recipe, Logger(self.folder, recipe.logging, quiet=quiet, recipe=to_plain(recipe)))
         self.stages = parse_stages(recipe.stages)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=2)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=2, holds=resume.HOLDS)
         self.counters: dict[str, Any] = {"decisions": 0, "updates": 0, "episodes": 0, "seconds": 0.0, "saves": 0}
         self.counters["incidents"] = {"counts": {}, "latest": []}  # of environments, and the latest texts
         self._said: set[str] = set()
@@ -55,7 +56,11 @@ class Session(Rig):
         self.stage_name = ""  # its title
         self.progress: dict[str, Any] = {}  # how far the running stage is: what it needs to go on
         self.generators: dict[str, np.random.Generator | torch.Generator] = {}
+        self.tail: dict[str, Any] | None = None  # of the last stage that can be made longer, until another one learns
+        self.best: dict[str, Any] | None = None  # point of the learning curve that the best checkpoint is of
         self.stopping = False
+        self.threads = torch.get_num_threads()  # they decide how sums are rounded
+        self._recipe_kept = False  # in recipe.yaml
         self._resume: dict[str, Any] | None = None
         self.collector: Collector | None = None
         self.learner: Learner | None = None
@@ -154,6 +159,8 @@ class Session(Rig):
         outcome.write(self.folder, slug, **facts, **held_out(self.step_pool("evaluation")), wall_seconds=self.seconds())
         self.logger.show_samples(name, outcome.samples, decisions=self.counters["decisions"])
         self.log({f"evaluate/{key}": value for key, value in outcome.headline().items()}, name=name)
+        if sheet and act is None:  # never by the states of the verdict
+            self.save_best(outcome)
         return outcome
 
     # --- logs and clocks -----------------------------------------------------------------------------------------
@@ -216,17 +223,31 @@ class Session(Rig):
         self.counters["seconds"], self._clock = self.seconds(), time.perf_counter()
         self.counters["saves"] += 1
         self.checkpoints.write(self.counters["saves"], resume.snapshot(self, finished=finished))
+        self.keep_recipe(saved=True)
         distributed.gather(None)  # no process goes on before all have written: their newest are never two apart
         self._saved_at = time.perf_counter()
 
-    def restore(self, *, weights_only: bool = False) -> bool:
-        """Load the newest whole checkpoint, if there is one. `weights_only` leaves buffer and logs alone."""
+    def keep_recipe(self, *, saved: bool = False) -> None:
+        """Write recipe.yaml; a changed one when the first checkpoint that was made with it is there."""
+        if not self._recipe_kept and (saved or self._resume is None or self._resume["recipe"] == self.recipe_text):
+            write_atomically(self.folder / "recipe.yaml", self.recipe_text)
+            self._recipe_kept = True
+
+    def restore(self) -> bool:
+        """Go on from the newest whole checkpoint, if there is one."""
         newest = distributed.newest(self.checkpoints)
         if newest is None:
             return False
-        resume.restore(self, newest[1], weights_only=weights_only)
-        self._resume = newest[1]
+        self._resume = resume.restore(self, newest[1])
         return True
+
+    def save_best(self, outcome: Evaluation) -> None:
+        """Keep the policy beside the newest checkpoints if it is the best so far on the learning curve."""
+        value = outcome.success if outcome.told else float(np.mean(outcome.returns))
+        if self.best is None or value > self.best["value"]:
+            self.best = {"value": value, "told": outcome.told, "decisions": self.counters["decisions"]}
+            if not distributed.rank():
+                save(self.folder / "checkpoints" / BEST, resume.weights(self))
 
     # --- running -------------------------------------------------------------------------------------------------
 
@@ -242,6 +263,7 @@ class Session(Rig):
                 self._resume = None
                 self.path, self.progress, self.generators = path, {}, {}
                 self.collector = self.learner = self.objective = None
+                self.tail = self.tail if stage.measures else None
                 stage.prepare(self)
             else:
                 for name, value in resumed["generators"].items():
@@ -269,6 +291,8 @@ class Session(Rig):
         self.records.append(record)
         write_json(self.folder / "stages.json", self.records)
         self.logger.stage_finished(record)
+        if stage.extendable:
+            self.tail = resume.going_on(self)
         self.save(finished=True)
 
     def close(self) -> None:

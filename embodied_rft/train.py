@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from embodied_rft import distributed
+from embodied_rft import distributed, inputs
 from embodied_rft.checkpoint import RunLock
-from embodied_rft.config import Recipe, dump_recipe, write_atomically
+from embodied_rft.config import Recipe, dump_recipe, recipe_of
 from embodied_rft.incidents import EnvironmentFailure
 from embodied_rft.log import LogConfig
 from embodied_rft.session import Session
@@ -26,21 +26,25 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False, report: bo
     Raises:
         ValueError: the folder holds a run of another recipe, or another process is working in it.
         EnvironmentFailure: the environments fail too often to go on.
-        Interrupted: Ctrl-C; the run was saved and the same call continues it.
+        Interrupted: Ctrl-C or SIGTERM; the run was saved and the same call continues it.
     """
     rank = distributed.rank()
-    folder = Path(folder) if not rank else Path(folder) / "ranks" / str(rank)
-    folder = folder.absolute()  # an environment may change the working directory
+    main = Path(folder).absolute()  # an environment may change the current folder
+    folder = main if not rank else main / "ranks" / str(rank)
     folder.mkdir(parents=True, exist_ok=True)
     if rank:  # rank 0 speaks for all; the others keep only what they need to be continued
         quiet, report, recipe = True, False, replace(recipe, logging=LogConfig(console=False, csv=False))
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     with RunLock(folder):
-        session = Session(recipe, folder, quiet=quiet)
+        refuse_links(folder)
+        text, changed = keep_inputs(recipe, main)
+        session = Session(recipe_of(text, main), folder, quiet=quiet, text=text)
         try:
-            session.restore()
-            write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
+            session.checkpoints.clean()
+            if session.restore() and changed:
+                session.logger.message(f"warning: plug-ins have changed since this run began: {', '.join(changed)}")
+            session.keep_recipe()
             with stop_on_interrupt(session):
                 session.run()
         except EnvironmentFailure as failure:
@@ -56,24 +60,45 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False, report: bo
     return session
 
 
+def keep_inputs(recipe: Recipe, folder: Path) -> tuple[str, list[str]]:
+    """Copy the files that the recipe names into the run folder: the recipe that names them there, changed plug-ins."""
+    changed = []
+    if not distributed.rank():  # the others find everything there
+        inputs.keep(recipe, folder)
+        changed = inputs.keep_plugins(recipe, folder)
+    distributed.gather(None)
+    return dump_recipe(inputs.keep(recipe, folder)), changed
+
+
+def refuse_links(folder: Path) -> None:
+    """A file of a run that is a symbolic link leads elsewhere: writing it would overwrite what belongs to others."""
+    inside = (path for name in ("evaluations", "videos", "sb3") for path in folder.glob(f"{name}/*"))
+    for path in (*folder.iterdir(), *inside):
+        if path.is_symlink() and not path.is_dir():
+            raise ValueError(f"{path} is a symbolic link: a run writes its own files only. Remove it.")
+
+
 @contextmanager
 def stop_on_interrupt(session: Session) -> Iterator[None]:
-    """The first Ctrl-C asks the session to stop at the next safe point, a second one stops at once."""
+    """Ctrl-C or SIGTERM asks the session to stop at the next safe point; the same signal again stops at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    asked: set[int] = set()  # a launcher may answer Ctrl-C, which all its processes get, with a SIGTERM to each
 
     def ask(signum: int, frame: Any) -> None:
-        if session.stopping:
+        if signum in asked:
             raise KeyboardInterrupt
+        asked.add(signum)
         session.stopping = True
         session.logger.message(
-            "stopping at the next safe point (Ctrl-C again to stop at once, losing the work since the last one)"
+            "stopping at the next safe point (once more to stop at once, losing the work since the last one)"
         )
 
-    old = signal.signal(signal.SIGINT, ask)
+    old = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         with suppress(ValueError):
-            signal.signal(signal.SIGINT, old)
+            for signum, handler in old.items():
+                signal.signal(signum, handler)

@@ -146,8 +146,9 @@ def serve(
 
 
 def _follow_parent() -> None:
-    """Die when the parent dies, also from inside a step or while stopped; leave Ctrl-C to the parent."""
+    """Die when the parent dies, also from inside a step or while stopped; leave to it what a whole group is sent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with suppress(
         OSError, AttributeError
     ):  # Linux: the kernel kills us after the fork server, which ends with the parent

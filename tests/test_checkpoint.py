@@ -1,12 +1,15 @@
 """Checkpoints: exact, atomic, survivors of truncation, full disks and killed writers; one process a run folder."""
 
+import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +191,67 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage, caplog):
         checkpoints.newest()
 
 
+def rewrite(folder, name, content):
+    """Put forged bytes into a checkpoint under a manifest that agrees with them."""
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+FORGED = {
+    "a list for a manifest": lambda f: (f / checkpoint.MANIFEST).write_text("[1, 2]"),
+    "no files in it": lambda f: (f / checkpoint.MANIFEST).write_text('{"format": 1}'),
+    "a name for a number": lambda f: (f / checkpoint.MANIFEST).write_text('{"format": 1, "files": 3}'),
+    "nested without end": lambda f: (f / checkpoint.MANIFEST).write_text("[" * 200_000),
+    "another tree": lambda f: rewrite(f, checkpoint.META, b'{"format": 1, "tree": {"w": 1}}'),
+    "no tree": lambda f: rewrite(f, checkpoint.META, b'{"format": 1, "tree": 3}'),
+    "a tree without end": lambda f: rewrite(f, checkpoint.META, b'{"tree": ' + b"[" * 900 + b"]" * 900 + b"}"),
+    "a leaf that is not there": lambda f: rewrite(f, checkpoint.META, b'{"tree": {"step": {"$tensor": "9"}}}'),
+    "a header beyond memory": lambda f: rewrite(f, checkpoint.TENSORS, (2**62).to_bytes(8, "little") + b"{}"),
+    "a header beyond all numbers": lambda f: rewrite(f, checkpoint.TENSORS, b"\xff" * 8 + b"{}"),
+}
+
+
+@pytest.mark.parametrize("forge", FORGED.values(), ids=FORGED)
+def test_a_forged_checkpoint_is_passed_over_like_a_damaged_one(tmp_path, forge):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", holds=("step", "w"))
+    for step in (1, 2):
+        checkpoints.write(step, {"step": step, "w": torch.zeros(3)})
+    forge(checkpoints.path(2))
+    assert checkpoints.newest()[0] == 1
+
+
+def test_checkpoints_that_were_deleted_are_missed(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.newest() is None
+    checkpoints.write(1, "one")
+    shutil.rmtree(checkpoints.root)
+    with pytest.raises(CheckpointError, match="put them back"):
+        checkpoints.newest()
+
+
+def test_one_reads_while_another_writes(tmp_path):
+    """Reading never fails, never removes what is being written, and never goes back."""
+    checkpoints, done = Checkpoints(tmp_path / "checkpoints"), threading.Event()
+    checkpoints.write(0, {"step": 0})
+
+    def write():
+        for step in range(1, 200):
+            checkpoints.write(step, {"step": step, "w": np.zeros(2_000)})
+        done.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    seen = []
+    while not done.is_set():
+        step, tree = checkpoints.newest()
+        assert tree["step"] == step
+        seen.append(step)
+    thread.join()
+    assert seen == sorted(seen) and checkpoints.steps() == [198, 199]
+
+
 def test_only_the_newest_are_kept_and_a_step_can_be_rewritten(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.newest() is None
@@ -207,6 +271,10 @@ def test_leftovers_of_killed_writers_are_cleaned(tmp_path):
     checkpoints.write(1, "one")
     (tmp_path / ".000000000002.writing-99").mkdir()
     os.rename(checkpoints.path(1), tmp_path / ".000000000001.replaced-99")  # killed between the two renames
+    with pytest.raises(CheckpointError, match="put them back"):  # who reads does not clean: a writer may be at work
+        checkpoints.newest()
+    assert len(list(tmp_path.iterdir())) == 2
+    checkpoints.clean()
     assert checkpoints.newest() == (1, "one")
     assert [p.name for p in tmp_path.iterdir()] == ["000000000001"]
 
@@ -249,6 +317,7 @@ def test_a_killed_writer_loses_nothing(tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
+    Checkpoints(tmp_path).clean()
     step, tree = Checkpoints(tmp_path).newest()
     assert step >= last and tree["step"] == step and (tree["w"] == step).all()
     assert not list(tmp_path.glob(".*"))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -93,7 +94,7 @@ def test_train_passes_everything_on_and_names_the_report(recipe, session, tmp_pa
     )
     ((loaded, folder, quiet, report),) = session.calls
     assert (loaded.env.num_envs, loaded.seed, loaded.agent["hidden"]) == (3, 5, [8])
-    assert (str(folder), quiet, report) == ("there", True, False)
+    assert (folder, quiet, report) == (tmp_path / "there", True, False)
     assert capsys.readouterr().out == "report: there/report.html\n"
     assert (tmp_path / "there" / "report.html").is_file()
     facts = json.loads((tmp_path / "there" / "run.json").read_text())
@@ -106,7 +107,10 @@ def test_train_passes_everything_on_and_names_the_report(recipe, session, tmp_pa
 def test_the_default_folder_follows_name_and_seed(recipe, session):
     run("train", "mine.yaml")
     run("train", "mine.yaml", "--seed", "2")
-    assert [str(call[1]) for call in session.calls] == ["runs/mine", "runs/mine-seed2"]
+    assert [call[1].relative_to(Path.cwd()).as_posix() for call in session.calls] == [
+        "runs/mine",
+        "runs/mine-seed2",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ class Stage:
 
     Config: ClassVar[Any]
     word: str = ""  # set when the recipe is read
+    measures: ClassVar[bool] = False  # changes neither agent nor buffer
+    extendable: ClassVar[tuple[str, ...]] = ()  # options that may grow after it has begun: it goes on
+    adjustable: ClassVar[tuple[str, ...]] = ()  # options that may change after it has begun
 
     def __init__(self, config: Any, path: tuple[int, ...]) -> None:
         self.config, self.path = config, path

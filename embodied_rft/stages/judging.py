@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 @register("stage", "evaluate")
 class Evaluate(Stage):
     """Greedy success of the current policy on held-out initial states, with a Wilson interval and a video."""
+
+    measures: ClassVar[bool] = True
 
     @dataclass(config=STRICT, kw_only=True)
     class Config:

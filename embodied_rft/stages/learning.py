@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import field, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,6 +41,9 @@ FRESH = {  # options of `finetune` for replay, and what objectives that learn fr
 @register("stage", "pretrain")
 class Pretrain(Stage):
     """Gradient steps on what the buffer holds, without new experience."""
+
+    extendable: ClassVar[tuple[str, ...]] = ("updates",)
+    adjustable: ClassVar[tuple[str, ...]] = ("log_every", "evaluate_every", "evaluate_episodes")
 
     @dataclass(config=STRICT, kw_only=True)
     class Config:
@@ -112,6 +115,9 @@ class Until:
 @register("stage", "finetune")
 class Finetune(Stage):
     """Collect, learn, repeat: online reinforcement learning."""
+
+    extendable: ClassVar[tuple[str, ...]] = ("decisions",)
+    adjustable: ClassVar[tuple[str, ...]] = ("evaluate_every", "evaluate_episodes", "until")
 
     @dataclass(config=STRICT, kw_only=True)
     class Config:

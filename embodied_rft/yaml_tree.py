@@ -1,0 +1,127 @@
+"""Plain data from YAML: safe, with dotted overrides, merging, and the files that its texts name.
+
+Knows nothing of what a recipe means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HOLD_FILES = ("env", "agent", "stages")  # parts of a recipe that may name files
+
+
+class ConfigError(ValueError):
+    """A recipe or an option is wrong; the message says where, what was given and what is known."""
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML that refuses the same key twice, which plain YAML would silently drop."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys differ."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *name`, whose keys give way to those written beside it
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ConfigError(f"key {key!r} is given twice, line {key_node.start_mark.line + 1}")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes text that `Loader` would read as a number."""
+
+
+# YAML 1.1 reads 1e-3 as text because it has no dot; people mean a number.
+for _yaml in (Loader, Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+def read_yaml(text: str) -> Any:
+    """What safe YAML holds."""
+    return yaml.load(text, Loader)
+
+
+def merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key; everything else, lists included, is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """["cameras=[front]", "image_size=64"] -> {"cameras": ["front"], "image_size": 64}; dots nest."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(tree, override)
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key; the way there is made where it is missing, list positions must exist."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value, as in env.num_envs=8")
+    try:
+        value = yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of override {override!r} is not YAML: {error}") from error
+    *way, last = key.split(".")
+    node: Any = tree
+    for done, part in enumerate(way):
+        index = _step(node, part, ".".join(way[: done + 1]), override)
+        if isinstance(node, dict):
+            node.setdefault(part, {})
+        if isinstance(node[index], str) and isinstance(node, list):
+            node[index] = {node[index]: {}}  # a bare stage word
+        # A copy, so that other places that the recipe fills from the same anchor (*name) stay as they are.
+        node[index] = {} if node[index] is None else copy.copy(node[index])
+        node = node[index]
+    node[_step(node, last, key, override)] = value
+
+
+def _step(node: Any, part: str, path: str, override: str) -> Any:
+    """The key or index that `part` means in `node`."""
+    if isinstance(node, dict):
+        return part
+    if not isinstance(node, list):
+        raise ConfigError(f"override {override!r}: {path.rpartition('.')[0]} is {node!r}, it has no {part!r}")
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(
+            f"override {override!r}: {path} is not a position in a list of {len(node)} (0 to {len(node) - 1})"
+        )
+    return int(part)
+
+
+def map_files(value: Any, folder: Path, change: Callable[[Path], str]) -> Any:
+    """Plain data in which every text that names a file or folder is what `change` makes of its whole path.
+
+    Args:
+        value: plain data, as of a recipe. Ids and single words without a dot are no files.
+        folder: what relative paths are relative to.
+        change: of an absolute path.
+    """
+    if isinstance(value, Mapping):
+        return {k: v if k in ("id", "name", "with") else map_files(v, folder, change) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [map_files(item, folder, change) for item in value]
+    if isinstance(value, str) and re.search(r"[\w-][./]|[./][\w-]", value) and len(value) < 4096 and "\0" not in value:
+        path = Path(os.path.normpath(folder / Path(value).expanduser()))
+        with contextlib.suppress(OSError):
+            if path.is_file() or path.is_dir():
+                return change(path)
+    return value
