@@ -69,6 +69,7 @@ def evaluate(
     sheet: int = 0,
     env: str | None = None,
     official: bool = False,
+    best: bool = False,
 ) -> None:
     """Measure a run's policy on held-out initial states.
 
@@ -78,11 +79,13 @@ def evaluate(
         sheet: Which list of initial states; 0 is the report's.
         env: Another environment id with the same spaces.
         official: The environment that this one reproduces, as its authors ship it.
+        best: The best policy of the learning curve instead of the newest.
     """
     from embodied_rft.judge import evaluate_run
     from embodied_rft.report import write_report
 
-    print(evaluate_run(run, episodes=episodes, sheet=sheet, env=env, official=official))
+    checkpoint = "best" if best else "newest"
+    print(evaluate_run(run, episodes=episodes, sheet=sheet, env=env, official=official, checkpoint=checkpoint))
     print(f"report: {write_report(run)}")
 
 

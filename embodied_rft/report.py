@@ -18,23 +18,20 @@ too.
 from __future__ import annotations
 
 import importlib.resources
-import json
 import shlex
 import string
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from embodied_rft import doctor, figures, samples, video
 from embodied_rft.checkpoint import write_atomically
 from embodied_rft.console import describe, visible
 from embodied_rft.evaluate import SILENT, counted
-from embodied_rft.log import METRICS, read_records, write_json
+from embodied_rft.log import write_json
+from embodied_rft.run_files import Run
 
 INSTALL_GL = "Install a GL library (Debian, Ubuntu: apt-get install libegl1 libegl-mesa0) and run erft doctor."
 
@@ -52,58 +49,6 @@ def run_facts() -> dict[str, Any]:
     return {"commit": doctor.code_version(), "started": started, **doctor.machine_facts()}
 
 
-@dataclass
-class Run:
-    """What the folder holds."""
-
-    folder: Path
-    recipe_text: str = ""
-    recipe: dict[str, Any] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    verdicts: list[dict[str, Any]] = field(default_factory=list)  # the recipe's evaluations on sheet 0, in order
-    curve: list[dict[str, Any]] = field(default_factory=list)  # its evaluations on other sheets
-    later: list[dict[str, Any]] = field(default_factory=list)  # made by `erft eval` afterwards
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    messages: str = ""
-
-    @classmethod
-    def read(cls, folder: Path) -> Run:
-        """Everything that is there; ValueError if the folder is not a run's."""
-        text = _text(folder / "recipe.yaml")
-        if not text:
-            raise ValueError(
-                f"{folder} is not a run folder: it has no recipe.yaml. Give the folder that `erft train` named."
-            )
-        evaluations = [_json(path, {}) for path in sorted((folder / "evaluations").glob("*.json"))]
-        evaluations = sorted((e for e in evaluations if e.get("episodes")), key=lambda e: e.get("wall_seconds", 0))
-        during = [e for e in evaluations if "environment" not in e]
-        return cls(
-            folder,
-            text,
-            _parsed(folder / "recipe.yaml", yaml.safe_load, text) or {},
-            _json(folder / "run.json", {}) or run_facts(),
-            _json(folder / "stages.json", []),
-            [e for e in during if e.get("sheet", 0) == 0],
-            [e for e in during if e.get("sheet", 0) != 0],
-            [e for e in evaluations if "environment" in e],
-            read_records(folder / METRICS),
-            _text(folder / "run.log"),
-        )
-
-    @property
-    def told(self) -> bool:
-        """Whether the environment said anything about success; if not, returns are all there is."""
-        return any(e.get("told", True) for e in self.verdicts)
-
-    @property
-    def paired(self) -> bool:
-        """Whether the first and the last verdict are on the same initial states."""
-        first, last = self.verdicts[0], self.verdicts[-1]
-        same = first.get("seeds") == last.get("seeds") and first.get("results") and last.get("results")
-        return len(self.verdicts) > 1 and bool(same) and len(first["results"]) == len(last["results"])
-
-
 def write_report(run_folder: str | Path) -> Path:
     """Write report.html and summary.json into a run folder; returns the path of the page.
 
@@ -111,8 +56,10 @@ def write_report(run_folder: str | Path) -> Path:
         ValueError: the folder holds no run.
     """
     run = Run.read(Path(run_folder))
+    run.facts = run.facts or run_facts()
     template = string.Template(importlib.resources.files("embodied_rft").joinpath("report.html").read_text("utf-8"))
     sections = [_success(run), _curves(run), _samples(run), _videos(run), _stages(run), _recipe(run), _facts(run)]
+    sections.append(_damaged(run))
     name = str(run.recipe.get("name", run.folder.name))
     page = template.substitute(
         title=escape(f"{name}: {_plain_headline(run)}"),
@@ -311,13 +258,13 @@ def _videos(run: Run) -> str:
     folder = run.folder / "videos"
     films = sorted([*folder.glob("[!.]*.mp4"), *folder.glob("[!.]*.gif")], key=lambda path: path.name)
     if not films:
-        reason = json.loads(_text(folder / "unavailable.json") or "{}").get("reason")
+        reason = run.unavailable.get("reason")
         asked = any(stage.get("word") == "evaluate" for stage in run.stages)
         text = f"No videos: {escape(str(reason))} {INSTALL_GL}" if reason else "This run filmed no episode."
         return _section("Videos", text, "") if reason or asked else ""
     figures_html = []
     for path in films:
-        about = json.loads(_text(path.with_suffix(".json")) or "{}")
+        about = run.about(path)
         outcome = {True: "Success", False: "Failure"}.get(about.get("success"), path.stem)  # type: ignore[arg-type]
         caption = f"{outcome}, initial state {about['seed']}" if "seed" in about else outcome
         source = video.data_url(path)
@@ -353,6 +300,13 @@ def _stages(run: Run) -> str:
     return _section("Stages", "", f'<div class="scroll">{table}</div>')
 
 
+def _damaged(run: Run) -> str:
+    if not run.damaged:
+        return ""
+    note = "These files of the run folder cannot be read; what they held is missing above."
+    return _section("Damaged files", note, f"<pre>{escape(chr(10).join(run.damaged))}</pre>")
+
+
 def _cells(texts: Sequence[str], tag: str) -> str:
     return "".join(f'<{tag} class="n">{escape(text)}</{tag}>' for text in texts)
 
@@ -383,22 +337,3 @@ def _facts(run: Run) -> str:
     cells = "".join(f'<tr><td class="key">{k}</td><td>{escape(str(v))}</td></tr>' for k, v in rows.items() if v)
     log = f"<details><summary>run.log</summary><pre>{escape(run.messages)}</pre></details>" if run.messages else ""
     return _section("How to repeat this", "", f"<table><tbody>{cells}</tbody></table>{log}")
-
-
-def _json(path: Path, default: Any) -> Any:
-    text = _text(path)
-    return _parsed(path, json.loads, text) if text else default
-
-
-def _parsed(path: Path, parse: Callable[[str], Any], text: str) -> Any:
-    try:
-        return parse(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, or the same `erft train` again writes it") from None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return ""

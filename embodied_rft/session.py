@@ -239,6 +239,7 @@ class Session(Rig):
         if newest is None:
             return False
         self._resume = resume.restore(self, newest[1])
+        write_json(self.folder / "stages.json", self.records)
         return True
 
     def save_best(self, outcome: Evaluation) -> None:

@@ -159,8 +159,8 @@ def test_without_success_there_are_returns(run):
 @pytest.mark.parametrize("name", ["recipe.yaml", "stages.json", "run.json"])
 def test_a_damaged_file_is_named(run, name):
     (run / name).write_text("{")
-    with pytest.raises(ValueError, match=f"{name} is damaged"):
-        write_report(run)
+    text = Page(write_report(run).read_text()).text
+    assert "Damaged files" in text and name in text and "Success" in text
 
 
 def test_the_same_folder_gives_the_same_page(run):
