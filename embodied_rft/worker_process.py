@@ -149,9 +149,7 @@ def _follow_parent() -> None:
     """Die when the parent dies, also from inside a step or while stopped; leave to it what a whole group is sent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with suppress(
-        OSError, AttributeError
-    ):  # Linux: the kernel kills us after the fork server, which ends with the parent
+    with suppress(OSError, AttributeError):  # Linux: killed after the fork server, which ends with the parent
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = mp.parent_process()
     assert parent is not None

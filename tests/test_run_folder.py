@@ -103,8 +103,8 @@ def test_a_policy_is_measured_in_the_environment_that_it_was_trained_in(run, tmp
     from embodied_rft import judge
 
     asked = []
-    monkeypatch.setattr(judge, "pool_of", lambda env, purpose: asked.append(env) or pool_of(env, purpose))
-    from embodied_rft.rig import pool_of
+    monkeypatch.setattr(judge, "open_pool", lambda env, **options: asked.append(env) or open_pool(env, **options))
+    from embodied_rft.pool import open_pool
 
     evaluate_run(run, episodes=4)
     assert (asked[0].options, asked[0].pool, asked[0].num_envs) == ({"num_threads": 1}, "auto", 4)
