@@ -58,9 +58,10 @@ def going_on(session: Session) -> dict[str, Any]:
 
 
 def weights(session: Session) -> dict[str, Any]:
-    """What `load_weights` needs, as a state without buffer, learner and collector."""
-    whole = snapshot(session, finished=True)
-    return whole | {"buffer": None, "tail": None, "progress": {}}
+    """What `load_weights` needs, and the averaged policy, which evaluations see; no buffer, no optimisers."""
+    averaged = None if session.learner is None else session.learner.state_dict()["averaged"]
+    learner = None if averaged is None else {"averaged": averaged}
+    return snapshot(session, finished=True) | {"buffer": None, "tail": None, "progress": {}, "learner": learner}
 
 
 def restore(session: Session, state: dict[str, Any]) -> dict[str, Any]:
@@ -88,9 +89,6 @@ def load_weights(session: Session, state: dict[str, Any]) -> None:
         raise ValueError(
             f"the checkpoint in {session.folder} holds other networks than this version makes: {error}"
         ) from None
-    averaged = (state["learner"] or {}).get("averaged")
-    if weights_only and averaged is not None:  # who only looks sees what evaluations see
-        session.agent.policy.load_state_dict(averaged)
     session.path, session.progress = target, dict(state["progress"])
     session.counters, session.records = dict(state["counters"]), list(state["records"])
 

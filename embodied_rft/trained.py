@@ -68,6 +68,9 @@ def opened(folder: str | Path, which: Which = "newest") -> Iterator[Session]:
         session = Session(replace(recipe, env=env, logging=silent), Path(scratch), quiet=True, text=state["recipe"])
         try:
             resume.load_weights(session, state)
+            averaged = (state["learner"] or {}).get("averaged")
+            if averaged is not None:  # who only looks sees what evaluations see
+                session.agent.policy.load_state_dict(averaged)
             session.env = replace(recipe.env, options=session.env.options)
             yield session
         finally:
