@@ -28,7 +28,7 @@ from embodied_rft.agents.parts import STRICT
 from embodied_rft.chunking import step_space
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.encoder import Encoder, Normalize
-from embodied_rft.spaces import ActionScale
+from embodied_rft.spaces import ActionScale, what_suits
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -71,7 +71,7 @@ class Codec(nn.Module):
     def __init__(self, space: gym.Space, *, config: ChunkConfig, layout: dict[str, Any], unit: bool = False) -> None:
         super().__init__()
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise ValueError(f"action space {space}: a Box of shape (A,) is expected")
+            raise ValueError(f"action space {space}: a Box of shape (A,) is expected. {what_suits(space)}")
         self.action_dim, self.horizon = space.shape[0], config.horizon
         self.bounds = ActionScale(space) if space.is_bounded() else None
         self.statistics: Statistics | None = None

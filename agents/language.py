@@ -30,6 +30,7 @@ from embodied_rft.networks import linear
 from embodied_rft.packing import plan_within
 from embodied_rft.prefix_tree import Usage
 from embodied_rft.registry import register
+from embodied_rft.spaces import what_suits
 from embodied_rft.stepping import flatten_space, is_text
 from embodied_rft.text_spaces import ChatText, read_chat, write_chat
 from embodied_rft.tuning import LoraOptions, Train
@@ -95,7 +96,10 @@ class LanguagePolicy(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(action_space, gym.spaces.Text):
-            raise ValueError(f"action space {action_space}: a language agent answers in text, a Text space is expected")
+            raise ValueError(
+                f"action space {action_space}: this agent answers in text, a Text space is expected. "
+                f"{what_suits(action_space)}"
+            )
         self.config = config
         self.key = text_key(observation_space, config.key)
         self.lm: CausalLM = load_model(config.model, dtype=config.dtype, rng=rng)

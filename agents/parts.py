@@ -22,13 +22,23 @@ STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(config=STRICT, kw_only=True)
-class ActorConfig:
-    """Options of a small network that outputs a tanh-squashed Gaussian, or a deterministic action."""
+class NetworkConfig:
+    """Options of a small network that reads an observation."""
 
     hidden: tuple[int, ...] = (256, 256)  # sizes of the hidden layers
-    keys: tuple[str, ...] | None = None  # observation keys to read; None: all state vectors and images, sorted
+    keys: tuple[str, ...] | None = None  # observation keys to read; None: all, sorted
     normalize: Normalize = False  # standardise state vectors: true: with statistics of the first data; running: of all
     num_image_features: int = 64  # per camera
+    last_gain: float = 1.0  # gain of the last layer; 0.01 starts near zero
+    layer_norm: bool = False  # after every layer
+    init: Literal["uniform", "orthogonal"] = "uniform"  # of the weights
+    activation: Literal["relu", "tanh"] = "relu"  # between layers
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ActorConfig(NetworkConfig):
+    """Options of a small network that outputs a tanh-squashed Gaussian, or a deterministic action."""
+
     deterministic: bool = False  # a TD3 actor
     exploration_noise: float = 0.1  # standard deviation in [-1, 1] units, deterministic actors only
     std: Literal["state", "free"] = "state"  # log std from the observation, or one parameter per dimension
@@ -37,10 +47,17 @@ class ActorConfig:
     )
     initial_log_std: float = 0.0  # in [-1, 1] units before tanh
     log_std_range: tuple[float, float] = (-5.0, 2.0)  # of the width, natural logarithm
-    last_gain: float = 1.0  # gain of the last layer; 0.01 starts near zero
-    layer_norm: bool = False  # after every layer
-    init: Literal["uniform", "orthogonal"] = "uniform"  # of the weights
-    activation: Literal["relu", "tanh"] = "relu"  # between layers
+
+
+def make_encoder(config: NetworkConfig, observation_space: gym.Space, *, rng: torch.Generator) -> Encoder:
+    """What reads the observation of a small network."""
+    return Encoder(
+        observation_space,
+        keys=config.keys,
+        num_image_features=config.num_image_features,
+        normalize=config.normalize,
+        rng=rng,
+    )
 
 
 def make_actor(
@@ -62,13 +79,7 @@ def make_actor(
         extra: numbers that the head reads beside the encoder's features.
         unit: what 1 of the head's output is worth in the units of `exploration_noise`.
     """
-    encoder = Encoder(
-        observation_space,
-        keys=config.keys,
-        num_image_features=config.num_image_features,
-        normalize=config.normalize,
-        rng=rng,
-    )
+    encoder = make_encoder(config, observation_space, rng=rng)
     head = networks.ActorHead(
         encoder.size + extra,
         action_dim,

@@ -31,6 +31,7 @@ from embodied_rft.agents.vla_backbone import Context, load_vlm
 from embodied_rft.data import Decisions, Field, Ragged, Tree
 from embodied_rft.encoder import cameras
 from embodied_rft.registry import nearest, register
+from embodied_rft.spaces import what_suits
 from embodied_rft.stepping import flatten_space
 from embodied_rft.text_spaces import ChatText
 from embodied_rft.tuning import LoraOptions, Train
@@ -80,7 +81,10 @@ class VisionLanguagePolicy(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(action_space, gym.spaces.Text):
-            raise ValueError(f"action space {action_space}: this agent answers in text, a Text space is expected")
+            raise ValueError(
+                f"action space {action_space}: this agent answers in text, a Text space is expected. "
+                f"{what_suits(action_space)}"
+            )
         known = cameras(observation_space)
         self.image_keys = known if config.images is None else list(config.images)
         for key in self.image_keys:

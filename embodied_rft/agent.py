@@ -107,7 +107,7 @@ class Agent(nn.Module):
 
         Args:
             name: key in `parts`.
-            kind: "critic", "value", "temperature", "density" or "return_scale".
+            kind: "critic", "action_values", "value", "temperature", "density" or "return_scale".
             fresh: replace an existing part by a new one.
             options: of the kind's constructor, as JSON.
 
@@ -119,6 +119,10 @@ class Agent(nn.Module):
             options.setdefault("judges", "action")
         known = self.part_specs.get(name)
         if known is not None and not fresh:
+            if known["kind"] != kind:
+                raise ValueError(
+                    f"part {name!r} is a {known['kind']}, the objective needs a {kind}: set warm_start: false"
+                )
             for key, value in options.items():
                 if known.get(key, value) != value:
                     raise ValueError(
@@ -187,6 +191,7 @@ def _make_part(agent: Agent, kind: str, options: Mapping[str, Any]) -> nn.Module
         "critic": lambda judges="action", **o: networks.Critic(
             agent.encoder(), agent.decision_space(judges), rng=agent.rng, **o
         ),
+        "action_values": lambda **o: networks.ActionValues(agent.encoder(), agent.spaces.action, rng=agent.rng, **o),
         "value": lambda **o: networks.Value(agent.encoder(), rng=agent.rng, **o),
         "density": lambda **o: networks.Density(agent.encoder(), agent.spaces.action, rng=agent.rng, **o),
         "temperature": networks.Temperature,

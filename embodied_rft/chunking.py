@@ -19,7 +19,7 @@ import torch
 from gymnasium import spaces
 
 from embodied_rft.data import Field, Trajectory, Tree, pick
-from embodied_rft.spaces import ActionBox
+from embodied_rft.spaces import ActionBox, what_suits
 from embodied_rft.stepping import Incidents, Pool, StepResult, merge
 
 BASE_ACTION = "base_action"  # the observation key of a queued plan
@@ -35,7 +35,7 @@ class ChunkBox(spaces.Box):
 
     def __init__(self, step_space: spaces.Space, *, horizon: int) -> None:
         if not isinstance(step_space, spaces.Box) or len(step_space.shape) != 1:
-            raise ValueError(f"action space {step_space}: chunks need a Box of shape (A,)")
+            raise ValueError(f"action space {step_space}: chunks need a Box of shape (A,). {what_suits(step_space)}")
         super().__init__(
             np.tile(step_space.low, horizon), np.tile(step_space.high, horizon), dtype=step_space.dtype.type
         )

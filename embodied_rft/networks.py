@@ -19,7 +19,7 @@ from embodied_rft.data import Tree
 from embodied_rft.encoder import Encoder
 from embodied_rft.mlp import MLP, Activation, EnsembleMLP, GaussianLogProb, GaussianSample, Init
 from embodied_rft.mlp import linear as linear
-from embodied_rft.spaces import DISCRETE, ActionScale, Choices
+from embodied_rft.spaces import DISCRETE, ActionScale, Choices, one_choice
 
 
 @torch.no_grad()
@@ -179,6 +179,32 @@ class Critic(nn.Module):
     def of_features(self, features: Tensor, action: Tensor, members: Tensor | None = None) -> Tensor:
         """The same from encoded observations [B, F]."""
         return self.net(torch.cat([features, self.reads(action)], -1), members)
+
+
+class ActionValues(nn.Module):
+    """An ensemble of the values of all options of one choice: observation -> [E, B, n]."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        space: gym.Space,
+        *,
+        rng: torch.Generator,
+        hidden: Sequence[int] = (256, 256),
+        num_members: int = 2,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        size = one_choice(space, "a critic of all options").sizes[0]
+        self.nets = nn.ModuleList(
+            MLP(encoder.size, hidden, size, rng=rng, layer_norm=layer_norm) for _ in range(num_members)
+        )
+
+    def forward(self, observation: Tree) -> Tensor:
+        """Values [E, B, n]."""
+        features = self.encoder(observation)
+        return torch.stack([net(features) for net in self.nets]).float()
 
 
 class Value(nn.Module):

@@ -102,6 +102,8 @@ def what_suits(space: gym.Space) -> str:
         return "Texts take the agent language and an objective of its log-probabilities, such as grpo"
     if isinstance(space, spaces.Box) and len(space.shape) != 1:
         return "Put gymnasium.wrappers.TransformAction around the environment, which reshapes a flat action"
+    if isinstance(space, spaces.Box) and space.is_bounded():
+        return "Action vectors take the agent gaussian, with sac, ppo, td3 and the rest, or diffusion, flow and a vla"
     if isinstance(space, spaces.Box):
         return (
             "State the range that makes sense: gymnasium.wrappers.TransformAction(env, lambda action: action, "
@@ -149,3 +151,20 @@ class Choices(nn.Module):
         """Actions [B, ...] -> [B, sum of sizes] floats."""
         index = self.index(action)
         return torch.cat([F.one_hot(index[:, k], size) for k, size in enumerate(self.sizes)], -1).float()
+
+
+def one_choice(space: gym.Space, who: str) -> Choices:
+    """The choice of a Discrete action space.
+
+    Raises:
+        ValueError: there is none, or there are several, whose combinations `who` would have to tell apart.
+    """
+    if not isinstance(space, DISCRETE):
+        raise ValueError(f"action space {space}: {who} needs a Discrete one. {what_suits(space)}")
+    choices = Choices(space)
+    if len(choices.sizes) > 1:
+        raise ValueError(
+            f"action space {space}: {who} needs one choice, here are {len(choices.sizes)} at a time. Use ppo, or wrap "
+            "the environment so that a Discrete numbers the combinations"
+        )
+    return choices

@@ -13,15 +13,16 @@ import torch
 
 from embodied_rft.data import Batch, Field, Tree
 from embodied_rft.seeding import FIRST_EVALUATION_SEED
+from embodied_rft.spaces import Choices
 from embodied_rft.stepping import Incidents, StepResult
 
 
-def random_batch(observation_space: gym.Space, action_space: gym.spaces.Box, *, size: int = 64, seed: int = 0) -> Batch:
+def random_batch(observation_space: gym.Space, action_space: gym.Space, *, size: int = 64, seed: int = 0) -> Batch:
     """A batch of made-up decisions that fits the spaces; the last tenth of the rows terminated.
 
     Args:
         observation_space: a Box, or a Dict whose Boxes are filled.
-        action_space: a Box.
+        action_space: a Box, or choices (Discrete, MultiDiscrete, MultiBinary).
         size: B.
         seed: of the numbers.
     """
@@ -42,21 +43,30 @@ def random_batch(observation_space: gym.Space, action_space: gym.spaces.Box, *, 
             tree[key] = torch.from_numpy(values.astype(np.uint8 if image else np.float32))
         return tree
 
-    action = rng.uniform(action_space.low, action_space.high, (size, *action_space.shape))
+    action, units = _random_actions(action_space, size, rng)
     discount = np.where(np.arange(size) < 0.9 * size, 0.97, 0.0)
     return Batch(
         observation=observe(),
-        action=torch.from_numpy(action.astype(np.float32)),
+        action=torch.from_numpy(action),
         reward=torch.from_numpy(rng.standard_normal(size).astype(np.float32)),
         discount=torch.from_numpy(discount.astype(np.float32)),
         next_observation=observe(),
-        log_prob=torch.zeros(size, 1),
-        mask=torch.ones(size, 1, dtype=torch.bool),
+        log_prob=torch.zeros(size, units),
+        mask=torch.ones(size, units, dtype=torch.bool),
         notes={"mc_return": torch.from_numpy(rng.standard_normal(size).astype(np.float32))},
         columns={"source": rng.integers(0, 3, size), "group": np.arange(size) // 4},
         num_decisions=size,
-        num_units=size,
+        num_units=size * units,
     )
+
+
+def _random_actions(space: gym.Space, size: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """(actions [size, ...], units of a decision)."""
+    if isinstance(space, gym.spaces.Box):
+        return rng.uniform(space.low, space.high, (size, *space.shape)).astype(np.float32), 1
+    choices = Choices(space)
+    index = rng.integers(0, choices.sizes, (size, len(choices.sizes)))
+    return choices.action(torch.from_numpy(index)).numpy(), len(choices.sizes)
 
 
 class PointReach:

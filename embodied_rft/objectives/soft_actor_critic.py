@@ -83,8 +83,8 @@ class SAC:
         """Critic, target critic and temperature; those that exist are kept unless `warm_start` is off."""
         c = self.config
         fresh = not c.warm_start
-        self._check(agent)
         self.scale = ActionScale(agent.decision_space(self.judges)).to(agent.device)
+        self._check(agent)
         hidden = None if c.critic_hidden is None else list(c.critic_hidden)
         agent.ensure(
             "critic",

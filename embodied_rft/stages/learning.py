@@ -197,9 +197,11 @@ class Finetune(Stage):
         self._check_room(session, amount)
         self._begin_anew(session, collector.begin_anew())
         progress.setdefault("decisions", 0)
+        schedule = getattr(session.objective, "schedule", lambda decisions: None)
         with self._recorder(session, amount) as record, session.logger.progress(self.title, config.decisions) as bar:
             while progress["decisions"] < config.decisions and not self._reached(session):
                 learner.anneal(progress["decisions"] / config.decisions)
+                schedule(progress["decisions"])
                 recording = record(lambda: self._learn_replay(session, amount))
                 rows = self._write(session, recording)
                 new = sum(distributed.gather(recording.decisions))
