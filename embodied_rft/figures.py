@@ -28,7 +28,7 @@ class Curve:
 
     name: str
     x: Sequence[float]
-    y: Sequence[float]  # each in [0, 1]
+    y: Sequence[float]
     css: str
     low: Sequence[float] = ()  # interval, as long as y or empty
     high: Sequence[float] = ()
@@ -87,36 +87,40 @@ def learning_curves(
     *,
     x_label: str,
     x_format: Callable[[float], str],
+    y_label: str = "success",
+    bounds: tuple[float, float] = (0.0, 1.0),
     marks: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """Success over time or experience.
+    """Success, or another number, over time or experience.
 
     Args:
         curves: drawn in order, later ones on top.
         x_label: what x is, with its unit.
         x_format: how a tick of x is written.
+        y_label: what y is.
+        bounds: lowest and highest y of the picture.
         marks: (x, label) of vertical lines, such as the ends of stages.
     """
     left, top, width, height = 44, 14, 440, 230
     ticks = nice_ticks(max((x for curve in curves for x in curve.x), default=1.0))
-    scale = ticks[-1] or 1.0
+    scale, (lowest, highest) = ticks[-1] or 1.0, bounds
 
     def at(x: float, y: float) -> str:
-        return f"{left + width * x / scale:.1f} {top + height * (1 - y):.1f}"
+        return f"{left + width * x / scale:.1f} {top + height * (1 - (y - lowest) / (highest - lowest)):.1f}"
 
     parts = []
     for i in range(5):
         y = top + height * (1 - i / 4)
         parts.append(f'<path class="grid" d="M{left} {y:.1f}h{width}"/>')
-        parts.append(_label(left - 8, y + 4, f"{i / 4:g}", anchor="end"))
+        parts.append(_label(left - 8, y + 4, f"{lowest + (highest - lowest) * i / 4:.4g}", anchor="end"))
     for tick in ticks:
         parts.append(_label(left + width * tick / scale, top + height + 18, x_format(tick)))
     for x, label in marks:
-        parts.append(f'<path class="mark" d="M{at(x, 0)}V{top}"><title>{escape(label)}</title></path>')
+        parts.append(f'<path class="mark" d="M{at(x, lowest)}V{top}"><title>{escape(label)}</title></path>')
     for curve in curves:
         parts += _draw_curve(curve, at)
     parts.append(_label(left + width / 2, top + height + 38, x_label))
-    return _svg(left + width + 22, top + height + 46, f"success over {x_label}", parts)
+    return _svg(left + width + 22, top + height + 46, f"{y_label} over {x_label}", parts)
 
 
 def _draw_curve(curve: Curve, at: Callable[[float, float], str]) -> list[str]:
@@ -142,6 +146,18 @@ def nice_ticks(largest: float, *, count: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
     return [step * i for i in range(math.ceil(largest / step - 1e-9) + 1)]
+
+
+def nice_bounds(values: Sequence[float]) -> tuple[float, float]:
+    """Round numbers around all values, four equal steps apart: (-200, 0) for -183 to -21."""
+    low, high = min(values), max(values)
+    raw = max(high - low, abs(high) * 1e-3, 1e-9) / 4
+    power = 10.0 ** math.floor(math.log10(raw))
+    for step in (factor * scale for scale in (power, 10 * power) for factor in (1, 2, 2.5, 5)):
+        bottom = step * math.floor(low / step)
+        if bottom + 4 * step >= high:
+            return bottom, bottom + 4 * step
+    return low, high
 
 
 def _label(x: float, y: float, text: str, *, anchor: str = "middle", css: str = "small") -> str:

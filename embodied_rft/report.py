@@ -78,7 +78,7 @@ def write_report(run_folder: str | Path) -> Path:
 def summary(run: Run) -> dict[str, Any]:
     """The run in a few numbers, for machines."""
     success = ("success", "low", "high", "successes") if run.told else ()
-    keys = ("name", *success, "mean_return", "episodes", "decisions", "wall_seconds")
+    keys = ("name", *success, "mean_return", "episodes", "left_out", "decisions", "wall_seconds")
     brief = [{key: e[key] for key in keys if key in e} for e in run.verdicts]
     return {
         "recipe": run.recipe.get("name"),
@@ -130,6 +130,8 @@ def verdict(run: Run) -> str:
     last = run.verdicts[-1]
     measured = counted(last["episodes"], last.get("states")).replace("held-out ", "")
     text = f"Measured greedily on {measured} that training never saw."
+    if last.get("left_out"):
+        text += f" {len(last['left_out'])} more were left out: the environment failed on them each time."
     if not run.told:
         text += f" {SILENT[0].upper()}{SILENT[1:]}: there is no success rate to judge by."
     elif len(run.verdicts) > 1:
@@ -197,10 +199,14 @@ def _legend(entries: list[tuple[str, str]]) -> str:
 
 
 def _curves(run: Run) -> str:
-    training = [r for r in run.metrics if isinstance(r.get("collect/success"), (int, float))]
     points = sorted(run.curve + run.verdicts, key=lambda e: e.get("wall_seconds", 0))
-    if len(points) + len(training) < 2 or not run.told:
+    told = any(e.get("told", True) for e in points) or any("collect/success" in r for r in run.metrics)
+    name, key_of_points = ("success", "success") if told else ("return", "mean_return")
+    training = [r for r in run.metrics if isinstance(r.get(f"collect/{name}"), (int, float))]
+    if len(points) + len(training) < 2:
         return ""
+    values = _column(training, f"collect/{name}") + _column(points, key_of_points)
+    bounds, interval = ((0.0, 1.0), ", 95 % interval") if told else (figures.nice_bounds(values), "")
     panels = []
     for x_label, key, record_key, stage_key, form in (
         ("wall time (s)", "wall_seconds", "wall/seconds", "seconds", lambda x: f"{x:,.0f}"),
@@ -208,25 +214,26 @@ def _curves(run: Run) -> str:
     ):
         curves = [
             figures.Curve(
-                "training", _column(training, record_key), _column(training, "collect/success"), "train", dots=False
+                "training", _column(training, record_key), _column(training, f"collect/{name}"), "train", dots=False
             ),
             figures.Curve(
                 "held-out",
                 _column(points, key),
-                _column(points, "success"),
+                _column(points, key_of_points),
                 "after",
-                _column(points, "low"),
-                _column(points, "high"),
+                _column(points, "low") if told else [],
+                _column(points, "high") if told else [],
             ),
         ]
         ends, marks = 0.0, []
         for stage in run.stages:
             ends += stage.get(stage_key) or 0
             marks.append((ends, f"end of {stage.get('title', stage.get('word'))}"))
-        picture = figures.learning_curves(curves, x_label=x_label, x_format=form, marks=marks[:-1])
+        labels: dict[str, Any] = {"x_label": x_label, "x_format": form, "y_label": name, "bounds": bounds}
+        picture = figures.learning_curves(curves, **labels, marks=marks[:-1])
         panels.append(f"<figure>{picture}</figure>")
     legend = _legend(
-        [("after", "held-out initial states, 95 % interval"), ("train", "episodes collected for training")]
+        [("after", f"{name} on held-out initial states{interval}"), ("train", f"{name} of episodes for training")]
     )
     note = "Dotted lines are the ends of stages. Evaluations take wall time but no environment decisions of training."
     return _section("Learning curve", note, f'<div class="columns">{"".join(panels)}</div>{legend}')

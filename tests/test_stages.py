@@ -42,12 +42,12 @@ for name, cls in (("watched_ppo", WatchedPPO), ("watched_sac", WatchedSAC)):
         registry.register("objective", name)(cls)
 
 
-def recipe(*stages, env=(), num_envs=4, **options):
+def recipe(*stages, env=(), env_options=(), **options):
     return parse(
         Recipe,
         {
             "name": "stages",
-            "env": {"id": "Corridor-v0", "num_envs": num_envs, "options": dict(env)},
+            "env": {"id": "Corridor-v0", "num_envs": 4, "options": dict(env), **dict(env_options)},
             "agent": {"id": "gaussian", "hidden": [8]},
             "buffer": {"capacity": 2_000},
             "checkpoint_seconds": 0.0,
@@ -194,6 +194,22 @@ def test_success_that_is_asked_for_and_never_told_is_refused_by_name(tmp_path):
             env={"success": ""},
             buffer={"capacity": 200, "success": True},
         )
+
+
+@pytest.mark.parametrize(("time_limit", "discount"), [("truncated", 0.99), ("terminal", 0.0)])
+def test_a_recipe_says_whether_a_time_limit_is_terminal(tmp_path, time_limit, discount):
+    stage, options = {"collect": {"episodes": 4}}, {"end": "truncated"}
+    session = run(tmp_path / "run", stage, env=options, env_options={"time_limit": time_limit})
+    batch = session.buffer.batch(session.buffer.rows())
+    assert batch.discount[batch.columns["step"] == 4].tolist() == pytest.approx([discount] * 4)
+
+
+def test_the_return_is_drawn_where_success_is_not_told(tmp_path):
+    stage = finetune(decisions=80, decisions_per_iteration=40, evaluate_every=40, evaluate_episodes=3)
+    train(recipe(stage, env={"success": ""}), tmp_path / "run", quiet=True)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "return over environment decisions" in page and "return on held-out initial states" in page
+    assert "success over" not in page
 
 
 def test_the_return_is_the_headline_where_success_is_not_told(tmp_path):
