@@ -38,6 +38,7 @@ def write_demos(
     from embodied_rft.pool import make_pool
     from embodied_rft.seeding import spawn_generator
     from embodied_rft.stages.experience import demonstrator_act, step_schema
+    from embodied_rft.trajectories import OUTSIDE, within
 
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected at least 1")
@@ -50,7 +51,9 @@ def write_demos(
         streams = tuple(recording.calls[0][1]["reward"])  # "success", too, where the environment tells it
         buffer = Buffer(step_schema(pool, streams), recording.decisions + 2 * episodes)
         recording.write(buffer)
-        write_trajectories(Path(out), list(buffer.trajectories()))
+        whose = f"demonstrator {with_!r}"
+        inside = within(list(buffer.trajectories()), pool.action_space, outside=OUTSIDE, what=whose)
+        write_trajectories(Path(out), inside)
     finally:
         pool.close()
     return {

@@ -1,17 +1,21 @@
 """Demonstration files: whole episodes in one safetensors file with a JSON description, written atomically, no pickle.
 
 Knows trajectories and schemas, not the buffer. Every column is stored once for all episodes, one after the other; each
-different image once.
+different image once. A file carries the SHA-256 of all that it says: changed bits are noticed when it is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -19,11 +23,15 @@ from safetensors.numpy import save_file
 from embodied_rft.blobs import BlobStore
 from embodied_rft.columns import Schema
 from embodied_rft.data import Field, Ragged, Source, Trajectory
+from embodied_rft.formats import recognise
 from embodied_rft.intake import check_column
 
 FORMAT = "embodied_rft.trajectories.1"
 HELP = "Write it again with `erft demos`, or check the download."
+OUTSIDE = 0.01  # share of actions outside the action space up to which they are clipped
 SCALARS = ("end", "source", "version", "group", "seed", "success")
+
+logger = logging.getLogger(__name__)
 
 
 def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> None:
@@ -46,6 +54,7 @@ def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> 
         "lengths": [len(t) for t in trajectories],
         "episodes": [{name: getattr(t, name) for name in SCALARS} for t in trajectories],
     }
+    description["sha256"] = _digest(arrays, description)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
@@ -58,13 +67,106 @@ def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> 
         temporary.unlink(missing_ok=True)
 
 
-def read_trajectories(path: str | Path, *, schema: Schema | None = None) -> list[Trajectory]:
+def read_trajectories(
+    path: str | Path,
+    *,
+    schema: Schema | None = None,
+    action_space: gym.Space | None = None,
+    outside: float = OUTSIDE,
+) -> list[Trajectory]:
     """The episodes of a file, checked against the columns of a buffer when `schema` is given.
 
+    Args:
+        path: of the file.
+        schema: what observations and actions must look like.
+        action_space: of one step; see `within`.
+        outside: share of actions that may lie outside of it.
+
     Raises:
-        ValueError: the file is missing, empty, truncated or of another kind, or does not fit the schema.
+        ValueError: the file is missing, empty, truncated, changed or of another kind, its parts contradict each other,
+            a number is NaN or infinite, or it does not fit the schema or the action space.
     """
     path = Path(path)
+    arrays, description = _read(path)
+    try:
+        lengths = _check_lengths(description, arrays)
+        columns = {name: _unpack(name, kind, arrays) for name, kind in description["columns"].items()}
+        for name, column in columns.items():
+            expected = sum(lengths) + len(lengths) * name.startswith("observation/")
+            if len(column) != expected:
+                raise ValueError(f"{name!r} has {len(column)} rows, its episodes have {expected}")
+        ends = np.cumsum(lengths)
+        trajectories = [
+            _trajectory(columns, int(end) - length, int(end), number, scalars)
+            for number, (length, end, scalars) in enumerate(zip(lengths, ends, description["episodes"], strict=True))
+        ]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"the parts of demonstration file {path} contradict each other: {error}. {HELP}") from None
+    for number, trajectory in enumerate(trajectories):
+        _check_finite(f"episode {number} of {path}", trajectory)
+        if schema is not None:
+            _check(f"episode {number} of {path}", trajectory, schema)
+    if action_space is not None:
+        trajectories = within(trajectories, action_space, outside=outside, what=str(path))
+    return trajectories
+
+
+def within(trajectories: list[Trajectory], space: gym.Space, *, outside: float, what: str) -> list[Trajectory]:
+    """The episodes with actions inside the action space: a few that are not are clipped, many are refused.
+
+    Args:
+        trajectories: of single steps; actions [T, A].
+        space: of one action. Texts and other unbounded actions are left as they are.
+        outside: share of steps that may have an action outside, by more than rounding.
+        what: where they come from, for messages.
+
+    Raises:
+        ValueError: more than that share; actions that are no choice of a discrete space.
+    """
+    if not isinstance(space, (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)):
+        return trajectories
+    low, high = _ends(space)
+    rounding = 1e-5 * np.maximum(np.abs(low), np.abs(high)) if isinstance(space, gym.spaces.Box) else 0
+    actions = [np.asarray(t.action) for t in trajectories]
+    wrong = [((a < low - rounding) | (a > high + rounding)).reshape(len(a), -1).any(1) for a in actions]
+    count, total = sum(int(w.sum()) for w in wrong), sum(map(len, wrong))
+    if count:
+        index = next(i for i, w in enumerate(wrong) if w.any())
+        example = actions[index][wrong[index]][0].tolist()
+        said = f"{what}: {count:,} of {total:,} actions ({count / total:.2%}) lie outside of {space}, such as {example}"
+        if count > outside * total or not isinstance(space, gym.spaces.Box):
+            raise ValueError(
+                f"{said}. Are they in other units (degrees, +-100, another controller's scale)? Convert them to the "
+                f"environment's. Up to a share of {outside:g} is clipped; the option `outside` of `load` sets it."
+            )
+        logger.warning("%s; they are clipped to it", said)
+    if not isinstance(space, gym.spaces.Box):
+        return trajectories
+    return [
+        replace(t, action=np.clip(a, low, high).astype(a.dtype)) for t, a in zip(trajectories, actions, strict=True)
+    ]
+
+
+def _ends(space: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and the largest action."""
+    if isinstance(space, gym.spaces.Box):
+        return space.low, space.high
+    if isinstance(space, gym.spaces.MultiBinary):
+        return np.asarray(0), np.asarray(1)
+    start = np.asarray(space.start)
+    return start, start + (space.n if isinstance(space, gym.spaces.Discrete) else space.nvec) - 1
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, description) of a file whose checksum is right."""
+    if path.is_dir() or (path.is_file() and path.stat().st_size):
+        other = recognise(path)
+        if other is not None:
+            raise ValueError(
+                f"{path} is {other}. Demonstrations are read from our own files: read it there, make a "
+                "embodied_rft.data.Trajectory of each episode, and write them with embodied_rft.buffer."
+                "write_trajectories (docs/foreign.md has an example)."
+            )
     if not path.is_file():
         raise ValueError(f"there is no demonstration file {path}. {HELP}")
     if not path.stat().st_size:
@@ -77,18 +179,54 @@ def read_trajectories(path: str | Path, *, schema: Schema | None = None) -> list
             arrays = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"demonstration file {path} is truncated or damaged ({error}). {HELP}") from None
-    description = json.loads(metadata[FORMAT])
+    try:
+        description = json.loads(metadata[FORMAT])
+        told = description.pop("sha256", None)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"demonstration file {path} is damaged: its description is no mapping ({error})") from None
+    if told is None:
+        logger.warning("%s was written without a checksum, by an older version: changed bits in it go unnoticed", path)
+    elif told != _digest(arrays, description):
+        raise ValueError(f"demonstration file {path} was changed or damaged: its checksum is another one. {HELP}")
+    return arrays, description
+
+
+def _digest(arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> str:
+    """SHA-256 of everything that a file says."""
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _check_lengths(description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[int]:
+    """The lengths of the episodes; every list of offsets must climb from 0 to the number of its values."""
     lengths = description["lengths"]
-    columns = {name: _unpack(name, kind, arrays) for name, kind in description["columns"].items()}
-    ends = np.cumsum(lengths)
-    trajectories = [
-        _trajectory(columns, int(end) - length, int(end), number, scalars)
-        for number, (length, end, scalars) in enumerate(zip(lengths, ends, description["episodes"], strict=True))
-    ]
-    if schema is not None:
-        for number, trajectory in enumerate(trajectories):
-            _check(f"episode {number} of {path}", trajectory, schema)
-    return trajectories
+    if not lengths or not all(isinstance(length, int) and length > 0 for length in lengths):
+        raise ValueError(f"lengths of episodes must be positive whole numbers, given {str(lengths)[:80]}")
+    for name, offsets in arrays.items():
+        if name.endswith("#offsets"):
+            values = arrays[name.removesuffix("#offsets")]
+            if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+                raise ValueError(f"{name!r} does not climb from 0 to {len(values)}")
+    return lengths
+
+
+def _check_finite(what: str, trajectory: Trajectory) -> None:
+    """NaN and infinity are named: column and decision."""
+    columns = {f"observation/{key}": value for key, value in trajectory.observation.items()}
+    columns |= {"action": trajectory.action, "reward": trajectory.reward}
+    for name, value in columns.items():
+        array = value.values if isinstance(value, Ragged) else value
+        if isinstance(array, np.ndarray) and array.dtype.kind == "f":
+            bad = ~np.isfinite(array).reshape(len(array), -1).all(1)
+            if bad.any():
+                where = int(np.flatnonzero(bad)[0])
+                raise ValueError(
+                    f"{what} holds NaN or infinity: {name!r} of decision {where} is {array[where].tolist()}"
+                )
 
 
 def _columns(trajectory: Trajectory) -> dict[str, Any]:

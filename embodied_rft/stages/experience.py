@@ -16,9 +16,11 @@ from embodied_rft.chunking import chunk_of
 from embodied_rft.collect import Act, action_field
 from embodied_rft.data import Decisions, Ragged, Source, Tree
 from embodied_rft.demos import make_demonstrator
+from embodied_rft.plans import Share
 from embodied_rft.pool import Pool
 from embodied_rft.registry import register
 from embodied_rft.stages.base import Stage
+from embodied_rft.trajectories import OUTSIDE
 
 if TYPE_CHECKING:
     from embodied_rft.session import Session
@@ -79,6 +81,7 @@ class Load(Stage):
 
         file: Path  # written by `erft demos`
         max_episodes: PositiveInt | None = None  # of the file; null: all
+        outside: Share = OUTSIDE  # of actions outside the action space, which are clipped; more are refused
         source: Literal["demonstration", "offline"] = "demonstration"  # what the data counts as
 
     @property
@@ -88,8 +91,10 @@ class Load(Stage):
 
     def run(self, session: Session) -> dict[str, Any]:
         """Read, check against the environment's spaces, add, pin."""
-        schema = step_schema(session.step_pool("training"))
-        trajectories = read_trajectories(self.config.file, schema=schema)[: self.config.max_episodes]
+        pool, config = session.step_pool("training"), self.config
+        trajectories = read_trajectories(
+            config.file, schema=step_schema(pool), action_space=pool.action_space, outside=config.outside
+        )[: config.max_episodes]
         trajectories = [replace(t, source=Source[self.config.source.upper()]) for t in trajectories]
         session.add_trajectories(trajectories, chunk=chunk_of(session.agent.policy.spec))
         session.buffer.pin()
