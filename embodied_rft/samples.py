@@ -152,9 +152,11 @@ def rows_of(picked: Mapping[str, Sequence[Sample]]) -> list[tuple[str, int, str,
 
 def as_html(evaluation: Mapping[str, Any], samples: Sequence[Sample]) -> str:
     """One evaluation's samples: a line that says how many replies are the same, and a table."""
-    said = evaluation.get("said") or summarize(samples)
-    times, replies = int(said.get("times") or 0), int(said.get("replies") or 0)
-    same = f"{replies} replies, {int(said.get('distinct') or 0)} of them different."
+    said, counts = evaluation.get("said"), ("replies", "distinct", "times")
+    if not isinstance(said, Mapping) or not all(isinstance(said.get(name), int) for name in counts):
+        said = summarize(samples)
+    times, replies = said["times"], said["replies"]
+    same = f"{replies} replies, {said['distinct']} of them different."
     if times > 1:
         same += f" The commonest, {times} times: <code>{escape(shorten(plain(str(said.get('commonest'))), 120))}</code>"
     body = "".join(

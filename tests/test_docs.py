@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
 import pytest
 import yaml
 
 from embodied_rft import registry
-from embodied_rft.config import parse, to_plain
+from embodied_rft.config import Recipe, parse, to_plain
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
@@ -64,6 +65,18 @@ def test_the_example_rule_judges_the_example_line(project):
     (project / "problems.jsonl").write_text(json.dumps({**line, "source": 7}))
     done = run(project, "-c", "import embodied_rft.envs.text\n" + RULE)
     assert "problems.jsonl, line 1: its rule fails on it: TypeError" in done.stderr, done.stderr
+
+
+def test_the_lines_and_the_recipe_of_the_text_page_are_read(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "text.md").read_text(encoding="utf-8")
+    lines = re.findall(r"```json\n(.*?)```", page, flags=re.S)[0]
+    chat = re.search(r"a chat: `(.*?)`", page)[1]
+    (tmp_path / "problems.jsonl").write_text(f'{lines}{{"prompt": {chat}, "answer": "Hello"}}\n', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    tree = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", page, flags=re.S)[0])
+    recipe = parse(Recipe, tree)
+    env = gymnasium.make(recipe.env.id, **recipe.env.options, held_out=0)
+    assert len(env.unwrapped.initial_observations()) == lines.count("\n") + 1 > 3
 
 
 def test_the_example_recipe_learns(project):

@@ -63,7 +63,11 @@ def test_a_hack_is_seen_at_a_glance():
 
 def test_nothing_that_was_said_leaves_its_cell():
     some = [sample(1, reply=NASTY, prompt=write_chat([{"role": "user", "content": NASTY}]))]
-    page = samples.as_html({"name": NASTY, "said": {"commonest": NASTY, "times": 2}}, some)
+    counts = {"replies": 3, "distinct": 2, "times": 2}
+    page = samples.as_html({"name": NASTY, "said": {"commonest": NASTY, **counts}}, some)
+    assert "3 replies, 2 of them different" in page
+    for damaged in (None, [], {**counts, "times": NASTY}, {"commonest": NASTY}):  # counted again
+        assert "1 replies, 1 of them different" in samples.as_html({"said": damaged}, some)
     assert "<script" not in page and "\x1b" not in page and "\u202e" not in page and "user: &lt;script" in page
     (row,) = samples.as_markdown(some).splitlines()[2:]
     assert "<script" not in row and "\x1b" not in row and row.count("|") == 5  # the borders of four columns

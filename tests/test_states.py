@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 import embodied_rft.envs.text  # noqa: F401
 from embodied_rft.agent import build_agent
-from embodied_rft.checks import check_policy
+from embodied_rft.checks import check_env, check_policy
 from embodied_rft.config import Recipe, parse
 from embodied_rft.data import Decisions
 from embodied_rft.evaluate import evaluate, evaluation_seeds
@@ -156,9 +156,11 @@ def test_text_models_pass_the_check_on_text_environments(tmp_path, id, prompt):
     if id == "long":  # of any length that the space allows
         of = {"observation_space": spaces.Dict(prompt=spaces.Text(50_000)), "action_space": spaces.Text(50_000)}
     else:
-        options = problems(tmp_path, ["a", "b"], checker="exact") if id == "Jsonl" else {}
+        options = problems(tmp_path, ["a", "b", "c", "d"], checker="exact") if id == "Jsonl" else {}
         env = gymnasium.make(f"embodied_rft/Text{id}-v0", **options)
         of = {"observation_space": env.observation_space, "action_space": env.action_space}
     spec = {"id": "language", "model": {"tiny": {"hidden_size": 32, "max_tokens": 128}}, "prompt": prompt}
     agent = build_agent({**spec, "max_new_tokens": 8}, *of.values(), torch.Generator().manual_seed(0))
     check_policy(agent.policy, **of)
+    if id != "long":
+        check_env(f"embodied_rft/Text{id}-v0", options=options)
