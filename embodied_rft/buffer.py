@@ -22,6 +22,7 @@ from embodied_rft.columns import (
     Schema,
 )
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Trajectory, Tree, pick
+from embodied_rft.hindsight import Goals
 from embodied_rft.intake import check_decisions, check_tree, per_row
 from embodied_rft.memory import announce
 from embodied_rft.reading import ENDS, TERMINATED, TRUNCATED, Reading, Store, read
@@ -73,6 +74,7 @@ class Buffer:
         self._ring, self._streams = Ring(capacity), Streams()
         self._store = Store(self._dense, self._ragged, self._notes, self._ring, self._book, self._end)
         self._episodes = 0  # episodes ever begun
+        self.goals: Goals | None = None  # how they are paid, for hindsight
 
     def __len__(self) -> int:
         """How many decisions can be read."""
@@ -354,7 +356,13 @@ class Buffer:
         return np.array(ENDS)[self._end[np.asarray(rows, np.int64)]]
 
     def sample(
-        self, rng: np.random.Generator, batch_size: int, *, offline_share: float | None = None, **reading: Any
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        *,
+        offline_share: float | None = None,
+        hindsight: int = 0,
+        **reading: Any,
     ) -> Batch:
         """B decisions drawn with replacement, uniformly.
 
@@ -363,6 +371,7 @@ class Buffer:
             batch_size: B.
             offline_share: in [0, 1]: exactly this share of them (rounded) is of demonstrations and offline data, the
                 rest is experience; None: uniform over everything.
+            hindsight: k: of k + 1 decisions k have a goal that was reached later, see `hindsight`.
             **reading: fields of a `Reading`.
 
         Raises:
@@ -376,7 +385,13 @@ class Buffer:
             rows = np.concatenate([self._ring.draw(rng, count, side) for count, side in sides])
         else:
             raise ValueError(f"offline_share {offline_share}: a share in [0, 1] is expected")
-        return read(self._store, rows, Reading(**reading))
+        how = Reading(**reading)
+        batch = read(self._store, rows, how)
+        if not hindsight:
+            return batch
+        if self.goals is None:
+            raise ValueError("hindsight: this buffer does not know how goals are paid, set its `goals`")
+        return self.goals.relabel(self._store, batch, how, rng, hindsight)
 
     def batch(self, rows: np.ndarray, **reading: Any) -> Batch:
         """These decisions [B] as tensors.

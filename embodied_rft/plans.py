@@ -33,10 +33,11 @@ class Replay:
     num_steps: int = 1  # n of the n-step return
     gamma: Share = 0.99  # discount of one decision
     reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward
+    hindsight: int = 0  # HER, goal environments: of k + 1 decisions k have a goal that was reached later (usual: 4)
 
     def __post_init__(self) -> None:
         _at_least(1, batch_size=self.batch_size, num_steps=self.num_steps)
-        _at_least(0, num_updates=self.num_updates)
+        _at_least(0, num_updates=self.num_updates, hindsight=self.hindsight)
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
         """`num_updates` batches, each drawn when it is asked for. `version` does not matter."""
@@ -45,6 +46,7 @@ class Replay:
                 rng,
                 self.batch_size,
                 offline_share=self.offline_share,
+                hindsight=self.hindsight,
                 num_steps=self.num_steps,
                 gamma=self.gamma,
                 reward_weights=self.reward_weights,

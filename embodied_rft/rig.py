@@ -17,7 +17,9 @@ from embodied_rft.chunking import QueuedPool, chunk_of, chunk_trajectories, find
 from embodied_rft.collect import action_field
 from embodied_rft.config import Recipe
 from embodied_rft.data import Trajectory
+from embodied_rft.hindsight import Goals
 from embodied_rft.log import Logger
+from embodied_rft.making import make_single
 from embodied_rft.pool import Pool, Purpose, num_envs_for, open_pool
 from embodied_rft.states import unreadable
 
@@ -77,7 +79,13 @@ class Rig:
             schema, capacity = self.schema(), self.recipe.buffer.capacity
             self.logger.message(Buffer.announce(schema, capacity))
             self._buffer = Buffer(schema, capacity)
+            self._buffer.goals = self._goals()
         return self._buffer
+
+    def _goals(self) -> Goals:
+        """How the environments, as they are now, pay for goals."""
+        env = self.env
+        return Goals(lambda: make_single(env.id, options=env.options, wrappers=env.wrappers))
 
     def schema(self) -> Schema:
         """The columns that this environment and this policy need."""
@@ -123,6 +131,8 @@ class Rig:
         if self._new_schema() != old_schema and self._buffer is not None:
             self._buffer = None
             self.logger.message("observations are different now: the experience so far is dropped")
+        if self._buffer is not None:
+            self._buffer.goals = self._goals()
 
     def _new_schema(self) -> Schema:
         """The columns, after telling the agent that environments or policy are others now."""
