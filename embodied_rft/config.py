@@ -135,7 +135,7 @@ class EnvConfig:
     )  # innermost first: {id: TimeLimit, max_episode_steps: 200}
     time_limit: Literal["truncated", "terminal"] = "truncated"  # terminal: an episode cut off does not bootstrap
     deadline: PositiveFloat = 60.0  # seconds that a step or reset of one environment may take
-    max_incidents: Annotated[float, Field(ge=0, le=1)] = 0.9  # share of the latest 100 episodes that may break; 1: all
+    max_incidents: Annotated[float, Field(ge=0, le=1)] = 0.9  # share of the latest episodes that may break; 1: all
 
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.pool != "workers":

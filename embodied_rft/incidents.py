@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 MAX_INCIDENTS = 0.9  # share of the latest episodes
-WINDOW = 100  # so many episodes are the latest ones
-NEVER = 20  # so many failed episodes, and none ever that ended well, are enough
+WINDOW = 100  # so many episodes are the latest ones; at least ROUNDS for each environment
+NEVER = 20  # so many failed episodes, and none ever that ended well, are enough; at least ROUNDS for each environment
+ROUNDS = 4  # failures come before the first episodes can end, and a process that dies takes many with it
 
 
 class EnvironmentFailure(RuntimeError):
@@ -25,15 +26,20 @@ class Incidents:
     """What went wrong so far, counted by kind ("non_finite", "error", "hang", "crash"), with the latest texts.
 
     Args:
-        limit: share of the latest 100 episodes that may fail; 1 goes on whatever happens.
+        limit: share of the latest episodes that may fail; 1 goes on whatever happens.
+        num_envs: how many run at once.
     """
 
     limit: float = MAX_INCIDENTS
+    num_envs: int = 1
     counts: Counter[str] = field(default_factory=Counter)
     latest: deque[str] = field(default_factory=lambda: deque(maxlen=32))
     _told: Counter[str] = field(default_factory=Counter)  # of `counts`, by `news`
-    _failed: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))  # of the latest episodes, did it fail
+    _failed: deque[bool] = field(default_factory=deque)  # of the latest episodes, did it fail
     _good: bool = False  # an episode has ended well
+
+    def __post_init__(self) -> None:
+        self._failed = deque(maxlen=max(WINDOW, ROUNDS * self.num_envs))
 
     def add(self, kind: str, text: str) -> None:
         """Count one incident and keep its text."""
@@ -61,8 +67,8 @@ class Incidents:
         if not failed or self.limit >= 1:
             return
         count, of = sum(self._failed), len(self._failed)
-        never = not self._good and of >= NEVER
-        if never or count > self.limit * WINDOW:
+        never = not self._good and of >= max(NEVER, ROUNDS * self.num_envs)
+        if never or count > self.limit * (self._failed.maxlen or WINDOW):
             share = "none has ended well" if never else f"max_incidents allows {self.limit:g}"
             raise EnvironmentFailure(
                 f"{count} of the latest {of} episodes failed in their environment ({share}); the latest incident is "

@@ -108,7 +108,7 @@ class VectorPool:
     Args:
         envs: who holds the environments.
         purpose: which seeds are accepted.
-        max_incidents: share of the latest 100 episodes that may fail.
+        max_incidents: share of the latest episodes that may fail; see `incidents`.
         time_limit: "terminal" makes every truncation a terminal state, which does not bootstrap.
     """
 
@@ -129,7 +129,7 @@ class VectorPool:
         self.observation_space, self.action_space = self.host.observation_space, self.host.action_space
         self.fields = fields_of(self.observation_space)
         self.action_field = field_of("action", self.action_space)
-        self.incidents = Incidents(max_incidents)
+        self.incidents = Incidents(max_incidents, self.num_envs)
         self._observation: dict[str, Any] = {}  # the latest of all N; empty before the first reset
         self._idle = np.ones(self.num_envs, dtype=np.bool_)  # no episode is running
         self._bad_start = np.zeros(self.num_envs, dtype=np.bool_)  # the reset failed: the first step is invalid
@@ -347,7 +347,7 @@ def make_pool(
         num_workers: processes of kind "workers" (default: one per core, at most N); an error with other kinds.
         purpose: which seeds the pool accepts: "training" (< 2**31) or "evaluation" (>= 2**31).
         deadline: seconds that a step or a reset of one environment (of the batch, if native) may take.
-        max_incidents: share of the latest 100 episodes that may fail in their environment before EnvironmentFailure.
+        max_incidents: share of the latest episodes that may fail in their environment before EnvironmentFailure.
         time_limit: "truncated" bootstraps where an episode is cut off, "terminal" does not.
         watch: who is told of every call; default an alarm.
         first: number of the first environment, for messages.

@@ -87,7 +87,7 @@ class WorkerPool:
             num_workers: W; default one for each core, at most N.
             purpose: which seeds are accepted.
             deadline: seconds that a step or a reset of one environment may take before its worker counts as hanging.
-            max_incidents: share of the latest 100 episodes that may fail before EnvironmentFailure.
+            max_incidents: share of the latest episodes that may fail before EnvironmentFailure.
             max_restarts: how often in a row a new process may fail to come up before EnvironmentFailure.
 
         Raises:
@@ -96,7 +96,7 @@ class WorkerPool:
         """
         self.num_envs, self.purpose = num_envs, purpose
         self.deadline, self.max_restarts = deadline, max_restarts
-        self.incidents = Incidents(max_incidents)
+        self.incidents = Incidents(max_incidents, num_envs)
         self.seeding: Seeding | None = None  # what seeds promise; None before the first reset
         self._make_slice = _pickled(make_slice)
         self._context = mp.get_context("forkserver")
