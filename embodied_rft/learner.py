@@ -280,7 +280,8 @@ class Learner:
     ) -> Metrics:
         """Annotate `rows`, then update from every batch of the plan `reading`; what `annotate` found in the data.
 
-        An objective may end it early (`enough`), or let some losses wait for so many iterations (`due`).
+        An objective may end it early (`enough`), let some losses wait for so many iterations (`due`), and change what
+        must stay as it was when the data was collected once all has been read (`after_reading`).
         """
         noted = self.objective.annotate(self.agent, buffer, rows, rng)
         distributed.equalize(self.agent.buffers())  # statistics of the data
@@ -292,6 +293,9 @@ class Learner:
         self.iterations += 1
         if due is not None and "policy" not in due:
             self.agent.version.add_(1)  # what comes next is other experience, though of the same weights
+        if hasattr(self.objective, "after_reading"):
+            self.objective.after_reading(self.agent, buffer, rows)
+            distributed.equalize(self.agent.buffers())
         return noted
 
     def metrics(self) -> Metrics:

@@ -1,4 +1,4 @@
-"""A corridor with a small prize near and a large one far: the smallest task that needs bootstrapping."""
+"""Tiny environments: a corridor that needs bootstrapping, and observations that need to be standardised."""
 
 import gymnasium
 import numpy as np
@@ -44,7 +44,31 @@ class Corridor(gymnasium.Env):
         return frame
 
 
+class Faraway(gymnasium.Env):
+    """Ten steps in which observations [3] lie far from zero and drift away; reward for action 1 (or a large vector)."""
+
+    metadata = {"render_modes": []}
+
+    def __init__(self, *, actions="box", render_mode=None):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32) if actions == "box" else spaces.Discrete(3)
+        self.render_mode, self.steps = render_mode, 0
+
+    def _observe(self):
+        return (30 + 5 * self.steps + 10 * self.np_random.standard_normal(3)).astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self._observe(), float(np.mean(action)), False, self.steps >= 10, {"success": True}
+
+
 def register():
-    """Corridor-v0."""
-    if "Corridor-v0" not in gymnasium.registry:
-        gymnasium.register("Corridor-v0", Corridor)
+    """Corridor-v0 and Faraway-v0."""
+    for name, cls in {"Corridor-v0": Corridor, "Faraway-v0": Faraway}.items():
+        if name not in gymnasium.registry:
+            gymnasium.register(name, cls)

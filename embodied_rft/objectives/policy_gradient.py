@@ -310,8 +310,6 @@ class PPO:
         dead = credited.pop("dead", torch.zeros_like(live))
         metrics |= _count_groups(batch.columns["group"], dead.numpy())
         self._write(buffer, order, batch, credited, live & ~dead if c.drop_even_groups else live)
-        # Last, so that ratios of this batch are taken with the statistics that it was acted with.
-        fit_normalizers(agent, buffer, rows)
         if c.kl_weight and c.reference == "moving":
             polyak(agent.parts["reference"], agent.policy, 1 - c.reference_decay)
         return metrics
@@ -397,6 +395,10 @@ class PPO:
         for name, value in notes.items():
             ragged = value.dim() == 2 and buffer.schema.units is None
             buffer.annotate(name, order, units_of(value, batch.mask) if ragged else value.numpy())
+
+    def after_reading(self, agent: Agent, buffer: Any, rows: np.ndarray) -> None:
+        """Take the statistics of the observations now: while they were learned from, ratios had to begin at 1."""
+        fit_normalizers(agent, buffer, readable(buffer, rows))
 
     def after_update(self, agent: Agent, update: int) -> None:
         """Nothing."""
