@@ -228,6 +228,7 @@ def archive():
         (b'{"episodes": []}', "JSON file"),
         (b"\x93NUMPY\x01\x00", "NumPy array"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # archives hold the time
 )
 def test_a_file_of_another_format_says_what_it_is_and_what_reads_it(tmp_path, content, what):
     path = tmp_path / "demos.hdf5"
