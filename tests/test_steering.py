@@ -59,6 +59,19 @@ def test_the_action_is_what_the_base_makes_of_the_noise(base):
     assert (made - other).abs().max() > 0.1  # the noise matters
 
 
+@each_kind
+def test_what_is_chosen_is_what_acting_hands_to_the_base(deterministic):
+    """In units of the base's noise, within `scale`: the same for `choose`, `act`, `mode` and `rsample`."""
+    policy, observation = build(BASES["flow"], deterministic=deterministic, scale=2.5, last_gain=3.0), observations(30)
+    seen = as_tensors(observation)
+    noise, _ = policy.choose(seen, rng=generator(1))
+    assert 0.5 < float(noise.detach().abs().max()) <= 2.5
+    taken = policy.act(observation, greedy=deterministic, rng=generator(1))
+    np.testing.assert_allclose(noise.detach().numpy(), taken.trace["noise"], atol=1e-6)
+    made = policy.mode(seen) if deterministic else policy.rsample(seen, rng=generator(1))[0]
+    torch.testing.assert_close(made, policy.base.from_noise(seen, noise), atol=1e-5, rtol=1e-5)
+
+
 def test_a_new_steering_policy_acts_like_its_greedy_base():
     agent = build_agent(BASES["flow"], STATE, ACTION, generator(3))
     policy = wrap_policy("steering", agent, generator(), hidden=[32, 32])

@@ -66,9 +66,12 @@ def test_other_decisions_have_other_probabilities(head):
     assert (own - other).abs().max() > 1e-3
 
 
-def test_probabilities_of_tokens_are_those_of_all_outcomes():
-    """U = 2 tokens of 3 bins: the nine probabilities sum to one, and sampling hits them."""
-    p, seen = policy(tokens={"bins": 3}), observation(1)
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_probabilities_of_tokens_are_those_of_all_outcomes(temperature):
+    """U = 2 tokens of 3 bins: the nine probabilities sum to one, and sampling hits them, at any temperature."""
+    p, seen = policy(tokens={"bins": 3, "temperature": temperature}), observation(1)
+    with torch.no_grad():
+        p.head.output.weight.mul_(3)
     tokens = torch.cartesian_prod(torch.arange(3), torch.arange(3))
     many = {k: v.expand(9, *v.shape[1:]) if isinstance(v, torch.Tensor) else v * 9 for k, v in tensors(seen).items()}
     log_prob, entropy = p.log_prob(many, None, {"tokens": tokens})
@@ -96,6 +99,17 @@ def test_flow_steps_are_the_gaussians_that_they_say():
         std = max((1 - t) / 2, 0.1)
         expected = torch.distributions.Normal(mean, std).log_prob(chain[:, k + 1]).sum(-1)
         assert torch.allclose(log_prob[:, k], expected, atol=1e-4)
+
+
+def test_greedy_flows_start_from_drawn_noise_and_integrate_without_more():
+    p, seen = policy(head="flow", horizon=2), tensors(observation())
+    drawn = p.act(observation(), greedy=True, rng=rng(3)).action
+    start = torch.randn(len(drawn), p.size, generator=rng(3))
+    assert torch.allclose(p.from_noise(seen, start), torch.from_numpy(drawn), atol=1e-5)
+    assert np.abs(drawn - p.mode(seen).detach().numpy()).max() > 0.05
+    p = policy(head="flow", horizon=2, flow={"greedy_start": "zero"})
+    still = p.act(observation(), greedy=True, rng=rng(3)).action
+    assert np.allclose(still, p.mode(seen).detach().numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("head", ["parallel", "flow"])
