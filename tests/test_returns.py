@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied_rft.returns import gae, group_advantages, monte_carlo, n_step_return, pad_segments
+from embodied_rft.returns import (
+    gae,
+    group_advantages,
+    monte_carlo,
+    n_step_return,
+    pad_segments,
+    standardize,
+    without_spread,
+)
 
 
 def segments(seed, *, count=5, longest=7, gamma=0.9):
@@ -121,6 +129,31 @@ def test_group_advantages_equal_a_slow_loop():
 
 def test_equal_returns_in_a_group_give_no_credit():
     assert group_advantages(torch.full((4,), 0.7), np.zeros(4)).tolist() == [0.0] * 4
+
+
+@given(st.floats(-1e6, 1e6, width=32), st.integers(1, 400), st.integers(1, 60), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_equal_returns_are_exactly_no_credit(reward, count, steps, seed):
+    """Whatever the sums and the means round to: returns that are equal on paper differ by rounding at most."""
+    order = np.random.default_rng(seed).permutation(np.append(np.full(steps, reward, np.float32), np.float32(-reward)))
+    sums = [float(np.cumsum(np.roll(order, shift), dtype=np.float32)[-1]) for shift in range(count)]
+    values, size = torch.tensor(sums), torch.full((count,), abs(reward) * (steps + 1))
+    for baseline in ("grpo", "dr_grpo", "rloo"):
+        assert (group_advantages(values, np.zeros(count), baseline=baseline, size=size) == 0).all()
+    near = torch.full((count,), reward) * (1 + 1e-7 * torch.arange(count).remainder(2))
+    assert (standardize(near, torch.ones(count, dtype=torch.bool)) == 0).all()
+
+
+def test_small_rewards_are_no_rounding():
+    """What counts as equal depends on the size of the rewards, not on 1."""
+    values = torch.tensor([1e-8, 3e-8])
+    assert not without_spread(values, np.zeros(2)).any()
+    assert (group_advantages(values, np.zeros(2), baseline="dr_grpo") != 0).all()
+    shown = standardize(torch.tensor([1.0, 2.0, 50.0, 4.0]), torch.tensor([True, True, False, True]))
+    kept = np.array([1.0, 2.0, 4.0])
+    expected = (kept - kept.mean()) / (kept.std() + 1e-8)
+    np.testing.assert_allclose(shown[[0, 1, 3]].numpy(), expected, rtol=1e-6)
+    assert float(shown[2]) == 0.0
 
 
 def test_pad_segments():
