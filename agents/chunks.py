@@ -254,8 +254,15 @@ class ChainPolicy(nn.Module):
         """Sampling step number `index` (int64, broadcast against the leading dimensions of x) from x [..., D]."""
         raise NotImplementedError
 
-    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
-        """[B]: the loss that fits the chain to chunks [B, D] of data."""
+    def imitation_loss(
+        self,
+        observation: Tree,
+        action: Tensor,
+        *,
+        rng: torch.Generator | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """[B]: the loss that fits the chain to chunks [B, D] of data, where `mask` [B, D] (None: everywhere)."""
         raise NotImplementedError
 
     # --- the chain -----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from embodied_rft.agent import require_rng
 from embodied_rft.agents.chunks import ChainPolicy, ChunkConfig, Step
 from embodied_rft.agents.parts import STRICT
 from embodied_rft.data import Tree
+from embodied_rft.losses import mean_where
 from embodied_rft.registry import register
 
 DATA_STD = 0.5  # typical spread of normalised chunks (Karras et al. 2022)
@@ -82,7 +83,14 @@ class ConsistencyPolicy(ChainPolicy):
         renoise = (following.square() - self.config.sigma_min**2).clamp_min(0).sqrt()  # part of the sampler
         return Step(clean, std[..., None], clean, renoise[..., None])
 
-    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+    def imitation_loss(
+        self,
+        observation: Tree,
+        action: Tensor,
+        *,
+        rng: torch.Generator | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """[B]: what f says at one noise level agrees with what it says at the one below.
 
         Pseudo-Huber distance weighed by 1 / (difference of widths), levels drawn log-normally, no averaged copy (Song
@@ -98,8 +106,10 @@ class ConsistencyPolicy(ChainPolicy):
         with torch.no_grad():
             target = self.clean(data + low[:, None] * noise, condition, low)
         soft = 0.00054 * self.size**0.5
-        distance = ((ahead - target).square().sum(-1) + soft**2).sqrt() - soft
+        apart = (ahead - target).square()
+        apart = apart if mask is None else apart * mask
+        distance = (apart.sum(-1) + soft**2).sqrt() - soft
         loss = distance / (high - low)
         if self.config.reconstruction:
-            loss = loss + self.config.reconstruction * (ahead - data).square().mean(-1)
+            loss = loss + self.config.reconstruction * mean_where((ahead - data).square(), mask)
         return loss

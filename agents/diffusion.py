@@ -20,6 +20,7 @@ from embodied_rft.agent import require_rng
 from embodied_rft.agents.chunks import ChainPolicy, ChunkConfig, Step
 from embodied_rft.agents.parts import STRICT
 from embodied_rft.data import Tree
+from embodied_rft.losses import mean_where
 from embodied_rft.registry import register
 
 
@@ -85,7 +86,14 @@ class DiffusionPolicy(ChainPolicy):
             prediction = (x - (1 - kept).sqrt() * prediction) / kept.sqrt()
         return self.codec.clip(prediction)
 
-    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+    def imitation_loss(
+        self,
+        observation: Tree,
+        action: Tensor,
+        *,
+        rng: torch.Generator | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """[B]: squared error of the predicted noise (or chunk) at a random time (DDPM, eq. 14)."""
         rng = require_rng(rng)
         clean = self.codec.encode(action)
@@ -94,7 +102,8 @@ class DiffusionPolicy(ChainPolicy):
         kept = self.kept[time][:, None]
         x = kept.sqrt() * clean + (1 - kept).sqrt() * noise
         target = noise if self.config.prediction == "epsilon" else clean
-        return (self._predict(x, self.condition(observation), time) - target).square().mean(-1)
+        error = (self._predict(x, self.condition(observation), time) - target).square()
+        return mean_where(error, mask)
 
 
 def cosine_schedule(num_steps: int) -> Tensor:

@@ -22,6 +22,7 @@ from embodied_rft.agent import require_rng
 from embodied_rft.agents.chunks import ChainPolicy, ChunkConfig, Step, flow_step, flow_target
 from embodied_rft.agents.parts import STRICT
 from embodied_rft.data import Tree
+from embodied_rft.losses import mean_where
 from embodied_rft.networks import MLP
 from embodied_rft.registry import register
 
@@ -77,7 +78,14 @@ class FlowPolicy(ChainPolicy):
         low, high = math.log(self.config.min_std), math.log(self.config.max_std)
         return (low + share * (high - low)).exp()
 
-    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+    def imitation_loss(
+        self,
+        observation: Tree,
+        action: Tensor,
+        *,
+        rng: torch.Generator | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """[B]: squared error of the velocity on the straight line from noise to data (Liu et al. 2022, eq. 1)."""
         x, time, target = flow_target(self.codec.encode(action), require_rng(rng))
-        return (self.net(x, self.condition(observation), time) - target).square().mean(-1)
+        return mean_where((self.net(x, self.condition(observation), time) - target).square(), mask)

@@ -18,6 +18,7 @@ from embodied_rft.agent import observe, require_rng
 from embodied_rft.agents.parts import STRICT, ActorConfig, decide, make_actor
 from embodied_rft.chunking import ChunkBox, step_space
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.losses import mean_where
 from embodied_rft.registry import register
 from embodied_rft.spaces import ActionScale
 
@@ -95,10 +96,18 @@ class GaussianPolicy(nn.Module):
         """Deterministic action [B, A], differentiable."""
         return self.scale.to_env(self.head.mode(self.encoder(observation)))
 
-    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+    def imitation_loss(
+        self,
+        observation: Tree,
+        action: Tensor,
+        *,
+        rng: torch.Generator | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """[B]: mean squared error of the mode in [-1, 1] units, or the negative log-likelihood of `action`."""
         target = self.scale.from_env(action)
         features = self.encoder(observation)
         if self.config.imitation == "mse":
-            return (self.head.mode(features) - target).square().mean(-1)
-        return -self.head.log_prob(features, self.head.unsquash(target))[0]
+            return mean_where((self.head.mode(features) - target).square(), mask)
+        u = self.head.unsquash(target)
+        return -self.head.log_prob(features, u)[0] if mask is None else -self.head.log_prob_where(features, u, mask)

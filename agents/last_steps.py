@@ -92,6 +92,13 @@ class LastStepsPolicy(FrozenBase):
         """The greedy chunk [B, D] from the start that is not drawn, differentiable in the tuned steps."""
         return self.tuned.codec.decode(self._chain(observation, None)[0][:, -1])
 
-    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+    def imitation_loss(
+        self,
+        observation: Tree,
+        action: Tensor,
+        *,
+        rng: torch.Generator | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """[B]: the tuned copy's imitation loss, which keeps it near data beside reinforcement learning."""
-        return self.tuned.imitation_loss(observation, action, rng=rng)
+        return self.tuned.imitation_loss(observation, action, rng=rng, mask=mask)

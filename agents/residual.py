@@ -17,6 +17,7 @@ from torch import Tensor
 from embodied_rft.agent import build_policy, observe, require_rng
 from embodied_rft.agents.parts import STRICT, ActorConfig, FrozenBase, decide, freeze, make_actor
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.losses import mean_where
 from embodied_rft.registry import register
 from embodied_rft.spaces import ActionScale
 
@@ -115,6 +116,14 @@ class ResidualPolicy(FrozenBase):
         base = self.base_action(observation)
         return self._combine(base, self.head.mode(self._features(observation, base)))
 
-    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+    def imitation_loss(
+        self,
+        observation: Tree,
+        action: Tensor,
+        *,
+        rng: torch.Generator | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """[B]: mean squared error of the corrected action in [-1, 1] units."""
-        return (self.scale.from_env(self.mode(observation)) - self.scale.from_env(action)).square().mean(-1)
+        error = (self.scale.from_env(self.mode(observation)) - self.scale.from_env(action)).square()
+        return mean_where(error, mask)

@@ -197,9 +197,16 @@ class VLAPolicy(nn.Module):
             known = self.head.retrace(self.codec.encode(action))
         return self.head.score(self.vlm, self.context(observation), known)
 
-    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+    def imitation_loss(
+        self,
+        observation: Tree,
+        action: Tensor,
+        *,
+        rng: torch.Generator | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """[B]: cross-entropy of the tokens, absolute error, or flow-matching error of chunks [B, D]."""
-        return self.head.loss(self.vlm, self.context(observation), self.codec.encode(action), rng)
+        return self.head.loss(self.vlm, self.context(observation), self.codec.encode(action), rng, mask)
 
     def _mode(self, observation: Tree) -> Tensor:
         """The greedy chunk [B, D], differentiable; that of a flow from zero noise."""

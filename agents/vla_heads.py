@@ -24,6 +24,7 @@ from embodied_rft.agent import require_rng
 from embodied_rft.agents.chunks import Step, entropy_of, flow_step, flow_target, gaussian_log_prob, require_chain
 from embodied_rft.agents.vla_backbone import VLM, Context
 from embodied_rft.data import Field
+from embodied_rft.losses import mean_where
 from embodied_rft.networks import MLP, linear
 
 STRICT = ConfigDict(extra="forbid")
@@ -126,10 +127,12 @@ class TokenHead(nn.Module):
         log_p = self._teach(vlm, context, trace["tokens"])
         return log_p.gather(2, trace["tokens"][..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
 
-    def loss(self, vlm: VLM, context: Context, chunk: Tensor, rng: torch.Generator | None) -> Tensor:
+    def loss(
+        self, vlm: VLM, context: Context, chunk: Tensor, rng: torch.Generator | None, mask: Tensor | None = None
+    ) -> Tensor:
         """[B]: mean cross-entropy of the tokens of all T steps."""
         tokens = self.quantise(chunk)
-        return -self._teach(vlm, context, tokens).gather(2, tokens[..., None])[..., 0].mean(1)
+        return mean_where(-self._teach(vlm, context, tokens).gather(2, tokens[..., None])[..., 0], mask)
 
     def retrace(self, chunk: Tensor) -> dict[str, Tensor]:
         """The trace of chunks [B, D] whose tokens are unknown."""
@@ -197,9 +200,11 @@ class ParallelHead(nn.Module):
         entropy = std.log().sum() + 0.5 * self.size.action_dim * math.log(2 * math.pi * math.e)
         return log_prob, entropy.expand(log_prob.shape)
 
-    def loss(self, vlm: VLM, context: Context, chunk: Tensor, rng: torch.Generator | None) -> Tensor:
+    def loss(
+        self, vlm: VLM, context: Context, chunk: Tensor, rng: torch.Generator | None, mask: Tensor | None = None
+    ) -> Tensor:
         """[B]: mean absolute error over all T steps."""
-        return (self._mean(vlm, context).flatten(1) - chunk).abs().mean(1)
+        return mean_where((self._mean(vlm, context).flatten(1) - chunk).abs(), mask)
 
     def retrace(self, chunk: Tensor) -> dict[str, Tensor]:
         """The trace of chunks [B, D] whose raw values are unknown."""
@@ -260,11 +265,14 @@ class FlowHead(nn.Module):
         mean, std, *_ = self._step(chain[:, :-1], self.expert.read(vlm.states(context)), context.mask, index)
         return gaussian_log_prob(chain[:, 1:], mean, std, first=self.unit_size), entropy_of(mean, std, self.unit_size)
 
-    def loss(self, vlm: VLM, context: Context, chunk: Tensor, rng: torch.Generator | None) -> Tensor:
+    def loss(
+        self, vlm: VLM, context: Context, chunk: Tensor, rng: torch.Generator | None, mask: Tensor | None = None
+    ) -> Tensor:
         """[B]: squared error of the velocity between noise and chunk (Lipman et al. 2022, eq. 23 at sigma 0)."""
         x, time, target = flow_target(chunk, require_rng(rng))
         memory = self.expert.read(vlm.states(context))
-        return (self.expert(x[:, None], time[:, None], memory, context.mask)[:, 0] - target).square().mean(1)
+        error = (self.expert(x[:, None], time[:, None], memory, context.mask)[:, 0] - target).square()
+        return mean_where(error, mask)
 
     def _step(self, x: Tensor, memory: Memory, mask: Tensor, index: Tensor) -> Step:
         """Steps number `index` [n] from x [B, n, D]: one Euler step, with and without noise."""

@@ -32,7 +32,7 @@ from embodied_rft.trajectories import read_trajectories, write_trajectories
 __all__ = ["Buffer", "Schema", "read_trajectories", "write_trajectories"]
 
 SIDES = np.array([OFFLINE, OFFLINE, ONLINE, ONLINE], np.int8)  # of each Source
-GROUP, EPISODE, STEP, VERSION, SOURCE, SEED = range(6)  # columns of `_book`
+GROUP, EPISODE, STEP, VERSION, SOURCE, SEED, SPAN = range(7)  # columns of `_book`
 Retrace = Callable[[Tree, Any], Tree]
 
 
@@ -118,6 +118,7 @@ class Buffer:
         step: Any = None,
         version: Any = 0,
         source: Any = Source.ONLINE,
+        span: Any = -1,
     ) -> np.ndarray:
         """Store N rows, each the next decision of stream streams[i]; all of them or, on an error, none.
 
@@ -133,6 +134,7 @@ class Buffer:
             step: of the decision in its episode; None counts.
             version: of the policy.
             source: a `Source`.
+            span: steps of a chunk that were carried out, the others are not imitated; -1: all, or unknown.
 
         Returns:
             The rows' numbers [N].
@@ -143,7 +145,7 @@ class Buffer:
         streams = np.asarray(streams)
         state = self._streams.states(streams, running=True)
         values = check_decisions(self.schema, streams, observation, decisions, reward)
-        numbers = {"group": group, "seed": seed, "version": version, "source": source}
+        numbers = {"group": group, "seed": seed, "version": version, "source": source, "span": span}
         numbers |= {"terminated": terminated, "truncated": truncated} | ({} if step is None else {"step": step})
         given = per_row(len(streams), numbers)
         end = np.where(given["terminated"], TERMINATED, np.where(given["truncated"], TRUNCATED, 0))
@@ -242,10 +244,11 @@ class Buffer:
         end = np.where(steps == count - 1, ENDS.index(trajectory.end), 0)
         values["continues/"] = end != TERMINATED
         book = (trajectory.group, self._episodes, steps, trajectory.version, trajectory.source, trajectory.seed)
+        book = (*book, -1 if trajectory.span is None else trajectory.span)
         rows = self._claim(count)
         self._fill(rows, values, book, end, unknown=None)
         close = self._claim(1)
-        self._fill(close, closing, (-1, self._episodes, count, -1, -1, -1), 0, unknown=0)
+        self._fill(close, closing, (-1, self._episodes, count, -1, -1, -1, -1), 0, unknown=0)
         self._ring.link(rows, np.concatenate([rows[1:], close]), SIDES[self._book[rows, SOURCE]])
         self._episodes += 1
         return rows
@@ -290,7 +293,7 @@ class Buffer:
             raise ValueError(f"stream {streams[state[:, Streams.ROW] < 0][0]} has no open episode")
         values = check_tree("observation", observation, self.schema.observation, streams)
         values |= check_tree("trace", trace or {}, self.schema.trace, streams, partial=True)
-        return values, (-1, state[:, Streams.EPISODE], state[:, Streams.STEP] + 1, -1, -1, -1)
+        return values, (-1, state[:, Streams.EPISODE], state[:, Streams.STEP] + 1, -1, -1, -1, -1)
 
     def _claim(self, count: int) -> np.ndarray:
         """The next rows [N], empty."""
@@ -436,7 +439,8 @@ class Buffer:
     def _trajectory(self, run: np.ndarray) -> Trajectory:
         whole = np.append(run, self._ring.next[run[-1]])
         rewards = {name: self.column(f"reward/{name}", run) for name in self.schema.rewards}
-        group, _, _, version, source, seed = self._book[run[0]].tolist()
+        group, _, _, version, source, seed, _ = self._book[run[0]].tolist()
+        span = self._book[run, SPAN]
         return Trajectory(
             observation={key: self.column(f"observation/{key}", whole) for key in self.schema.observation},
             action=self.column("action/", run),
@@ -449,6 +453,7 @@ class Buffer:
             version=version,
             group=group,
             seed=seed,
+            span=None if (span < 0).all() else span,
             success=bool((rewards["success"] > 0).any()) if "success" in rewards else None,
         )
 

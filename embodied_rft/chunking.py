@@ -316,6 +316,7 @@ def chunk_trajectories(
                     rewards={k: _summed(v, starts, execute, gamma) for k, v in each.rewards.items()},
                     log_prob=None,
                     trace={},
+                    span=np.minimum(horizon, len(each) - starts),
                 )
             )
     return chunked

@@ -183,6 +183,7 @@ class Collector:
         if not valid.all():
             chosen = np.flatnonzero(valid)
             observation, kept = take_rows(observation, chosen), take_decisions(taken, chosen)
+        span = result.info.get("env_steps", -1)  # of a chunk, how much of it
         recording.calls.append(
             (
                 "add",
@@ -198,6 +199,7 @@ class Collector:
                     "step": self.step[chosen],
                     "version": version,
                     "source": self.source,
+                    "span": span if np.isscalar(span) else span[chosen],
                 },
             )
         )

@@ -25,7 +25,7 @@ STORED_AS = {name: name for name in ("float16", "float32", "bool", "uint8", "int
     "uint16": "int32",  # torch computes with signed integers
     "uint32": "int64",
 }
-BOOKKEEPING = ("group", "episode", "step", "version", "source", "seed")  # int64 columns of every buffer
+BOOKKEEPING = ("group", "episode", "step", "version", "source", "seed", "span")  # int64 columns of every buffer
 BOOKKEEPING_BYTES = len(BOOKKEEPING) * 8 + 8 + 2  # a row: columns, next row, flags
 KINDS = ("dense", "ragged", "images")
 

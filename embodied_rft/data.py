@@ -144,6 +144,7 @@ class Trajectory:
     version: int = 0
     group: int = -1
     seed: int = -1  # initial state
+    span: np.ndarray | None = None  # [T] steps of each chunk that were carried out; None: all, or unknown
     success: bool | None = None
 
     def __len__(self) -> int:

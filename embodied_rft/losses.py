@@ -301,3 +301,10 @@ def per_batch(
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum over [B, U] where mask is True; what lies under the mask (even NaN) changes neither value nor gradient."""
     return torch.where(mask, values, 0.0).sum()
+
+
+def mean_where(each: Tensor, mask: Tensor | None) -> Tensor:
+    """[B]: means of each [B, D] over what is under the mask [B, D]; None: over everything."""
+    if mask is None:
+        return each.mean(-1)
+    return torch.where(mask, each, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)

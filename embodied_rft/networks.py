@@ -127,6 +127,14 @@ class ActorHead(nn.Module):
         centre, log_std = self(features)
         return GaussianLogProb.apply(u, centre, log_std, self.squashed)
 
+    def log_prob_where(self, features: Tensor, u: Tensor, mask: Tensor) -> Tensor:
+        """Log-probability [B] of those numbers of raw values u [B, A] that are under the mask [B, A]."""
+        centre, log_std = self(features)
+        each = torch.distributions.Normal(centre, log_std.exp()).log_prob(u)
+        if self.squashed:  # log(1 - tanh(u)^2)
+            each = each - 2 * (math.log(2) - u - torch.nn.functional.softplus(-2 * u))
+        return torch.where(mask, each, 0.0).sum(-1)
+
     def unsquash(self, action: Tensor, *, margin: float = 1e-3) -> Tensor:
         """The raw value of an action in [-1, 1], at least `margin` from the bounds, where it would be infinite.
 

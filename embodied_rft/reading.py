@@ -47,7 +47,7 @@ class Store:
     end: np.ndarray  # [C] index into ENDS
 
     def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """group, episode, step, version, source, seed and end (index into ENDS; 0 before the end) of rows [B]."""
+        """group, episode, step, version, source, seed, span and end (index into ENDS; 0 before the end) of rows [B]."""
         book = self.book.take(rows, 0)
         return {name: book[:, i] for i, name in enumerate(BOOKKEEPING)} | {"end": self.end[rows]}
 

@@ -4,6 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,11 +23,14 @@ from embodied_rft.chunking import (
     fit_pool,
 )
 from embodied_rft.collect import Collector
-from embodied_rft.data import Trajectory
+from embodied_rft.data import Decisions, Field, Trajectory
 from embodied_rft.encoder import as_tensors
+from embodied_rft.losses import mean_where
+from embodied_rft.objectives.common import imitation
 from embodied_rft.pool import make_pool
 from embodied_rft.stepping import StepResult
 from embodied_rft.testing import PointReach
+from tests import toys  # noqa: F401  registers Corridor-v0
 
 BASE = {"id": "diffusion", "horizon": 4, "execute": 3, "denoising_steps": 4, "width": 32}
 SEEDS = np.array([3, 4, 5, 6])
@@ -360,3 +364,95 @@ def test_cut_trajectories_are_what_the_pool_records():
 
 def test_windows_repeat_the_last_action():
     assert action_windows(np.array([[1.0], [2.0], [3.0]]), horizon=2).tolist() == [[1, 2], [2, 3], [3, 3]]
+
+
+# --- what of a chunk was carried out -----------------------------------------------------------------------------
+
+
+def one_episode(length, size=2):
+    rng = np.random.default_rng(0)
+    observation = rng.normal(size=(length + 1, 3)).astype(np.float32)
+    action = rng.uniform(-0.9, 0.9, (length, size)).astype(np.float32)
+    return Trajectory({"observation": observation}, action, np.zeros(length, np.float32), "terminated")
+
+
+def test_chunks_of_data_know_where_their_episode_ended():
+    spans = [t.span.tolist() for t in chunk_trajectories([one_episode(7)], horizon=4, execute=2)]
+    assert spans == [[4, 4, 3, 1], [4, 4, 2]]
+
+
+def test_chunks_that_were_acted_know_what_was_executed():
+    pool = ChunkPool(make_pool("Corridor-v0", 3, options={"length": 3, "spread": 4}), horizon=4, execute=3)
+    buffer = Buffer(Schema(observation=pool.fields, action=pool.action_field, units=1), 200)
+    decisions = Decisions(np.zeros((3, 4), np.float32), np.zeros((3, 1), np.float32))
+    Collector(pool, run_seed=0).collect(lambda observation: decisions, episodes=9).write(buffer)
+    seen = set()
+    for trajectory in buffer.trajectories():
+        steps = int(trajectory.reward.sum())  # one each
+        assert trajectory.span.tolist() == [min(3, steps - first) for first in range(0, steps, 3)]
+        seen |= set(trajectory.span.tolist())
+    assert seen == {1, 2, 3}
+
+
+CHUNKED = [
+    {"id": "gaussian", "horizon": 4, "hidden": [8]},
+    {"id": "gaussian", "horizon": 4, "hidden": [8], "imitation": "nll"},
+    {"id": "diffusion", "horizon": 4},
+    {"id": "flow", "horizon": 4},
+    {"id": "consistency", "horizon": 4},
+]
+
+
+def named(spec):
+    return f"{spec['id']}{spec.get('imitation', '')}"
+
+
+@pytest.mark.parametrize("spec", CHUNKED, ids=named)
+def test_steps_behind_the_end_of_an_episode_are_not_imitated(spec):
+    """What stands there changes nothing; a step that was carried out changes much."""
+    observation, step = spaces.Box(-9, 9, (3,), np.float32), spaces.Box(-1, 1, (2,), np.float32)
+    rng = torch.Generator().manual_seed(0)
+    agent = build_agent(spec, observation, ChunkBox(step, horizon=4), rng)
+
+    def loss(change=None):
+        (chunks,) = chunk_trajectories([one_episode(6)], horizon=4, execute=1)
+        if change is not None:
+            row, number = change
+            chunks.action[row, number] = -chunks.action[row, number]
+        schema = Schema(
+            {"observation": Field((3,))}, Field((8,)), dict(agent.policy.trace_fields), agent.policy.num_units
+        )
+        buffer = Buffer(schema, 20)
+        batch = buffer.batch(buffer.add_trajectory(chunks))
+        return imitation(agent, batch, torch.Generator().manual_seed(1)).detach()
+
+    assert torch.isfinite(loss()).all()
+    assert (loss((2, 7)) != loss())[2]  # row 2 has steps 2..5: all of them were carried out
+    if spec["id"] == "gaussian":  # chains read their target, too, as noise or on the way
+        assert torch.equal(loss((4, 5)), loss())  # row 4 has two steps left, 4 and 5: four numbers
+        assert not torch.equal(loss((4, 3)), loss())
+
+
+@pytest.mark.parametrize("spec", CHUNKED[:-1], ids=named)  # the distance of `consistency` is no sum
+def test_the_parts_of_a_masked_loss_add_up(spec):
+    observation, step = spaces.Box(-9, 9, (3,), np.float32), spaces.Box(-1, 1, (2,), np.float32)
+    policy = build_agent(spec, observation, ChunkBox(step, horizon=4), torch.Generator().manual_seed(0)).policy
+    rng = np.random.default_rng(0)
+    seen = as_tensors({"observation": rng.normal(size=(5, 3)).astype(np.float32)})
+    action, mask = torch.tensor(rng.uniform(-0.9, 0.9, (5, 8)).astype(np.float32)), torch.rand(5, 8) > 0.5
+    mask[:, 0], mask[:, 1] = True, False
+
+    def loss(mask=None):
+        value = policy.imitation_loss(seen, action, rng=torch.Generator().manual_seed(1), mask=mask).detach()
+        counted = 1 if mask is None or spec.get("imitation") == "nll" else mask.sum(-1) / 8
+        return value * counted
+
+    assert torch.allclose(loss(mask) + loss(~mask), loss(), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(loss(torch.ones_like(mask)), loss(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mean_under_a_mask_is_that_of_its_rows_one_by_one():
+    each, mask = torch.randn(5, 6), torch.rand(5, 6) > 0.4
+    expected = [sum(e for e, m in zip(row, on) if m) / max(1, sum(on)) for row, on in zip(each, mask.tolist())]
+    assert torch.allclose(mean_where(each, mask), torch.stack([torch.as_tensor(x).float() for x in expected]))
+    assert torch.equal(mean_where(each, None), each.mean(-1))

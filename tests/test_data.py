@@ -152,7 +152,7 @@ def test_trajectories_come_back_from_a_file(make, schema, tmp_path):
 def test_a_buffer_gives_back_the_trajectories_it_was_given(make, schema):
     rng = np.random.default_rng(1)
     episodes = [make(rng, length) for length in (3, 1, 5)]
-    buffer = Buffer(Schema(**{**vars_of(schema), "rewards": ("env", "success")}), 40)
+    buffer = Buffer(Schema(**{**vars_of(schema), "rewards": ("env", *episodes[0].rewards)}), 40)
     for episode in episodes:
         buffer.add_trajectory(episode)
     for mine, theirs in zip(buffer.trajectories(), episodes, strict=True):

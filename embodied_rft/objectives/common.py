@@ -50,10 +50,33 @@ def preset(id: str, **defaults: Any) -> Callable[[T], T]:
 
 
 def imitation(agent: Agent, batch: Batch, rng: torch.Generator) -> Tensor:
-    """[B]: the policy's `imitation_loss`, which gets the stored trace if it takes one: what was sampled is trained."""
+    """[B]: the policy's `imitation_loss`.
+
+    It gets the stored trace if it takes one (what was sampled is trained), and if it takes a `mask` [B, D], what of a
+    chunk was carried out.
+    """
     loss = agent.policy.imitation_loss
-    stored = {"trace": batch.trace} if "trace" in inspect.signature(loss).parameters else {}
-    return loss(batch.observation, batch.action, rng=rng, **stored)
+    takes = inspect.signature(loss).parameters
+    more: dict[str, Any] = {}
+    if "trace" in takes:
+        more["trace"] = batch.trace
+    if "mask" in takes and (mask := carried_out(batch, getattr(agent.spaces.action, "horizon", 1))) is not None:
+        more["mask"] = mask.to(agent.device)
+    return loss(batch.observation, batch.action, rng=rng, **more)
+
+
+def carried_out(batch: Batch, horizon: int) -> Tensor | None:
+    """[B, D] bool: which numbers of chunks of H steps somebody carried out; None: all of them.
+
+    The others, behind the end of an episode or behind the steps that are executed of a chunk, nobody has seen the
+    consequence of: they are not imitated.
+    """
+    span = batch.columns.get("span")
+    if horizon == 1 or span is None or ((span < 0) | (span >= horizon)).all():
+        return None
+    span = np.where(span < 0, horizon, span)
+    steps = torch.from_numpy(np.arange(horizon)[None, :] < span[:, None])
+    return steps.repeat_interleave(batch.action.shape[1] // horizon, 1)
 
 
 def fit_normalizers(agent: Agent, buffer: Any, rows: np.ndarray, *, limit: int = 20_000) -> None:
