@@ -5,6 +5,7 @@ text. `import embodied_rft.envs` registers the Gymnasium environments; everythin
 """
 
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -12,3 +13,12 @@ __version__ = "0.1.0"
 _here = Path(__file__).parent
 if not (_here / "envs").is_dir():
     __path__.append(str(_here.parent))
+
+
+def __getattr__(name: str) -> Any:
+    """`from embodied_rft import load_policy`, without what that needs when only the package is imported."""
+    if name == "load_policy":
+        from embodied_rft.trained import load_policy
+
+        return load_policy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

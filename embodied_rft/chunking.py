@@ -183,7 +183,8 @@ class QueuedPool:
         self.observation_space: spaces.Space = spaces.Dict({**inner, BASE_ACTION: shown})
         self.fields = {**pool.fields, BASE_ACTION: Field(pool.action_space.shape, "float32")}
         self.incidents: Incidents = pool.incidents
-        self.seed, self.rng = seed, torch.Generator()
+        weights = planner.parameters() if isinstance(planner, torch.nn.Module) else iter(())
+        self.seed, self.rng = seed, torch.Generator(next((w.device for w in weights), "cpu"))
         self._queue = np.zeros((self.num_envs, planner.execute, *pool.action_space.shape), dtype=np.float32)
         self._position = np.zeros(self.num_envs, dtype=np.int64)
 
@@ -241,7 +242,9 @@ class QueuedPool:
             raise ValueError(f"the saved plans have shape {state['queue/plan'].shape}; this pool's {self._queue.shape}")
         self.pool.set_state({k: v for k, v in state.items() if not k.startswith("queue/")})
         self._queue, self._position = state["queue/plan"].copy(), state["queue/position"].copy()
-        self.rng.set_state(torch.from_numpy(np.array(state["queue/rng"])))
+        before = torch.from_numpy(np.array(state["queue/rng"]))
+        if before.shape == self.rng.get_state().shape:  # else it was on another kind of device
+            self.rng.set_state(before)
 
     def close(self) -> None:
         """Free everything."""

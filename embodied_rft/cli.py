@@ -22,7 +22,7 @@ from tyro.conf import Positional, arg
 
 USER, BROKEN, STOPPED = 2, 1, 130  # exit codes
 
-TAKE_VALUE = ("--run", "--seed", "--out", "--episodes", "--noise")  # options of the verbs below
+TAKE_VALUE = ("--run", "--seed", "--out", "--episodes", "--noise", "--device")  # options of the verbs below
 TAKE_PAIRS = ("train", "demos")  # verbs that take KEY=VALUE
 LISTED = ("recipes", "stages", "agents", "objectives", "envs", "demonstrators", "rewards")
 
@@ -33,6 +33,7 @@ def train(
     *,
     run: Path | None = None,
     seed: int | None = None,
+    device: str | None = None,
     quiet: bool = False,
 ) -> None:
     """Run a recipe, or continue it where it was stopped.
@@ -42,6 +43,7 @@ def train(
         overrides: Dotted changes, as in env.num_envs=8 stages.2.finetune.updates=100.
         run: Folder of the run; the same folder continues. Default: runs/NAME, with the seed if one is given.
         seed: Seed of everything; the same as seed=N.
+        device: Where it computes: auto, cpu, cuda, cuda:1; the same as device=WORD.
         quiet: Say nothing but where the report is.
     """
     from embodied_rft import distributed
@@ -50,6 +52,7 @@ def train(
     from embodied_rft.train import train as train_recipe
 
     changes = [*overrides, *([] if seed is None else [f"seed={seed}"])]
+    changes += [] if device is None else [f"device={device}"]
     loaded = load_recipe(recipe, changes)
     named = run or Path("runs") / (loaded.name if seed is None else f"{loaded.name}-seed{seed}")
     folder = named.absolute()  # an environment may change the current folder
@@ -70,6 +73,7 @@ def evaluate(
     env: str | None = None,
     official: bool = False,
     best: bool = False,
+    device: str = "auto",
 ) -> None:
     """Measure a run's policy on held-out initial states.
 
@@ -80,13 +84,37 @@ def evaluate(
         env: Another environment id with the same spaces.
         official: The environment that this one reproduces, as its authors ship it.
         best: The best policy of the learning curve instead of the newest.
+        device: Where it computes: auto, cpu, cuda, cuda:1.
     """
     from embodied_rft.judge import evaluate_run
     from embodied_rft.report import write_report
 
     checkpoint = "best" if best else "newest"
-    print(evaluate_run(run, episodes=episodes, sheet=sheet, env=env, official=official, checkpoint=checkpoint))
+    where = {"checkpoint": checkpoint, "device": device}
+    print(evaluate_run(run, episodes=episodes, sheet=sheet, env=env, official=official, **where))
     print(f"report: {write_report(run)}")
+
+
+def play(
+    run: Annotated[Positional[Path], arg(metavar="RUN_FOLDER")],
+    *,
+    episodes: int = 1,
+    sheet: int = 0,
+    best: bool = False,
+    device: str = "auto",
+) -> None:
+    """Watch a run's policy: in a window where there is a display, else as videos in the folder's play/.
+
+    Args:
+        run: Folder of the run.
+        episodes: How many.
+        sheet: Which list of initial states.
+        best: The best policy of the learning curve instead of the newest.
+        device: Where it computes: auto, cpu, cuda, cuda:1.
+    """
+    from embodied_rft.play import play as show
+
+    show(run, episodes=episodes, sheet=sheet, checkpoint="best" if best else "newest", device=device)
 
 
 def demos(
@@ -167,7 +195,8 @@ def unquittable(verb: Callable[..., Any]) -> Callable[..., int | None]:
 
 
 VERBS: dict[str, Callable[..., int | None]] = {
-    "train": train, "eval": evaluate, "demos": demos, "report": report, "list": list_known, "doctor": doctor,
+    "train": train, "eval": evaluate, "play": play, "demos": demos, "report": report, "list": list_known,
+    "doctor": doctor,
 }  # fmt: skip
 VERBS = {name: unquittable(verb) for name, verb in VERBS.items()}
 

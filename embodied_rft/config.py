@@ -38,6 +38,7 @@ from pydantic.dataclasses import is_pydantic_dataclass, rebuild_dataclass
 
 from embodied_rft import registry
 from embodied_rft.checkpoint import write_atomically as write_atomically  # for those who write recipes
+from embodied_rft.device import DEVICE
 from embodied_rft.log import LogConfig
 from embodied_rft.making import check_wrappers
 from embodied_rft.yaml_tree import HOLD_FILES, ConfigError, Dumper, Loader, apply_override, map_files, merge, read_yaml
@@ -170,6 +171,7 @@ class Recipe:
     buffer: BufferConfig = field(default_factory=BufferConfig)
     logging: LogConfig = field(default_factory=LogConfig)
     checkpoint_seconds: NonNegativeFloat = 30.0  # least wall time between two checkpoints inside a stage
+    device: Annotated[str, Field(pattern=f"^({DEVICE})$")] = "auto"  # auto: a GPU if there is one; cpu, cuda, cuda:1
     inputs: dict[str, str] = field(default_factory=dict)  # {file too large to be kept: its hash}, written by the run
     threads: PositiveInt | None = None  # torch's; None: one per core. 1 suits small networks and a shared machine
 
@@ -257,7 +259,14 @@ def recipe_difference(stored: str, given: str, *, stages: bool = True) -> list[s
     with contextlib.suppress(ConfigError):
         old = read_yaml(dump_recipe(parse(Recipe, old)))
     for tree in (old, new):
-        for harmless in ("description", "logging", "checkpoint_seconds", "threads", *([] if stages else ["stages"])):
+        for harmless in (
+            "description",
+            "logging",
+            "checkpoint_seconds",
+            "threads",
+            "device",
+            *([] if stages else ["stages"]),
+        ):
             tree.pop(harmless, None)
         for harmless in ("num_workers", "deadline", "max_incidents"):
             (tree.get("env") or {}).pop(harmless, None)

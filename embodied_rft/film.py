@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,10 @@ def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tr
     act = session.actor(greedy=True, rng=evaluation_generator())
     try:
         for seed in seeds[:tries]:
-            frames, won = roll_out(act, env, seed, session.fit)
+            rolled = roll_out(act, env, seed, session.fit)
+            won = rolled.success
             if won == success:
-                path = write_video(session.folder / "videos" / f"{name}.mp4", frames, fps=25)
+                path = write_video(session.folder / "videos" / f"{name}.mp4", rolled.frames, fps=25)
                 write_json(
                     Path(path).with_suffix(".json"), {"seed": int(seed), "success": won, "stage": list(session.path)}
                 )
@@ -45,21 +47,39 @@ def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tr
         return f"no video: {error}"
 
 
-def roll_out(act: Act, env: EnvConfig, seed: int, fit: Callable[[Pool], Pool]) -> tuple[np.ndarray, bool]:
-    """(frames [T + 1, H, W, 3] uint8, success) of one episode in the single environment."""
+@dataclass(frozen=True)
+class Rolled:
+    """One episode: what was drawn, what it gave, whether it succeeded."""
+
+    frames: np.ndarray  # [T + 1, H, W, 3] uint8; none in a window
+    total: float
+    success: bool
+    told: bool  # whether the environment says anything about success
+
+
+def roll_out(
+    act: Act, env: EnvConfig, seed: int, fit: Callable[[Pool], Pool], *, render_mode: str | None = "rgb_array"
+) -> Rolled:
+    """One episode in the single environment; render_mode "human" draws in a window, None not at all."""
     options = {k: v for k, v in env.options.items() if k not in ("num_threads", "engine")}
-    single = functools.partial(make_single, env.id, options=options, wrappers=env.wrappers, render_mode="rgb_array")
+    single = functools.partial(make_single, env.id, options=options, wrappers=env.wrappers, render_mode=render_mode)
     envs = Singles(single, 1, deadline=env.deadline)
     pool = fit(VectorPool(envs, purpose="evaluation"))
+    frames: list[Any] = []
+    total, over, success = 0.0, False, None
     try:
         observation = pool.reset(np.array([seed]))
-        frames: list[Any] = [envs.render(0)]
         while True:
+            if render_mode is not None:
+                frame = envs.render(0)
+                frames += [] if frame is None else [frame]
+            if over:
+                break
             result = pool.step(act(observation).action)
-            observation = result.observation
-            frames.append(envs.render(0))
-            if result.terminated[0] or result.truncated[0] or not result.valid[0]:
-                success = result.info.get("success")
-                return np.stack(frames).astype(np.uint8), bool(success is not None and success[0])
+            observation, total = result.observation, total + float(result.reward[0])
+            over = bool(result.terminated[0] or result.truncated[0] or not result.valid[0])
+            success = result.info.get("success")
     finally:
         pool.close()
+    drawn = np.stack(frames).astype(np.uint8) if frames else np.zeros((0, 0, 0, 3), np.uint8)
+    return Rolled(drawn, total, bool(success is not None and success[0]), success is not None)

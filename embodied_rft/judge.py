@@ -24,6 +24,7 @@ def evaluate_run(
     official: bool = False,
     num_envs: int | None = None,
     checkpoint: Which = "newest",
+    device: str = "auto",
 ) -> Evaluation:
     """Greedy success of a run's policy; also written to `evaluations/` in the folder.
 
@@ -35,6 +36,7 @@ def evaluate_run(
         official: the environment that the recipe's one reproduces, as its authors ship it, from the same seeds.
         num_envs: environments stepped together; None: as many as the recipe says.
         checkpoint: "newest", or "best" on the learning curve.
+        device: where the policy computes.
 
     Raises:
         ValueError: no checkpoint in the folder, an edited recipe.yaml, other spaces, or no official environment.
@@ -42,7 +44,7 @@ def evaluate_run(
     folder = Path(folder)
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected at least 1")
-    with opened(folder, checkpoint) as session:
+    with opened(folder, checkpoint, device=device) as session:
         own = session.env
         count = num_envs or min(num_envs_for(own, "evaluation"), episodes)
         changed = replace(own, num_workers=own.num_workers and min(own.num_workers, count))

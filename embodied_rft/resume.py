@@ -14,7 +14,7 @@ import torch
 
 from embodied_rft import distributed
 from embodied_rft.config import parse_stages, recipe_difference, to_plain
-from embodied_rft.seeding import generator_state
+from embodied_rft.device import generator_state
 from embodied_rft.stages.base import walk
 from embodied_rft.yaml_tree import read_yaml
 
@@ -32,6 +32,7 @@ def snapshot(session: Session, *, finished: bool) -> dict[str, Any]:
         "format": 1,
         "processes": distributed.size(),
         "threads": session.threads,
+        "device": session.agent.device.type,
         "recipe": session.recipe_text,
         "path": list(session.path),
         "finished": finished,
@@ -69,6 +70,11 @@ def restore(session: Session, state: dict[str, Any]) -> dict[str, Any]:
     distributed.check_size(state.get("processes", 1), session.folder)
     state = continuation(state, session)
     _keep_threads(session, state.get("threads", session.threads))
+    if state.get("device", "cpu") != session.agent.device.type:
+        session.logger.message(
+            f"warning: this run computed on {state['device']} and goes on with {session.agent.device.type}: not to the "
+            "bit as it would have been"
+        )
     load_weights(session, state)
     if state["buffer"] is not None:
         session.buffer.load_state_dict(state["buffer"])

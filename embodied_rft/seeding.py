@@ -7,8 +7,6 @@ never be trained on by accident.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -57,21 +55,3 @@ def check_training_seeds(seeds: np.ndarray) -> None:
 def spawn_generator(run_seed: int, *key: int) -> np.random.Generator:
     """An independent NumPy generator for one purpose of a run, named by integers."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy=run_seed, spawn_key=key)))
-
-
-def generator_state(generator: np.random.Generator | torch.Generator) -> dict[str, Any]:
-    """What a checkpoint keeps of a generator."""
-    if isinstance(generator, torch.Generator):
-        return {"torch": generator.get_state()}
-    return {"numpy": generator.bit_generator.state}
-
-
-def restored_generator(state: dict[str, Any]) -> np.random.Generator | torch.Generator:
-    """A generator that goes on where `generator_state` was taken."""
-    if "torch" in state:
-        generator = torch.Generator()
-        generator.set_state(state["torch"])
-        return generator
-    bits = np.random.PCG64()
-    bits.state = state["numpy"]
-    return np.random.Generator(bits)

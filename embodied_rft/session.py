@@ -22,6 +22,7 @@ from embodied_rft.chunking import fit_pool
 from embodied_rft.collect import Act, Collector
 from embodied_rft.config import Recipe, dump_recipe, parse_stages, to_plain
 from embodied_rft.data import Decisions, Source, Tree
+from embodied_rft.device import on_device, resolve_device, restored_generator, seeded
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds, latest_incident
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.log import Logger, write_json
@@ -29,7 +30,7 @@ from embodied_rft.plans import Fresh
 from embodied_rft.pool import Pool
 from embodied_rft.promises import held_out
 from embodied_rft.rig import Rig
-from embodied_rft.seeding import evaluation_generator, restored_generator, spawn_generator
+from embodied_rft.seeding import evaluation_generator, spawn_generator
 from embodied_rft.stages.base import new_objective, walk
 
 SHOWN = 8  # texts of incidents that are kept
@@ -68,6 +69,7 @@ class Session(Rig):
         self._clock = self._saved_at = time.perf_counter()
         pool = fit_pool(self.step_pool("training"), recipe.agent)
         self.agent = build_agent(recipe.agent, pool.observation_space, pool.action_space, rng=self.generator("agent"))
+        self.agent.to(resolve_device(recipe.device))
         self.leave_out_unreadable()
 
     # --- parts ---------------------------------------------------------------------------------------------------
@@ -76,7 +78,8 @@ class Session(Rig):
         """The torch generator `name` of the running stage; its seed depends on run, stage, name and process alone."""
         if name not in self.generators:
             seed = spawn_generator(self.recipe.seed, *self.path, *distributed.seed_key(name)).integers(2**62)
-            self.generators[name] = torch.Generator().manual_seed(int(seed))
+            # Weights are drawn on the processor, so that they are the same on every machine.
+            self.generators[name] = seeded(int(seed), "cpu" if name in ("agent", "setup") else self.agent.device)
         return self.generators[name]  # type: ignore[return-value]
 
     def numpy_generator(self, name: str) -> np.random.Generator:
@@ -123,7 +126,8 @@ class Session(Rig):
 
         `rng`: what it draws from; None: the stage's own generator, which goes on from call to call.
         """
-        generator, policy = self.generator("act") if rng is None else rng, self.agent.policy
+        policy = self.agent.policy
+        generator = self.generator("act") if rng is None else on_device(rng, self.agent.device)
         if greedy and self.learner is not None:
             policy = self.learner.judged
         explore = None if greedy else getattr(self.objective, "explore", None)
@@ -268,7 +272,8 @@ class Session(Rig):
                 stage.prepare(self)
             else:
                 for name, value in resumed["generators"].items():
-                    self.generators[name] = restored_generator(value)
+                    if (restored := restored_generator(value, self.agent.device)) is not None:
+                        self.generators[name] = restored
             self._run_stage(stage)
 
     def _run_stage(self, stage: Any) -> None:

@@ -6,17 +6,24 @@ Only reads, so it may be done while the run is being trained.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import gymnasium as gym
+import numpy as np
+import torch
+
 from embodied_rft import inputs, resume
 from embodied_rft.checkpoint import BEST, Checkpoints, load
+from embodied_rft.chunking import BASE_ACTION, chunk_of, find_planner
 from embodied_rft.config import recipe_difference, recipe_of
+from embodied_rft.device import seeded
 from embodied_rft.log import LogConfig
 from embodied_rft.session import Session
+from embodied_rft.stepping import is_text
 
 Which = Literal["newest", "best"]
 
@@ -51,10 +58,10 @@ def read_state(folder: Path, which: Which = "newest") -> dict[str, Any]:
 
 
 @contextmanager
-def opened(folder: str | Path, which: Which = "newest") -> Iterator[Session]:
+def opened(folder: str | Path, which: Which = "newest", *, device: str = "auto") -> Iterator[Session]:
     """A session with the policy of a run, and an empty folder of its own that is removed at the end.
 
-    Its training pool holds one environment.
+    Its training pool holds one environment. Where the run was trained does not matter for `device`.
     """
     folder = Path(folder).absolute()
     state = read_state(folder, which)
@@ -65,7 +72,8 @@ def opened(folder: str | Path, which: Which = "newest") -> Iterator[Session]:
     env = replace(recipe.env, num_envs=1, num_workers=None, evaluation_envs=None)
     silent = LogConfig(console=False, csv=False)
     with tempfile.TemporaryDirectory(prefix="erft-") as scratch:
-        session = Session(replace(recipe, env=env, logging=silent), Path(scratch), quiet=True, text=state["recipe"])
+        changed = replace(recipe, env=env, logging=silent, device=device)
+        session = Session(changed, Path(scratch), quiet=True, text=state["recipe"])
         try:
             resume.load_weights(session, state)
             averaged = (state["learner"] or {}).get("averaged")
@@ -75,3 +83,108 @@ def opened(folder: str | Path, which: Which = "newest") -> Iterator[Session]:
             yield session
         finally:
             session.close()
+
+
+# --- in one's own loop ---------------------------------------------------------------------------------------------
+
+
+def load_policy(folder: str | Path, *, checkpoint: Which = "newest", device: str = "auto") -> TrainedPolicy:
+    """The trained policy of a run folder, for one's own loop.
+
+        policy = load_policy("runs/demo")
+        action = policy(observation)
+
+    Args:
+        folder: of the run, finished or not.
+        checkpoint: "newest", or "best" on the learning curve.
+        device: "auto", "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ValueError: no run or no such checkpoint in the folder.
+    """
+    with opened(folder, checkpoint, device=device) as session:
+        pool = session.step_pool("training")
+        return TrainedPolicy(session.agent.policy, pool.observation_space, pool.action_space, seed=session.recipe.seed)
+
+
+class TrainedPolicy:
+    """A policy that is called with observations as its environment gives them, of one environment or of N at once.
+
+    Policies that plan chunks keep the rest of their plan between calls: call `reset` when an episode begins.
+
+    Args:
+        policy: as an agent has it.
+        observation_space: of a single environment.
+        action_space: of a single environment, of one step.
+        seed: of what is drawn.
+    """
+
+    def __init__(self, policy: Any, observation_space: gym.Space, action_space: gym.Space, *, seed: int = 0) -> None:
+        self.policy, self.observation_space, self.action_space = policy, observation_space, action_space
+        weights = next(iter(policy.parameters()), None)
+        self.rng = seeded(seed, "cpu" if weights is None else weights.device)
+        self._chunk, self._planner = chunk_of(policy.spec), find_planner(policy)
+        self.reset()
+
+    def reset(self) -> None:
+        """An episode begins: what was planned before is forgotten."""
+        self._plan: list[np.ndarray] = []  # actions still to come, each [N, A]
+        self._base: list[np.ndarray] = []  # the same of a frozen base that plans
+
+    @torch.no_grad()
+    def __call__(self, observation: Any, *, greedy: bool = True) -> Any:
+        """The action to take now.
+
+        Args:
+            observation: of `observation_space`, or N of them along a first dimension of every part.
+            greedy: whether to take the likeliest action, else one is drawn.
+
+        Returns:
+            An action of `action_space`; N of them along a first dimension if there are N observations.
+        """
+        tree, single = self._batch(observation)
+        if self._planner is not None:
+            if not self._base or len(self._base[0]) != len(next(iter(tree.values()))):
+                self._base = list(np.swapaxes(self._planner.plan(tree, rng=self.rng), 0, 1))
+            tree = {**tree, BASE_ACTION: self._base.pop(0)}
+        if self._chunk is None:
+            action = self.policy.act(tree, greedy=greedy, rng=self.rng).action
+            return action[0] if single else action
+        if not self._plan or len(self._plan[0]) != len(next(iter(tree.values()))):
+            horizon, execute = self._chunk
+            chunks = np.asarray(self.policy.act(tree, greedy=greedy, rng=self.rng).action)
+            self._plan = list(np.swapaxes(chunks.reshape(len(chunks), horizon, -1), 0, 1)[:execute])
+        action = self._plan.pop(0)
+        return action[0] if single else action
+
+    def _batch(self, observation: Any) -> tuple[dict[str, Any], bool]:
+        """The observation as a flat tree [N, ...], and whether it was a single one."""
+        tree: dict[str, Any] = {}
+        singles = set()
+        for key, (space, value) in _leaves(self.observation_space, observation).items():
+            if is_text(space):
+                single = isinstance(value, str)
+                tree[key] = [value] if single else list(value)
+            else:
+                value, shape = np.asarray(value), tuple(space.shape or ())
+                single = value.ndim == len(shape)
+                if value.shape[value.ndim - len(shape) :] != shape or value.ndim > len(shape) + 1:
+                    raise ValueError(f"{key!r} has shape {value.shape}; expected {shape}, or N of them")
+                value = value.astype(np.float32) if np.issubdtype(value.dtype, np.floating) else value
+                tree[key] = value[None] if single else value
+            singles.add(single)
+        if len(singles) > 1:
+            raise ValueError("some parts of the observation are of one environment and some of several")
+        return tree, singles.pop()
+
+
+def _leaves(space: gym.Space, value: Any, prefix: str = "") -> dict[str, tuple[gym.Space, Any]]:
+    """{key of the flat tree: (its space, its value)}."""
+    if not isinstance(space, gym.spaces.Dict):
+        return {prefix or "observation": (space, value)}
+    leaves: dict[str, tuple[gym.Space, Any]] = {}
+    for key, child in space.spaces.items():
+        if not isinstance(value, Mapping) or key not in value:
+            raise ValueError(f"the observation has no {key!r}; it should have {', '.join(map(repr, space.spaces))}")
+        leaves |= _leaves(child, value[key], f"{prefix}/{key}" if prefix else str(key))
+    return leaves

@@ -137,7 +137,7 @@ def test_eval_prints_the_rate_and_renews_the_report(recipe, session, monkeypatch
     monkeypatch.setitem(sys.modules, "embodied_rft.judge", fake)
     run("train", "mine.yaml", "--run", "r")
     assert run("eval", "r", "--episodes", "7", "--official") == 0
-    assert asked == {"episodes": 7, "sheet": 0, "env": None, "official": True, "checkpoint": "newest"}
+    assert asked == {"episodes": 7, "sheet": 0, "env": None, "official": True, "checkpoint": "newest", "device": "auto"}
     assert capsys.readouterr().out.splitlines()[-2:] == ["success 0.950", "report: r/report.html"]
 
 

@@ -1,0 +1,122 @@
+"""A trained policy in one's own loop, played, and on other devices."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import embodied_rft.envs  # noqa: F401
+from embodied_rft import load_policy
+from embodied_rft.config import ConfigError
+from embodied_rft.device import resolve_device
+from embodied_rft.judge import evaluate_run
+from embodied_rft.play import play
+from embodied_rft.seeding import evaluation_seed
+from embodied_rft.train import train
+from tests.test_run_folder import TREE, content, finished, run, short  # noqa: F401  (fixtures)
+
+# --- the trained policy in one's own loop ---
+
+
+def test_the_loop_of_the_readme_runs(run, tmp_path):
+
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, flags=re.S) if "load_policy" in block)
+    assert len([line for line in code.splitlines() if line]) <= 6
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(run, tmp_path / "runs" / "demo")
+    code = code.replace("FetchPickAndPlace", "FetchReach")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_loaded_policy_does_what_the_evaluation_does(run):
+    """Single observations in an ordinary loop and batches in a pool: the returns of `erft eval`."""
+
+    outcome, policy = evaluate_run(run, episodes=2), load_policy(run)
+    env = gymnasium.make("embodied_rft/FetchReach-v0")
+    for index in range(2):
+        observation, _ = env.reset(seed=evaluation_seed(index))
+        total, over = 0.0, False
+        while not over:
+            action = policy(observation)
+            assert env.action_space.contains(action)
+            observation, reward, terminated, truncated, _ = env.step(action)
+            total, over = total + float(reward), terminated or truncated
+        assert total == pytest.approx(outcome.returns[index], rel=1e-3)
+    several = {key: np.stack([value] * 3) for key, value in observation.items()}
+    batch = policy(several)
+    assert batch.shape == (3, 4)
+    np.testing.assert_allclose(batch[1], policy(observation), rtol=1e-4, atol=1e-6)
+    assert not np.array_equal(policy(observation, greedy=False), policy(observation, greedy=False))
+    with pytest.raises(ValueError, match="has no 'achieved_goal'"):
+        policy({"observation": observation["observation"], "desired_goal": observation["desired_goal"]})
+    with pytest.raises(ValueError, match="shape"):
+        policy(observation | {"observation": np.zeros(3, np.float32)})
+
+
+def test_a_policy_of_chunks_executes_its_plan(tmp_path):
+
+    agent = {"id": "gaussian", "hidden": [8], "horizon": 4, "execute": 2}
+    stages = [{"demonstrate": {"episodes": 2}}, {"pretrain": {"objective": "bc", "updates": 2, "batch_size": 8}}]
+    train(short(agent=agent, stages=stages), tmp_path / "run", quiet=True, report=False)
+    policy = load_policy(tmp_path / "run")
+    observation = {key: space.sample() for key, space in policy.observation_space.spaces.items()}
+    other = {key: value + 1 for key, value in observation.items()}
+    first, second = policy(observation), policy(other)  # the second step of the plan, whatever is seen by then
+    assert first.shape == second.shape == (4,)
+    chunk = policy.policy.act({k: v[None].astype(np.float32) for k, v in observation.items()}, greedy=True, rng=None)
+    np.testing.assert_allclose(np.stack([first, second]), np.asarray(chunk.action).reshape(4, 4)[:2], rtol=1e-5)
+    new = policy(other)
+    policy.reset()
+    np.testing.assert_array_equal(policy(other), new)
+    assert not np.allclose(new, first)
+
+
+def test_play_plays(run, monkeypatch):
+
+    said = []
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    before = content(run)
+    returns = play(run, episodes=2, say=said.append)
+    assert returns == pytest.approx(evaluate_run(run, episodes=2).returns, rel=1e-3)
+    assert all("return" in line for line in said) and ("not drawn" in said[0] or list((run / "play").iterdir()))
+    assert {p for p in content(run) if p not in before and "evaluations" not in p.parts} == set(
+        (run / "play").glob("*")
+    )
+
+
+# --- where it computes ---
+
+
+def test_devices_are_words():
+
+    assert resolve_device("cpu").type == "cpu" and short(device="cuda:1").device == "cuda:1"
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ConfigError, match=r"device.*gpu"):
+        short(device="gpu")
+    with pytest.raises(ValueError, match="needs GPU 99"):
+        resolve_device("cuda:99")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("objective", ["sac", "td3", "cal_ql", "iql", "spot", "ppo"])
+def test_everything_computes_on_the_gpu_and_goes_on_elsewhere(tmp_path, objective):
+    fresh = {"ppo"}
+    online = {"finetune": {"objective": objective, "decisions": 400, "decisions_per_iteration": 200}}
+    offline = [] if objective in fresh else [{"pretrain": {"objective": objective, "updates": 4}}]
+    stages = [*TREE["stages"][:1], *offline, online, {"evaluate": {"episodes": 4}}]
+    session = train(short(device="cuda", stages=stages), tmp_path / "run", quiet=True, report=False)
+    assert {p.device.type for p in session.agent.parameters()} == {"cuda"}
+    online["finetune"]["decisions"] = 600
+    train(short(device="cpu", stages=stages), tmp_path / "run", quiet=True, report=False)
+    assert evaluate_run(tmp_path / "run", episodes=2, device="cuda").episodes == 2
