@@ -20,7 +20,15 @@ from embodied_rft.judge import evaluate_run
 from embodied_rft.play import play
 from embodied_rft.seeding import evaluation_seed
 from embodied_rft.train import train
-from tests.test_run_folder import TREE, content, finished, run, short  # noqa: F401  (fixtures)
+from tests.test_run_folder import TREE, content, short
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(short(), folder, quiet=True, report=False)
+    return folder
+
 
 # --- the trained policy in one's own loop ---
 
