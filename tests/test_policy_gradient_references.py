@@ -326,61 +326,57 @@ class Peer(nn.Module):
         return self.policy.predict_values(observation["observation"])[:, 0]
 
 
-def test_ppo_equals_stable_baselines3():
-    """A rollout of SB3's, with ends of both kinds; SB3's train() and our learner from the same weights."""
+def sb3_rollout():
+    """(model of SB3 with a filled rollout buffer, the same episodes in a buffer of ours)."""
     from stable_baselines3 import PPO
 
-    model = PPO("MlpPolicy", Drift(), n_steps=90, batch_size=90, n_epochs=1, seed=0, device="cpu", gamma=0.9)
-    model.set_parameters(model.get_parameters())
+    count = 90
+    model = PPO("MlpPolicy", Drift(), n_steps=count, batch_size=count, n_epochs=1, seed=0, device="cpu", gamma=0.9)
     options = {"normalize_advantage": False, "ent_coef": 0.03, "vf_coef": 0.4, "max_grad_norm": 1e9}
     for name, number in options.items():
         setattr(model, name, number)
-    _, callback = model._setup_learn(90, None)
-    seen = []
-    step = model.env.step_wait
+    _, callback = model._setup_learn(count, None)
+    seen, step = [], model.env.step_wait
 
     def watched():
         seen.append(copy.deepcopy(result := step()))  # SB3 adds the bootstrap value to these very rewards
         return result
 
     model.env.step_wait = watched
-    model.collect_rollouts(model.env, callback, model.rollout_buffer, 90)
     rollout = model.rollout_buffer
-
+    model.collect_rollouts(model.env, callback, rollout, count)
     buffer = Buffer(Schema({"observation": Field((3,))}, Field((2,)), units=1), 400)
-    starts = [*np.flatnonzero(rollout.episode_starts[:, 0]), 90]
-    ends = {"terminated": 0, "truncated": 0, "cut": 0}
+    starts, ends = [*np.flatnonzero(rollout.episode_starts[:, 0]), count], set()
     for a, b in zip(starts[:-1], starts[1:], strict=True):
-        observation, rewards, dones, infos = seen[b - 1]
+        observation, _, dones, infos = seen[b - 1]
         end = "cut" if not dones[0] else "truncated" if infos[0]["TimeLimit.truncated"] else "terminated"
-        ends[end] += 1
+        ends.add(end)
         last = infos[0]["terminal_observation"][None] if dones[0] else observation
-        shown = np.concatenate([rollout.observations[a:b, 0], last])
+        shown = {"observation": np.concatenate([rollout.observations[a:b, 0], last])}
         reward = np.array([seen[t][1][0] for t in range(a, b)], np.float32)
         log_prob = rollout.log_probs[a:b]
-        buffer.add_trajectory(
-            Trajectory({"observation": shown}, rollout.actions[a:b, 0], reward, end, log_prob=log_prob)
-        )
-    assert all(ends.values())
+        buffer.add_trajectory(Trajectory(shown, rollout.actions[a:b, 0], reward, end, log_prob=log_prob))
+    assert ends == {"cut", "truncated", "terminated"}
+    return model, buffer
 
+
+def test_ppo_equals_stable_baselines3():
+    """A rollout of SB3's, with ends of all kinds; SB3's train() and our objective from the same weights."""
+    model, buffer = sb3_rollout()
     agent = Agent(Peer(model.policy), Spaces(Drift.observation_space, Drift.action_space), rng=torch.Generator())
-    objective = build_objective(
-        {"id": "ppo", "gamma": 0.9, "normalize_advantage": False, "entropy_weight": 0.03, "value_weight": 0.8}
-    )
+    spec = {"id": "ppo", "gamma": 0.9, "normalize_advantage": False, "entropy_weight": 0.03, "value_weight": 0.8}
+    objective = build_objective(spec)
     objective.setup(agent)
     objective.annotate(agent, buffer, buffer.rows(), torch.Generator())
-    batch = buffer.batch(buffer.rows())
+    batch, rollout = buffer.batch(buffer.rows()), model.rollout_buffer
     np.testing.assert_allclose(batch.notes["advantage"].numpy(), rollout.advantages[:, 0], atol=1e-4)
     np.testing.assert_allclose(batch.notes["value_target"].numpy(), rollout.returns[:, 0], atol=1e-4)
-
     with torch.no_grad():
         for p in model.policy.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     loss, metrics = objective.policy_loss(agent, batch, torch.Generator())
     parameters = list(model.policy.parameters())
-    ours = torch.autograd.grad(loss, parameters)
-    weights = [p.detach().clone() for p in parameters]
-    model._update_learning_rate = lambda optimizer: None
+    ours, weights = torch.autograd.grad(loss, parameters), [p.detach().clone() for p in parameters]
     model.train()
     for one, p in zip(ours, parameters, strict=True):
         torch.testing.assert_close(one, p.grad, atol=1e-5, rtol=1e-4)
@@ -390,15 +386,12 @@ def test_ppo_equals_stable_baselines3():
         float(metrics["policy/clipped"]) == pytest.approx(logged["train/clip_fraction"])
         and logged["train/clip_fraction"]
     )
-
-    with torch.no_grad():
-        for p, old in zip(parameters, weights, strict=True):
-            p.copy_(old)
     for factor, stops in ((0.5, True), (0.8, False)):  # SB3 takes no step once the estimate exceeds 1.5 target_kl
-        target = float(logged["train/approx_kl"]) * factor
-        objective.config = replace(objective.config, target_kl=target)
+        with torch.no_grad():
+            for p, old in zip(parameters, weights, strict=True):
+                p.copy_(old)
+        objective.config = replace(objective.config, target_kl=float(metrics["policy/kl"]) * factor)
         learner = Learner(agent, objective, LearnerConfig(learning_rate=1e-3))
-        model.target_kl, before = target, [p.detach().clone() for p in parameters]
         assert learner.update(batch, torch.Generator()) is not stops
-        changed = any(not torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
+        changed = any(not torch.equal(p, q) for p, q in zip(parameters, weights, strict=True))
         assert changed is not stops and learner.updates == int(not stops)
