@@ -105,13 +105,14 @@ class LanguagePolicy(nn.Module):
         self.lm: CausalLM = load_model(config.model, dtype=config.dtype, rng=rng)
         self.model = self.lm.model
         self.tokenizer = self.lm.tokenizer
-        chats = isinstance(flatten_space(observation_space)[self.key], ChatText)
+        self._chats = chats = isinstance(flatten_space(observation_space)[self.key], ChatText)
         if chats and config.prompt != "chat":
             raise ValueError(
                 'prompts are lists of messages here: use prompt "chat", which writes them as the model does'
             )
         self._encode = _make_encoder(self.tokenizer, config.prompt, config.system, chats=chats)
         self._end = self.lm.end_of(config.prompt)
+        self._frame = 0 if chats else len(self._encode("?", True))  # tokens of a prompt of one character
         self.usage = Usage()  # of the decoder when it scores
         if config.value_head:
             self.head = linear(self.lm.hidden_size, 1, gain=0.0, rng=rng)
@@ -251,8 +252,10 @@ class LanguagePolicy(nn.Module):
 
     def unreadable(self, observation: Tree) -> dict[int, str]:
         """Rows whose prompt this policy cannot answer, and why: it leaves no room for a reply, or is no prompt."""
-        found = {}
+        found, limit, said = {}, self.lm.max_tokens, self.config.max_new_tokens
         for row, text in enumerate(texts(observation[self.key])):
+            if text and not self._chats and (limit is None or 2 * len(text.encode()) + self._frame + said <= limit):
+                continue  # a token has at least a byte: it fits, and need not be tokenised to know it
             try:
                 self._check_length(np.array([len(self._encode(text, True))]), self.config.max_new_tokens)
             except ValueError as error:

@@ -39,7 +39,7 @@ def keep(recipe: Recipe, folder: Path) -> dict[str, Any]:
         if _size(path) > LARGEST:
             hashes[str(path)] = digest
             return str(path)
-        stem = re.sub(r"-[0-9a-f]{12}$", "", path.stem if path.is_file() else path.name)
+        stem = given_stem(path.stem if path.is_file() else path.name)
         name = f"{stem}-{digest[:12]}{path.suffix if path.is_file() else ''}"
         target = folder / FOLDER / name
         if path.parent == target.parent and path != target:
@@ -52,6 +52,11 @@ def keep(recipe: Recipe, folder: Path) -> dict[str, Any]:
         tree[part] = map_files(tree[part], Path.cwd(), kept)
     tree["inputs"] = hashes
     return tree
+
+
+def given_stem(stem: str) -> str:
+    """The name that a file had before it was copied: "demos" of "demos-3f2a91c07b44"."""
+    return re.sub(r"-[0-9a-f]{12}$", "", stem)
 
 
 def keep_plugins(recipe: Recipe, folder: Path) -> list[str]:

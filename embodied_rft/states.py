@@ -30,6 +30,10 @@ def ask(pool: Any, name: str) -> Any:
 def num_held_out_states(pool: Any) -> int | None:
     """How many distinct states evaluation can show; None: more than anybody counts, or unknown."""
     count = ask(pool, "num_held_out_states")
+    if count is not None and (isinstance(count, bool) or int(count) != count or count < 0):
+        raise ValueError(
+            f"the environment says num_held_out_states = {count!r}; expected how many states evaluation can show"
+        )
     return None if count is None else int(count)
 
 

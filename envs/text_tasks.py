@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from embodied_rft.envs.text_rewards import Judge, make_rule
+from embodied_rft.inputs import given_stem
 from embodied_rft.text_spaces import AnyText, ChatText, check_messages, read_chat, write_chat
 
 MOST_LISTED = 10_000  # problems of a generated task that are written down; of more, the same is hardly drawn twice
@@ -163,19 +164,20 @@ class JsonlTask:
         if not file.is_file():
             raise ValueError(f"the problem file {str(path)!r} does not exist")
         self.problems: list[Problem] = []
+        given = f"{given_stem(file.stem)}{file.suffix}"  # as the user knows it: runs keep copies
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a text
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file.name} is no UTF-8 text ({error}): save it so, one JSON object a line") from None
+            raise ValueError(f"{given} is no UTF-8 text ({error}): save it so, one JSON object a line") from None
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                place = f"{file.name}, line {number}"
+                place = f"{given}, line {number}"
                 try:
                     self.problems.append(_problem(line, checker, place))
                 except ValueError as error:
                     raise ValueError(f"{place}: {error}") from error
         if not self.problems:
-            raise ValueError(f'{file.name} holds no problem; expected lines like {{"prompt": "3+4=", "answer": "7"}}')
+            raise ValueError(f'{given} holds no problem; expected lines like {{"prompt": "3+4=", "answer": "7"}}')
         self.chat = any(problem.is_chat for problem in self.problems)
         if self.chat:  # one space for all
             self.problems = [

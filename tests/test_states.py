@@ -1,5 +1,6 @@
 """Finite lists of initial states: held-out ones count once, those that a policy cannot read are found at once."""
 
+import functools
 import json
 
 import gymnasium
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import embodied_rft.envs.text  # noqa: F401
 from embodied_rft.agent import build_agent
@@ -143,6 +146,36 @@ def test_prompts_without_room_are_named_before_the_run_starts(tmp_path):
     content = json.loads((tmp_path / "run" / "evaluations" / "1-0.json").read_text())
     assert content["episodes"] == content["states"] < 20
     assert f"has {content['states']} held-out initial states" in (tmp_path / "run" / "run.log").read_text()
+
+
+@pytest.mark.parametrize("prompt", ["chat", "plain"])
+@given(st.text(min_size=1, max_size=70))
+@settings(max_examples=60, deadline=None)
+def test_what_counts_as_readable_is_what_can_be_answered(prompt, text):
+    """The quick look at lengths in bytes agrees with acting."""
+    policy = reader(prompt)
+    try:
+        policy.act({"prompt": [text]}, greedy=True)
+        answered = True
+    except ValueError:
+        answered = False
+    assert answered == (not policy.unreadable({"prompt": [text]}))
+
+
+@functools.cache
+def reader(prompt):
+    spec = {"id": "language", "model": {"tiny": {"hidden_size": 32, "max_tokens": 64}}, "prompt": prompt}
+    of = spaces.Dict(prompt=spaces.Text(100)), spaces.Text(100)
+    return build_agent({**spec, "max_new_tokens": 2}, *of, torch.Generator().manual_seed(0)).policy
+
+
+@pytest.mark.parametrize("count", [-1, 2.5, True])
+def test_an_impossible_number_of_states_is_refused(count, monkeypatch):
+    monkeypatch.setattr(Levels, "num_held_out_states", count)
+    pool = make_pool("tests/Levels-v0", 1, kind="sync", purpose="evaluation")
+    with pytest.raises(ValueError, match="num_held_out_states = "):
+        evaluate(still, pool, evaluation_seeds(3))
+    pool.close()
 
 
 def test_no_prompt_at_all_fits(tmp_path):
