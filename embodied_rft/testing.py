@@ -13,33 +13,31 @@ import torch
 
 from embodied_rft.data import Batch, Field, Tree
 from embodied_rft.seeding import FIRST_EVALUATION_SEED
-from embodied_rft.spaces import Choices
-from embodied_rft.stepping import Incidents, StepResult
+from embodied_rft.spaces import DISCRETE, Choices
+from embodied_rft.stepping import Incidents, StepResult, flatten_space
 
 
 def random_batch(observation_space: gym.Space, action_space: gym.Space, *, size: int = 64, seed: int = 0) -> Batch:
     """A batch of made-up decisions that fits the spaces; the last tenth of the rows terminated.
 
     Args:
-        observation_space: a Box, or a Dict whose Boxes are filled.
+        observation_space: all of it but texts is filled.
         action_space: a Box, or choices (Discrete, MultiDiscrete, MultiBinary).
         size: B.
         seed: of the numbers.
     """
     rng = np.random.default_rng(seed)
-    boxes = (
-        observation_space.spaces
-        if isinstance(observation_space, gym.spaces.Dict)
-        else {"observation": observation_space}
-    )
+    leaves = flatten_space(observation_space)
 
     def observe() -> dict[str, torch.Tensor]:
         tree = {}
-        for key, box in boxes.items():
-            if not isinstance(box, gym.spaces.Box):
+        for key, leaf in leaves.items():
+            if isinstance(leaf, DISCRETE):
+                tree[key] = torch.from_numpy(_random_actions(leaf, size, rng)[0])
+            if not isinstance(leaf, gym.spaces.Box):
                 continue
-            image = box.dtype == np.uint8
-            values = rng.integers(0, 256, (size, *box.shape)) if image else rng.standard_normal((size, *box.shape))
+            image = leaf.dtype == np.uint8
+            values = rng.integers(0, 256, (size, *leaf.shape)) if image else rng.standard_normal((size, *leaf.shape))
             tree[key] = torch.from_numpy(values.astype(np.uint8 if image else np.float32))
         return tree
 

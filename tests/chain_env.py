@@ -52,14 +52,21 @@ class Faraway(gymnasium.Env):
     def __init__(self, *, actions="box", render_mode=None):
         self.observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
         self.action_space = spaces.Box(-1, 1, (2,), np.float32) if actions == "box" else spaces.Discrete(3)
-        self.render_mode, self.steps = render_mode, 0
+        self.render_mode, self.steps, self.phase = render_mode, 0, 0.0
 
     def _observe(self):
-        return (30 + 5 * self.steps + 10 * self.np_random.standard_normal(3)).astype(np.float32)
+        wave = np.sin(self.phase + 3.7 * (self.steps + 1) * np.arange(1, 4))
+        return (30 + 5 * self.steps + 10 * wave).astype(np.float32)
+
+    def get_state(self):
+        return {"where": np.array([self.steps, self.phase])}
+
+    def set_state(self, state):
+        self.steps, self.phase = int(state["where"][0]), float(state["where"][1])
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.steps = 0
+        self.steps, self.phase = 0, float(self.np_random.uniform(0, 6.28))
         return self._observe(), {}
 
     def step(self, action):

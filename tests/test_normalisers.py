@@ -12,6 +12,7 @@ from embodied_rft.config import Recipe, parse
 from embodied_rft.encoder import Encoder
 from embodied_rft.learner import Learner
 from embodied_rft.objectives import build_objective
+from embodied_rft.session import Interrupted, Session
 from embodied_rft.train import train
 from tests import chain_env
 from tests.test_agents import generator
@@ -125,3 +126,22 @@ def test_running_statistics_freeze_in_evaluation_and_travel_with_the_weights(id,
     other = build_agent(agent, STATE, spaces.Box(-1, 1, (2,)), generator(5)).policy
     other.load_state_dict(session.agent.policy.state_dict())
     assert torch.equal(other.encoder.squares, encoder.squares) and torch.equal(other.encoder.mean, encoder.mean)
+
+
+@pytest.mark.parametrize("id", ["sac", "ppo"])
+def test_a_run_with_running_statistics_that_was_stopped_goes_on_with_the_same_bits(id, tmp_path, monkeypatch):
+    stage = {"finetune": {"objective": {"id": id, "batch_size": 32}, "decisions": 200, "decisions_per_iteration": 40}}
+    agent = {**AGENTS["gaussian"], "normalize": "running"}
+    whole = run(tmp_path / "whole", agent, stage).agent.state_dict()
+    tick, calls = Session.tick, []
+
+    def stop(self):
+        calls.append(1)
+        self.stopping = len(calls) == 3
+        tick(self)
+
+    monkeypatch.setattr(Session, "tick", stop)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", agent, stage)
+    again = run(tmp_path / "parts", agent, stage).agent.state_dict()
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
