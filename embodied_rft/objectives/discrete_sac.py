@@ -35,7 +35,7 @@ class DiscreteSACConfig(Replay):
     critic_hidden: tuple[int, ...] | None = None  # a new critic has (256, 256)
     critic_layer_norm: bool | None = None  # a new critic has none
     warm_start: bool = True  # keep a critic that an earlier stage trained
-    initial_temperature: float = 1.0
+    initial_temperature: float = 1.0  # of entropy
     train_temperature: bool = True
     target_entropy: float | None = None  # None: 0.98 log n
 

@@ -33,7 +33,7 @@ class DQNConfig(Replay):
     tau: Share = 1.0  # how far the target network moves towards the online one
     target_every: PositiveInt = 10_000  # updates between moves of the target network
     epsilon: Share = 1.0  # share of random decisions at the start of the stage
-    final_epsilon: Share = 0.05
+    final_epsilon: Share = 0.05  # share of random actions once exploration has fallen
     epsilon_decisions: NonNegativeInt = 10_000  # over which it falls, linearly
 
 
