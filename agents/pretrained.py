@@ -48,8 +48,9 @@ def load_pretrained(
             f"{source!r} holds adapters alone: save the whole model, merge_and_unload().save_pretrained(...)"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        # Said outright: where it is not said, transformers asks on the terminal whether a folder's own code may run.
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         _no_noise(config)
         autos = [getattr(transformers, kind) for kind in kinds]
         auto = next((a for a in autos if type(config) in a._model_mapping), None)
@@ -57,7 +58,12 @@ def load_pretrained(
             raise ValueError(f"it is a {config.model_type} model, which is none")
         number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         model, report = auto.from_pretrained(
-            source, config=config, dtype=number, output_loading_info=True, ignore_mismatched_sizes=True
+            source,
+            config=config,
+            dtype=number,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # whatever a library says about a folder that it cannot read
         reason = " ".join(str(error).split()) or type(error).__name__

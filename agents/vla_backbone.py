@@ -447,7 +447,7 @@ def load_vlm(
     kinds = ("AutoModelForImageTextToText",)
     source, model, tokenizer = load_pretrained(source, kinds, what="vision-language model", dtype=dtype)
     try:
-        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
     except Exception as error:  # whatever a library says about a file that it cannot read
         if (Path(source) / "preprocessor_config.json").exists():
             raise ValueError(

@@ -74,6 +74,7 @@ def evaluate(
     official: bool = False,
     best: bool = False,
     device: str = "auto",
+    trust: bool = False,
 ) -> None:
     """Measure a run's policy on held-out initial states.
 
@@ -85,12 +86,13 @@ def evaluate(
         official: The environment that this one reproduces, as its authors ship it.
         best: The best policy of the learning curve instead of the newest.
         device: Where it computes: auto, cpu, cuda, cuda:1.
+        trust: Run the code that the run brings along (plug-ins in its folder, classes, pickles).
     """
     from embodied_rft.judge import evaluate_run
     from embodied_rft.report import write_report
 
     checkpoint = "best" if best else "newest"
-    where = {"checkpoint": checkpoint, "device": device}
+    where = {"checkpoint": checkpoint, "device": device, "trust": trust}
     print(evaluate_run(run, episodes=episodes, sheet=sheet, env=env, official=official, **where))
     print(f"report: {write_report(run)}")
 
@@ -102,6 +104,7 @@ def play(
     sheet: int = 0,
     best: bool = False,
     device: str = "auto",
+    trust: bool = False,
 ) -> None:
     """Watch a run's policy: in a window where there is a display, else as videos in the folder's play/.
 
@@ -111,10 +114,12 @@ def play(
         sheet: Which list of initial states.
         best: The best policy of the learning curve instead of the newest.
         device: Where it computes: auto, cpu, cuda, cuda:1.
+        trust: Run the code that the run brings along (plug-ins in its folder, classes, pickles).
     """
     from embodied_rft.play import play as show
 
-    show(run, episodes=episodes, sheet=sheet, checkpoint="best" if best else "newest", device=device)
+    checkpoint = "best" if best else "newest"
+    show(run, episodes=episodes, sheet=sheet, checkpoint=checkpoint, device=device, trust=trust)
 
 
 def demos(

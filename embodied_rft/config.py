@@ -37,6 +37,7 @@ from pydantic import (
 from pydantic.dataclasses import is_pydantic_dataclass, rebuild_dataclass
 
 from embodied_rft import registry
+from embodied_rft import trust as trusting
 from embodied_rft.checkpoint import write_atomically as write_atomically  # for those who write recipes
 from embodied_rft.device import DEVICE
 from embodied_rft.log import LogConfig
@@ -200,13 +201,23 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     return _complete(tree, [beside / KEPT_PLUGINS, Path.cwd(), beside])
 
 
-def recipe_of(text: str, folder: Path) -> Recipe:
+def recipe_of(text: str, folder: Path, *, trust: bool = False) -> Recipe:
     """The recipe that `dump_recipe` wrote, for a run in `folder`, which its files are relative to.
 
+    Args:
+        text: of the recipe.
+        folder: of the run.
+        trust: code that the recipe names may run: plug-ins in the folder, classes, pickles.
+
     Raises:
-        ConfigError: as `load_recipe`.
+        ConfigError: as `load_recipe`; code that is not trusted.
     """
-    return _complete(_anchored(read_yaml(text), folder), [folder / KEPT_PLUGINS])
+    tree = read_yaml(text)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"the recipe in {folder} must be a mapping; it holds {type(tree).__name__}")
+    if not trust:
+        trusting.refuse(tree, folder)
+    return _complete(_anchored(tree, folder), [folder / KEPT_PLUGINS] if trust else [])
 
 
 def _complete(tree: dict[str, Any], folders: Sequence[Path]) -> Recipe:
@@ -229,7 +240,7 @@ def _import_plugin(module: Any, folders: Sequence[Path]) -> None:
     except ModuleNotFoundError as error:
         if error.name != str(module).partition(".")[0]:
             raise  # the plug-in exists; something that it needs does not
-        looked = " or ".join(dict.fromkeys(map(str, folders)))
+        looked = " or ".join(dict.fromkeys(map(str, folders))) or "a trusted folder"
         raise ConfigError(f"plugins: no module {str(module)!r}, neither installed nor in {looked}") from error
     except SystemExit as error:
         raise ConfigError(

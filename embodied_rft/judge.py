@@ -25,6 +25,7 @@ def evaluate_run(
     num_envs: int | None = None,
     checkpoint: Which = "newest",
     device: str = "auto",
+    trust: bool = False,
 ) -> Evaluation:
     """Greedy success of a run's policy; also written to `evaluations/` in the folder.
 
@@ -37,6 +38,7 @@ def evaluate_run(
         num_envs: environments stepped together; None: as many as the recipe says.
         checkpoint: "newest", or "best" on the learning curve.
         device: where the policy computes.
+        trust: code that the run brings along may run: plug-ins in its folder, classes, pickles.
 
     Raises:
         ValueError: no checkpoint in the folder, an edited recipe.yaml, other spaces, or no official environment.
@@ -44,7 +46,7 @@ def evaluate_run(
     folder = Path(folder)
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected at least 1")
-    with opened(folder, checkpoint, device=device) as session:
+    with opened(folder, checkpoint, device=device, trust=trust) as session:
         own = session.env
         count = num_envs or min(num_envs_for(own, "evaluation"), episodes)
         changed = replace(own, num_workers=own.num_workers and min(own.num_workers, count))

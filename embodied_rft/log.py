@@ -9,11 +9,12 @@ Knows nothing of training.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
@@ -43,6 +44,23 @@ class LogConfig:
     wandb: Annotated[Literal[False, "offline", "online"], BeforeValidator(_wandb_mode)] = False  # offline: `wandb sync`
     project: str = "embodied_rft"  # of wandb
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)  # {id of a registered "logger": its options}
+
+
+@contextmanager
+def warnings_kept(folder: Path) -> Iterator[None]:
+    """Warnings of the package go to run.log, too; the terminal gets them from the program's own handlers."""
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            with suppress(OSError), _open_to_append(folder / MESSAGES) as file:
+                file.write(visible(f"warning: {record.getMessage()}").encode("utf-8", "backslashreplace") + b"\n")
+
+    keep, ours = Keep(logging.WARNING), logging.getLogger("embodied_rft")
+    ours.addHandler(keep)
+    try:
+        yield
+    finally:
+        ours.removeHandler(keep)
 
 
 class Logger:

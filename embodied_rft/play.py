@@ -19,6 +19,7 @@ def play(
     sheet: int = 0,
     checkpoint: Which = "newest",
     device: str = "auto",
+    trust: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[float]:
     """Greedy episodes on held-out initial states; the return of each.
@@ -32,12 +33,13 @@ def play(
         sheet: which list of initial states.
         checkpoint: "newest", or "best" on the learning curve.
         device: where the policy computes.
+        trust: code that the run brings along may run: plug-ins in its folder, classes, pickles.
         say: called with one line for each episode.
     """
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected at least 1")
     returns: list[float] = []
-    with opened(folder, checkpoint, device=device) as session:
+    with opened(folder, checkpoint, device=device, trust=trust) as session:
         act = session.actor(greedy=True, rng=evaluation_generator(sheet=sheet))
         window = any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
         mode: str | None = "human" if window else "rgb_array"

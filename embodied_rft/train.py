@@ -16,7 +16,7 @@ from embodied_rft import distributed, inputs
 from embodied_rft.checkpoint import RunLock
 from embodied_rft.config import Recipe, dump_recipe, recipe_of
 from embodied_rft.incidents import EnvironmentFailure
-from embodied_rft.log import LogConfig
+from embodied_rft.log import LogConfig, warnings_kept
 from embodied_rft.session import Session
 
 
@@ -36,10 +36,10 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False, report: bo
         quiet, report, recipe = True, False, replace(recipe, logging=LogConfig(console=False, csv=False))
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    with RunLock(folder):
+    with RunLock(folder), warnings_kept(folder):
         refuse_links(folder)
         text, changed = keep_inputs(recipe, main)
-        session = Session(recipe_of(text, main), folder, quiet=quiet, text=text)
+        session = Session(recipe_of(text, main, trust=True), folder, quiet=quiet, text=text)
         try:
             session.checkpoints.clean()
             if session.restore() and changed:

@@ -24,6 +24,8 @@ from embodied_rft.device import seeded
 from embodied_rft.log import LogConfig
 from embodied_rft.session import Session
 from embodied_rft.stepping import is_text
+from embodied_rft.trust import say
+from embodied_rft.yaml_tree import read_yaml
 
 Which = Literal["newest", "best"]
 
@@ -58,14 +60,18 @@ def read_state(folder: Path, which: Which = "newest") -> dict[str, Any]:
 
 
 @contextmanager
-def opened(folder: str | Path, which: Which = "newest", *, device: str = "auto") -> Iterator[Session]:
+def opened(
+    folder: str | Path, which: Which = "newest", *, device: str = "auto", trust: bool = False
+) -> Iterator[Session]:
     """A session with the policy of a run, and an empty folder of its own that is removed at the end.
 
-    Its training pool holds one environment. Where the run was trained does not matter for `device`.
+    Its training pool holds one environment. Where the run was trained does not matter for `device`. Code that the run
+    brings along is only run with `trust` (docs/security.md).
     """
     folder = Path(folder).absolute()
     state = read_state(folder, which)
-    recipe = recipe_of(state["recipe"], folder)
+    recipe = recipe_of(state["recipe"], folder, trust=trust)
+    say(read_yaml(state["recipe"]), folder)
     for path, digest in recipe.inputs.items():
         if Path(path).exists() and inputs.hash_of(Path(path)) != digest:
             raise ValueError(f"{path} is not what it was when the run in {folder} read it")
@@ -88,7 +94,9 @@ def opened(folder: str | Path, which: Which = "newest", *, device: str = "auto")
 # --- in one's own loop ---------------------------------------------------------------------------------------------
 
 
-def load_policy(folder: str | Path, *, checkpoint: Which = "newest", device: str = "auto") -> TrainedPolicy:
+def load_policy(
+    folder: str | Path, *, checkpoint: Which = "newest", device: str = "auto", trust: bool = False
+) -> TrainedPolicy:
     """The trained policy of a run folder, for one's own loop.
 
         policy = load_policy("runs/demo")
@@ -98,11 +106,12 @@ def load_policy(folder: str | Path, *, checkpoint: Which = "newest", device: str
         folder: of the run, finished or not.
         checkpoint: "newest", or "best" on the learning curve.
         device: "auto", "cpu", "cuda" or "cuda:1".
+        trust: code that the run brings along may run: plug-ins in its folder, classes, pickles.
 
     Raises:
-        ValueError: no run or no such checkpoint in the folder.
+        ValueError: no run or no such checkpoint in the folder, or code that is not trusted.
     """
-    with opened(folder, checkpoint, device=device) as session:
+    with opened(folder, checkpoint, device=device, trust=trust) as session:
         pool = session.step_pool("training")
         return TrainedPolicy(session.agent.policy, pool.observation_space, pool.action_space, seed=session.recipe.seed)
 

@@ -323,7 +323,7 @@ def test_a_run_folder_is_whole_wherever_it_lies(project, tmp_path):
     assert done.returncode == 2 and "another recipe" in done.stderr and "path: inputs/sums-" in done.stderr, done.stderr
     shutil.rmtree(project)
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    done = erft("eval", tmp_path / "moved", "--episodes", 4, cwd="/")
+    done = erft("eval", tmp_path / "moved", "--episodes", 4, "--trust", cwd="/")
     assert done.returncode == 0, done.stderr
     kept = {p.name for p in (tmp_path / "moved" / "inputs" / "plugins").iterdir()}
     assert kept == {"kept_corridor.py", "kept_helper.py"}
