@@ -14,12 +14,14 @@ import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from embodied_rft.checkpoint import write_atomically
+from embodied_rft.checkpoint import BEST, save, write_atomically
 from embodied_rft.config import KEPT_PLUGINS, Recipe, to_plain
+from embodied_rft.resume import only_weights, read_state
 from embodied_rft.yaml_tree import HOLD_FILES, ConfigError, map_files
 
 FOLDER = "inputs"
@@ -35,6 +37,8 @@ def keep(recipe: Recipe, folder: Path) -> dict[str, Any]:
     def kept(path: Path) -> str:
         if folder.is_relative_to(path) or _count(path) > MOST_FILES:
             return str(path)  # a folder to work in, not one that was made to be read
+        if (path / "checkpoints").is_dir():
+            return _keep_run(path, folder)
         digest = hash_of(path)
         if _size(path) > LARGEST:
             hashes[str(path)] = digest
@@ -57,6 +61,22 @@ def keep(recipe: Recipe, folder: Path) -> dict[str, Any]:
 def given_stem(stem: str) -> str:
     """The name that a file had before it was copied: "demos" of "demos-3f2a91c07b44"."""
     return re.sub(r"-[0-9a-f]{12}$", "", stem)
+
+
+def _keep_run(path: Path, folder: Path) -> str:
+    """The policies of another run, without its experience: the name of what was kept of it."""
+    (folder / FOLDER).mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder / FOLDER, prefix=".run-") as scratch:
+        kept = Path(scratch) / "run"
+        for which, name in (("newest", f"{1:012d}"), ("best", BEST)):
+            if which == "newest" or (path / "checkpoints" / BEST).is_dir():
+                save(kept / "checkpoints" / name, only_weights(read_state(path, which)))
+        if (path / FOLDER).is_dir():
+            shutil.copytree(path / FOLDER, kept / FOLDER)
+        name = f"{given_stem(path.name)}-{hash_of(kept)[:12]}"
+        if not (folder / FOLDER / name).exists():
+            os.replace(kept, folder / FOLDER / name)
+    return f"{FOLDER}/{name}"
 
 
 def keep_plugins(recipe: Recipe, folder: Path) -> list[str]:

@@ -8,11 +8,13 @@ with the same bits as one that was not. Structure (which networks exist) is neve
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from embodied_rft import distributed
+from embodied_rft.checkpoint import BEST, Checkpoints, load
 from embodied_rft.config import parse_stages, recipe_difference, to_plain
 from embodied_rft.device import generator_state
 from embodied_rft.stages.base import walk
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 HOLDS = ("format", "recipe", "path", "finished", "progress", "counters", "records", "agent", "buffer", "learner",
          "collector", "generators", "logger", "tail", "best")  # fmt: skip
+
+Which = Literal["newest", "best"]
 
 
 def snapshot(session: Session, *, finished: bool) -> dict[str, Any]:
@@ -60,9 +64,44 @@ def going_on(session: Session) -> dict[str, Any]:
 
 def weights(session: Session) -> dict[str, Any]:
     """What `load_weights` needs, and the averaged policy, which evaluations see; no buffer, no optimisers."""
-    averaged = None if session.learner is None else session.learner.state_dict()["averaged"]
-    learner = None if averaged is None else {"averaged": averaged}
-    return snapshot(session, finished=True) | {"buffer": None, "tail": None, "progress": {}, "learner": learner}
+    learner = None if session.learner is None else session.learner.state_dict()
+    return only_weights(snapshot(session, finished=True) | {"learner": learner})
+
+
+def only_weights(state: dict[str, Any]) -> dict[str, Any]:
+    """The state without buffer, environments, optimisers and whatever else only training needs."""
+    averaged = (state["learner"] or {}).get("averaged")
+    emptied: dict[str, Any] = {"buffer": None, "collector": None, "tail": None, "progress": {}, "generators": {}}
+    return state | emptied | {"learner": None if averaged is None else {"averaged": averaged}}
+
+
+def read_state(folder: Path, which: Which = "newest") -> dict[str, Any]:
+    """The state in a checkpoint of a run.
+
+    Raises:
+        ValueError: there is no run, or no such checkpoint, in the folder; or its recipe.yaml is another one.
+    """
+    root = folder / "checkpoints"
+    if not root.is_dir():
+        raise ValueError(f"{folder} holds no run: there are no checkpoints in it. Give the folder of `erft train`.")
+    if which == "best":
+        if not (root / BEST).is_dir():
+            raise ValueError(f"{folder} has no best checkpoint: its recipe draws no learning curve (evaluate_every)")
+        state = load(root / BEST)
+    else:
+        newest = Checkpoints(root, holds=HOLDS).newest()
+        if newest is None:
+            raise ValueError(f"{folder} holds no checkpoint yet; train it first")
+        state = newest[1]
+    recipe = folder / "recipe.yaml"
+    if recipe.is_file():
+        difference = recipe_difference(state["recipe"], recipe.read_text(encoding="utf-8", errors="replace"))
+        if difference:
+            raise ValueError(
+                f"{recipe} is not the recipe that was trained ({'; '.join(difference[:6])}): undo the change, or "
+                "remove the file; the checkpoint holds the right one"
+            )
+    return state
 
 
 def restore(session: Session, state: dict[str, Any]) -> dict[str, Any]:

@@ -10,53 +10,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 
 from embodied_rft import inputs, resume
-from embodied_rft.checkpoint import BEST, Checkpoints, load
 from embodied_rft.chunking import BASE_ACTION, chunk_of, find_planner
-from embodied_rft.config import recipe_difference, recipe_of
+from embodied_rft.config import recipe_of
 from embodied_rft.device import seeded
 from embodied_rft.log import LogConfig
+from embodied_rft.resume import Which, read_state
 from embodied_rft.session import Session
 from embodied_rft.stepping import is_text
 from embodied_rft.trust import say
 from embodied_rft.yaml_tree import read_yaml
-
-Which = Literal["newest", "best"]
-
-
-def read_state(folder: Path, which: Which = "newest") -> dict[str, Any]:
-    """The state in a checkpoint of a run.
-
-    Raises:
-        ValueError: there is no run, or no such checkpoint, in the folder; or its recipe.yaml is another one.
-    """
-    root = folder / "checkpoints"
-    if not root.is_dir():
-        raise ValueError(f"{folder} holds no run: there are no checkpoints in it. Give the folder of `erft train`.")
-    if which == "best":
-        if not (root / BEST).is_dir():
-            raise ValueError(f"{folder} has no best checkpoint: its recipe draws no learning curve (evaluate_every)")
-        state = load(root / BEST)
-    else:
-        newest = Checkpoints(root, holds=resume.HOLDS).newest()
-        if newest is None:
-            raise ValueError(f"{folder} holds no checkpoint yet; train it first")
-        state = newest[1]
-    recipe = folder / "recipe.yaml"
-    if recipe.is_file():
-        difference = recipe_difference(state["recipe"], recipe.read_text(encoding="utf-8", errors="replace"))
-        if difference:
-            raise ValueError(
-                f"{recipe} is not the recipe that was trained ({'; '.join(difference[:6])}): undo the change, or "
-                "remove the file; the checkpoint holds the right one"
-            )
-    return state
 
 
 @contextmanager

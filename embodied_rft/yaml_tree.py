@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+FILE_KEYS = ("file", "path", "run")  # options whose texts are files, also without a dot or a slash
 HOLD_FILES = ("env", "agent", "stages")  # parts of a recipe that may name files
 
 
@@ -116,10 +117,18 @@ def map_files(value: Any, folder: Path, change: Callable[[Path], str]) -> Any:
         change: of an absolute path.
     """
     if isinstance(value, Mapping):
-        return {k: v if k in ("id", "name", "with") else map_files(v, folder, change) for k, v in value.items()}
+        how = dict.fromkeys(FILE_KEYS, _whole) | dict.fromkeys(("id", "name", "with"), lambda item, *_: item)
+        return {key: how.get(key, map_files)(item, folder, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [map_files(item, folder, change) for item in value]
-    if isinstance(value, str) and re.search(r"[\w-][./]|[./][\w-]", value) and len(value) < 4096 and "\0" not in value:
+    if isinstance(value, str) and re.search(r"[\w-][./]|[./][\w-]", value):
+        return _whole(value, folder, change)
+    return value
+
+
+def _whole(value: Any, folder: Path, change: Callable[[Path], str]) -> Any:
+    """The text that names a file, whatever it looks like; anything else as it is."""
+    if isinstance(value, str) and 0 < len(value) < 4096 and "\0" not in value:
         path = Path(os.path.normpath(folder / Path(value).expanduser()))
         with contextlib.suppress(OSError):
             if path.is_file() or path.is_dir():

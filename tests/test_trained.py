@@ -1,5 +1,6 @@
 """A trained policy in one's own loop, played, and on other devices."""
 
+import json
 import os
 import re
 import shutil
@@ -14,12 +15,13 @@ import torch
 
 import embodied_rft.envs  # noqa: F401
 from embodied_rft import load_policy
-from embodied_rft.config import ConfigError
+from embodied_rft.config import ConfigError, load_recipe, parse_stages
 from embodied_rft.device import resolve_device
 from embodied_rft.judge import evaluate_run
 from embodied_rft.play import play
 from embodied_rft.seeding import evaluation_seed
 from embodied_rft.train import train
+from embodied_rft.trained import opened
 from tests.test_run_folder import TREE, content, short
 
 
@@ -128,3 +130,39 @@ def test_everything_computes_on_the_gpu_and_goes_on_elsewhere(tmp_path, objectiv
     online["finetune"]["decisions"] = 600
     train(short(device="cpu", stages=stages), tmp_path / "run", quiet=True, report=False)
     assert evaluate_run(tmp_path / "run", episodes=2, device="cuda").episodes == 2
+
+
+# --- in another run ---
+
+
+def test_another_run_starts_from_a_trained_policy(run, tmp_path, monkeypatch):
+    """The same returns without learning; the first run may go, the second goes on; parts come with their weights."""
+    base = shutil.copytree(run, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    load = {"load_policy": {"run": "base", "parts": ["policy", "critic", "target_critic"]}}
+    best = {"load_policy": {"run": "base", "checkpoint": "best"}}
+    look = {"evaluate": {"episodes": 4, "sheet": 1}}
+    stages = [best, look, load, look]
+    session = train(short(stages=stages), tmp_path / "next", quiet=True, report=False)
+    best, newest = (evaluate_run(base, episodes=4, sheet=1, checkpoint=which) for which in ("best", "newest"))
+    for name, outcome in (("1-0", best), ("3-0", newest)):
+        assert json.loads((tmp_path / "next/evaluations" / f"{name}.json").read_text())["returns"] == outcome.returns
+    with opened(base) as other:
+        for name, weight in other.agent.parts["critic"].state_dict().items():
+            assert torch.equal(weight, session.agent.parts["critic"].state_dict()[name])
+    shutil.rmtree(base)
+    kept = tmp_path / "next" / "recipe.yaml"
+    longer = load_recipe(kept, [])
+    longer.stages.append(parse_stages([{"evaluate": {"episodes": 2}}])[0])
+    train(longer, tmp_path / "next", quiet=True, report=False)
+    assert evaluate_run(tmp_path / "next", episodes=4, sheet=1).returns == newest.returns
+
+
+def test_a_policy_of_another_task_is_refused(run, tmp_path):
+    load = {"load_policy": {"run": str(run)}}
+    other = {"id": "embodied_rft/FetchPush-v0", "num_envs": 2, "options": {"num_threads": 1}}
+    with pytest.raises(ValueError, match="load_policy: the run in .* sees"):
+        train(short(env=other, stages=[load]), tmp_path / "next", quiet=True, report=False)
+    wrong = {"load_policy": {"run": str(run), "parts": ["critik"]}}
+    with pytest.raises(ValueError, match="did you mean 'critic'"):
+        train(short(stages=[wrong]), tmp_path / "other", quiet=True, report=False)

@@ -11,14 +11,16 @@ Ankile et al. 2024, ResiP, section 5.3):
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.agent import build_policy
 from embodied_rft.chunking import fit_pool
 from embodied_rft.config import plugin_spec
-from embodied_rft.registry import register
+from embodied_rft.registry import nearest, register
 from embodied_rft.stages.base import Stage
 from embodied_rft.stages.experience import STRICT
 
@@ -47,6 +49,52 @@ class Environment(Stage):
     def prepare(self, session: Session) -> None:
         """Make the environments anew."""
         session.replace_env(self.config.options)
+
+    def run(self, session: Session) -> None:
+        """Nothing is left to do."""
+
+
+@register("stage", "load_policy")
+class LoadPolicy(Stage):
+    """The policy of another run takes over, on request with its critics; those so far are gone."""
+
+    @dataclass(config=STRICT, kw_only=True)
+    class Config:
+        """Of which run."""
+
+        run: Path  # its folder; what is needed of it is kept in the folder of this run
+        checkpoint: Literal["newest", "best"] = "newest"  # best: on its learning curve
+        parts: list[str] = field(default_factory=lambda: ["policy"])  # policy, critic, value, ...
+
+    @property
+    def title(self) -> str:
+        """How the report names this stage."""
+        return f"load {', '.join(self.config.parts)} of {self.config.run.name}"
+
+    def prepare(self, session: Session) -> None:
+        """Take the networks over; both runs must show and take the same."""
+        from embodied_rft.trained import opened
+
+        agent, names = session.agent, self.config.parts
+        with opened(self.config.run, self.config.checkpoint, device=str(agent.device)) as other:
+            theirs, ours = other.step_pool("training"), session.step_pool("training")
+            if (theirs.fields, theirs.action_space) != (ours.fields, ours.action_space):
+                raise ValueError(
+                    f"load_policy: the run in {self.config.run} sees {theirs.observation_space} and takes "
+                    f"{theirs.action_space}, this one {ours.observation_space} and {ours.action_space}"
+                )
+            found = {"policy": other.agent.policy, **other.agent.parts}
+            for name in names:
+                if name not in found:
+                    raise ValueError(f"load_policy.parts: the run has no {name!r}; {nearest(name, found)}")
+            if "policy" in names:
+                agent.parts.clear()
+                agent.part_specs.clear()
+                session.replace_policy(other.agent.policy)
+            for name in names:
+                if name != "policy":
+                    agent.parts[name] = found[name]
+                    agent.part_specs[name] = other.agent.part_specs[name]
 
     def run(self, session: Session) -> None:
         """Nothing is left to do."""
