@@ -36,7 +36,7 @@ class DiscreteSACConfig(Replay):
     critic_layer_norm: bool | None = None  # a new critic has none
     warm_start: bool = True  # keep a critic that an earlier stage trained
     initial_temperature: float = 1.0  # of entropy
-    train_temperature: bool = True
+    train_temperature: bool = True  # towards target_entropy
     target_entropy: float | None = None  # None: 0.98 log n
 
 
