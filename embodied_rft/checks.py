@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium
@@ -18,8 +18,14 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 
+from embodied_rft import registry
+from embodied_rft.agent import build_agent
+from embodied_rft.answers import Unfit, as_end, as_reward, leaves_of, success_of
 from embodied_rft.data import Decisions, Ragged
+from embodied_rft.incidents import describe_error
+from embodied_rft.making import make_single
 from embodied_rft.pool import Pool, fields_of, find_spec, flatten_space, make_pool
+from embodied_rft.stepping import LARGEST, field_of, is_text
 from embodied_rft.wrapping import single_state
 
 NUM_STEPS = 50
@@ -31,7 +37,10 @@ NUM_STEPS = 50
 
 
 def check_env(env: str | EnvSpec | gymnasium.Env, *, options: Mapping[str, Any] | None = None) -> None:
-    """Check an environment: Gymnasium's and SB3's checkers, finite numbers, determinism, success, states, vector form.
+    """Check an environment: whatever `erft train` would refuse, or throw away, raises; what it would warn of warns.
+
+    Answers that fit the spaces, finite numbers, success at the end, states, an agent that can act, the vector form
+    raise. Seeds that promise nothing, and what Gymnasium's and SB3's checkers complain of, are warnings.
 
     Args:
         env: a registered id or specification; or an instance, which is checked alone (no vector form).
@@ -44,10 +53,7 @@ def check_env(env: str | EnvSpec | gymnasium.Env, *, options: Mapping[str, Any] 
         _check_single(env)
         return
     spec = find_spec(env)
-    try:
-        single = gymnasium.make(spec, **(options or {}))
-    except TypeError as error:
-        raise ValueError(f"environment {spec.id!r} refused its options {dict(options or {})}: {error}") from error
+    single = make_single(spec, options=options)
     try:
         _check_single(single)
     finally:
@@ -58,23 +64,47 @@ def check_env(env: str | EnvSpec | gymnasium.Env, *, options: Mapping[str, Any] 
 def _check_single(env: gymnasium.Env) -> None:
     name = env.spec.id if env.spec is not None else str(env.unwrapped)
     fields_of(env.observation_space)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            gymnasium_check_env(env.unwrapped, skip_render_check=True)
-            _check_with_sb3(env.unwrapped)
-        except (AssertionError, gymnasium.error.Error, TypeError) as error:
-            raise ValueError(f"{name}: the checker of Gymnasium or stable-baselines3 says: {error}") from error
-    first, second = _record(env, seed=7), _record(env, seed=7)
-    advice = "draw from self.np_random only"
-    _require_equal(first, second, f"{name}: two episodes from seed 7 with the same actions", advice)
-    if all(_same(first, _record(env, seed=seed)) for seed in (8, 9, 10)):
-        raise ValueError(
-            f"{name}: seeds 7 to 10 give the same episode; expected reset(seed=...) to set the initial state"
+    field_of("action", env.action_space)
+    _check_agents(env, name)
+    first, second = _record(env, name, seed=7), _record(env, name, seed=7)
+    _advise(name, lambda: _require_equal(first, second, "two episodes from seed 7", "draw from self.np_random only"))
+    if all(_same(first, _record(env, name, seed=seed)) for seed in (8, 9, 10)):
+        warnings.warn(
+            f"{name}: seeds 7 to 10 give the same episode: nothing can be held out for evaluation", stacklevel=3
         )
     _check_finite(first, name)
     _check_success(first, name)
-    _check_state(env, name)
+    if _same(first, second):  # else nothing could be compared
+        _check_state(env, name)
+    _advise(f"{name}: Gymnasium's checker", lambda: gymnasium_check_env(env.unwrapped, skip_render_check=True))
+    _advise(f"{name}: the checker of stable-baselines3", lambda: _check_with_sb3(env.unwrapped))
+
+
+def _advise(who: str, check: Callable[[], None]) -> None:
+    """A check whose complaints do not keep an environment from being trained in: they are warnings."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            check()
+    except Exception as error:
+        said = str(error) if isinstance(error, ValueError) else describe_error(error)
+        warnings.warn(f"{who}: {said}", stacklevel=4)
+
+
+def _check_agents(env: gymnasium.Env, name: str) -> None:
+    """Whether any agent that needs no model from a file can act here; text is for language models, which do."""
+    leaves = [*flatten_space(env.observation_space).values(), env.action_space]
+    if any(is_text(leaf) for leaf in leaves):
+        return
+    refused = {}
+    for id in registry.known("agent"):
+        try:
+            build_agent({"id": id}, env.observation_space, env.action_space, _generator(0))
+            return
+        except ValueError as error:
+            refused[id] = str(error)
+    said = "; ".join(f"{id}: {refused[id]}" for id in ("gaussian", "categorical") if id in refused)
+    raise ValueError(f"{name}: no agent can act here ({said})")
 
 
 def _check_with_sb3(env: gymnasium.Env) -> None:
@@ -96,16 +126,29 @@ def _actions(space: spaces.Space, count: int) -> list[Any]:
     return [twin.sample() for _ in range(count)]
 
 
-def _record(env: gymnasium.Env, *, seed: int, num_steps: int = NUM_STEPS) -> list[Any]:
-    """[observation, (observation, reward, terminated, truncated, success or None), ...] of one episode."""
-    observation, _ = env.reset(seed=seed)
-    said: list[Any] = [(observation,)]
-    for action in _actions(env.action_space, num_steps):
-        observation, reward, terminated, truncated, info = env.step(action)
-        success = info.get("is_success", info.get("success"))
-        said.append((observation, reward, terminated, truncated, None if success is None else bool(success)))
-        if terminated or truncated:
-            break
+def _record(env: gymnasium.Env, name: str, *, seed: int, num_steps: int = NUM_STEPS) -> list[Any]:
+    """[observation, (observation, reward, terminated, truncated, success or None), ...] of one episode.
+
+    Raises:
+        ValueError: what a run would throw away: an exception, or an answer that does not fit the spaces.
+    """
+    leaves, said = leaves_of(env.observation_space), list[Any]()
+
+    def show(observation: Any) -> dict[str, Any]:
+        return {leaf.key: copy.deepcopy(leaf.find(observation)) for leaf in leaves}
+
+    try:
+        observation, _ = env.reset(seed=seed)
+        said.append((show(observation),))
+        for action in _actions(env.action_space, num_steps):
+            observation, reward, terminated, truncated, info = env.step(action)
+            ends = as_end(terminated, "terminated"), as_end(truncated, "truncated")
+            said.append((show(observation), as_reward(reward), *ends, success_of(info)))
+            if any(ends):
+                break
+    except (Exception, SystemExit) as error:
+        told = str(error) if isinstance(error, Unfit) else describe_error(error)
+        raise ValueError(f"{name}: after {len(said)} of the steps of an episode: {told}") from error
     return said
 
 
@@ -130,7 +173,7 @@ def _check_finite(said: list[Any], name: str) -> None:
         leaves = {"reward": entry[1]} if len(entry) > 1 else {}
         leaves |= entry[0] if isinstance(entry[0], Mapping) else {"observation": entry[0]}
         for key, value in leaves.items():
-            if isinstance(value, np.ndarray | float | np.floating) and not np.isfinite(value).all():
+            if isinstance(value, np.ndarray | float | np.floating) and not (np.abs(value) <= LARGEST).all():
                 raise ValueError(f"{name}: {key!r} is NaN or infinite at step {step}; expected finite numbers")
 
 

@@ -129,8 +129,6 @@ def find_seeding(tell: Callable[[int, Seeding], Any], *, ways: tuple[str, ...] =
         narrow = True
     best: Seeding | None = None
     for way in ways:
-        if best is not None and way in ("global", "remake"):
-            break  # it repeats already
         found = _test(tell, Seeding(way, narrow))
         if found is not None and found.varies:
             return found

@@ -224,7 +224,7 @@ class Singles:
         own = seeding.way in ("global", "remake")
         generators: Any = global_generators(None, seed) if own else nullcontext([])
         with generators as kept:
-            if seeding.way == "remake" and not slot.young:
+            if seeding.way == "remake":
                 assert slot.env is not None
                 slot.env.close()
                 slot.env = self.make()
@@ -256,7 +256,8 @@ class Singles:
             return said
 
         try:
-            return find_seeding(tell)
+            with global_generators(None, 0):  # what the trials draw is nobody's business
+                return find_seeding(tell)
         except KeyboardInterrupt:
             raise
         except BaseException:
