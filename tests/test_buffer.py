@@ -48,7 +48,18 @@ def break_hide(monkeypatch):
     monkeypatch.setattr(Ring, "hide", lambda self, rows: None)
 
 
-@pytest.mark.parametrize("broken", [break_alive, break_windows, break_hide])
+def break_link(monkeypatch):
+    """Counts a row again that `peek` has linked before."""
+    link = Ring.link
+
+    def twice(self, rows, following, sides):
+        self.side[rows] = 0
+        link(self, rows, following, sides)
+
+    monkeypatch.setattr(Ring, "link", twice)
+
+
+@pytest.mark.parametrize("broken", [break_alive, break_windows, break_hide, break_link])
 def test_the_model_notices_a_broken_ring(broken, monkeypatch):
     broken(monkeypatch)
     with pytest.raises((AssertionError, ValueError)):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import pydantic.dataclasses
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied_rft import config, registry
@@ -291,6 +291,7 @@ json_like = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.text("abcdef", min_size=1), json_like, max_size=4), st.integers(0, 2**31 - 1), st.floats(0, 1)
 )

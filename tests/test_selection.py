@@ -11,6 +11,7 @@ from embodied_rft import cli
 from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.config import load_recipe
 from embodied_rft.data import Decisions, Field
+from embodied_rft.objectives.common import whole_groups
 from embodied_rft.objectives.imitation import Selection, select
 from embodied_rft.optimizer import AdamW, gradient_norms
 from embodied_rft.plans import Fresh, read_ahead
@@ -204,3 +205,26 @@ def test_the_best_of_each_group_and_whoever_has_none(groups, returns, kept):
         buffer.close(np.array([0]), one)
     rows = select(buffer, Selection(best_of=1))
     assert buffer.batch(rows).reward.tolist() == kept
+
+
+def test_group_credit_sees_whole_episodes_of_whole_groups_only():
+    """Two siblings each: whole, one cut, one still running, one whose beginning is gone; and two without a group."""
+    buffer = Buffer(Schema({"state": Field((1,))}, Field((1,))), 100)
+    one = {"state": np.zeros((1, 1))}
+
+    def episode(group, *, first=0, last="terminated"):
+        stream = np.array([group])
+        for step in range(first, 3):
+            end = (step == 2 and last == "terminated", step == 2 and last == "truncated")
+            decision = Decisions(np.zeros((1, 1)), np.zeros((1, 1)))
+            buffer.add(stream, one, decision, [1.0], *end, group=-1 if group == 4 else group, step=step)
+        (buffer.peek if last == "running" else buffer.close)(stream, one)
+
+    for group, other in enumerate([{"last": "truncated"}, {"last": "cut"}, {"last": "running"}, {"first": 1}, {}]):
+        episode(group)
+        episode(group, **other)
+    segments = buffer.segments(buffer.rows())
+    whole = whole_groups(buffer, segments)
+    assert len(segments) == 10
+    assert [buffer.columns(run)["group"].tolist() for run in whole] == [[0] * 3] * 2 + [[-1] * 3] * 2
+    assert whole_groups(buffer, []) == []

@@ -123,7 +123,7 @@ def annotate_returns(
 
 
 def readable(buffer: Any, rows: np.ndarray) -> np.ndarray:
-    """Those of `rows` that can be read: the newest decision of a running episode cannot, nothing follows it yet."""
+    """Those of `rows` that can be read: not what was invalidated, nor what nothing follows yet."""
     return np.intersect1d(rows, buffer.rows(), assume_unique=True)
 
 
