@@ -177,7 +177,8 @@ def _make_watch(stage: SB3Stage, session: Session, model: Any) -> Any:
             session.counters["updates"] = updates + int(model._n_updates)
             name = f"sb3 {config.algorithm}"
             outcome = session.evaluate(config.evaluate_episodes, sheet=config.sheet, name=name, act=greedy_act(model))
-            self.success = outcome.success if config.until is None else outcome.require_success("until")
+            if outcome.told or config.until is not None:
+                self.success = outcome.require_success("until")
             self.resumed = time.perf_counter()
 
         def finish(self) -> None:
