@@ -2,6 +2,7 @@
 
 import math
 
+import gymnasium as gym
 import pytest
 import torch
 
@@ -178,6 +179,14 @@ def test_iql_by_imitation():
         return -(policy.head.mode(policy.encoder(batch.observation)) - (batch.action - CENTER) / HALF).square().mean(1)
 
     check(implicit(squared), IQL | {"extraction": "imitation"}, DETERMINISTIC)
+
+
+def test_iql_needs_likelihoods_of_the_actions_of_others():
+    agent = build_agent({"id": "flow", "width": 8, "num_blocks": 1}, STATE, ACTION, generator(0))
+    with pytest.raises(ValueError, match="set extraction: imitation"):
+        build_objective("iql").setup(agent)
+    build_objective({"id": "iql", "extraction": "imitation"}).setup(agent)
+    build_objective("iql").setup(build_agent({"id": "categorical"}, STATE, gym.spaces.Discrete(3), generator(0)))
 
 
 # --- cloning -----------------------------------------------------------------------------------------------------

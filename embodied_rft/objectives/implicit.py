@@ -55,7 +55,8 @@ class IQL:
             ValueError: the policy does not know how likely the actions of others are, or cannot imitate.
         """
         c, name = self.config, type(agent.policy).__name__
-        if c.extraction == "likelihood" and not hasattr(agent.policy, "retrace"):
+        known = hasattr(agent.policy, "retrace") or not agent.policy.trace_fields  # of actions of others
+        if c.extraction == "likelihood" and not known:
             raise ValueError(
                 f"{name} does not know how likely actions of others are: set extraction: imitation, which weighs its "
                 "own imitation_loss instead"
