@@ -24,7 +24,6 @@ from embodied_rft.columns import (
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Trajectory, Tree, pick
 from embodied_rft.hindsight import Goals
 from embodied_rft.intake import check_decisions, check_tree, per_row
-from embodied_rft.memory import announce
 from embodied_rft.reading import ENDS, TERMINATED, TRUNCATED, Reading, Store, read
 from embodied_rft.ring import BOTH, OFFLINE, ONLINE, Ring, Streams
 from embodied_rft.trajectories import read_trajectories, write_trajectories
@@ -53,8 +52,6 @@ class Buffer:
         capacity: rows C; each decision takes one, and each episode one more when it is closed.
         image_store: where "images" columns keep their images; None: in memory, not compressed.
     """
-
-    announce = staticmethod(announce)
 
     def __init__(self, schema: Schema, capacity: int, *, image_store: BlobStore | None = None) -> None:
         if capacity < 2:

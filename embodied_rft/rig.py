@@ -20,6 +20,7 @@ from embodied_rft.data import Trajectory
 from embodied_rft.hindsight import Goals
 from embodied_rft.log import Logger
 from embodied_rft.making import make_single
+from embodied_rft.memory import announce
 from embodied_rft.pool import Pool, Purpose, num_envs_for, open_pool
 from embodied_rft.states import unreadable
 
@@ -77,7 +78,7 @@ class Rig:
         """The one buffer; announced and made when a stage first needs it."""
         if self._buffer is None:
             schema, capacity = self.schema(), self.recipe.buffer.capacity
-            self.logger.message(Buffer.announce(schema, capacity))
+            self.logger.message(announce(schema, capacity))
             self._buffer = Buffer(schema, capacity)
             self._buffer.goals = self._goals()
         return self._buffer

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from embodied_rft.blobs import BlobStore
 from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.data import Decisions, Field, Ragged, Source, Trajectory
+from embodied_rft.memory import announce
 from embodied_rft.ring import Ring
 from tests.buffer_model import DENSE, RICH, Model, run_history
 
@@ -380,12 +381,12 @@ def test_a_state_of_another_buffer_is_refused():
 def test_memory_is_announced_before_it_is_taken():
     cameras = {"front": Field((128, 128, 3), "uint8"), "wrist": Field((128, 128, 3), "uint8"), "state": Field((10,))}
     schema = Schema(cameras, Field((4,)))
-    said = Buffer.announce(schema, 30_000, available=10 * 10**9)
+    said = announce(schema, 30_000, available=10 * 10**9)
     assert said.startswith("this run needs 3.0 GB of replay (2 images of 128x128x3, 30,000 rows")
     with pytest.raises(ValueError, match="only 1.0 GB are free: at most 10,1"):
-        Buffer.announce(schema, 30_000, available=10**9)
+        announce(schema, 30_000, available=10**9)
     buffer = Buffer(schema, 300)
-    assert f"needs {buffer.nbytes / 1e6:.0f} MB" in Buffer.announce(schema, 300)
+    assert f"needs {buffer.nbytes / 1e6:.0f} MB" in announce(schema, 300)
 
 
 @pytest.mark.parametrize(

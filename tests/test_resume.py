@@ -149,13 +149,14 @@ def test_a_checkpoint_cut_in_half_is_detected_and_the_previous_one_used(tmp_path
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_ctrl_c_stops_cleanly_and_can_be_continued(tmp_path, reference):
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_run_that_is_asked_to_stop_stops_cleanly_and_can_be_continued(tmp_path, reference, asked):
     recipe, uninterrupted = reference
     process = start(tmp_path / "run", recipe)
     while sum(line["stage"] == [5] for line in metrics_of(tmp_path / "run")) < 3:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(asked)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in output, output
     finish(tmp_path / "run", recipe)

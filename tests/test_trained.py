@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import gymnasium
@@ -15,11 +16,15 @@ import torch
 
 import embodied_rft.envs  # noqa: F401
 from embodied_rft import load_policy
+from embodied_rft.agent import build_agent
 from embodied_rft.config import ConfigError, load_recipe, parse_stages
 from embodied_rft.device import resolve_device
 from embodied_rft.judge import evaluate_run
+from embodied_rft.learner import Learner, LearnerConfig
+from embodied_rft.objectives import build_objective
 from embodied_rft.play import play
 from embodied_rft.seeding import evaluation_seed
+from embodied_rft.testing import random_batch
 from embodied_rft.train import train
 from embodied_rft.trained import opened
 from tests.test_run_folder import TREE, content, short
@@ -166,3 +171,62 @@ def test_a_policy_of_another_task_is_refused(run, tmp_path):
     wrong = {"load_policy": {"run": str(run), "parts": ["critik"]}}
     with pytest.raises(ValueError, match="did you mean 'critic'"):
         train(short(stages=[wrong]), tmp_path / "other", quiet=True, report=False)
+
+
+def learning_parts(spec, objective):
+    """(agent, batch, objective) on a made-up task."""
+    state, action = gymnasium.spaces.Box(-np.inf, np.inf, (6,)), gymnasium.spaces.Box(-1, 1, (2,))
+    agent = build_agent(spec, state, action, torch.Generator().manual_seed(0))
+    made = build_objective({"id": objective})
+    made.setup(agent)
+    return agent, random_batch(state, action, size=16), made
+
+
+class Elsewhere(torch.overrides.TorchFunctionMode):
+    """Notes every tensor that is made without saying where: on a machine with a GPU it would lie on the wrong side.
+
+    Made from numbers on the processor (from_numpy, tensor) and moved at once is fine; drawn or filled is not.
+    """
+
+    MAKERS = (torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.rand, torch.randn, torch.randint,
+              torch.randperm, torch.linspace, torch.eye)  # fmt: skip
+
+    def __init__(self, allowed):
+        super().__init__()
+        self.allowed, self.found = allowed, set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.MAKERS and kwargs.get("device") is None:
+            frames = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
+            place = f"{Path(frames[-1].filename).name}:{frames[-1].name}"
+            if place not in self.allowed:
+                self.found.add(place)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("agent", "objective"),
+    [
+        ({"id": "gaussian", "hidden": [8]}, "sac"),
+        ({"id": "gaussian", "hidden": [8], "deterministic": True}, "td3"),
+        ({"id": "gaussian", "hidden": [8]}, "cal_ql"),
+        ({"id": "gaussian", "hidden": [8]}, "iql"),
+        ({"id": "gaussian", "hidden": [8]}, "density"),
+        ({"id": "gaussian", "hidden": [8]}, "bc"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["id"],
+)
+def test_whatever_is_made_while_learning_says_where(agent, objective):
+    """Acting, losses and steps; there is no GPU where this test runs."""
+    agent, batch, objective = learning_parts(agent, objective)
+    learner = Learner(agent, objective, LearnerConfig())
+    generator = torch.Generator().manual_seed(0)
+    learner.update(batch, generator)  # what is made once (optimisers, statistics) is made on first use
+    with Elsewhere(allowed=()) as mode:
+        learner.update(batch, generator)
+        agent.policy.act({k: v.numpy() for k, v in batch.observation.items()}, greedy=False, rng=generator)
+    assert mode.found == set()
+    with Elsewhere(allowed=()) as mode:  # and it sees what it should
+        torch.zeros(2)
+    assert len(mode.found) == 1
