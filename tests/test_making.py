@@ -197,7 +197,7 @@ def test_wrappers_reach_training_evaluation_and_a_later_evaluation(tmp_path):
     assert all(each.reward.tolist() == [5.0] * 3 for each in session.buffer.trajectories())
     (first,) = (tmp_path / "evaluations").glob("*.json")
     assert json.loads(first.read_text())["returns"] == [15.0] * 3
-    assert evaluate_run(tmp_path, episodes=2).returns == [15.0] * 2
+    assert evaluate_run(tmp_path, episodes=2, trust=True).returns == [15.0] * 2
 
 
 @pytest.mark.parametrize(
