@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.shared_memory import SharedMemory
@@ -149,6 +150,10 @@ def _follow_parent() -> None:
     """Die when the parent dies, also from inside a step or while stopped; leave to it what a whole group is sent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    if (alive := getattr(server, "_forkserver_alive_fd", None)) is not None:
+        os.close(alive)  # else the fork server lives as long as we do, although its owner is gone
+        server._forkserver_alive_fd = None
     with suppress(OSError, AttributeError):  # Linux: killed after the fork server, which ends with the parent
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = mp.parent_process()

@@ -15,6 +15,7 @@ import pytest
 
 import embodied_rft.envs  # noqa: F401
 from embodied_rft.pool import EnvironmentFailure, WorkerPool, make_pool
+from embodied_rft.worker_process import SharedArrays
 from tests.helpers_envs import TROUBLE_SEED, TROUBLE_STEP
 
 FETCH = "embodied_rft/FetchPickAndPlace-v0"
@@ -264,3 +265,39 @@ def test_nothing_is_left_when_the_parent_is_killed():
         time.sleep(0.05)
     assert not any(psutil.pid_exists(int(pid)) for pid in pids)
     assert not Path("/dev/shm", block).exists()
+
+
+def test_stopped_workers_do_not_outlive_a_parent_that_was_killed():
+    script = textwrap.dedent(
+        """
+        from embodied_rft.pool import make_pool
+        if __name__ == "__main__":
+            pool = make_pool("tests.helpers_envs:Moody-v0", 2, kind="workers", num_workers=2)
+            print(*[w.process.pid for w in pool._workers], flush=True)
+            input()
+        """
+    )
+    root = Path(__file__).parents[1]
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    pids = [int(pid) for pid in child.stdout.readline().split()]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    child.stdin.close()
+    end = time.monotonic() + 60
+    while time.monotonic() < end and any(psutil.pid_exists(pid) for pid in pids):
+        time.sleep(0.05)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_too_little_shared_memory_is_a_sentence():
+    """Pictures beyond all that /dev/shm can hold."""
+    before, room = shared_blocks(), os.statvfs("/dev/shm")
+    too_much = room.f_blocks * room.f_frsize + 2**20
+    with pytest.raises(ValueError, match=r"worker processes need .* MiB of shared memory, and /dev/shm has"):
+        SharedArrays({"pixels": ((too_much,), "|u1", 0)})
+    assert shared_blocks() <= before
