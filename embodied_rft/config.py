@@ -34,6 +34,7 @@ from pydantic import (
     ValidationInfo,
     WrapValidator,
 )
+from pydantic import Field as Limit
 from pydantic.dataclasses import is_pydantic_dataclass, rebuild_dataclass
 
 from embodied_rft import registry
@@ -46,6 +47,7 @@ from embodied_rft.yaml_tree import HOLD_FILES, ConfigError, Dumper, Loader, appl
 
 T = TypeVar("T")
 
+MOST_ENVS, MOST_LAYERS = 65_536, 1_000  # more would take the machine before anything is said
 KEPT_PLUGINS = "inputs/plugins"  # in a run folder: sources of the plug-ins that the run was started with
 
 
@@ -127,8 +129,8 @@ class EnvConfig:
     """Which environment, how many copies, and how they run."""
 
     id: str  # Gymnasium id, or "module:Id" of a module that registers it
-    num_envs: PositiveInt = 64  # environments stepped together
-    evaluation_envs: PositiveInt | None = None  # the same for evaluations; None: num_envs
+    num_envs: Annotated[int, Limit(gt=0, le=MOST_ENVS)] = 64  # environments stepped together
+    evaluation_envs: Annotated[int, Limit(gt=0, le=MOST_ENVS)] | None = None  # the same for evaluations; None: num_envs
     pool: Literal["auto", "native", "sync", "workers"] = "auto"  # see `pool.make_pool`
     num_workers: PositiveInt | None = None  # worker processes; None: one for each core
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the environment
@@ -346,9 +348,22 @@ def parse(cls: type[T], mapping: Any, path: str = "") -> T:
         raise ConfigError(f"{path or cls.__name__} must be a mapping of options; got {mapping!r}")
     _forbid_unknown_keys(cls)
     try:
-        return TypeAdapter(cls).validate_python(_to_fields(cls, mapping), context={"path": path})
+        made: T = TypeAdapter(cls).validate_python(_to_fields(cls, mapping), context={"path": path})
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(cls, problem, path) for problem in error.errors())) from None
+    _check_depth(made, path)
+    return made
+
+
+def _check_depth(config: Any, path: str) -> None:
+    """Refuse networks of so many layers that building them alone would take the machine."""
+    for field_ in dataclasses.fields(config):
+        value = getattr(config, field_.name, None)
+        deep = value if isinstance(value, int) and field_.name.endswith(("_layers", "_blocks")) else 0
+        if isinstance(value, (tuple, list)) and field_.name.endswith("hidden"):
+            deep = len(value)
+        if deep > MOST_LAYERS:
+            raise ConfigError(f"{path}.{field_.name}".lstrip(".") + f": {deep:,} layers; {MOST_LAYERS:,} at most")
 
 
 def _forbid_unknown_keys(cls: Any) -> None:

@@ -23,8 +23,24 @@ class ConfigError(ValueError):
     """A recipe or an option is wrong; the message says where, what was given and what is known."""
 
 
+MOST_NODES = 100_000  # of a recipe with every anchor written out
+
+
 class Loader(yaml.SafeLoader):
-    """Safe YAML that refuses the same key twice, which plain YAML would silently drop."""
+    """Safe YAML that refuses the same key twice, which plain YAML would silently drop, and what grows by anchors."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The tree of nodes, which may share branches, once it is known how large it is without sharing."""
+        try:
+            node: yaml.Node | None = super().get_single_node()
+            size = 0 if node is None else _expanded(node, {})
+        except RecursionError:
+            raise ConfigError("it is nested too deeply to be a recipe, or an anchor contains itself") from None
+        if size > MOST_NODES:
+            raise ConfigError(
+                f"with its anchors (&name, *name) written out it has {size:,} values; {MOST_NODES:,} at most"
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys differ."""
@@ -37,6 +53,17 @@ class Loader(yaml.SafeLoader):
                 raise ConfigError(f"key {key!r} is given twice, line {key_node.start_mark.line + 1}")
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for; what is shared is counted each time, but looked at once."""
+    if id(node) not in known:
+        if isinstance(node, yaml.MappingNode):
+            parts: list[yaml.Node] = [part for pair in node.value for part in pair]
+        else:
+            parts = node.value if isinstance(node, yaml.SequenceNode) else []
+        known[id(node)] = 1 + sum(_expanded(part, known) for part in parts)
+    return known[id(node)]
 
 
 class Dumper(yaml.SafeDumper):

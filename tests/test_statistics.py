@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embodied_rft.agents.chunks import ChunkConfig, Codec
@@ -45,7 +45,7 @@ SHAPES = ["uniform", "heavy", "constant", "binary", "rare", "almost constant", "
     st.sampled_from([0.0, -20.0]),
     st.integers(0, 10_000),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_action_of_the_data_comes_back(shape, kind, unit, size, shift, seed):
     rng = np.random.default_rng(seed)
     data = torch.from_numpy(
