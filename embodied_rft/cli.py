@@ -91,8 +91,7 @@ def evaluate(
     from embodied_rft.judge import evaluate_run
     from embodied_rft.report import write_report
 
-    checkpoint = "best" if best else "newest"
-    where = {"checkpoint": checkpoint, "device": device, "trust": trust}
+    where: dict[str, Any] = {"checkpoint": "best" if best else "newest", "device": device, "trust": trust}
     print(evaluate_run(run, episodes=episodes, sheet=sheet, env=env, official=official, **where))
     print(f"report: {write_report(run)}")
 
@@ -118,8 +117,8 @@ def play(
     """
     from embodied_rft.play import play as show
 
-    checkpoint = "best" if best else "newest"
-    show(run, episodes=episodes, sheet=sheet, checkpoint=checkpoint, device=device, trust=trust)
+    where: dict[str, Any] = {"checkpoint": "best" if best else "newest", "device": device, "trust": trust}
+    show(run, episodes=episodes, sheet=sheet, **where)
 
 
 def demos(
