@@ -42,9 +42,7 @@ class ActorConfig(NetworkConfig):
     deterministic: bool = False  # a TD3 actor
     exploration_noise: float = 0.1  # standard deviation in [-1, 1] units, deterministic actors only
     std: Literal["state", "free"] = "state"  # log std from the observation, or one parameter per dimension
-    squash: Literal["action", "mean"] = (
-        "action"  # tanh of what is drawn, or of its mean alone (IQL): then it is clipped
-    )
+    squash: Literal["action", "mean"] = "action"  # tanh of what is drawn, or of its mean alone, then clipped (IQL)
     initial_log_std: float = 0.0  # in [-1, 1] units before tanh
     log_std_range: tuple[float, float] = (-5.0, 2.0)  # of the width, natural logarithm
 

@@ -35,9 +35,8 @@ class SB3Config:
     """Options of an `sb3` agent; what is None is read from the zip."""
 
     path: str  # the zip that model.save() wrote
-    algorithm: Literal["SAC", "PPO", "A2C", "TD3", "DDPG", "DQN", "TQC", "CrossQ", "QRDQN", "TRPO", "ARS"] | None = (
-        None  # null: what the file says
-    )
+    # null: what the file says
+    algorithm: Literal["SAC", "PPO", "A2C", "TD3", "DDPG", "DQN", "TQC", "CrossQ", "QRDQN", "TRPO", "ARS"] | None = None
     policy: Literal["MlpPolicy", "CnnPolicy", "MultiInputPolicy", "LinearPolicy"] | None = None  # of the algorithm
     policy_kwargs: dict[str, Any] | None = None  # classes by name: {net_arch: [64, 64], activation_fn: Tanh}
     keys: tuple[str, ...] | None = None  # observation keys that the model was trained on, in its order

@@ -240,8 +240,8 @@ class Buffer:
         steps = np.arange(count)
         end = np.where(steps == count - 1, ENDS.index(trajectory.end), 0)
         values["continues/"] = end != TERMINATED
-        book = (trajectory.group, self._episodes, steps, trajectory.version, trajectory.source, trajectory.seed)
-        book = (*book, -1 if trajectory.span is None else trajectory.span)
+        span = -1 if trajectory.span is None else trajectory.span
+        book = (trajectory.group, self._episodes, steps, trajectory.version, trajectory.source, trajectory.seed, span)
         rows = self._claim(count)
         self._fill(rows, values, book, end, unknown=None)
         close = self._claim(1)

@@ -199,7 +199,7 @@ class Collector:
                     "step": self.step[chosen],
                     "version": version,
                     "source": self.source,
-                    "span": span if np.isscalar(span) else span[chosen],
+                    "span": span[chosen] if isinstance(span, np.ndarray) else span,
                 },
             )
         )

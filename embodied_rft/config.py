@@ -134,9 +134,8 @@ class EnvConfig:
     pool: Literal["auto", "native", "sync", "workers"] = "auto"  # see `pool.make_pool`
     num_workers: PositiveInt | None = None  # worker processes; None: one for each core
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the environment
-    wrappers: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # innermost first: {id: TimeLimit, max_episode_steps: 200}
+    # innermost first: {id: TimeLimit, max_episode_steps: 200}
+    wrappers: list[dict[str, Any]] = field(default_factory=list)
     time_limit: Literal["truncated", "terminal"] = "truncated"  # terminal: an episode cut off does not bootstrap
     deadline: PositiveFloat = 60.0  # seconds that a step or reset of one environment may take
     max_incidents: Annotated[float, Field(ge=0, le=1)] = 0.9  # share of the latest episodes that may break; 1: all

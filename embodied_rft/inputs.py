@@ -21,7 +21,7 @@ from typing import Any
 
 from embodied_rft.checkpoint import BEST, save, write_atomically
 from embodied_rft.config import KEPT_PLUGINS, Recipe, to_plain
-from embodied_rft.resume import only_weights, read_state
+from embodied_rft.resume import Which, only_weights, read_state
 from embodied_rft.yaml_tree import HOLD_FILES, ConfigError, map_files
 
 FOLDER = "inputs"
@@ -68,7 +68,8 @@ def _keep_run(path: Path, folder: Path) -> str:
     (folder / FOLDER).mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder / FOLDER, prefix=".run-") as scratch:
         kept = Path(scratch) / "run"
-        for which, name in (("newest", f"{1:012d}"), ("best", BEST)):
+        names: dict[Which, str] = {"newest": f"{1:012d}", "best": BEST}
+        for which, name in names.items():
             if which == "newest" or (path / "checkpoints" / BEST).is_dir():
                 save(kept / "checkpoints" / name, only_weights(read_state(path, which)))
         if (path / FOLDER).is_dir():
@@ -112,9 +113,9 @@ def _plugin_sources(recipe: Recipe) -> Iterator[tuple[Path, str]]:
         if not path.is_absolute() or path.suffix != ".py" or not path.is_file() or module.__name__ == "__main__":
             continue
         path = path.resolve()
-        root = next((each for each in roots if path.is_relative_to(each)), None)
-        if root is not None and not any(path.is_relative_to(each) for each in installed):
-            yield path, path.relative_to(root).as_posix()
+        beside = next((each for each in roots if path.is_relative_to(each)), None)
+        if beside is not None and not any(path.is_relative_to(each) for each in installed):
+            yield path, path.relative_to(beside).as_posix()
 
 
 def hash_of(path: Path) -> str:

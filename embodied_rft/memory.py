@@ -67,6 +67,7 @@ def _group_memory(root: Path) -> Iterator[int]:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return  # no control groups: the machine's own number holds
+    limits: tuple[str, ...]
     for line in lines:
         _, controllers, group = line.split(":", 2)
         if controllers == "":

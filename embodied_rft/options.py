@@ -1,7 +1,7 @@
 """What may be set, read from where it is declared: name, default, values, meaning of every option.
 
-Options of plug-ins are fields of their `Config`; the meaning is the comment on the field's line. Options of
-environments, demonstrators and rules are keyword arguments; the meaning is in the docstring's "Args:". So a listing
+Options of plug-ins are fields of their `Config`; the meaning is the comment on the field's line, or above it. Options
+of environments, demonstrators and rules are keyword arguments; the meaning is in the docstring's "Args:". So a listing
 cannot be out of date. Boundary: reads declarations; prints and validates nothing.
 """
 
@@ -171,7 +171,7 @@ def _range(metadata: Sequence[Any]) -> str:
 
 @functools.cache
 def _comments(cls: Any) -> dict[str, str]:
-    """{field: the comment on its line}, of the class that declares it last; else what the docstring says of it."""
+    """{field: the comment on its line, else above it}, of the class that declares it last; else its docstring's."""
     found: dict[str, str] = {}
     for one in reversed(cls.__mro__):
         found |= _arguments(one.__doc__)
@@ -181,10 +181,16 @@ def _comments(cls: Any) -> dict[str, str]:
         except (OSError, TypeError, SyntaxError, IndentationError):
             continue  # made by a program: its fields are declared elsewhere
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+        found_in = [t for t in tokens if t.type == tokenize.COMMENT]
+        comments = {t.start[0]: t.string.lstrip("# ") for t in found_in}
+        alone = {t.start[0] for t in found_in if t.line.strip() == t.string}  # with no code on their line
         for node in body.body if isinstance(body, ast.ClassDef) else ():
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 said = [comments.get(line, "") for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)]
+                above = node.lineno
+                while not any(said) and above - 1 in alone:
+                    above -= 1
+                said = said if any(said) else [comments[line] for line in range(above, node.lineno)]
                 text = " ".join(part for part in said if part and not part.startswith(("noqa", "type:", "fmt:")))
                 if text:
                     found[node.target.id] = text

@@ -129,7 +129,7 @@ def within(trajectories: list[Trajectory], space: gym.Space, *, outside: float, 
     rounding = 1e-5 * np.maximum(np.abs(low), np.abs(high)) if isinstance(space, gym.spaces.Box) else 0
     actions = [np.asarray(t.action) for t in trajectories]
     wrong = [((a < low - rounding) | (a > high + rounding)).reshape(len(a), -1).any(1) for a in actions]
-    count, total = sum(int(w.sum()) for w in wrong), sum(map(len, wrong))
+    count, total = sum(int(w.sum()) for w in wrong), sum(len(a) for a in actions)
     if count:
         index = next(i for i, w in enumerate(wrong) if w.any())
         example = actions[index][wrong[index]][0].tolist()

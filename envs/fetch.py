@@ -55,9 +55,7 @@ class FetchVariant:
     extra_height: float = 0.0  # of the gripper at the start
     in_the_air: bool = False  # half of the targets are up to 0.45 above the table
     target_offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    object_range: float = (
-        0.15  # the object starts at most this far from the gripper, in x and in y, at least 0.1 in all
-    )
+    object_range: float = 0.15  # the object starts at most this far from the gripper in x and y, at least 0.1 in all
     target_range: float = 0.15
     look: tuple[float, float, float] = (1.3, 0.75, 0.5)  # where the cameras point: the middle of what is worked on
     view: float = 1.3  # of the cameras from there
@@ -256,9 +254,8 @@ class FetchTask(Task):
             controls[:, 0:2] = physics[:, [QPOS + 14, QPOS + 13]] + action[:, 3:4]
         controls[:, num_fingers : num_fingers + 3] = sensors[:, self._link] + action[:, :3] * action.dtype.type(0.05)
         controls[:, num_fingers + 3 :] = sensors[:, self._quat]
-        controls[:, [num_fingers + 3, num_fingers + 5]] += (
-            1.0  # the official environment adds (1, 0, 1, 0), unnormalised
-        )
+        # the official environment adds (1, 0, 1, 0), unnormalised
+        controls[:, [num_fingers + 3, num_fingers + 5]] += 1.0
         return controls
 
     def settle(self, physics: np.ndarray) -> None:

@@ -25,10 +25,9 @@ class IQLConfig(Replay):
     expectile: Share = 0.7  # 0.5: the mean over the data's actions; towards 1: the best of them (AntMaze: 0.9)
     inverse_temperature: float = 3.0  # beta; 0 is behaviour cloning (AntMaze: 10)
     largest_weight: float = 100.0  # of one decision
-    # The policy's own likelihood, or the `imitation_loss` that suits it: a squared error, diffusion, flow matching
-    extraction: Literal["likelihood", "imitation"] = (
-        "likelihood"  # of the policy: weighted log-likelihood, or its imitation_loss
-    )
+    # what is weighted: the policy's own log-likelihood, or the `imitation_loss` that suits it (a squared error,
+    # diffusion, flow matching)
+    extraction: Literal["likelihood", "imitation"] = "likelihood"
     tau: Share = 0.005  # speed of the target
     num_critics: int | None = None  # of the ensemble; null: what there is, else 2
     critic_hidden: tuple[int, ...] | None = None  # of critic and value

@@ -70,14 +70,11 @@ class PPOConfig:
     cut: Literal["keep", "drop"] = "keep"  # what ran into a length limit; dropped, it still counts in its group
     # Surrogate
     ratio: losses.RatioLevel = "unit"  # what shares one importance ratio
-    per_dimension: bool = (
-        False  # ratio and entropy of a unit are means over its action numbers (DPPO's and ReinFlow's code)
-    )
+    # ratio and entropy of a unit are means over its action numbers, as in DPPO's and ReinFlow's code
+    per_dimension: bool = False
     clip_low: float | None = 0.2  # how far the ratio may fall below 1; None: no bound
     clip_high: float | None = 0.2  # how far it may rise above 1; None: no bound
-    clip_first: PositiveFloat | None = (
-        None  # clip range of a decision's first unit, whence it grows to that of the last
-    )
+    clip_first: PositiveFloat | None = None  # clip range of a decision's first unit; it grows to that of the last
     dual_clip: float | None = None  # largest loss per |advantage| where the advantage is negative; None: no bound
     unit_discount: Share = 1.0  # a unit's advantage counts this to the power of the units after it (DPPO's denoising)
     normalizer: losses.Normalizer = "units"  # what counts the same: every unit, decision or episode; or a constant

@@ -125,10 +125,8 @@ class Finetune(Stage):
 
         objective: Annotated[dict[str, Any], plugin_spec("objective")]  # what is learned
         decisions: NonNegativeInt = 100_000  # of experience, in all
-        # None: 50 for each environment; of replayed objectives about 50 in all, at least one of each environment
-        decisions_per_iteration: PositiveInt | None = (
-            None  # null: 50 steps of each environment; of replay, about 50 decisions in all
-        )
+        # null: 50 for each environment; of replayed objectives about 50 in all, at least one of each environment
+        decisions_per_iteration: PositiveInt | None = None
         episodes_per_iteration: PositiveInt | None = None  # whole episodes instead, for group credit
         updates_per_decision: NonNegativeFloat | None = None  # replayed objectives only; None: as published
         batch_size: PositiveInt | None = None  # likewise; None: the objective's
