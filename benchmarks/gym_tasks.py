@@ -113,9 +113,9 @@ def ours(task: Task, seed: int, steps: int) -> tuple[float, Callable[[Any], Any]
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(task.recipe, [f"seed={seed}"])
-        stages = {word: options for stage in recipe.stages for word, options in stage.items()}
-        before = stages.get("warm_up", {}).get("decisions", 0)
-        stages["finetune"] |= {"decisions": steps - before, "evaluate_every": None}
+        stages = {stage.word: stage.config for stage in recipe.stages}
+        before = stages["warm_up"].decisions if "warm_up" in stages else 0
+        stages["finetune"].decisions, stages["finetune"].evaluate_every = steps - before, None
         start = time.perf_counter()
         train(recipe, folder, quiet=True, report=False)
         seconds = time.perf_counter() - start

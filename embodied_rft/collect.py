@@ -273,7 +273,7 @@ class Endless:
     """Says when no episode ends: after a thousand steps of each environment, and whenever it has been twice as long."""
 
     ADVICE = (
-        "returns and success are those of episodes that end. Give the environment a time limit: "
+        "returns and success are those of episodes that end. If some should have by now, give the environment a limit: "
         "env: {wrappers: [{id: TimeLimit, max_episode_steps: 200}]}"
     )
 

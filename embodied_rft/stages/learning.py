@@ -219,7 +219,8 @@ class Finetune(Stage):
                 self._evaluate(session, new)
                 session.tick()
         if progress["decisions"] and not progress.get("ended"):
-            session.logger.message(f"no episode ended in {progress['decisions']:,} decisions; {Endless.ADVICE}")
+            much = f"{progress['decisions']:,} decisions of {session.pool('training').num_envs} environments"
+            session.logger.message(f"no episode ended in {much}; {Endless.ADVICE}")
         self._write(session, collector.cut())
         learner.finish()
         last = {f"last {name} on the curve": progress[name] for name in ("success", "return") if name in progress}
