@@ -161,7 +161,7 @@ def of_clipped(policy, batch):
     return torch.distributions.Normal(mean, policy.head.log_std.exp()).log_prob(action).sum(1)
 
 
-IQL = {"id": "iql", "largest_weight": 3.0, "expectile": 0.8, **SMALL}
+IQL = {"id": "iql", "largest_weight": 1.05, "expectile": 0.8, **SMALL}
 
 
 @pytest.mark.parametrize(
