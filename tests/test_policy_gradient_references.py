@@ -181,6 +181,19 @@ def test_group_presets_equal_their_papers(preset, longest):
     compare(lab, objective, equations(episodes, group_advantage(episodes, how)))
 
 
+def test_an_episode_is_divided_by_the_units_of_it_that_are_read():
+    lab = Lab()
+    rejecting = {"how": "reject", "level": "mean", "limit": 1.03}
+    objective = lab.objective({"id": "grpo", "correction": rejecting})
+    filled(lab)
+    objective.annotate(lab.agent, lab.buffer, lab.buffer.rows(), lab.rng)
+    batch = read(lab, objective)
+    episode, units = batch.columns["episode"], batch.mask.sum(1).numpy()
+    torn = {e for e in episode if (lab.buffer.columns(lab.buffer.rows())["episode"] == e).sum() > (episode == e).sum()}
+    assert len(torn) > 3
+    assert batch.notes["episode_units"].tolist() == [units[episode == e].sum() for e in episode]
+
+
 def test_every_unit_of_two_replies_with_equal_credit_weighs_the_same_in_rloo():
     """Ahmadian et al. 2024: grad = A sum_u grad log pi(u); two replies of 2 and 10 units: 0.5 for each unit."""
     from embodied_rft import losses
@@ -324,6 +337,17 @@ class Peer(nn.Module):
 
     def value(self, observation, trace):
         return self.policy.predict_values(observation["observation"])[:, 0]
+
+
+def test_a_moving_reference_follows_by_one_minus_its_decay():
+    lab = Lab()
+    lab.objective({"id": "grpo", "kl_weight": 0.1, "reference": "moving", "reference_decay": 0.8}, learning_rate=1e-2)
+    lab.finetune(1)
+    reference, policy = (next(p.parameters()) for p in (lab.agent.parts["reference"], lab.agent.policy))
+    assert not torch.equal(reference, policy)
+    expected = 0.8 * reference.detach() + 0.2 * policy.detach()
+    lab.finetune(1)  # where an iteration begins
+    torch.testing.assert_close(reference, expected)
 
 
 def sb3_rollout():
