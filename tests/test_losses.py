@@ -134,3 +134,22 @@ def test_nothing_under_the_mask_changes_value_or_gradient():
     total.backward()
     assert float(total.detach()) == pytest.approx(float(values.detach()[mask].sum()))
     torch.testing.assert_close(broken.grad, clean)
+
+
+@pytest.mark.parametrize("normalizer", ["units", "decisions", "episodes", "constant"])
+def test_sums_over_a_batch_equal_a_loop_over_its_units(normalizer):
+    values, lengths, episode = rand(5, 4), [1, 4, 2, 3, 1], [0, 0, 1, 2, 2]
+    mask = torch.arange(4) < torch.tensor(lengths)[:, None]
+    units = [sum(n for n, e in zip(lengths, episode, strict=True) if e == own) for own in episode]
+    each = [sum(float(values[b, u]) for u in range(lengths[b])) for b in range(5)]
+    by = {
+        "units": [11] * 5,
+        "decisions": [5 * n for n in lengths],
+        "episodes": [3 * n for n in units],
+        "constant": [3 * 2.5] * 5,
+    }
+    sizes = {"num_units": 11, "num_decisions": 5, "num_episodes": 3, "constant": 2.5}
+    given_ = losses.per_batch(
+        torch.where(mask, values, torch.nan), mask, normalizer=normalizer, episode_units=torch.tensor(units), **sizes
+    )
+    assert float(given_) == pytest.approx(sum(x / n for x, n in zip(each, by[normalizer], strict=True)))

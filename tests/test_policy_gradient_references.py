@@ -6,6 +6,7 @@ compared. Episodes have one to four turns, groups one without spread.
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -18,6 +19,7 @@ from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.data import Field, Ragged, Trajectory
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
+from embodied_rft.objectives.credit import bi_level_gae_credit
 from tests.spelling import CLASSES, END, LONGEST, Lab
 from tests.test_policy_gradient import gradients, moved
 
@@ -179,6 +181,25 @@ def test_group_presets_equal_their_papers(preset, longest):
     moved(lab)
     episodes = [Told(lab, t) for t in lab.buffer.trajectories()]
     compare(lab, objective, equations(episodes, group_advantage(episodes, how)))
+
+
+def test_unit_rewards_count_once_in_bi_level_gae():
+    """With both lambdas 1 the value's target is what is paid from a unit on, in its turn and in those after it."""
+    rng = np.random.default_rng(0)
+    paid, value = (torch.from_numpy(rng.standard_normal((5, 4))) for _ in range(2))
+    units, discount = [4, 1, 2, 3, 2], [0.9, 0.9, 0.0, 0.9, 0.0]
+    mask = torch.arange(4) < torch.tensor(units)[:, None]
+    reward, following = torch.from_numpy(rng.standard_normal(5)), value[:, 0].roll(-1)
+    notes = {"unit_reward": paid, "unit_value": value, "value": value[:, 0], "next_value": following}
+    batch = SimpleNamespace(reward=reward, mask=mask, notes=notes, discount=torch.tensor(discount, dtype=torch.float64))
+    config = SimpleNamespace(trace_decay=1.0, unit_gamma=1.0, unit_trace_decay=1.0)
+    target = bi_level_gae_credit(None, batch, [3, 2], config)["value_target"]
+    after = 0.0
+    for turn in reversed(range(5)):
+        after = float(reward[turn]) + discount[turn] * after
+        for unit in reversed(range(units[turn])):
+            after += float(paid[turn, unit])
+            assert float(target[turn, unit]) == pytest.approx(after)
 
 
 def test_an_episode_is_divided_by_the_units_of_it_that_are_read():
