@@ -106,6 +106,7 @@ def test_only_a_terminal_state_does_not_bootstrap(end, discount):
     assert batch.reward.item() == pytest.approx(1.9)
     assert batch.discount.item() == pytest.approx(discount)
     assert batch.next_observation["state"].tolist() == [[9, 9]]
+    assert buffer.batch(buffer.rows(), gamma=0.9).discount.tolist() == pytest.approx([0.9, 0.9 * (discount > 0)])
     (trajectory,) = buffer.trajectories()
     assert trajectory.end == end and len(trajectory) == 2
 
@@ -129,8 +130,8 @@ def test_a_stream_that_is_paid_at_the_end_ends_with_the_episode_whatever_ended_i
         over = step == 1
         add(buffer, [0], reward=reward, terminated=over and end == "terminated", truncated=over and end == "truncated")
     close(buffer, [0])
-    batch = buffer.batch(buffer.rows()[-1:], gamma=0.5, reward_weights=weights, num_steps=num_steps)
-    assert batch.discount.tolist() == [discount]
+    batch = buffer.batch(buffer.rows(), gamma=0.5, reward_weights=weights, num_steps=num_steps)
+    assert batch.discount.tolist() == [0.5 if num_steps == 1 else 0.5 * discount, discount]
 
 
 def test_a_reward_stream_that_an_episode_does_not_have_is_named_never_silently_zero():
@@ -170,19 +171,35 @@ def test_offline_share_is_exact_wherever_the_rows_lie():
     assert drawn.sum() == drawn[rows].sum() and (abs(drawn[rows] - 20_000 / 9) < 200).all()
 
 
-@pytest.mark.parametrize("hidden", [50, 250])
-def test_sampling_is_uniform(hidden):
-    # Episodes of one decision leave every second row unreadable; with 250 hidden rows the list of rows is drawn from.
-    buffer = simple(capacity=400)
-    for _ in range(90):
-        episode(buffer, 1)
+@pytest.mark.parametrize("hidden", [50, 450])
+@pytest.mark.parametrize(
+    ("share", "sources"), [(None, list(Source)), (0.0, [Source.ONLINE]), (1.0, [Source.DEMONSTRATION, Source.OFFLINE])]
+)
+def test_sampling_is_uniform(hidden, share, sources):
+    # Episodes of one decision leave every second row unreadable; with 450 hidden rows the list of rows is drawn from.
+    buffer = simple(capacity=700)
+    for _ in range(20):
+        episode(buffer, 1, source=Source.DEMONSTRATION)
+    buffer.pin()
+    for i in range(90):
+        episode(buffer, 1, source=Source.OFFLINE if i % 3 else Source.ONLINE)
     for _ in range(hidden):
         add(buffer, [1])
     buffer.invalidate(np.array([1]))
-    rows = buffer.rows()
-    drawn = np.bincount(buffer.sample(np.random.default_rng(1), 500 * len(rows)).rows, minlength=400)
+    rows, rng = buffer.rows(source=sources), np.random.default_rng(1)
+    drawn = np.bincount(buffer.sample(rng, 500 * len(rows), offline_share=share).rows, minlength=700)
     assert drawn.sum() == drawn[rows].sum()
     assert abs(drawn[rows] - 500).max() < 6 * 500**0.5
+
+
+def test_decisions_are_numbered_from_0_in_each_episode():
+    buffer = simple()
+    for streams in ([0, 1], [1], [0, 1]):
+        add(buffer, streams)
+    close(buffer, [1])
+    add(buffer, [1, 0])
+    book = buffer.columns(np.array([0, 1, 2, 3, 4, 6, 7]))  # 5 closed the episode of stream 1
+    assert book["step"].tolist() == [0, 0, 1, 1, 2, 0, 2] and book["episode"].tolist() == [0, 1, 1, 0, 1, 2, 0]
 
 
 def test_a_side_without_rows_is_named():
