@@ -290,6 +290,18 @@ def test_the_learner_steps_alike_on_a_batch_and_on_its_pieces(name, cut):
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
 
 
+def test_weights_decay_relative_to_the_learning_rate():
+    """Loshchilov and Hutter 2019: w - rate * decay * w, beside the step of Adam."""
+    ends = []
+    for decay in (0.0, 0.5):
+        agent, learner = make({"id": "bc"}, GAUSSIAN, LearnerConfig(learning_rate=1e-2, weight_decay=decay))
+        before = weights(agent)
+        learner.update(batches(), generator())
+        ends.append(weights(agent))
+    head = next(name for name in before if name.endswith("last.weight"))
+    torch.testing.assert_close(ends[0][head] - ends[1][head], 1e-2 * 0.5 * before[head])
+
+
 @pytest.mark.parametrize("anneal, factors", [(True, (1.0, 0.25, 0.0)), (False, (1.0, 1.0, 1.0))])
 def test_rates_fall_linearly_on_request(anneal, factors):
     config = LearnerConfig(learning_rate=1e-3, learning_rates={"critic": 2e-3}, anneal=anneal)
