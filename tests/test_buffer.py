@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from embodied_rft.blobs import BlobStore
 from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.columns import RaggedColumn
 from embodied_rft.data import Decisions, Field, Ragged, Source, Trajectory
 from embodied_rft.memory import announce
 from embodied_rft.ring import Ring
@@ -445,6 +446,17 @@ def test_wrong_columns_of_every_kind_are_refused(field, value, message):
             np.zeros(1, bool),
         )
     assert buffer.size == 0 and len(buffer.images) == 0
+
+
+def test_ragged_rows_come_back_whatever_was_written_between():
+    rng, column, held = np.random.default_rng(0), RaggedColumn(Field((), "int64", "ragged"), 50), {}
+    for _ in range(200):  # the flat array is compacted many times
+        rows = rng.choice(50, size=rng.integers(1, 9), replace=False)
+        values = [rng.integers(0, 1000, rng.integers(0, 30)) for _ in rows]
+        column.write(rows, Ragged.of(values, np.int64))
+        held |= dict(zip(rows.tolist(), values, strict=True))
+        seen = rng.permutation(sorted(held))
+        assert [row.tolist() for row in column.read(seen)] == [held[row].tolist() for row in seen.tolist()]
 
 
 def test_flat_storage_of_ragged_rows_stays_small():
