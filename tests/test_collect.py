@@ -54,6 +54,12 @@ def test_siblings_share_their_initial_state():
     assert all(len(seeds) == 3 and len(set(seeds)) == 1 for seeds in groups.values())
 
 
+def test_groups_are_whole_whatever_came_before():
+    pool, buffer = make(3)
+    Collector(pool, run_seed=1, group_size=4, first_episode=5).collect(act, episodes=8).write(buffer)
+    assert sorted(t.group for t in buffer.trajectories()) == [2] * 4 + [3] * 4
+
+
 def test_collecting_in_pieces_is_collecting_at_once():
     pool, buffer = make(4)
     collector = Collector(pool, run_seed=2)

@@ -48,10 +48,13 @@ def test_every_episode_of_the_list_is_run_once_whatever_the_number_of_environmen
     assert outcome.returns == [float(1 + seed % 5) for seed in seeds]
 
 
-def test_a_broken_environment_is_run_again_and_counted():
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_broken_environment_is_run_again_and_counted(step):
     seeds = evaluation_seeds(6)
-    outcome = evaluate(act, SeedPool(2, break_once={seeds[3]}), seeds)
+    broken = next(seed for seed in seeds if seed % 5 >= 3)
+    outcome = evaluate(act, SeedPool(2, break_once={broken}, break_at=step), seeds)
     assert outcome.results == [seed % 3 == 0 for seed in seeds]
+    assert outcome.returns == outcome.lengths == [1 + seed % 5 for seed in seeds]  # those of the last try
     assert outcome.invalid == 1 and not outcome.left_out
 
 

@@ -145,3 +145,18 @@ def test_reward_streams_are_mixed():
 def test_impossible_plans_are_refused(make, message):
     with pytest.raises((ValueError, ValidationError), match=message):
         make()
+
+
+def test_decisions_of_whole_episodes_are_neighbours_in_their_order():
+    buffer = Buffer(Schema({"state": Field((1,))}, Field((1,))), 100)
+    zeros, streams = np.zeros((6, 1)), np.arange(6)
+    for step in range(4):  # the episodes of all streams go on side by side
+        over = np.full(6, step == 3)
+        buffer.add(
+            streams, {"state": zeros}, Decisions(zeros, zeros), np.zeros(6), over, ~over & over, group=streams // 3
+        )
+    buffer.close(streams, {"state": zeros})
+    plan = Fresh(batch_size=12, whole_groups=True, whole_episodes=True)
+    for batch in plan.batches(buffer, np.random.default_rng(0), version=0):
+        assert batch.columns["step"].tolist() == [0, 1, 2, 3] * 3 and batch.num_episodes == 3
+        assert (np.diff(batch.columns["episode"]) != 0).sum() == 2

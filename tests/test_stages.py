@@ -186,6 +186,13 @@ def test_success_told_with_the_last_step_only_is_a_stream_of_reward(tmp_path, en
         assert trajectory.rewards["success"].tolist() == [0, 0, 0, 0, 1] and trajectory.success
 
 
+def test_success_that_is_lost_again_pays_nothing(tmp_path):
+    buffer = {"capacity": 200, "success": True}
+    session = run(tmp_path / "run", {"collect": {"episodes": 8}}, env={"success": "middle"}, buffer=buffer)
+    for trajectory in session.buffer.trajectories():
+        assert trajectory.rewards["success"].tolist() == [0] * 5 and not trajectory.success
+
+
 def test_success_that_is_asked_for_and_never_told_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="buffer.success asks for success, and an episode ended without a word"):
         run(

@@ -10,7 +10,7 @@ from embodied_rft.stepping import Incidents, StepResult
 class SeedPool:
     """Episode of seed s: 1 + s % 5 steps, reward 1 each, success if s % 3 == 0; the observation is [seed, step]."""
 
-    def __init__(self, num_envs, *, break_once=(), break_always=(), can_save=True):
+    def __init__(self, num_envs, *, break_once=(), break_always=(), break_at=1, can_save=True):
         self.num_envs = num_envs
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
         self.action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
@@ -20,6 +20,7 @@ class SeedPool:
         self.steps = np.zeros(num_envs, np.int64)
         self.over = np.ones(num_envs, bool)
         self.break_once, self.break_always, self.can_save = set(break_once), set(break_always), can_save
+        self.break_at = break_at  # step
 
     def _observe(self):
         return {"observation": np.stack([self.seeds % 100_000, self.steps], 1).astype(np.float64)}
@@ -34,6 +35,7 @@ class SeedPool:
         self.steps += 1
         terminated = self.steps >= 1 + self.seeds % 5
         broken = np.array([s in self.break_once or s in self.break_always for s in self.seeds])
+        broken &= self.steps == self.break_at
         self.break_once -= set(self.seeds[broken].tolist())
         self.over = terminated | broken
         reward, info = np.ones(self.num_envs, np.float32), {"success": terminated & (self.seeds % 3 == 0)}
