@@ -230,6 +230,28 @@ def test_queue_shows_the_plan_step_by_step():
     same(pool.observation, after)
 
 
+def test_an_environment_whose_step_was_invalid_keeps_its_plan():
+    class Places(Counting):
+        def plan(self, observation, *, rng):
+            return super().plan(observation, rng=rng)[..., 1:]
+
+    pool = QueuedPool(make_pool("Corridor-v0", 2, kind="sync", options={"fails": (5,)}), Places())
+    pool.reset(np.array([5, 6]))
+    result = pool.step(np.zeros((2, 1), np.float32))
+    assert result.valid.tolist() == [False, True]
+    assert result.observation[BASE_ACTION].tolist() == [[0], [1]]
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_plans_are_what_the_base_decides(greedy):
+    space, rows = gym.spaces.Box(-1, 1, (4,)), {"observation": np.zeros((3, 4), np.float32)}
+    spec = {"id": "queued", "base": BASE, "greedy": greedy}
+    policy = build_policy(spec, space, gym.spaces.Box(-1, 1, (2,)), generator())
+    taken = policy.base.act(rows, greedy=greedy, rng=generator(1)).action
+    planned = policy.plan(rows, rng=generator(1))
+    assert np.array_equal(planned, taken.reshape(3, -1, 2)[:, : policy.execute])
+
+
 def queued_pool(policy, num_envs=4, seed=0):
     inner = make_pool("tests.helpers_envs:Moody-v0", num_envs, kind="sync")
     return QueuedPool(inner, find_planner(policy), seed=seed)
