@@ -160,6 +160,27 @@ def test_training_a_residual_leaves_its_base_as_it_was():
     assert not torch.equal(head, agent.policy.head.net.last.weight)
 
 
+@pytest.mark.parametrize("known", [{}, {"u": torch.full((60, 3), torch.nan)}], ids=["no trace", "unknown"])
+def test_the_correction_of_somebody_elses_action_is_read_off_it(known):
+    policy = build_policy(SPECS["residual"] | {"scale": 0.3}, STATE, WIDE, generator())
+    observation = observations(STATE, 60)
+    taken = policy.act(observation, rng=generator(1))
+    again, _ = policy.log_prob(as_tensors(observation), torch.from_numpy(taken.action), known)
+    near = np.abs(taken.trace["u"]).max(1) < 2  # further out tanh forgets
+    assert near.sum() > 20
+    np.testing.assert_allclose(again.detach().numpy()[near], taken.log_prob[near], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "spec", [SPECS["deterministic"], *(SPECS["deterministic residual"] | {"scale": s} for s in (0.4, 1.5))], ids=str
+)
+def test_exploration_noise_is_in_units_of_the_action(spec):
+    policy = build_policy(spec | {"exploration_noise": 0.06}, STATE, WIDE, generator())
+    observation = {"observation": np.zeros((4000, 6), np.float32)}
+    apart = policy.act(observation, rng=generator(1)).action - policy.act(observation, greedy=True).action
+    np.testing.assert_allclose((apart / (WIDE.high - WIDE.low) * 2).std(0), 0.06, rtol=0.1)
+
+
 def test_wrap_policy_keeps_what_the_base_has_learnt():
     agent = build_agent({"id": "gaussian", "normalize": True, **SMALL}, STATE, ACTION, generator())
     agent.policy.encoder.fit({"observation": 5 + 3 * torch.randn(100, 6, generator=generator())})

@@ -72,6 +72,15 @@ def test_act_and_log_prob_agree(spec, action_space):
         np.testing.assert_allclose(again.detach().numpy(), taken.log_prob, atol=1e-5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "consistency"])
+def test_predicted_chunks_stay_in_the_range_of_the_data(name):
+    policy = build(CHAINS[name])
+    with torch.no_grad():
+        policy.net.last.weight.mul_(100)
+    chain = policy.act(observations(40), greedy=True, rng=generator(1)).trace["chain"]
+    assert np.abs(chain[:, -1]).max() <= 1 + 1e-6 and (np.abs(chain[:, -1]) > 0.99).mean() > 0.5
+
+
 @each_spec
 def test_ratios_of_the_first_epoch_are_one(spec):
     policy, observation = build(spec), observations(40)
