@@ -76,4 +76,7 @@ def load_plugins() -> None:
         e.value for e in entry_points(group="embodied_rft.plugins")
     }
     for module in sorted(modules):
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"the plug-in {module} cannot be imported: {error}") from error

@@ -12,7 +12,19 @@ Ids: embodied_rft/FetchReach-v0, ...FetchPush-v0, ...FetchSlide-v0, ...FetchPick
 if __name__ != "embodied_rft.envs":  # one module must have one name
     raise ImportError("import embodied_rft.envs, not envs")
 
+import os
+
 import gymnasium
+
+try:
+    import mujoco  # noqa: F401
+except Exception as error:  # it loads the library that MUJOCO_GL names at once; what that raises depends on the library
+    if (_chosen := os.environ.get("MUJOCO_GL")) is None:
+        raise
+    raise ImportError(
+        f"MuJoCo cannot be loaded with MUJOCO_GL={_chosen} ({type(error).__name__}: {error}). Unset it, or install it, "
+        "on Debian or Ubuntu: apt-get install libegl1 libgl1 libgl1-mesa-dri (egl) or libosmesa6 (osmesa)"
+    ) from error
 
 from embodied_rft.envs import demonstrators, peg_insert, text, text_demonstrators  # noqa: F401  (each registers what it holds)
 

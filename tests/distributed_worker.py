@@ -47,9 +47,10 @@ def text_batch(seed: int, count: int = 12) -> Batch:
         log_prob=torch.where(mask, -5.5, 0.0),
         mask=mask,
         trace={"prompt": prompt, "reply": reply},
-        notes={"advantage": advantage},
+        notes={"advantage": advantage, "episode_units": mask.sum(1).float()},
         num_decisions=count,
         num_units=int(mask.sum()),
+        num_episodes=count,
     )
 
 
@@ -71,7 +72,8 @@ def learn(name: str, rank: int, size: int) -> tuple[Learner, list[dict[str, floa
         own = np.arange(ends[rank], ends[rank + 1])
         part = batch.take(own) if len(own) else None
         if part is not None:
-            part.num_decisions, part.num_units = len(part), int(part.mask.sum())
+            part.num_decisions = part.num_episodes = len(part)
+            part.num_units = int(part.mask.sum())
         learner.update(part, torch.Generator().manual_seed(number))
         metrics.append(learner.metrics())
     return learner, metrics

@@ -53,6 +53,15 @@ def test_without_a_gl_library_the_error_names_the_package():
     assert quiet.returncode == 0 and quiet.stdout.startswith("(False,")
 
 
+def test_a_gl_library_that_mujoco_itself_cannot_load_is_one_sentence():
+    # MuJoCo loads what MUJOCO_GL names when it is imported, long before anything is drawn.
+    code = "import sys; sys.argv[1:] = {}\nfrom embodied_rft.cli import main\nmain()"
+    assert run(code.format(["--help"]), MUJOCO_GL="no").returncode == 0  # the help needs no environment
+    result = run(code.format(["list", "envs"]), MUJOCO_GL="no")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "MUJOCO_GL=no" in result.stderr and "libosmesa6" in result.stderr
+
+
 def test_drawing_switched_off_is_said():
     result = run("from embodied_rft.envs import rendering\nprint(rendering.gl_available())", MUJOCO_GL="off")
     assert result.stdout.startswith("(False,") and "MUJOCO_GL=off" in result.stdout
