@@ -39,6 +39,11 @@ def test_objectives_declare_their_published_ratio(id, ratio):
         (4, {"updates_per_decision": 0.55, "decisions_per_iteration": 20}, 55),
         (4, {"updates_per_decision": 0.025, "decisions_per_iteration": 20}, 2),  # what is owed in fractions is kept
         (4, {"updates_per_decision": 0}, 0),
+        (
+            4,
+            {"objective": {"id": "wsrl", "num_critics": 2, **TINY}, "decisions": 20, "decisions_per_iteration": 20},
+            80,
+        ),
     ],
 )
 def test_updates_follow_decisions(tmp_path, num_envs, options, updates):
