@@ -74,6 +74,11 @@ def test_a_stage_keeps_its_share_of_offline_data(tmp_path, monkeypatch, share, w
     assert seen and set(seen) == {round(16 * (0.5 if share is None else share))}
 
 
+def test_demonstrations_are_never_overwritten(tmp_path):
+    session = run(tmp_path, DEMONSTRATE, {"warm_up": {"decisions": 1_200}})  # more than the buffer has room for
+    assert len(session.buffer.rows(source=Source.DEMONSTRATION)) == 100 and len(session.buffer) > 800
+
+
 def test_only_the_chosen_losses_step(tmp_path):
     found = []
     for updates in (0, 3):

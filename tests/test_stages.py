@@ -166,6 +166,26 @@ def test_the_return_of_an_episode_is_its_own(tmp_path):
     assert [line["collect/return"] for line in lines(tmp_path / "run")] == [5.0] * 5
 
 
+def test_a_warm_up_ends_the_episodes_that_it_began(tmp_path):
+    session = run(tmp_path / "run", {"warm_up": {"decisions": 22}}, {"collect": {"episodes": 4}})
+    found = sorted((len(t), t.end) for t in session.buffer.trajectories())
+    assert found == [(1, "cut")] * 4 + [(5, "terminated")] * 8
+
+
+@pytest.mark.parametrize("source", ["demonstration", "offline"])
+def test_what_is_loaded_counts_as_the_recipe_says_and_stays(tmp_path, source):
+    file, zeros = tmp_path / "data.safetensors", np.zeros(2, np.float32)
+    episodes = [
+        Trajectory({"observation": np.zeros((3, 2), np.float32)}, zeros[:, None], zeros, "terminated", seed=i)
+        for i in range(5)
+    ]
+    write_trajectories(file, episodes)
+    load = {"load": {"file": str(file), "source": source, "max_episodes": 3}}
+    session = run(tmp_path / "run", load, {"collect": {"episodes": 12}}, buffer={"capacity": 40})
+    kept = [(t.seed, t.source) for t in session.buffer.trajectories() if t.source != Source.ONLINE]
+    assert kept == [(i, Source[source.upper()]) for i in range(3)]
+
+
 # --- success ---------------------------------------------------------------------------------------------------------
 
 
