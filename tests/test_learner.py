@@ -290,6 +290,20 @@ def test_the_learner_steps_alike_on_a_batch_and_on_its_pieces(name, cut):
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
 
 
+def test_nothing_is_left_of_a_loss_that_was_not_finite():
+    ends = []
+    for broken in (False, True):
+        agent, learner = make(*OBJECTIVES["bc"], LearnerConfig(micro_batch=32))
+        if broken:
+            batch = batches(1)
+            batch.action[-1] = torch.nan  # in the second piece: the first one has left its gradients
+            with pytest.raises(NonFiniteLossError):
+                learner.update(batch, generator())
+        learner.update(batches(2), generator())
+        ends.append(weights(agent))
+    assert same(*ends)
+
+
 def test_weights_decay_relative_to_the_learning_rate():
     """Loshchilov and Hutter 2019: w - rate * decay * w, beside the step of Adam."""
     ends = []

@@ -166,6 +166,13 @@ def test_the_return_of_an_episode_is_its_own(tmp_path):
     assert [line["collect/return"] for line in lines(tmp_path / "run")] == [5.0] * 5
 
 
+@pytest.mark.parametrize("times", [0, 3])
+def test_a_body_is_repeated_so_often(tmp_path, times):
+    session = run(tmp_path / "run", {"repeat": {"times": times, "stages": [{"collect": {"episodes": 4}}]}})
+    assert len(list(session.buffer.trajectories())) == 4 * times
+    assert len({t.seed for t in session.buffer.trajectories()}) == 4 * times  # every round has states of its own
+
+
 def test_a_warm_up_ends_the_episodes_that_it_began(tmp_path):
     session = run(tmp_path / "run", {"warm_up": {"decisions": 22}}, {"collect": {"episodes": 4}})
     found = sorted((len(t), t.end) for t in session.buffer.trajectories())
