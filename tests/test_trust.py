@@ -77,6 +77,11 @@ def test_everything_that_would_run_is_found(tmp_path, change, named):
         recipe_of(yaml.safe_dump(tree), tmp_path)
 
 
+def test_what_is_installed_needs_a_word_all_the_same_where_it_is_called():
+    agent = {"id": "lerobot", "path": "x", "policy": "torch.hub:load"}
+    assert foreign_code({**RECIPE, "plugins": [], "agent": agent}) == ["agent.policy: torch.hub:load"]
+
+
 def test_what_is_installed_or_no_code_needs_no_word(tmp_path):
     tree = {
         **RECIPE,
