@@ -100,6 +100,17 @@ def test_inside_ten_deviations_nothing_is_bent():
     torch.testing.assert_close(encoder({"observation": x})[inside], expected[inside], rtol=0, atol=0)
 
 
+def test_target_networks_read_with_the_statistics_of_those_that_learn():
+    agent = build_agent({**AGENTS["gaussian"], "normalize": "running"}, STATE, spaces.Box(-1, 1, (2,)), generator())
+    objective = build_objective({"id": "sac", "critic_hidden": [8]})
+    objective.setup(agent)
+    online, target = (agent.parts[name].encoder for name in ("critic", "target_critic"))
+    for shift in (3, 9):
+        online.fit({"observation": shift + torch.randn(50, 3, generator=generator(shift))})
+        objective.after_update(agent, 1)
+        assert torch.equal(target.mean, online.mean) and torch.equal(target.scale, online.scale)
+
+
 def test_the_reference_of_a_kl_term_keeps_its_statistics():
     agent = build_agent({**AGENTS["gaussian"], "normalize": "running"}, STATE, spaces.Box(-1, 1, (2,)), generator())
     agent.policy.encoder.fit({"observation": 3 + torch.randn(50, 3, generator=generator())})
