@@ -160,15 +160,23 @@ def test_training_a_residual_leaves_its_base_as_it_was():
     assert not torch.equal(head, agent.policy.head.net.last.weight)
 
 
+@pytest.mark.parametrize("spec", [SPECS["gaussian"], SPECS["residual"] | {"scale": 0.3}], ids=["gaussian", "residual"])
 @pytest.mark.parametrize("known", [{}, {"u": torch.full((60, 3), torch.nan)}], ids=["no trace", "unknown"])
-def test_the_correction_of_somebody_elses_action_is_read_off_it(known):
-    policy = build_policy(SPECS["residual"] | {"scale": 0.3}, STATE, WIDE, generator())
+def test_what_led_to_somebody_elses_action_is_read_off_it(spec, known):
+    policy = build_policy(spec, STATE, WIDE, generator())
     observation = observations(STATE, 60)
     taken = policy.act(observation, rng=generator(1))
     again, _ = policy.log_prob(as_tensors(observation), torch.from_numpy(taken.action), known)
     near = np.abs(taken.trace["u"]).max(1) < 2  # further out tanh forgets
     assert near.sum() > 20
     np.testing.assert_allclose(again.detach().numpy()[near], taken.log_prob[near], atol=2e-3)
+
+
+def test_a_corrected_action_stays_inside_where_the_base_is_at_its_bounds():
+    base = {**SPECS["deterministic"], "last_gain": 30.0}
+    policy = build_policy({"id": "residual", "base": base, **SMALL}, STATE, ACTION, generator())
+    taken = policy.act(observations(STATE, 60), rng=generator(1))
+    assert (np.abs(taken.trace["base_action"]) > 0.9).any() and np.abs(taken.action).max() == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from embodied_rft.agent import build_agent
+from embodied_rft.agent import build_agent, wrap_policy
 from embodied_rft.config import Recipe, parse
 from embodied_rft.encoder import Encoder
 from embodied_rft.learner import Learner
@@ -98,6 +98,17 @@ def test_inside_ten_deviations_nothing_is_bent():
     expected = (x - encoder.mean) * encoder.scale
     inside = expected.abs() <= 10
     torch.testing.assert_close(encoder({"observation": x})[inside], expected[inside], rtol=0, atol=0)
+
+
+def test_a_frozen_base_keeps_the_statistics_that_it_was_trained_with():
+    agent = build_agent({**AGENTS["gaussian"], "normalize": "running"}, STATE, spaces.Box(-1, 1, (2,)), generator())
+    agent.policy.encoder.fit({"observation": 3 + torch.randn(50, 3, generator=generator())})
+    agent.policy = wrap_policy("residual", agent, generator(1), hidden=[8], normalize="running")
+    base, before = agent.policy.base.encoder, agent.policy.base.encoder.mean.clone()
+    for encoder in (base, *agent.normalizers()):
+        encoder.fit({"observation": 9 + torch.randn(50, 3, generator=generator())})
+    assert torch.equal(base.mean, before) and base not in agent.normalizers()
+    assert float(agent.policy.encoder.mean.mean()) > 8
 
 
 def test_target_networks_read_with_the_statistics_of_those_that_learn():
