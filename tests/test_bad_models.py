@@ -12,6 +12,7 @@ from embodied_rft.agent import build_agent
 from embodied_rft.data import Ragged
 from embodied_rft.generation import Sampling, draw
 from embodied_rft.learner import LearnerConfig
+from tests import helpers_vla
 from tests.families import write_vlm
 from tests.test_families import LONG, REPLY, SPACE, language, rng, seen, vision
 
@@ -194,3 +195,15 @@ def test_a_processor_that_has_to_be_there(tmp_path):
         file.unlink()
     with pytest.raises(ValueError, match=re.escape("needs its own image processor (it wants image_sizes)")):
         vision(tmp_path)
+
+
+def test_a_width_that_learning_shrinks_keeps_its_least():
+    p, seen = helpers_vla.policy(head="parallel", parallel={"min_std": 0.02}), helpers_vla.observation()
+    with torch.no_grad():
+        p.head.log_std.fill_(-50.0)
+    taken = p.act(seen, rng=helpers_vla.rng())
+    trace = helpers_vla.tensors(taken.trace)
+    log_prob, entropy = p.log_prob(helpers_vla.tensors(seen), None, trace)
+    expected = torch.distributions.Normal(0.0, 0.02).entropy() * helpers_vla.STEP.shape[0]
+    torch.testing.assert_close(entropy, expected.expand(entropy.shape))
+    assert torch.isfinite(log_prob).all()

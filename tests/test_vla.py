@@ -248,6 +248,16 @@ def test_rows_add_up():
     assert torch.allclose(whole, sum(parts), atol=1e-5)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_padding_beside_longer_instructions_is_not_looked_at(head):
+    p, seen = policy(head=head, horizon=2), observation()
+    seen["instruction"] = ["go", "go there " * 4, "go"]
+    trace = tensors(p.act(seen, rng=rng()).trace)
+    first, own = ({k: v[:1] for k, v in tree.items()} for tree in (tensors(seen), trace))
+    alone = p.log_prob(first, None, own)[0]
+    assert torch.allclose(alone, p.log_prob(tensors(seen), None, trace)[0][:1], atol=1e-4)
+
+
 def test_bf16_trunk():
     p, seen = policy(dtype="bf16"), observation()
     taken = p.act(seen, rng=rng())
