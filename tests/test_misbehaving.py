@@ -1,8 +1,10 @@
 """Environments that misbehave, through every pool and through a run: named, counted, thrown away; too many stop it."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gymnasium
@@ -14,6 +16,7 @@ from embodied_rft.config import Recipe, parse
 from embodied_rft.incidents import NEVER, EnvironmentFailure, Incidents
 from embodied_rft.pool import VectorPool, make_pool
 from embodied_rft.train import train
+from embodied_rft.watch import Alarm, Hang
 from tests.helpers_zoo import FIRST, HEALTHY, SAID, TROUBLES
 
 IN_RESET = ("exit_reset", "reset_alone")
@@ -53,6 +56,24 @@ def test_every_trouble_costs_one_episode_and_is_named(kind, num_workers):
         assert last.valid.all() and last.info["success"][calm].all() and last.truncated[calm].all()
     finally:
         pool.close()
+
+
+def test_an_alarm_of_somebody_else_does_not_switch_ours_off_and_rings_later():
+    heard = []
+    left, theirs = signal.getitimer(signal.ITIMER_REAL), signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        alarm = Alarm()
+        with alarm:
+            alarm.begin(0, 0.05)
+            with pytest.raises(Hang, match="no answer within 0.05 s"):
+                time.sleep(60)
+        while not heard:  # a time limit of the whole test ends this, if nothing else does
+            time.sleep(0.01)
+        assert heard == [1]
+    finally:
+        signal.signal(signal.SIGALRM, theirs)
+        signal.setitimer(signal.ITIMER_REAL, *left)
 
 
 def recipe(pool="sync", *, stages=None, env=None, **options):
