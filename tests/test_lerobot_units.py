@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from embodied_rft.agent import build_policy
+from embodied_rft.agents.lerobot_processors import _Scaling
 
 MODES = {
     "MEAN_STD": ("mean", "std"),
@@ -324,3 +325,14 @@ def test_lerobot_itself_if_it_is_installed(tmp_path):
         first = policy.select_action(batch)
     rest = [policy._queues["action"].popleft() for _ in range(3)]
     assert np.allclose(found, torch.cat([post(action) for action in (first, *rest)]).numpy(), atol=1e-4)
+
+
+def test_eps_counts_on_the_way_in_alone():
+    """As in LeRobot: (x - mean) / (std + eps), and back x * std + mean."""
+    made = {"features": {"action": {"type": "ACTION"}}, "norm_map": {"ACTION": "MEAN_STD"}, "eps": 0.5}
+    state = {"action.mean": torch.tensor([1.0, 2.0]), "action.std": torch.tensor([0.5, 3.0])}
+    x = torch.tensor([[4.0, 5.0]])
+    there, back = (
+        _Scaling("a step", made, state, inverse=inverse)({"action": x})["action"] for inverse in (False, True)
+    )
+    assert there.tolist() == [[3.0, pytest.approx(3 / 3.5)]] and back.tolist() == [[3.0, 17.0]]

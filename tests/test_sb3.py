@@ -101,6 +101,10 @@ def test_images_are_transposed_as_sb3_does(tmp_path):
     expected, _ = model.predict(observation, deterministic=True)
     policy = load(path, env.observation_space, env.action_space)
     assert np.array_equal(policy.act({"observation": observation}, greedy=True).action, expected)
+    seen, action = model.policy.obs_to_tensor(observation)[0], torch.from_numpy(expected)
+    told = model.policy.get_distribution(seen).log_prob(action)[:, None]
+    given, _ = policy.log_prob({"observation": torch.from_numpy(observation)}, action, {})
+    torch.testing.assert_close(given, told, rtol=1e-5, atol=1e-6)  # actions alone hardly tell
 
 
 def test_classes_in_policy_kwargs_are_found_by_name(tmp_path):

@@ -89,11 +89,11 @@ def load(path, observation_space, action_space, **options):
     return build_policy({"id": "sb3", "path": path, **options}, observation_space, action_space, rng)
 
 
-def draw(space, count=4):
-    """Rows of a space; images from light to dark, because noise looks the same everywhere."""
+def draw(space, count=4, *, seed=3, apart=0):
+    """Rows of a space; images from light to dark, because noise looks the same everywhere. `apart`: of keys' seeds."""
     if isinstance(space, spaces.Dict):
-        return {key: draw(leaf, count) for key, leaf in space.spaces.items()}
-    space.seed(3)
+        return {key: draw(leaf, count, seed=seed + i * apart) for i, (key, leaf) in enumerate(space.spaces.items())}
+    space.seed(seed)
     rows = np.stack([space.sample() for _ in range(count)])
     return rows // np.arange(1, count + 1, dtype=np.uint8)[:, None, None, None] if space is IMAGE else rows
 
@@ -123,7 +123,7 @@ def test_the_order_of_the_model_counts_not_that_of_the_environment(tmp_path, giv
     trained = spaces.Dict([("state", state), ("it's", state), ("goal", GOAL)])
     model, path = saved(tmp_path, "PPO", "MultiInputPolicy", ACTIONS["box"], observation_space=trained)
     env = spaces.Dict([(key, trained[key]) for key in given(list(trained.spaces))])
-    observation = draw(trained)
+    observation = draw(trained, apart=1)
     expected, _ = model.predict(observation, deterministic=True)
     assert np.allclose(act(load(path, env, ACTIONS["box"]), observation), expected, atol=1e-6)
 

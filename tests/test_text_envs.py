@@ -270,6 +270,8 @@ def test_evaluation_seeds_alone_show_the_held_out_prompts(tmp_path):
     assert shown(env, range(2_000)) == training | evaluation
     sums = gymnasium.make("embodied_rft/TextSum-v0", held_out=0.3)
     assert not shown(sums, range(500)) & shown(sums, range(2**31, 2**31 + 500))
+    turns = [next(iter(shown(sums, [seed]))) for first in range(200) for seed in (2**31 + first, first)]  # in turn
+    assert not set(turns[::2]) & set(turns[1::2])
 
 
 def test_a_batch_keeps_its_sides_through_resets_and_restores():
