@@ -173,8 +173,13 @@ def test_a_body_is_repeated_so_often(tmp_path, times):
     assert len({t.seed for t in session.buffer.trajectories()}) == 4 * times  # every round has states of its own
 
 
-def test_a_warm_up_ends_the_episodes_that_it_began(tmp_path):
-    session = run(tmp_path / "run", {"warm_up": {"decisions": 22}}, {"collect": {"episodes": 4}})
+@pytest.mark.parametrize(
+    "stage",
+    [{"warm_up": {"decisions": 22}}, finetune(decisions=22, decisions_per_iteration=24)],
+    ids=lambda s: next(iter(s)),
+)
+def test_a_stage_ends_the_episodes_that_it_began(tmp_path, stage):
+    session = run(tmp_path / "run", stage, {"collect": {"episodes": 4}})
     found = sorted((len(t), t.end) for t in session.buffer.trajectories())
     assert found == [(1, "cut")] * 4 + [(5, "terminated")] * 8
 
@@ -211,6 +216,13 @@ def test_success_told_with_the_last_step_only_is_a_stream_of_reward(tmp_path, en
     session = run(tmp_path / "run", {"collect": {"episodes": 8}}, env=env, buffer=buffer)
     for trajectory in session.buffer.trajectories():
         assert trajectory.rewards["success"].tolist() == [0, 0, 0, 0, 1] and trajectory.success
+
+
+@pytest.mark.parametrize(("success", "decisions"), [("end", 40), ("middle", 120)])
+def test_a_stage_ends_as_soon_as_its_curve_shows_the_success_that_is_asked_for(tmp_path, success, decisions):
+    curve = {"evaluate_every": 40, "evaluate_episodes": 4, "until": {"success": 0.9}}
+    stage = finetune(decisions=120, decisions_per_iteration=20, **curve)
+    assert run(tmp_path / "run", stage, env={"success": success}).counters["decisions"] == decisions
 
 
 def test_success_that_is_lost_again_pays_nothing(tmp_path):
@@ -329,6 +341,12 @@ def test_a_stop_behind_the_last_update_keeps_the_numbers_of_the_stage(tmp_path, 
 # --- what is refused before anything runs -----------------------------------------------------------------------------
 
 GROUPS = {"episodes_per_iteration": 16, "group_size": 8}
+
+
+def test_iterations_of_whole_episodes_make_updates_for_what_they_collected(tmp_path):
+    options = {"objective_options": {"critic_hidden": [8]}, "batch_size": 4}
+    session = run(tmp_path / "run", finetune("watched_sac", decisions=40, episodes_per_iteration=4, **options))
+    assert session.counters == session.counters | {"decisions": 40, "updates": 40}
 
 
 @pytest.mark.parametrize(
