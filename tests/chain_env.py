@@ -75,7 +75,7 @@ class Faraway(gymnasium.Env):
 
 
 def register():
-    """Corridor-v0 and Faraway-v0."""
-    for name, cls in {"Corridor-v0": Corridor, "Faraway-v0": Faraway}.items():
+    """ChoiceCorridor-v0 and Faraway-v0."""
+    for name, cls in {"ChoiceCorridor-v0": Corridor, "Faraway-v0": Faraway}.items():
         if name not in gymnasium.registry:
             gymnasium.register(name, cls)

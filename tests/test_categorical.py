@@ -295,7 +295,7 @@ FINETUNE = {
 
 
 def run(folder, *stages, actions="discrete", agent=SMALL, seed=0):
-    env = {"id": "Corridor-v0", "num_envs": 4, "options": {"actions": actions}}
+    env = {"id": "ChoiceCorridor-v0", "num_envs": 4, "options": {"actions": actions}}
     tree = {
         "env": env,
         "agent": agent,
