@@ -62,7 +62,7 @@ def plugin_table(kind: str) -> str:
     from embodied_rft import registry
 
     rows = ["| id | what it does |", "| --- | --- |"]
-    for id in registry.known(kind):
+    for id in registry.shipped(kind):
         rows.append(f"| `{id}` | {_first_line(registry.find(kind, id))} |")
     return "\n".join(rows)
 
@@ -72,7 +72,7 @@ def stage_table() -> str:
     from embodied_rft import registry
 
     rows = ["| word | what it does | options |", "| --- | --- | --- |"]
-    for word in registry.known("stage"):
+    for word in registry.shipped("stage"):
         stage = registry.find("stage", word)
         config = getattr(stage, "Config", None)
         names = [f"`{f.name.rstrip('_')}`" for f in dataclasses.fields(config)] if config else []
@@ -101,7 +101,7 @@ def options_tables() -> str:
     for topic, cls in TOPICS.items():
         parts += [f"### `{topic}`", _first_line(cls), _table(of_dataclass(cls))]
     for kind in KINDS:
-        ids = registry.known(kind) if kind != "env" else sorted(i for i in gymnasium.registry if _is_ours(i))
+        ids = registry.shipped(kind) if kind != "env" else sorted(i for i in gymnasium.registry if _is_ours(i))
         with_options = {id: rows for id in ids if (rows := options_of(kind, id))}
         parts += [f"## `erft list {kind}s`"] if with_options else []
         shown: dict[str, str] = {}

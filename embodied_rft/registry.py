@@ -60,6 +60,11 @@ def known(kind: str) -> list[str]:
     return sorted(_tables[kind])
 
 
+def shipped(kind: str) -> list[str]:
+    """Ids of a kind that this package itself brings, sorted."""
+    return [id for id in known(kind) if find(kind, id).__module__.partition(".")[0] == __package__]
+
+
 def nearest(given: str, names: Iterable[str]) -> str:
     """A sentence that helps after a wrong name: the closest known one, else all of them."""
     names = sorted(names)

@@ -56,9 +56,10 @@ def test_padding_inside_a_micro_batch_is_no_unit():
         log_prob=padded - 5.0,
         mask=torch.from_numpy(reply.pad()[1]),
         trace={"prompt": Ragged.of([[5, 6]] * 3), "reply": reply},
-        notes={"advantage": torch.tensor([1.0, -1.0, 0.5])},
+        notes={"advantage": torch.tensor([1.0, -1.0, 0.5]), "episode_units": torch.tensor([1.0, 3.0, 5.0])},
         num_decisions=3,
         num_units=9,
+        num_episodes=3,
     )
     objective = build_objective({"id": "grpo"})
     agent = make()

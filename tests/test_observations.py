@@ -133,8 +133,7 @@ def test_every_key_changes_the_decision_or_is_refused_by_name(name, space):
             build_agent(spec, space, action, generator())
         return
     agent = build_agent(spec, space, action, generator())
-    build_objective("iql").setup(agent)
-    agent.parts.pop("value")
+    agent.ensure("critic", "critic")
     assert blind(agent, space) == []
 
 

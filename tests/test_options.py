@@ -19,7 +19,7 @@ def rows(found):
 def everything():
     registry.load_plugins()
     for kind in options.KINDS:
-        ids = gymnasium.registry if kind == "env" else registry.known(kind)
+        ids = gymnasium.registry if kind == "env" else registry.shipped(kind)
         yield from ((kind, id) for id in ids if kind != "env" or id.startswith("embodied_rft/"))
 
 
