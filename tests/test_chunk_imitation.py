@@ -49,7 +49,6 @@ def matching(policy, data, condition, rng):
         ({"id": "flow", "num_steps": 5}, matching),
         ({"id": "flow", "num_steps": 5, "noise": "learned"}, matching),
     ],
-    ids=str,
 )
 def test_errors_of_noise_chunk_and_velocity(spec, transcription):
     policy, observation, action = example(spec)
