@@ -43,19 +43,19 @@ class Task:
 
 PPO = {"n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20, "ent_coef": 0.0}
 TASKS = {
-    "cartpole": Task("gym/cartpole", "CartPole-v1", "PPO", 100_000, 8, PPO | {"learning_rate": 1e-3}),
+    "cartpole": Task("tasks/cartpole", "CartPole-v1", "PPO", 100_000, 8, PPO | {"learning_rate": 1e-3}),
     "lunar_lander": Task(
-        "gym/lunar_lander",
+        "tasks/lunar_lander",
         "LunarLander-v3",
         "PPO",
         300_000,
         16,
         {"n_steps": 256, "batch_size": 64, "gae_lambda": 0.98, "gamma": 0.999, "n_epochs": 4, "ent_coef": 0.01},
     ),
-    "pendulum": Task("gym/pendulum", "Pendulum-v1", "SAC", 10_000, 1, {"learning_rate": 1e-3}),
-    "half_cheetah": Task("gym/half_cheetah", "HalfCheetah-v5", "SAC", 100_000, 1, {"learning_starts": 10_000}),
+    "pendulum": Task("tasks/pendulum", "Pendulum-v1", "SAC", 10_000, 1, {"learning_rate": 1e-3}),
+    "half_cheetah": Task("tasks/half_cheetah", "HalfCheetah-v5", "SAC", 100_000, 1, {"learning_starts": 10_000}),
     "minigrid": Task(
-        "gym/minigrid_empty",
+        "tasks/minigrid_empty",
         "minigrid:MiniGrid-Empty-5x5-v0",
         "PPO",
         50_000,

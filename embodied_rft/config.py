@@ -226,7 +226,10 @@ def _complete(tree: dict[str, Any], folders: Sequence[Path]) -> Recipe:
     plugins = tree.get("plugins") or []
     if not isinstance(plugins, list):
         raise ConfigError(f"plugins must be a list of modules, as in `plugins: [my_module]`; got {plugins!r}")
-    for folder in folders:  # the command `erft` looks into none of them by itself
+    # The command `erft` looks into none of them by itself. A folder is not looked into without need: any folder in it
+    # would be a module, also one that happens to be named like a package that somebody tries to import.
+    needed = not all(map(trusting.is_installed, trusting.modules_named(tree)))
+    for folder in folders if needed else []:
         if folder.is_dir() and str(folder) not in sys.path:
             sys.path.append(str(folder))
     for module in plugins:

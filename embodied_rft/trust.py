@@ -61,6 +61,14 @@ def foreign_code(tree: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def modules_named(tree: Mapping[str, Any]) -> set[str]:
+    """Modules that a recipe names: its plug-ins, and what stands before the colon of each module:Name."""
+    plugins = tree.get("plugins") or []
+    named = {str(name) for name in plugins} if isinstance(plugins, list) else set()
+    values = (value for _, value in _leaves(tree) if isinstance(value, str) and NAMES_CODE.fullmatch(value))
+    return named | {value.partition(":")[0] for value in values}
+
+
 def is_installed(module: str) -> bool:
     """Whether a module is of a package that somebody installed; nothing is imported to find out."""
     top = module.partition(".")[0]

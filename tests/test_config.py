@@ -1,6 +1,7 @@
 """Recipes: extends, overrides, nested stages, errors with path and nearest key, and a dump that loads to the same."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -329,3 +330,16 @@ def test_defaults_live_in_the_dataclasses():
     defaults: dict[str, Any] = config.to_plain(Finetune.Config())
     assert plain["stages"] == [{"finetune": defaults}]
     assert plain["buffer"] == dataclasses.asdict(config.BufferConfig())
+
+
+def test_a_folder_beside_a_recipe_is_a_module_only_where_the_recipe_names_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "gym").mkdir()  # several packages try `import gym`, and take what they find for the old Gym
+    recipe, tree = tmp_path / "mine.yaml", {"env": {"id": "CartPole-v1"}, "agent": {"id": "gaussian"}, "stages": []}
+    recipe.write_text(yaml.safe_dump(tree))
+    load_recipe(recipe)
+    assert str(tmp_path) not in sys.path
+    (tmp_path / "corridor_beside.py").write_text("")
+    recipe.write_text(yaml.safe_dump({**tree, "plugins": ["corridor_beside"]}))
+    load_recipe(recipe)
+    assert str(tmp_path) in sys.path
