@@ -119,7 +119,7 @@ def ours(task: Task, seed: int, steps: int) -> tuple[float, Callable[[Any], Any]
         start = time.perf_counter()
         train(recipe, folder, quiet=True, report=False)
         seconds = time.perf_counter() - start
-        return seconds, load_policy(folder)
+        return seconds, load_policy(folder, trust=True)  # its wrappers are code of others
 
 
 SIDES = {"ours": ours, "sb3": sb3}
