@@ -9,6 +9,7 @@ import zipfile
 import gymnasium
 import numpy as np
 import pytest
+import sb3_contrib
 import stable_baselines3
 import torch
 from gymnasium import spaces
@@ -18,11 +19,6 @@ from embodied_rft.agent import build_policy
 from embodied_rft.agents import inert_pickle
 from embodied_rft.agents.sb3 import save_normalizer
 from embodied_rft.checks import check_policy
-
-try:
-    import sb3_contrib
-except ModuleNotFoundError:  # optional for users, too
-    sb3_contrib = None
 
 VECTOR = spaces.Box(-2, 2, (3,), np.float32)
 IMAGE = spaces.Box(0, 255, (36, 40, 3), np.uint8)
@@ -64,8 +60,6 @@ class Stub(gymnasium.Env):
 def algorithm_class(name):
     if hasattr(stable_baselines3, name):
         return getattr(stable_baselines3, name)
-    if sb3_contrib is None:
-        pytest.skip("sb3-contrib is not installed")
     return getattr(sb3_contrib, name)
 
 
