@@ -328,7 +328,8 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps of all checkpoints on disk, whole or not, oldest first."""
         try:
-            return sorted(int(path.name) for path in self.root.iterdir() if path.name.isdigit() and path.is_dir())
+            with os.scandir(self.root) as entries:  # their kind comes with the listing: one removed since still counts
+                return sorted(int(entry.name) for entry in entries if entry.name.isdigit() and entry.is_dir())
         except FileNotFoundError:
             return []
 
@@ -346,7 +347,9 @@ class Checkpoints:
         save(self.path(step), tree)
         self._mark.touch()
         for old in [s for s in self.steps() if s < step][: -(self.keep - 1) or None]:
-            _remove(self.path(old))
+            gone = self.root / f".{old:012d}.removing-{os.getpid()}"  # whole until it is gone, for who is reading
+            os.rename(self.path(old), gone)
+            _remove(gone)
         return self.path(step)
 
     def newest(self, *, at_most: int | None = None) -> tuple[int, Any] | None:
@@ -358,9 +361,9 @@ class Checkpoints:
         Raises:
             CheckpointError: all are damaged or gone. Beginning anew would overwrite what is left of the run.
         """
-        steps: list[int] = []
+        steps: list[int] | None = None
         while (now := [s for s in self.steps() if at_most is None or s <= at_most]) != steps:
-            steps = now  # another process may write newer ones and remove those that were just listed
+            steps = now  # another process may write newer ones and remove those that were just listed, or all of them
             for step in reversed(steps):
                 try:
                     return step, self._load(step)
@@ -392,7 +395,7 @@ class Checkpoints:
             original = self.root / path.name.lstrip(".").split(".")[0]
             if ".replaced-" in path.name and not original.exists():
                 os.rename(path, original)
-            elif ".writing-" in path.name or ".replaced-" in path.name:
+            elif any(word in path.name for word in (".writing-", ".replaced-", ".removing-")):
                 _remove(path)
 
 

@@ -231,8 +231,8 @@ def test_checkpoints_that_were_deleted_are_missed(tmp_path):
         checkpoints.newest()
 
 
-def test_one_reads_while_another_writes(tmp_path):
-    """Reading never fails, never removes what is being written, and never goes back."""
+def test_one_reads_while_another_writes(tmp_path, caplog):
+    """Reading never fails, never removes what is being written, never goes back, and calls nothing damaged."""
     checkpoints, done = Checkpoints(tmp_path / "checkpoints"), threading.Event()
     checkpoints.write(0, {"step": 0})
 
@@ -250,6 +250,18 @@ def test_one_reads_while_another_writes(tmp_path):
         seen.append(step)
     thread.join()
     assert seen == sorted(seen) and checkpoints.steps() == [198, 199]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("listed", [[], [3]])
+def test_a_list_that_is_out_of_date_is_read_again(tmp_path, monkeypatch, listed):
+    """All that a reader listed was replaced by the time it looked: an empty list is no sign of an empty folder."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (7, 8):
+        checkpoints.write(step, step)
+    answers, steps = iter([listed]), checkpoints.steps
+    monkeypatch.setattr(checkpoints, "steps", lambda: next(answers, steps()))
+    assert checkpoints.newest() == (8, 8)
 
 
 def test_only_the_newest_are_kept_and_a_step_can_be_rewritten(tmp_path):
