@@ -18,7 +18,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from embodied_rft.data import Tree
-from embodied_rft.mlp import fill, linear
+from embodied_rft.mlp import fill, linear, unfilled
 from embodied_rft.registry import nearest
 from embodied_rft.spaces import DISCRETE, ActionBox, ActionScale, Choices
 from embodied_rft.stepping import flatten_space, is_text
@@ -92,7 +92,8 @@ def _channels_first(shape: tuple[int, ...]) -> bool:
 class Numbers(nn.Module):
     """What is no picture, [B, ...] -> [B, size]: floats as they are, integers in [-1, 1], choices as one-hot vectors.
 
-    Integers without bounds are read as their inverse hyperbolic sine, which grows like a logarithm.
+    Integers without bounds are read as their inverse hyperbolic sine, which grows like a logarithm. Bounds that are
+    those of the type (a vector of bytes from 0 to 255) say nothing about the values, and count as none.
 
     Raises:
         ValueError: nothing here can be read as numbers; the key is named.
@@ -132,7 +133,9 @@ class Numbers(nn.Module):
             self.measured = True
         elif np.issubdtype(dtype, np.integer) and isinstance(space, spaces.Box) and self.size:
             low, high = float(space.low.min()), float(space.high.max())
-            if 0 < high - low <= 2**24:  # what float32 counts exactly
+            limits = np.iinfo(dtype)
+            stated = low > limits.min or high < limits.max
+            if stated and 0 < high - low <= 2**24:  # what float32 counts exactly
                 self.range = ((high + low) / 2, (high - low) / 2)
             else:
                 self.compress = self.measured = True
@@ -172,7 +175,7 @@ class ImageEncoder(nn.Module):
         channels *= 9 if self.symbols else 1
         layers: list[nn.Module] = []
         for out in widths:
-            conv = nn.utils.skip_init(nn.Conv2d, channels, out, 3, stride=stride, padding=1)
+            conv = unfilled(nn.Conv2d, channels, out, 3, stride=stride, padding=1)
             fill(conv.weight, fan_in=9 * channels, gain=1.0, init="orthogonal", rng=rng)
             nn.init.zeros_(conv.bias)
             layers += [conv, nn.ReLU(inplace=True)]
@@ -257,7 +260,7 @@ class Encoder(nn.Module):
         if not bool(self.measured.any()):
             raise ValueError(
                 f"normalize has no effect: of {', '.join([*self.state_keys, *self.image_keys])} none is a vector of "
-                "floats (images, integers and choices have scales of their own); leave the option out"
+                "floats (images, bounded integers and choices have scales of their own); leave the option out"
             )
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 aten = torch.ops.aten
 Init = Literal["uniform", "orthogonal"]
 Activation = Literal["relu", "tanh"]
+L = TypeVar("L", bound=nn.Module)
 
 
 def fill(weight: Tensor, *, fan_in: int, gain: float, init: Init, rng: torch.Generator) -> None:
@@ -31,13 +32,24 @@ def fill(weight: Tensor, *, fan_in: int, gain: float, init: Init, rng: torch.Gen
             weight.uniform_(-bound, bound, generator=rng)
 
 
+def unfilled(kind: Callable[..., L], *sizes: int, **options: Any) -> L:
+    """A layer whose weights are memory to be filled.
+
+    Its own initialisation would draw from the global generator; `nn.utils.skip_init` does this, but loads a compiler.
+    """
+    layer = kind(*sizes, **options, device="meta")
+    for name, parameter in layer.named_parameters():
+        setattr(layer, name, nn.Parameter(torch.empty(parameter.shape)))
+    return layer
+
+
 def linear(
     in_features: int, out_features: int, *, rng: torch.Generator, gain: float = 1.0, init: Init = "uniform"
 ) -> nn.Linear:
     """A linear layer with generator-drawn weights and a zero bias."""
     if in_features < 1 or out_features < 1:
         raise ValueError(f"a layer from {in_features} to {out_features} numbers: widths of at least 1 are expected")
-    layer = nn.utils.skip_init(nn.Linear, in_features, out_features)
+    layer = unfilled(nn.Linear, in_features, out_features)
     fill(layer.weight, fan_in=in_features, gain=gain, init=init, rng=rng)
     nn.init.zeros_(layer.bias)
     return layer

@@ -161,15 +161,16 @@ def test_numbers_are_read_as_they_are_meant():
         goal=spaces.Discrete(3, start=-1),
         cards=spaces.MultiDiscrete([2, 3], start=[0, 5]),
         ram=spaces.Box(0, 255, (2,), np.uint8),
+        rank=spaces.Box(0, 10, (2,), np.uint8),
         score=spaces.Box(-(2**62), 2**62, (1,), np.int64),
     )
     value = {"robot/q": [0.5, -7], "robot/on": np.int8([1, 0]), "goal": 1, "cards": [1, 5]}
-    value |= {"ram": np.uint8([0, 255]), "score": [10**6]}
+    value |= {"ram": np.uint8([0, 255]), "rank": np.uint8([0, 10]), "score": [10**6]}
     value = {k: np.float32(v) if k == "robot/q" else v for k, v in value.items()}
     features = encode(space, value)  # keys in the order of their names
-    expected = [0, 1, 1, 0, 0, 0, 0, 1, -1, 1, 1, 0, 0.5, -7, np.arcsinh(1e6)]
+    expected = [0, 1, 1, 0, 0, 0, 0, 1, 0, np.arcsinh(255), -1, 1, 1, 0, 0.5, -7, np.arcsinh(1e6)]
     torch.testing.assert_close(features, torch.tensor(expected, dtype=torch.float32))
-    assert torch.equal(encode(space, value, keys=["robot"]), features[[12, 13, 10, 11]])
+    assert torch.equal(encode(space, value, keys=["robot"]), features[[14, 15, 12, 13]])
 
 
 @pytest.mark.parametrize(
@@ -204,14 +205,31 @@ def test_a_picture_is_the_same_whatever_its_form(layout):
         torch.testing.assert_close(again, seen, atol=1e-5, rtol=0)
 
 
-def test_symbols_of_a_small_grid_are_far_apart():
-    """MiniGrid's codes are 0 to 10 of 255: as grey values they would be one colour."""
-    space = spaces.Box(0, 255, (7, 7, 3), np.uint8)
-    grid = np.full((7, 7, 3), 1, np.uint8)
-    other = grid.copy()
-    other[3, 3, 0] = 2
-    one, two = (encode(space, {"observation": each}) for each in (grid, other))
-    assert float((one - two).abs().max()) > 0.05
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        *(((147,), dtype) for dtype in INTEGERS),
+        ((1,), np.uint8),
+        ((9, 4), np.uint8),
+        ((7, 7), np.uint8),
+        ((7, 7, 3), np.uint8),
+        ((3, 7, 7), np.uint8),
+    ],
+)
+def test_small_numbers_in_a_type_that_holds_large_ones_are_far_apart(shape, dtype):
+    """MiniGrid's codes are 0 to 10 of 255, as a grid or flat: as grey values they would be one colour."""
+    info = np.iinfo(dtype)
+    agent = build_agent(
+        {"id": "categorical"}, spaces.Box(info.min, info.max, shape, dtype), spaces.Discrete(3), generator()
+    )
+    build_objective("discrete_sac").setup(agent)
+    build_objective("ppo").setup(agent)
+    one = np.ones((1, *shape), dtype)
+    two = one.copy()
+    two.flat[one.size // 2] = 2
+    for part in (agent.policy, agent.parts["critic"], agent.parts["value"]):
+        features = [part.encoder(as_tensors({"observation": each})) for each in (one, two)]
+        assert float((features[0] - features[1]).detach().abs().max()) > 0.05
 
 
 @pytest.mark.parametrize(
