@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embodied_rft import networks
-from embodied_rft.agent import observe, require_rng
-from embodied_rft.agents.parts import STRICT, NetworkConfig, make_encoder
+from embodied_rft.agents.parts import NetworkConfig, make_encoder
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.options import STRICT
+from embodied_rft.policy import observe, require_rng
 from embodied_rft.registry import register
 from embodied_rft.spaces import DISCRETE, Choices, what_suits
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embodied_rft import networks
-from embodied_rft.agent import observe, require_rng
 from embodied_rft.agents.normalisation import Statistics
-from embodied_rft.agents.parts import STRICT
 from embodied_rft.chunking import step_space
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.encoder import Encoder, Normalize
+from embodied_rft.options import STRICT
+from embodied_rft.policy import observe, require_rng
 from embodied_rft.spaces import ActionScale, what_suits
 
 

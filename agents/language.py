@@ -18,16 +18,16 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft.agent import require_rng
 from embodied_rft.agents.causal_lm import CausalLM, load_model
 from embodied_rft.agents.tiny_lm import TinyConfig
 from embodied_rft.data import Batch, Decisions, Field, Ragged, Tree
 from embodied_rft.networks import linear
+from embodied_rft.options import STRICT
 from embodied_rft.packing import plan_within
+from embodied_rft.policy import require_rng
 from embodied_rft.prefix_tree import Usage
 from embodied_rft.registry import register
 from embodied_rft.spaces import what_suits
@@ -36,7 +36,7 @@ from embodied_rft.text_spaces import ChatText, read_chat, write_chat
 from embodied_rft.tuning import LoraOptions, Train
 
 
-@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class LanguageConfig:
     """Options of a `language` agent."""
 

@@ -13,11 +13,12 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft.agent import build_policy, observe, require_rng
 from embodied_rft.agents.chunks import ChainPolicy, chain_decisions, require_chain
-from embodied_rft.agents.parts import STRICT, FrozenBase
+from embodied_rft.agents.parts import FrozenBase
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.encoder import Encoder
+from embodied_rft.options import STRICT
+from embodied_rft.policy import build_policy, observe, require_rng
 from embodied_rft.registry import register
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embodied_rft.registry import nearest
+from embodied_rft.names import nearest
 
 Kind = Literal["min_max", "quantile", "mean_std"]
 PARTS = ("center", "scale", "low", "high")

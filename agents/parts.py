@@ -10,15 +10,13 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft import networks
-from embodied_rft.agent import require_rng
 from embodied_rft.encoder import Encoder, Normalize
-
-STRICT = ConfigDict(extra="forbid")
+from embodied_rft.options import STRICT
+from embodied_rft.policy import require_rng
 
 
 @dataclass(config=STRICT, kw_only=True)

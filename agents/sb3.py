@@ -16,21 +16,21 @@ from typing import Any, Literal
 import gymnasium as gym
 import torch
 from gymnasium import spaces
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft import sb3_baseline  # noqa: F401  registers the stage of the same name
-from embodied_rft.agent import require_rng
 from embodied_rft.agents import sb3_files
 from embodied_rft.agents.sb3_files import save_normalizer as save_normalizer  # for those who write such files
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.options import STRICT
+from embodied_rft.policy import require_rng
 from embodied_rft.registry import register
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class SB3Config:
     """Options of an `sb3` agent; what is None is read from the zip."""
 

@@ -28,7 +28,7 @@ from torch import nn
 
 from embodied_rft.agents import inert_pickle
 from embodied_rft.agents.inert_pickle import Inert
-from embodied_rft.registry import nearest
+from embodied_rft.names import nearest
 
 CONTRIB = ("TQC", "CrossQ", "QRDQN", "TRPO", "ARS")  # of the package sb3-contrib
 ALGORITHMS = ("SAC", "PPO", "A2C", "TD3", "DDPG", "DQN", *CONTRIB)

@@ -17,9 +17,10 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.agent import build_policy, observe, require_rng
-from embodied_rft.agents.parts import STRICT, ActorConfig, FrozenBase, decide, freeze, make_actor
+from embodied_rft.agents.parts import ActorConfig, FrozenBase, decide, freeze, make_actor
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.options import STRICT
+from embodied_rft.policy import build_policy, observe, require_rng
 from embodied_rft.registry import register
 
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+
+from embodied_rft.options import STRICT
 
 PAD, EOS, USER, ASSISTANT = "<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -20,7 +21,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class TinyConfig:
     """Size of a random model."""
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.agents.tiny_lm import tiny_tokenizer
+from embodied_rft.options import STRICT
 
 IMAGE, VISION_START, VISION_END = "<image>", "<|vision_start|>", "<|vision_end|>"
 AROUND, GLOBAL = "<fake_token_around_image>", "<global-img>"
 
 
-@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class TinyVLMConfig:
     """Size of a random vision-language model."""
 

@@ -17,11 +17,9 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft.agent import observe, require_rng
 from embodied_rft.agents.causal_lm import CausalLM
 from embodied_rft.agents.feature_cache import content_keys
 from embodied_rft.agents.language import text_key, texts
@@ -30,14 +28,17 @@ from embodied_rft.agents.vla import TrunkEncoder
 from embodied_rft.agents.vla_backbone import Context, load_vlm
 from embodied_rft.data import Decisions, Field, Ragged, Tree
 from embodied_rft.encoder import cameras
-from embodied_rft.registry import nearest, register
+from embodied_rft.names import nearest
+from embodied_rft.options import STRICT
+from embodied_rft.policy import observe, require_rng
+from embodied_rft.registry import register
 from embodied_rft.spaces import what_suits
 from embodied_rft.stepping import flatten_space
 from embodied_rft.text_spaces import ChatText
 from embodied_rft.tuning import LoraOptions, Train
 
 
-@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class VisionLanguageConfig:
     """Options of a `vision_language` agent."""
 

@@ -18,12 +18,10 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft import networks
-from embodied_rft.agent import observe, require_rng
 from embodied_rft.agents.chunks import ChunkConfig, Codec
 from embodied_rft.agents.language import texts
 from embodied_rft.agents.tiny_vlm import TinyVLMConfig
@@ -32,7 +30,10 @@ from embodied_rft.agents.vla_heads import HEADS, FlowOptions, ParallelOptions, S
 from embodied_rft.chunking import step_space
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.encoder import Encoder, Normalize, cameras, is_image
-from embodied_rft.registry import nearest, register
+from embodied_rft.names import nearest
+from embodied_rft.options import STRICT
+from embodied_rft.policy import observe, require_rng
+from embodied_rft.registry import register
 from embodied_rft.stepping import flatten_space, is_text
 from embodied_rft.tuning import LoraOptions, Train
 
@@ -40,7 +41,7 @@ HEAD_FILE = "vla_head.safetensors"
 INSTRUCTION = "instruction"  # the observation key of the text
 
 
-@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class VLAConfig:
     """Options of a `vla` agent."""
 

@@ -15,19 +15,17 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from embodied_rft.agent import require_rng
 from embodied_rft.agents.chunks import Step, entropy_of, flow_step, flow_target, gaussian_log_prob, require_chain
 from embodied_rft.agents.vla_backbone import VLM, Context
 from embodied_rft.data import Field
 from embodied_rft.losses import mean_where
 from embodied_rft.networks import MLP, linear
-
-STRICT = ConfigDict(extra="forbid")
+from embodied_rft.options import STRICT
+from embodied_rft.policy import require_rng
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -94,7 +94,7 @@ def options_tables() -> str:
     import gymnasium
 
     from embodied_rft import registry
-    from embodied_rft.options import KINDS, TOPICS, base_of, of_dataclass, options_of
+    from embodied_rft.catalogue import KINDS, TOPICS, base_of, of_dataclass, options_of
 
     registry.load_plugins()
     parts = ["## Parts of a recipe"]

@@ -14,17 +14,14 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import pydantic
 import torch
 from torch import Tensor, nn
 
 from embodied_rft import networks, registry
-from embodied_rft.data import Tree
-from embodied_rft.encoder import Encoder, as_tensors
-from embodied_rft.spaces import check_action_space, what_suits
-from embodied_rft.tuning import retune
-
-Spec = Mapping[str, Any]
+from embodied_rft.encoder import Encoder
+from embodied_rft.names import nearest
+from embodied_rft.policy import Spec, build_policy
+from embodied_rft.spaces import what_suits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +90,7 @@ class Agent(nn.Module):
         if name == "policy":
             return self.policy
         if name not in self.parts:
-            raise ValueError(f"the agent has no part {name!r}; {registry.nearest(name, ['policy', *self.parts])}")
+            raise ValueError(f"the agent has no part {name!r}; {nearest(name, ['policy', *self.parts])}")
         return self.parts[name]
 
     def trainable(self, name: str) -> list[nn.Parameter]:
@@ -198,40 +195,8 @@ def _make_part(agent: Agent, kind: str, options: Mapping[str, Any]) -> nn.Module
         "return_scale": networks.ReturnScale,
     }
     if kind not in makers:
-        raise ValueError(f"unknown kind of part {kind!r}; {registry.nearest(kind, makers)}")
+        raise ValueError(f"unknown kind of part {kind!r}; {nearest(kind, makers)}")
     return makers[kind](**options)
-
-
-def parse_options(cls: type, options: Mapping[str, Any], *, what: str) -> Any:
-    """An instance of a Config dataclass from a mapping.
-
-    Raises:
-        ValueError: names every wrong key or value and the nearest known key.
-    """
-    names = [f.name for f in dataclasses.fields(cls)]
-    unknown = [key for key in options if key not in names]
-    if unknown:
-        raise ValueError(f"{what} has no option {unknown[0]!r}; {registry.nearest(unknown[0], names)}")
-    try:
-        return pydantic.TypeAdapter(cls).validate_python(dict(options))
-    except pydantic.ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})" for e in error.errors()]
-        raise ValueError(f"{what}: " + "; ".join(lines)) from None
-
-
-def build_policy(spec: Spec, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator) -> nn.Module:
-    """The policy that {"id": ..., **options} describes, with weights drawn from `rng`."""
-    if "id" not in spec:
-        raise ValueError(f"agent {dict(spec)!r} has no id; known: {', '.join(registry.known('agent'))}")
-    options = {k: v for k, v in spec.items() if k not in ("id", "tuned")}
-    check_action_space(action_space)
-    cls = registry.find("agent", spec["id"])
-    config = parse_options(cls.Config, options, what=f"agent {spec['id']!r}")
-    policy = cls(config, observation_space=observation_space, action_space=action_space, rng=rng)
-    policy.spec = {k: v for k, v in spec.items() if k != "tuned"}
-    if "tuned" in spec:
-        retune(policy, spec["tuned"], rng=rng)
-    return policy
 
 
 def build_agent(spec: Spec, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator) -> Agent:
@@ -259,15 +224,3 @@ def wrap_policy(id: str, agent: Agent, rng: torch.Generator, **options: Any) -> 
     policy: Any = build_policy(spec, agent.spaces.observation, agent.spaces.action, rng)
     policy.load_base(agent.policy)
     return policy.to(agent.device)
-
-
-def require_rng(rng: torch.Generator | None) -> torch.Generator:
-    """The generator, or a ValueError: randomness never comes from the global one."""
-    if rng is None:
-        raise ValueError("a random decision needs rng=torch.Generator(...); pass one, or greedy=True")
-    return rng
-
-
-def observe(tree: Tree, policy: nn.Module) -> dict[str, Any]:
-    """Observation arrays [N, ...] as tensors on the policy's device; texts stay what they are."""
-    return {**tree, **as_tensors(tree, next(policy.parameters()).device)}

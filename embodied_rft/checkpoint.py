@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 from embodied_rft.data import Ragged
+from embodied_rft.distributed import gather
 
 logger = logging.getLogger(__name__)
 
@@ -284,26 +284,6 @@ def _cannot_write(folder: Path, needed: int, error: OSError) -> CheckpointError:
     return CheckpointError(f"could not write checkpoint {folder}: {error.strerror}. {hint}Earlier ones are untouched.")
 
 
-def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a file so that readers see either the old or the new content, never half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            what = f"{error.strerror}: {path} cannot be written; what was there before is untouched"
-            raise OSError(error.errno, what) from error
-        raise
-
-
 # --- the checkpoints of a run ---------------------------------------------------------------------
 
 
@@ -453,3 +433,10 @@ def _close_locks_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_close_locks_in_child)
+
+
+def common_newest(checkpoints: Checkpoints) -> tuple[int, Any] | None:
+    """(step, tree) of the newest checkpoint that every process has; None: there is none."""
+    found = checkpoints.newest()
+    common = min(gather(0 if found is None else found[0]))
+    return found if found is None or found[0] == common else checkpoints.newest(at_most=common)

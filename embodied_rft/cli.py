@@ -48,7 +48,8 @@ def train(
     """
     from embodied_rft import distributed
     from embodied_rft.config import load_recipe
-    from embodied_rft.report import write_report, write_run_facts
+    from embodied_rft.facts import write_run_facts
+    from embodied_rft.report import write_report
     from embodied_rft.train import train as train_recipe
 
     changes = [*overrides, *([] if seed is None else [f"seed={seed}"])]
@@ -227,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(given: list[str], *, debug: bool) -> int:
-    from embodied_rft.registry import nearest
+    from embodied_rft.names import nearest
 
     if given and not given[0].startswith("-") and given[0] not in VERBS:
         return _fail(f"unknown verb {given[0]!r}; {nearest(given[0], VERBS)}")
@@ -269,7 +270,7 @@ def _is_users(error: Exception) -> bool:
 
 
 def _fail(message: str) -> int:
-    from embodied_rft.console import visible
+    from embodied_rft.names import visible
 
     print(f"erft: {visible(message)}", file=sys.stderr)
     return USER

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from embodied_rft.blobs import BlobStore, Images
 from embodied_rft.data import Field, Ragged
-from embodied_rft.registry import nearest
+from embodied_rft.names import nearest
 
 # float64 observations (the default of MuJoCo environments) are stored as float32: networks read float32.
 STORED_AS = {name: name for name in ("float16", "float32", "bool", "uint8", "int8", "int16", "int32", "int64")} | {

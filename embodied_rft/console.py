@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-import regex
 import rich.console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-_STEERING = regex.compile(r"[\p{Cc}\p{Cf}\p{Cs}--[\n\t]]", flags=regex.V1)
+from embodied_rft.names import visible
+
 LINE_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 
@@ -97,11 +97,6 @@ class _Amount(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.completed:,.0f} / {task.total or 0:,.0f}")
-
-
-def visible(text: str) -> str:
-    r"""A text in which control and formatting characters are written out ("\x1b"), all but line breaks and tabs."""
-    return str(_STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text))
 
 
 def describe(values: Mapping[str, Any]) -> str:

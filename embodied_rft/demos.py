@@ -8,6 +8,11 @@ from typing import Any
 import numpy as np
 
 from embodied_rft import registry
+from embodied_rft.collect import Act, action_field
+from embodied_rft.columns import Schema
+from embodied_rft.data import Decisions, Ragged, Tree
+from embodied_rft.names import nearest
+from embodied_rft.stepping import Pool
 
 
 def make_demonstrator(env_id: str, id: str = "scripted", **options: Any) -> Any:
@@ -15,7 +20,7 @@ def make_demonstrator(env_id: str, id: str = "scripted", **options: Any) -> Any:
     known = registry.known("demonstrator")
     if id == "scripted":
         if env_id not in known:
-            raise ValueError(f"no scripted demonstrator for {env_id!r}; {registry.nearest(env_id, known)}")
+            raise ValueError(f"no scripted demonstrator for {env_id!r}; {nearest(env_id, known)}")
         id = env_id
     return registry.find("demonstrator", id)(**options)
 
@@ -37,7 +42,6 @@ def write_demos(
     from embodied_rft.data import Source
     from embodied_rft.pool import make_pool
     from embodied_rft.seeding import spawn_generator
-    from embodied_rft.stages.experience import demonstrator_act, step_schema
     from embodied_rft.trajectories import OUTSIDE, within
 
     if episodes < 1:
@@ -62,3 +66,20 @@ def write_demos(
         "success": metrics.get("collect/success"),
         "return": float(np.round(metrics["collect/return"], 3)),
     }
+
+
+def step_schema(pool: Pool, rewards: tuple[str, ...] = ("env",)) -> Schema:
+    """Columns of single steps of a pool: of experience that is still to be cut into chunks or written to a file."""
+    return Schema(observation=dict(pool.fields), action=action_field(pool.action_space), rewards=rewards)
+
+
+def demonstrator_act(demonstrator: Any, rng: np.random.Generator, units: int | None) -> Act:
+    """A demonstrator as something that acts. Its log-probabilities are unknown and stored as 0, or as empty."""
+
+    def act(observation: Tree) -> Decisions:
+        action = demonstrator.act(observation, rng)
+        count = len(action)
+        unknown = Ragged.of([[]] * count, np.float32) if units is None else np.zeros((count, units), np.float32)
+        return Decisions(action, unknown)
+
+    return act

@@ -21,8 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embodied_rft.checkpoint import Checkpoints
-
 T = TypeVar("T")
 BUCKET_ELEMENTS = 2**24  # gradients that are summed in one message: 64 MB
 TIMEOUT_SECONDS = 1800.0  # longest wait for another process; EMBODIED_RFT_TIMEOUT changes it
@@ -141,13 +139,6 @@ def seed_key(name: str) -> tuple[int, ...]:
     """What sets the generator `name` apart: weights are drawn alike in all processes, everything else is not."""
     own = 0 if name in ("agent", "setup") else rank()
     return (*name.encode(), *([256 + own] if own else []))
-
-
-def newest(checkpoints: Checkpoints) -> tuple[int, Any] | None:
-    """(step, tree) of the newest checkpoint that every process has; None: there is none."""
-    found = checkpoints.newest()
-    common = min(gather(0 if found is None else found[0]))
-    return found if found is None or found[0] == common else checkpoints.newest(at_most=common)
 
 
 def check_size(before: int, folder: Path) -> None:

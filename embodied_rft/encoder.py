@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from embodied_rft.data import Tree
 from embodied_rft.mlp import fill, linear, unfilled
-from embodied_rft.registry import nearest
+from embodied_rft.names import nearest
 from embodied_rft.spaces import DISCRETE, ActionBox, ActionScale, Choices
 from embodied_rft.stepping import flatten_space, is_text
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from embodied_rft.collect import Act, Endless, Say
-from embodied_rft.log import write_json
+from embodied_rft.files import write_json
 from embodied_rft.pool import Pool, StepResult
 from embodied_rft.samples import Sample, Samples, summarize, write_samples
 from embodied_rft.seeding import evaluation_seed

@@ -3,48 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from embodied_rft.collect import Act
-from embodied_rft.log import write_json
+from embodied_rft.env_config import EnvConfig
 from embodied_rft.making import make_single
 from embodied_rft.pool import Pool, VectorPool
-from embodied_rft.seeding import evaluation_generator
 from embodied_rft.singles import Singles
-
-if TYPE_CHECKING:
-    from embodied_rft.config import EnvConfig
-    from embodied_rft.session import Session
-
-
-def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tries: int = 4) -> str:
-    """Film one episode that ends in success (or failure) from one of `seeds`; returns what to tell the user."""
-    from embodied_rft.video import write_video
-
-    wanted = "success" if success else "failure"
-    if not seeds:
-        return f"no {wanted} to film"
-    env = session.env
-    act = session.actor(greedy=True, rng=evaluation_generator())
-    try:
-        for seed in seeds[:tries]:
-            rolled = roll_out(act, env, seed, session.fit)
-            won = rolled.success
-            if won == success:
-                path = write_video(session.folder / "videos" / f"{name}.mp4", rolled.frames, fps=25)
-                write_json(
-                    Path(path).with_suffix(".json"), {"seed": int(seed), "success": won, "stage": list(session.path)}
-                )
-                return f"filmed a {wanted}: {path.name}"
-        return f"nothing filmed: none of {min(tries, len(seeds))} episodes ended in {wanted} in the single environment"
-    except Exception as error:  # a picture is never worth a run
-        write_json(session.folder / "videos" / "unavailable.json", {"reason": str(error)})
-        return f"no video: {error}"
 
 
 @dataclass(frozen=True)

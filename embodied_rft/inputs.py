@@ -19,10 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from embodied_rft.checkpoint import BEST, save, write_atomically
-from embodied_rft.config import KEPT_PLUGINS, Recipe, to_plain
+from embodied_rft.checkpoint import BEST, save
+from embodied_rft.config import KEPT_PLUGINS, Recipe
+from embodied_rft.files import write_atomically
+from embodied_rft.options import ConfigError, to_plain
 from embodied_rft.resume import Which, only_weights, read_state
-from embodied_rft.yaml_tree import HOLD_FILES, ConfigError, map_files
+from embodied_rft.yaml_tree import HOLD_FILES, map_files
 
 FOLDER = "inputs"
 LARGEST = 2**29  # bytes of a file or folder that is copied

@@ -13,7 +13,7 @@ import numpy as np
 
 from embodied_rft.columns import STORED_AS, Schema
 from embodied_rft.data import Decisions, Field, Ragged, Tree
-from embodied_rft.registry import nearest
+from embodied_rft.names import nearest
 
 FINITE = ("observation", "action", "reward")  # not the trace: it may hold masked logits
 

@@ -19,18 +19,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat
 from pydantic import Field as Option
+from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft import distributed
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
+from embodied_rft.names import nearest
 from embodied_rft.networks import polyak
 from embodied_rft.optimizer import AdamW, gradient_norms
+from embodied_rft.options import STRICT
 from embodied_rft.packing import plan_units
-from embodied_rft.registry import nearest
 
 Metrics = dict[str, float]
 
@@ -39,7 +40,7 @@ class NonFiniteLossError(FloatingPointError):
     """A loss or gradient was NaN or infinite; no weight has been changed by it."""
 
 
-@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class LearnerConfig:
     """How gradients are taken, the same for every objective."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from embodied_rft import registry
-from embodied_rft.console import visible
+from embodied_rft.names import nearest, visible
 
 
 def print_known(kinds: Sequence[str]) -> None:
@@ -57,17 +57,17 @@ def print_options(kind: str, id: str | None) -> None:
     Raises:
         ValueError: nothing has that name, with the nearest that has.
     """
-    from embodied_rft.options import KINDS, TOPICS, Option, of_dataclass, options_of
+    from embodied_rft.catalogue import KINDS, TOPICS, Option, of_dataclass, options_of
 
     singular = kind.removesuffix("s")
     if id is None:
         if kind not in TOPICS:
             names = [*TOPICS, *(f"{name}s" for name in KINDS)]
-            raise ValueError(f"erft list {kind}: unknown kind; {registry.nearest(kind, names)}")
+            raise ValueError(f"erft list {kind}: unknown kind; {nearest(kind, names)}")
         rows, about = of_dataclass(TOPICS[kind]), first_line(TOPICS[kind])
     else:
         if singular not in KINDS:
-            raise ValueError(f"erft list {kind} {id}: unknown kind; {registry.nearest(singular, KINDS)}")
+            raise ValueError(f"erft list {kind} {id}: unknown kind; {nearest(singular, KINDS)}")
         rows = options_of(singular, id)
         about = known_of("envs").get(id, "") if singular == "env" else first_line(registry.find(singular, id))
     print(visible(f"{id or kind}: {about}".rstrip(": ")))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +20,9 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import BeforeValidator
 
-from embodied_rft.checkpoint import write_atomically
-from embodied_rft.console import Bar, Console, describe, visible
+from embodied_rft.console import Bar, Console, describe
+from embodied_rft.files import _plain, write_atomically
+from embodied_rft.names import visible
 from embodied_rft.samples import Sample
 from embodied_rft.sinks import Sink, Table, TensorBoardSink, WandbSink, make_plugin_sink
 
@@ -277,27 +277,3 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [record for record in map(_record, lines) if record is not None]
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """A JSON file for people and machines, whole or not at all; NaN and infinities as strings."""
-    write_atomically(path, json.dumps(_plain_tree(content), indent=1, allow_nan=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """A metric as JSON: 0-d tensors and arrays as numbers, NaN and infinities as "NaN", "Infinity", "-Infinity"."""
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
-    return value
-
-
-def _plain_tree(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain_tree(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain_tree(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain_tree(value.tolist())
-    return str(value) if isinstance(value, os.PathLike) else _plain(value)

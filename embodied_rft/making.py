@@ -18,7 +18,8 @@ from gymnasium import wrappers as gymnasium_wrappers
 from gymnasium.envs.registration import EnvSpec
 
 from embodied_rft.incidents import describe_error
-from embodied_rft.registry import load_plugins, nearest
+from embodied_rft.names import nearest
+from embodied_rft.registry import load_plugins
 
 # Ids that begin so are registered when the module is imported, which the package brings.
 PACKAGES: tuple[tuple[str, str, str], ...] = (

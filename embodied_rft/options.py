@@ -1,284 +1,230 @@
-"""What may be set, read from where it is declared: name, default, values, meaning of every option.
+"""Options of recipes and plug-ins: plain data to validated dataclasses, and errors that name the nearest known key.
 
-Options of plug-ins are fields of their `Config`; the meaning is the comment on the field's line, or above it. Options
-of environments, demonstrators and rules are keyword arguments; the meaning is in the docstring's "Args:". So a listing
-cannot be out of date. Boundary: reads declarations; prints and validates nothing.
+Every part that a recipe names declares its options as a dataclass `Config`, the one place of their defaults; a key that
+nothing reads is an error.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import enum
-import functools
-import inspect
-import io
-import re
-import textwrap
-import tokenize
+import keyword
+import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, TypeVar
 
-import yaml
-from pydantic import WrapValidator
-from pydantic.fields import FieldInfo
+from pydantic import ConfigDict, TypeAdapter, ValidationError, ValidationInfo, WrapValidator
+from pydantic.dataclasses import is_pydantic_dataclass, rebuild_dataclass
 
 from embodied_rft import registry
-from embodied_rft.config import BufferConfig, EnvConfig, Recipe, to_key, to_plain
-from embodied_rft.learner import LearnerConfig
-from embodied_rft.log import LogConfig
-
-TOPICS: dict[str, Any] = {
-    "recipe": Recipe, "env": EnvConfig, "buffer": BufferConfig, "learner": LearnerConfig, "logging": LogConfig,
-}  # fmt: skip
-KINDS = ("stage", "objective", "agent", "env", "demonstrator", "reward", "credit", "logger")  # that have ids
-NOT_SET = {"render_mode", "autoreset_mode", "num_envs"}  # of environments: not for a recipe's env.options
-WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", type(None): "null"}
+from embodied_rft.names import nearest
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One row: Option("gamma", "0.99", "number in [0, 1]", "discount of one decision")."""
-
-    name: str
-    default: str  # as YAML; "required" if there is none
-    values: str  # type and range
-    meaning: str
-
-    def __post_init__(self) -> None:
-        """A recipe writes null for what Python calls None."""
-        object.__setattr__(self, "meaning", re.sub(r"\bNone\b", "null", self.meaning))
+class ConfigError(ValueError):
+    """A recipe or an option is wrong; the message says where, what was given and what is known."""
 
 
-def options_of(kind: str, id: str) -> list[Option]:
-    """The options of a plug-in or an environment.
+T = TypeVar("T")
+
+
+MOST_LAYERS = 1_000  # more would take the machine before anything is said
+STRICT = ConfigDict(extra="forbid")  # of every `Config`: an unknown key is an error
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of a recipe, validated: StageSpec("finetune", FinetuneConfig(...), "stages.3.finetune")."""
+
+    word: str
+    config: Any  # an instance of the stage class's `Config`
+    path: str = ""  # where in the recipe, for messages
+
+
+def parse_stages(items: Sequence[Any], path: str = "stages") -> list[StageSpec]:
+    """Validate a list of stages, stages inside stages included.
+
+    Args:
+        items: each {word: options}, {word: None}, a bare word, or an already parsed StageSpec.
+        path: where the list stands in the recipe, for messages.
 
     Raises:
-        ValueError: an unknown kind or id, with the nearest known one.
+        ConfigError: an unknown word or option, with its dotted path and the nearest known name.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; {registry.nearest(kind, KINDS)}")
-    if kind == "env":
-        return of_environment(id)
-    target = registry.find(kind, id)
-    config = getattr(target, "Config", None)
-    if config is not None:
-        return of_dataclass(config)
-    if kind in ("stage", "objective", "agent", "credit"):
-        return []
-    skipped = {"reward": 2, "logger": 1}.get(kind, 0)  # what a rule judges and where a logger writes is no option
-    return of_callable(target, skip=skipped, without={"step", "recipe", "prompt", "columns"})
+    if not isinstance(items, (list, tuple)):
+        raise ConfigError(f"{path} must be a list of stages, each like `- evaluate: {{episodes: 200}}`; got {items!r}")
+    return [_parse_stage(item, f"{path}.{index}") for index, item in enumerate(items)]
 
 
-def base_of(kind: str, id: str) -> str | None:
-    """The id whose options this one has, too, with other defaults: of "td3", "sac"."""
-    ids = {getattr(registry.find(kind, known), "Config", None): known for known in reversed(registry.known(kind))}
-    config = getattr(registry.find(kind, id), "Config", None)
-    bases = () if config is None else config.__mro__[1:]
-    return next((ids[base] for base in bases if base in ids and ids[base] != id), None)
+def _parse_stage(item: Any, path: str) -> StageSpec:
+    if isinstance(item, StageSpec):
+        return item
+    if isinstance(item, str):
+        item = {item: None}
+    if not isinstance(item, Mapping) or len(item) != 1:
+        given = ", ".join(map(str, item)) if isinstance(item, Mapping) else repr(item)
+        raise ConfigError(
+            f"{path} must be one stage word with its options, as in `evaluate: {{episodes: 200}}`; got {given}"
+        )
+    ((word, options),) = item.items()
+    config = validate_plugin_config("stage", str(word), options or {}, path=f"{path}.{word}")
+    return StageSpec(str(word), config, f"{path}.{word}")
 
 
-# --- dataclasses -------------------------------------------------------------------------------------
+def _validate_stages(value: Any, _: Any, info: ValidationInfo) -> list[StageSpec]:
+    prefix = (info.context or {}).get("path", "")
+    return parse_stages(value, f"{prefix}.{info.field_name}".lstrip("."))
 
 
-def of_dataclass(cls: Any, prefix: str = "") -> list[Option]:
-    """The fields of a dataclass; those of dataclasses inside it under dotted names, but for what is a topic itself."""
-    hints, comments, rows = typing.get_type_hints(cls, include_extras=True), _comments(cls), []
-    for each in dataclasses.fields(cls):
-        if not each.init:
-            continue
-        name, hint, default, ranges = prefix + to_key(each.name), hints[each.name], _default(each), ""
-        if isinstance(default, FieldInfo):
-            ranges, default = _range(default.metadata), default.get_default(call_default_factory=True)
-        topic = next((t for t, known in TOPICS.items() if hint is known), None)
-        if topic is not None:
-            needed = each.default is each.default_factory is dataclasses.MISSING
-            rows.append(Option(name, "required" if needed else "{}", "mapping", f"see `erft list {topic}`"))
-        elif dataclasses.is_dataclass(hint):
-            rows += of_dataclass(hint, f"{name}.")
-        else:
-            values = " ".join(part for part in (describe_type(hint), ranges) if part)
-            rows.append(Option(name, as_yaml(default), values, comments.get(each.name, "")))
-            for place, inner in _inner_dataclasses(hint):
-                rows += of_dataclass(inner, f"{name}.{place}")
-    return rows
+Stages = Annotated[list[StageSpec], WrapValidator(_validate_stages)]
+"""Annotation of a field that holds stages: `stages: Stages = field(default_factory=list)` in a stage's `Config`."""
 
 
-def _inner_dataclasses(hint: Any) -> Iterator[tuple[str, Any]]:
-    """(place, type): of `str | dict[str, TinyConfig]` ("tiny.", TinyConfig), of `FlowOptions | None` ("", it)."""
-    for part in typing.get_args(hint):
-        if isinstance(part, type) and dataclasses.is_dataclass(part) and part not in TOPICS.values():
-            key = re.sub(r"(VLM|LM)?Config$", "", part.__name__).lower() if typing.get_origin(hint) is dict else ""
-            yield key and f"{key}.", part
-        elif typing.get_origin(part) is dict:
-            yield from _inner_dataclasses(part)
+def plugin_spec(kind: str) -> WrapValidator:
+    """Annotation of a field that names a plug-in with its options: it is checked, and completed with all defaults.
 
-
-def _default(each: dataclasses.Field) -> Any:
-    if each.default_factory is not dataclasses.MISSING:
-        return each.default_factory()
-    return each.default
-
-
-def as_yaml(value: Any) -> str:
-    """A default as a recipe would write it."""
-    if value is dataclasses.MISSING or value is inspect.Parameter.empty or repr(value) == "PydanticUndefined":
-        return "required"
-    text = yaml.safe_dump(to_plain(value), default_flow_style=True, allow_unicode=True, width=10_000)
-    return text.removesuffix("...\n").strip()
-
-
-def describe_type(hint: Any) -> str:
-    """What may stand there: "number in [0, 1] or null", "min | mean"."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:
-        if any(isinstance(part, WrapValidator) for part in arguments):  # plug-ins and stages check themselves
-            return "list of stages" if typing.get_origin(arguments[0]) is list else "ID or {id: ID, its options}"
-        return " ".join(part for part in (describe_type(arguments[0]), _range(arguments[1:])) if part)
-    if origin is Literal:
-        return " | ".join(as_yaml(value) for value in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe_type(part) for part in arguments)
-    if origin in (list, tuple, Sequence):
-        if origin is tuple and Ellipsis not in arguments:
-            return f"[{', '.join(map(describe_type, arguments))}]"
-        return f"list of {describe_type(arguments[0])}" if arguments else "list"
-    if origin in (dict, Mapping) or hint is dict:
-        return "mapping"
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return " | ".join(str(member.value) for member in hint)
-    return WORDS.get(hint, "mapping" if dataclasses.is_dataclass(hint) else "anything")
-
-
-def _range(metadata: Sequence[Any]) -> str:
-    """What constraints allow: "> 0", "in [0, 1)"."""
-    found: dict[str, Any] = {}
-    for part in metadata:
-        inner = part.metadata if isinstance(part, FieldInfo) else [part]
-        for constraint in inner:
-            found |= {n: getattr(constraint, n) for n in ("gt", "ge", "lt", "le") if hasattr(constraint, n)}
-    low, high = found.get("ge", found.get("gt")), found.get("le", found.get("lt"))
-    if low is not None and high is not None:
-        return f"in {'[' if 'ge' in found else '('}{low:g}, {high:g}{']' if 'le' in found else ')'}"
-    if low is not None:
-        return f"{'>=' if 'ge' in found else '>'} {low:g}"
-    return "" if high is None else f"{'<=' if 'le' in found else '<'} {high:g}"
-
-
-@functools.cache
-def _comments(cls: Any) -> dict[str, str]:
-    """{field: the comment on its line, else above it}, of the class that declares it last; else its docstring's."""
-    found: dict[str, str] = {}
-    for one in reversed(cls.__mro__):
-        found |= _arguments(one.__doc__)
-        try:
-            source = textwrap.dedent(inspect.getsource(one))
-            body = ast.parse(source).body[0]
-        except (OSError, TypeError, SyntaxError, IndentationError):
-            continue  # made by a program: its fields are declared elsewhere
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        found_in = [t for t in tokens if t.type == tokenize.COMMENT]
-        comments = {t.start[0]: t.string.lstrip("# ") for t in found_in}
-        alone = {t.start[0] for t in found_in if t.line.strip() == t.string}  # with no code on their line
-        for node in body.body if isinstance(body, ast.ClassDef) else ():
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                said = [comments.get(line, "") for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)]
-                above = node.lineno
-                while not any(said) and above - 1 in alone:
-                    above -= 1
-                said = said if any(said) else [comments[line] for line in range(above, node.lineno)]
-                text = " ".join(part for part in said if part and not part.startswith(("noqa", "type:", "fmt:")))
-                if text:
-                    found[node.target.id] = text
-    return found
-
-
-# --- keyword arguments -------------------------------------------------------------------------------
-
-
-def of_environment(id: str) -> list[Option]:
-    """What `env.options` may hold: the keyword arguments of what makes the environment.
-
-    A creator with further options than its own says where they go: `option_sources(**kwargs)` gives callables.
+    `objective: Annotated[dict[str, Any], plugin_spec("objective")]` takes `sac` and `{id: sac, gamma: 0.98}` and holds
+    {"id": "sac", "gamma": 0.98, ...}.
     """
-    from gymnasium.envs.registration import load_env_creator
 
-    from embodied_rft.pool import find_spec
+    def validate(value: Any, _: Any, info: ValidationInfo) -> dict[str, Any]:
+        path = f"{(info.context or {}).get('path', '')}.{info.field_name}".lstrip(".")
+        spec = {"id": value} if isinstance(value, str) else value
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("id"), str):
+            raise ConfigError(f"{path} needs an id, as in `{path.rpartition('.')[2]}: {{id: NAME}}`; got {value!r}")
+        options = {key: option for key, option in spec.items() if key != "id"}
+        config = validate_plugin_config(kind, spec["id"], options, path=path)
+        return {"id": spec["id"], **(to_plain(config) or {})}
 
-    spec = find_spec(id)
-    creators = [c for c in (spec.entry_point, spec.vector_entry_point) if c is not None]
-    targets = [load_env_creator(c) if isinstance(c, str) else c for c in creators]
-    sources = getattr(targets[0], "option_sources", lambda **_: ())(**spec.kwargs)
-    meanings = {name: text for target in reversed([*targets, *sources]) for name, text in _documented(target).items()}
-    rows: dict[str, Option] = {}
-    for target in (*sources, targets[0]):
-        for row in of_callable(target, without=NOT_SET | set(spec.kwargs) | ({"task"} if sources else set())):
-            rows.setdefault(row.name, dataclasses.replace(row, meaning=row.meaning or meanings.get(row.name, "")))
-    return list(rows.values())
+    return WrapValidator(validate)
 
 
-def of_callable(target: Callable[..., Any], *, skip: int = 0, without: set[str] = frozenset()) -> list[Option]:  # type: ignore[assignment]
-    """The arguments of a function, or of a class and the classes that its further arguments go to."""
-    meanings, rows = _documented(target), dict[str, Option]()
-    for number, signature in enumerate(_signatures(target)):
-        function, parameters = signature
-        hints = _hints(function)
-        for parameter in list(parameters)[skip:]:
-            given_below = number and parameter.default is parameter.empty  # a subclass fills it
-            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or given_below:
-                continue
-            if parameter.name not in without:
-                values = describe_type(hints.get(parameter.name, Any))
-                row = Option(parameter.name, as_yaml(parameter.default), values, meanings.get(parameter.name, ""))
-                rows.setdefault(parameter.name, row)
-    return list(rows.values())
+def validate_plugin_config(kind: str, id: str, options: Mapping[str, Any], *, path: str = "") -> Any:
+    """An instance of the `Config` dataclass of a registered plug-in.
 
+    Args:
+        kind: of the registry, such as "objective".
+        id: of the plug-in.
+        options: what the user wrote, without the id.
+        path: where it was written, for messages; default `kind`.
 
-def _signatures(target: Any) -> Iterator[tuple[Any, Sequence[inspect.Parameter]]]:
-    """(function, its parameters without self); of a class also of its bases, as long as `**options` go there."""
-    if not inspect.isclass(target):
-        yield target, list(inspect.signature(target).parameters.values())
-        return
-    for cls in target.__mro__:
-        if "__init__" in vars(cls) and cls is not object:
-            parameters = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
-            yield vars(cls)["__init__"], parameters
-            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-                return
-
-
-def _hints(function: Any) -> dict[str, Any]:
+    Raises:
+        ConfigError: unknown id, unknown option, wrong value.
+    """
+    path = path or kind
     try:
-        return typing.get_type_hints(function, include_extras=True)
-    except (NameError, TypeError):
-        return {}
+        target = registry.find(kind, id)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    config = getattr(target, "Config", None)
+    if config is None:
+        if options:
+            raise ConfigError(f"{path}: {kind} {id!r} has no options; got {', '.join(map(str, options))}")
+        return None
+    return parse(config, options, path)
 
 
-def _documented(target: Any) -> dict[str, str]:
-    """{argument: what the docstrings of a function, or of a class and its bases, say of it}."""
-    found: dict[str, str] = {}
-    for one in reversed(target.__mro__) if inspect.isclass(target) else [target]:
-        found |= _arguments(one.__doc__)
-        found |= _arguments(getattr(vars(one).get("__init__"), "__doc__", None)) if inspect.isclass(one) else {}
-    return found
+def parse(cls: type[T], mapping: Any, path: str = "") -> T:
+    """Build a dataclass from plain data, checking every key and value.
+
+    Args:
+        cls: a dataclass; nested dataclasses are parsed too.
+        mapping: plain data, as from YAML; an instance of `cls` passes through.
+        path: prefix of the dotted path in messages.
+
+    Raises:
+        ConfigError: all problems at once, one line each, with dotted path and nearest known key.
+    """
+    if isinstance(mapping, cls):
+        return mapping
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{path or cls.__name__} must be a mapping of options; got {mapping!r}")
+    _forbid_unknown_keys(cls)
+    try:
+        made: T = TypeAdapter(cls).validate_python(_to_fields(cls, mapping), context={"path": path})
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(cls, problem, path) for problem in error.errors())) from None
+    _check_depth(made, path)
+    return made
 
 
-def _arguments(docstring: str | None) -> dict[str, str]:
-    """The entries below "Args:"."""
-    lines = inspect.cleandoc(docstring or "").split("\n")
-    if "Args:" not in lines:
-        return {}
-    entries: dict[str, str] = {}
-    name = ""
-    for line in lines[lines.index("Args:") + 1 :]:
-        if line and not line.startswith(" "):
-            break
-        if match := re.match(r"    (\w+): (.*)", line):
-            name, entries[match[1]] = match[1], match[2]
-        elif name and line.strip():
-            entries[name] += f" {line.strip()}"
-    return entries
+def _check_depth(config: Any, path: str) -> None:
+    """Refuse networks of so many layers that building them alone would take the machine."""
+    for field_ in dataclasses.fields(config):
+        value = getattr(config, field_.name, None)
+        deep = value if isinstance(value, int) and field_.name.endswith(("_layers", "_blocks")) else 0
+        if isinstance(value, (tuple, list)) and field_.name.endswith("hidden"):
+            deep = len(value)
+        if deep > MOST_LAYERS:
+            raise ConfigError(f"{path}.{field_.name}".lstrip(".") + f": {deep:,} layers; {MOST_LAYERS:,} at most")
+
+
+def _forbid_unknown_keys(cls: Any) -> None:
+    """Make a plug-in's dataclass strict, however it was declared."""
+    if (getattr(cls, "__pydantic_config__", None) or {}).get("extra") == "forbid":
+        return
+    cls.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    if is_pydantic_dataclass(cls):
+        rebuild_dataclass(cls, force=True)
+
+
+def _to_fields(cls: Any, mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that are Python keywords, such as `with`, belong to the field with an underscore, `with_`."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {
+        f"{key}_" if keyword.iskeyword(key) and f"{key}_" in names else key: value for key, value in mapping.items()
+    }
+
+
+def to_key(name: str) -> str:
+    """The key of a field: `with` of `with_`."""
+    return name[:-1] if name.endswith("_") and keyword.iskeyword(name[:-1]) else name
+
+
+def _describe(cls: type, problem: Mapping[str, Any], path: str) -> str:
+    """One readable line for one pydantic problem."""
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):  # from a nested parse: it has its own path already
+        return str(cause)
+    location = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
+    where = ".".join([path, *map(str, location)] if path else map(str, location))
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"unknown key {where}; {nearest(str(location[-1]), _keys_at(cls, location[:-1]))}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{where} is required and was not given"
+    given = "" if isinstance(problem["input"], Mapping) else f"; got {problem['input']!r}"
+    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{given}"
+
+
+def _keys_at(cls: Any, location: Sequence[Any]) -> list[str]:
+    """The keys that are known where `location` points to inside a dataclass."""
+    for part in location:
+        hints = [typing.get_type_hints(c).get(part) for c in _dataclasses_in(cls)] if isinstance(part, str) else [cls]
+        cls = next((hint for hint in hints if hint is not None), None)
+    return [to_key(f.name) for c in _dataclasses_in(cls) for f in dataclasses.fields(c) if f.init]
+
+
+def _dataclasses_in(hint: Any) -> Iterator[Any]:
+    """The dataclasses that a type hint mentions: of `list[A | None]`, A."""
+    if dataclasses.is_dataclass(hint):
+        yield hint
+    elif isinstance(hint, types.UnionType) or typing.get_origin(hint) is not None:
+        for argument in typing.get_args(hint):
+            yield from _dataclasses_in(argument)
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, enums, tuples and paths as what YAML and JSON know; a StageSpec as {word: options}."""
+    if isinstance(value, StageSpec):
+        return {value.word: to_plain(value.config) or {}}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {to_key(f.name): to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    return str(value) if isinstance(value, os.PathLike) else value

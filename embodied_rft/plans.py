@@ -9,14 +9,13 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import ConfigDict
 from pydantic import Field as Option
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.buffer import Buffer
 from embodied_rft.data import Batch
+from embodied_rft.options import STRICT
 
-STRICT = ConfigDict(extra="forbid")
 Share = Annotated[float, Option(ge=0, le=1)]  # an option in [0, 1], such as a discount
 
 

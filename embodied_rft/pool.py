@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import gymnasium
 import numpy as np
@@ -22,10 +22,11 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from embodied_rft.batches import Batch
 from embodied_rft.data import Ragged, Tree
+from embodied_rft.env_config import EnvConfig
 from embodied_rft.incidents import MAX_INCIDENTS, EnvironmentFailure, Incidents
 from embodied_rft.making import find_spec, make_single
+from embodied_rft.names import nearest
 from embodied_rft.promises import Seeding
-from embodied_rft.registry import nearest
 from embodied_rft.singles import DEADLINE, Answer, Singles
 from embodied_rft.stepping import (
     Pool,
@@ -44,9 +45,6 @@ from embodied_rft.stepping import (
 )
 from embodied_rft.watch import Watch
 from embodied_rft.workers import WorkerPool
-
-if TYPE_CHECKING:
-    from embodied_rft.config import EnvConfig
 
 __all__ = [
     "EnvironmentFailure",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embodied_rft.columns import BOOKKEEPING, DenseColumns, ImageColumn, Notes, RaggedColumn
 from embodied_rft.data import Batch, End, Ragged
-from embodied_rft.registry import nearest
+from embodied_rft.names import nearest
 from embodied_rft.ring import Ring
 
 ENDS: tuple[End, ...] = ("cut", "terminated", "truncated")  # of the code in `Store.end`, of an episode's last decision

@@ -13,15 +13,18 @@ A plug-in package registers its parts when it is imported, and is imported becau
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
+from embodied_rft.names import nearest
+
 T = TypeVar("T")
 
+# They are entry points as well: named here for a checkout that was not installed.
+OUR_OWN = ("embodied_rft.objectives", "embodied_rft.stages", "embodied_rft.agents", "embodied_rft.envs")
 KINDS = ("agent", "adapter", "objective", "demonstrator", "stage", "credit", "reward", "logger")
 _tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 
@@ -65,22 +68,11 @@ def shipped(kind: str) -> list[str]:
     return [id for id in known(kind) if find(kind, id).__module__.partition(".")[0] == __package__]
 
 
-def nearest(given: str, names: Iterable[str]) -> str:
-    """A sentence that helps after a wrong name: the closest known one, else all of them."""
-    names = sorted(names)
-    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or '(none)'}"
-
-
 @cache
 def load_plugins() -> None:
     """Import every package that declares the entry point group, once."""
-    importlib.import_module("embodied_rft.objectives")
-    importlib.import_module("embodied_rft.stages")
-    modules = {"embodied_rft.agents", "embodied_rft.envs"} | {
-        e.value for e in entry_points(group="embodied_rft.plugins")
-    }
-    for module in sorted(modules):
+    modules = {e.value for e in entry_points(group="embodied_rft.plugins")}
+    for module in [*OUR_OWN, *sorted(modules - {*OUR_OWN})]:
         try:
             importlib.import_module(module)
         except ImportError as error:

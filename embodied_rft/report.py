@@ -18,35 +18,21 @@ too.
 from __future__ import annotations
 
 import importlib.resources
-import shlex
 import string
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from embodied_rft import doctor, figures, samples, video
-from embodied_rft.checkpoint import write_atomically
-from embodied_rft.console import describe, visible
+from embodied_rft import figures, samples, video
+from embodied_rft.console import describe
 from embodied_rft.evaluate import SILENT, counted
-from embodied_rft.log import write_json
+from embodied_rft.facts import run_facts
+from embodied_rft.files import write_atomically, write_json
+from embodied_rft.names import visible
 from embodied_rft.run_files import Run
 
 INSTALL_GL = "Install a GL library (Debian, Ubuntu: apt-get install libegl1 libegl-mesa0) and run erft doctor."
-
-
-def write_run_facts(folder: str | Path, command: Sequence[str]) -> None:
-    """Write run.json at a run's start: command, commit, machine, versions. A resumed run keeps the first one."""
-    path = Path(folder) / "run.json"
-    if not path.exists():
-        write_json(path, {"command": shlex.join(command)} | run_facts())
-
-
-def run_facts() -> dict[str, Any]:
-    """What a number needs beside it to be repeated, as far as it can be found out here."""
-    started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return {"commit": doctor.code_version(), "started": started, **doctor.machine_facts()}
 
 
 def write_report(run_folder: str | Path) -> Path:

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from embodied_rft import distributed
 from embodied_rft.checkpoint import BEST, Checkpoints, load
-from embodied_rft.config import parse_stages, recipe_difference, to_plain
+from embodied_rft.collect import Collector
+from embodied_rft.config import Recipe, recipe_difference
 from embodied_rft.device import generator_state
-from embodied_rft.stages.base import walk
+from embodied_rft.learner import Learner
+from embodied_rft.log import Logger
+from embodied_rft.options import parse_stages, to_plain
+from embodied_rft.rig import Rig
+from embodied_rft.walk import walk
 from embodied_rft.yaml_tree import read_yaml
-
-if TYPE_CHECKING:
-    from embodied_rft.session import Session
 
 HOLDS = ("format", "recipe", "path", "finished", "progress", "counters", "records", "agent", "buffer", "learner",
          "collector", "generators", "logger", "tail", "best")  # fmt: skip
@@ -29,7 +32,28 @@ HOLDS = ("format", "recipe", "path", "finished", "progress", "counters", "record
 Which = Literal["newest", "best"]
 
 
-def snapshot(session: Session, *, finished: bool) -> dict[str, Any]:
+class State(Rig):
+    """All that the future of a run follows from; `agent` is set by whoever builds on this."""
+
+    def __init__(self, recipe: Recipe, folder: Path, logger: Logger, *, text: str) -> None:
+        super().__init__(recipe, logger)
+        self.folder = folder
+        self.recipe_text = text  # as it is kept: files by their names in the folder
+        self.stages = recipe.stages
+        self.counters: dict[str, Any] = {"decisions": 0, "updates": 0, "episodes": 0, "seconds": 0.0, "saves": 0}
+        self.counters["incidents"] = {"counts": {}, "latest": []}  # of environments, and the latest texts
+        self.records: list[dict[str, Any]] = []  # one for each finished stage
+        self.path: tuple[int, ...] = ()  # of the running stage
+        self.progress: dict[str, Any] = {}  # how far the running stage is: what it needs to go on
+        self.generators: dict[str, np.random.Generator | torch.Generator] = {}
+        self.tail: dict[str, Any] | None = None  # of the last stage that can be made longer, until another one learns
+        self.best: dict[str, Any] | None = None  # point of the learning curve that the best checkpoint is of
+        self.threads = torch.get_num_threads()  # they decide how sums are rounded
+        self.collector: Collector | None = None
+        self.learner: Learner | None = None
+
+
+def snapshot(session: State, *, finished: bool) -> dict[str, Any]:
     """The state of a session, as plain data for `checkpoint.save`; `finished`: the stage at `path` is over."""
     inside = {"learner": None, "collector": None, "generators": {}} if finished else going_on(session)
     return {
@@ -52,7 +76,7 @@ def snapshot(session: Session, *, finished: bool) -> dict[str, Any]:
     }
 
 
-def going_on(session: Session) -> dict[str, Any]:
+def going_on(session: State) -> dict[str, Any]:
     """What the running stage needs to go on."""
     return {
         "progress": session.progress,
@@ -62,7 +86,7 @@ def going_on(session: Session) -> dict[str, Any]:
     }
 
 
-def weights(session: Session) -> dict[str, Any]:
+def weights(session: State) -> dict[str, Any]:
     """What `load_weights` needs, and the averaged policy, which evaluations see; no buffer, no optimisers."""
     learner = None if session.learner is None else session.learner.state_dict()
     return only_weights(snapshot(session, finished=True) | {"learner": learner})
@@ -104,7 +128,7 @@ def read_state(folder: Path, which: Which = "newest") -> dict[str, Any]:
     return state
 
 
-def restore(session: Session, state: dict[str, Any]) -> dict[str, Any]:
+def restore(session: State, state: dict[str, Any]) -> dict[str, Any]:
     """Make a fresh session what it was when `state` was taken; that state, as the session goes on from it."""
     distributed.check_size(state.get("processes", 1), session.folder)
     state = continuation(state, session)
@@ -124,7 +148,7 @@ def restore(session: Session, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def load_weights(session: Session, state: dict[str, Any]) -> None:
+def load_weights(session: State, state: dict[str, Any]) -> None:
     """Networks, counters and the place in the recipe; buffer and logs stay as they are."""
     target = tuple(state["path"])
     prepare_until(session, target)
@@ -141,7 +165,7 @@ def load_weights(session: Session, state: dict[str, Any]) -> None:
 # --- a recipe that was changed meanwhile -------------------------------------------------------------------------
 
 
-def continuation(state: dict[str, Any], session: Session) -> dict[str, Any]:
+def continuation(state: dict[str, Any], session: State) -> dict[str, Any]:
     """The state from which a run goes on with the recipe that is given now.
 
     A run folder belongs to one recipe, but what has not begun may be changed, and the last stage that learned (only
@@ -212,7 +236,7 @@ def _rewound(state: dict[str, Any], path: tuple[int, ...], *, finished: bool) ->
     return state | {"path": list(path), "finished": finished, "records": done}
 
 
-def _keep_threads(session: Session, before: int) -> None:
+def _keep_threads(session: State, before: int) -> None:
     """Sums over another number of threads round otherwise: go on with as many as before, unless the recipe says."""
     if before == session.threads:
         return
@@ -227,7 +251,7 @@ def _keep_threads(session: Session, before: int) -> None:
     session.threads = before
 
 
-def prepare_until(session: Session, target: tuple[int, ...]) -> None:
+def prepare_until(session: State, target: tuple[int, ...]) -> None:
     """Make the networks of all stages up to `target`, in order, without running them."""
     for path, stage in walk(session.stages):
         if path > target:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from embodied_rft.checkpoint import write_atomically
-from embodied_rft.console import visible
+from embodied_rft.files import write_atomically
+from embodied_rft.names import visible
 from embodied_rft.text_spaces import read_chat
 
 MOST_CHARACTERS = 4_000  # of one text

@@ -12,22 +12,20 @@ import os
 import time
 from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from gymnasium import spaces
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.data import Decisions, Tree
 from embodied_rft.making import make_single
+from embodied_rft.options import STRICT
 from embodied_rft.pool import find_spec, flatten_space
 from embodied_rft.registry import register
 from embodied_rft.seeding import training_seed
+from embodied_rft.session import Session
 from embodied_rft.stages.base import Stage
-
-if TYPE_CHECKING:
-    from embodied_rft.session import Session
 
 GOAL_KEYS = {"observation", "achieved_goal", "desired_goal"}
 
@@ -36,7 +34,7 @@ GOAL_KEYS = {"observation", "achieved_goal", "desired_goal"}
 class SB3Stage(Stage):
     """Train a stable-baselines3 model for a number of decisions, or until a time or a success rate is reached."""
 
-    @dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+    @dataclass(config=STRICT, kw_only=True)
     class Config:
         """Which algorithm, how long, and what differs from SB3's defaults."""
 

@@ -17,21 +17,22 @@ import torch
 
 from embodied_rft import distributed, resume
 from embodied_rft.agent import build_agent
-from embodied_rft.checkpoint import BEST, Checkpoints, save, write_atomically
+from embodied_rft.checkpoint import BEST, Checkpoints, common_newest, save
 from embodied_rft.chunking import fit_pool
 from embodied_rft.collect import Act, Collector
-from embodied_rft.config import Recipe, dump_recipe, parse_stages, to_plain
+from embodied_rft.config import Recipe, dump_recipe
 from embodied_rft.data import Decisions, Source, Tree
 from embodied_rft.device import on_device, resolve_device, restored_generator, seeded
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds, latest_incident
+from embodied_rft.files import write_atomically, write_json
 from embodied_rft.learner import Learner, LearnerConfig
-from embodied_rft.log import Logger, write_json
+from embodied_rft.log import Logger
+from embodied_rft.options import to_plain
 from embodied_rft.plans import Fresh
 from embodied_rft.pool import Pool
 from embodied_rft.promises import held_out
-from embodied_rft.rig import Rig
 from embodied_rft.seeding import evaluation_generator, spawn_generator
-from embodied_rft.stages.base import new_objective, walk
+from embodied_rft.walk import new_objective, walk
 
 SHOWN = 8  # texts of incidents that are kept
 
@@ -40,31 +41,18 @@ class Interrupted(KeyboardInterrupt):
     """The run was stopped on request, after a checkpoint: the same command continues it."""
 
 
-class Session(Rig):
+class Session(resume.State):
     """The state of a run. Stages use its parts; see `stages` for how."""
 
     def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False, text: str | None = None) -> None:
-        self.folder = Path(folder)
-        self.recipe_text = text or dump_recipe(recipe)  # as it is kept: files by their names in the folder
-        super().__init__(recipe, Logger(self.folder, recipe.logging, quiet=quiet, recipe=to_plain(recipe)))
-        self.stages = parse_stages(recipe.stages)
+        logger = Logger(Path(folder), recipe.logging, quiet=quiet, recipe=to_plain(recipe))
+        super().__init__(recipe, Path(folder), logger, text=text or dump_recipe(recipe))
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=2, holds=resume.HOLDS)
-        self.counters: dict[str, Any] = {"decisions": 0, "updates": 0, "episodes": 0, "seconds": 0.0, "saves": 0}
-        self.counters["incidents"] = {"counts": {}, "latest": []}  # of environments, and the latest texts
         self._said: set[str] = set()
-        self.records: list[dict[str, Any]] = []  # one for each finished stage
-        self.path: tuple[int, ...] = ()  # of the running stage
         self.stage_name = ""  # its title
-        self.progress: dict[str, Any] = {}  # how far the running stage is: what it needs to go on
-        self.generators: dict[str, np.random.Generator | torch.Generator] = {}
-        self.tail: dict[str, Any] | None = None  # of the last stage that can be made longer, until another one learns
-        self.best: dict[str, Any] | None = None  # point of the learning curve that the best checkpoint is of
         self.stopping = False
-        self.threads = torch.get_num_threads()  # they decide how sums are rounded
         self._recipe_kept = False  # in recipe.yaml
         self._resume: dict[str, Any] | None = None
-        self.collector: Collector | None = None
-        self.learner: Learner | None = None
         self.objective: Any = None
         self._clock = self._saved_at = time.perf_counter()
         pool = fit_pool(self.step_pool("training"), recipe.agent)
@@ -239,7 +227,7 @@ class Session(Rig):
 
     def restore(self) -> bool:
         """Go on from the newest whole checkpoint, if there is one."""
-        newest = distributed.newest(self.checkpoints)
+        newest = common_newest(self.checkpoints)
         if newest is None:
             return False
         self._resume = resume.restore(self, newest[1])

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
 from embodied_rft import registry
-from embodied_rft.checkpoint import write_atomically
+from embodied_rft.files import write_atomically
 from embodied_rft.samples import Sample, as_markdown, pick, rows_of
+from embodied_rft.yaml_tree import dump_plain
 
 OFFLINE = "offline/"  # before the names of numbers that are drawn against updates
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # as JSON lines and tables have them
@@ -115,8 +116,6 @@ class TensorBoardSink:
         shutil.rmtree(place, ignore_errors=True)
         self.writer, self.axis, self._stage = SummaryWriter(str(place)), Axis(), None
         if recipe is not None:
-            from embodied_rft.config import dump_plain
-
             self.writer.add_text("recipe", "    " + dump_plain(recipe).replace("\n", "\n    "), 0)
         for record in records():
             self.write(0, record)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from embodied_rft.yaml_tree import ConfigError
+from embodied_rft.options import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -13,17 +13,17 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from embodied_rft.registry import nearest
+from embodied_rft.names import nearest
+from embodied_rft.options import STRICT
 
 Train = Literal["full", "lora", "lora+head", "head", "frozen"]
 WORDS: tuple[Train, ...] = get_args(Train)
 
 
-@dataclass(config=ConfigDict(extra="forbid"), kw_only=True)
+@dataclass(config=STRICT, kw_only=True)
 class LoraOptions:
     """Low-rank adapters (Hu et al. 2022, eq. 3), through peft. They start as nothing."""
 

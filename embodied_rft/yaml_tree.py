@@ -15,12 +15,10 @@ from typing import Any
 
 import yaml
 
+from embodied_rft.options import ConfigError
+
 FILE_KEYS = ("file", "path", "run")  # options whose texts are files, also without a dot or a slash
 HOLD_FILES = ("env", "agent", "stages")  # parts of a recipe that may name files
-
-
-class ConfigError(ValueError):
-    """A recipe or an option is wrong; the message says where, what was given and what is known."""
 
 
 MOST_NODES = 100_000  # of a recipe with every anchor written out
@@ -161,3 +159,8 @@ def _whole(value: Any, folder: Path, change: Callable[[Path], str]) -> Any:
             if path.is_file() or path.is_dir():
                 return change(path)
     return value
+
+
+def dump_plain(tree: Any) -> str:
+    """Plain data as the YAML of `dump_recipe`."""
+    return str(yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100))

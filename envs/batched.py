@@ -24,10 +24,10 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from embodied_rft import registry
 from embodied_rft.envs import physics as engines
 from embodied_rft.envs import rendering
 from embodied_rft.envs.task import Observation, Task
+from embodied_rft.names import nearest
 
 State = dict[str, np.ndarray]
 _WORD = 2**64
@@ -139,7 +139,7 @@ class Simulation:
         arrays = {}
         for name, value in options.items():
             if name not in self.task.reset_options:
-                raise ValueError(f"unknown reset option {name!r}; {registry.nearest(name, self.task.reset_options)}")
+                raise ValueError(f"unknown reset option {name!r}; {nearest(name, self.task.reset_options)}")
             shape = self.task.reset_options[name]
             array = np.asarray(value, dtype=np.float64)
             if array.shape not in (shape, (self.num_envs, *shape)) or not np.isfinite(array).all():
@@ -168,7 +168,7 @@ class _View:
         self.renderer = rendering.Renderer(task.model, height=height, width=width, fast=fast)
         for name in self.cameras:
             if name not in task.cameras:
-                raise ValueError(f"unknown camera {name!r}; {registry.nearest(name, task.cameras)}")
+                raise ValueError(f"unknown camera {name!r}; {nearest(name, task.cameras)}")
         spaces: dict[str, gymnasium.Space] = dict(task.observation_space.spaces)
         for name in self.cameras:
             spaces[f"image/{name}"] = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)

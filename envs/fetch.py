@@ -21,10 +21,10 @@ import mujoco
 import numpy as np
 from gymnasium import spaces
 
-from embodied_rft import registry
 from embodied_rft.envs import physics as engines
 from embodied_rft.envs.batched import ManipulationEnv, ManipulationVectorEnv
 from embodied_rft.envs.task import Camera, Observation, Task
+from embodied_rft.names import nearest
 
 NUM_SUBSTEPS = 20
 STEP = 0.04  # seconds in one decision: 20 substeps of 2 ms; velocities are observed as displacement in one decision
@@ -198,11 +198,9 @@ class FetchTask(Task):
 
     def __init__(self, name: str, *, reward_type: str = "sparse") -> None:
         if name not in VARIANTS:
-            raise ValueError(f"unknown Fetch task {name!r}; {registry.nearest(name, VARIANTS)}")
+            raise ValueError(f"unknown Fetch task {name!r}; {nearest(name, VARIANTS)}")
         if reward_type not in ("sparse", "dense"):
-            raise ValueError(
-                f"unknown reward_type {reward_type!r}; {registry.nearest(reward_type, ('sparse', 'dense'))}"
-            )
+            raise ValueError(f"unknown reward_type {reward_type!r}; {nearest(reward_type, ('sparse', 'dense'))}")
         self.variant, self.scene, self.reward_type = VARIANTS[name], _scene(name), reward_type
         self.model, self.instruction = self.scene.model, self.variant.instruction
         self.settles = self.variant.block_gripper

@@ -24,6 +24,7 @@ from gymnasium.spaces import Box, Dict
 from embodied_rft import registry
 from embodied_rft.envs.batched import ManipulationEnv, ManipulationVectorEnv
 from embodied_rft.envs.task import Camera, Observation, Task
+from embodied_rft.names import nearest
 
 ENV_ID = "embodied_rft/PegInsert-v0"
 MODEL_PATH = Path(__file__).parent / "assets" / "peg_insert.xml"
@@ -140,7 +141,7 @@ class PegInsertTask(Task):
                 f"clearance is {clearance!r}; expected metres in [0.0005, 0.005]: 0.001 is hard, 0.003 forgiving"
             )
         if reward_type not in ("sparse", "dense"):
-            hint = registry.nearest(str(reward_type), ("sparse", "dense"))
+            hint = nearest(str(reward_type), ("sparse", "dense"))
             raise ValueError(f"unknown reward_type {reward_type!r}; {hint}")
         if not 0 <= action_noise <= 1:
             raise ValueError(f"action_noise is {action_noise!r}; expected a standard deviation in [0, 1], 0.2 is a lot")

@@ -27,7 +27,7 @@ import mujoco
 import numpy as np
 from mujoco import rollout
 
-from embodied_rft import registry
+from embodied_rft.names import nearest
 
 PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
 ENGINES = ("rollout", "exact")
@@ -221,7 +221,7 @@ class RolloutEngine(Engine):
 def make_engine(name: str, model: mujoco.MjModel, **options: object) -> ExactEngine | RolloutEngine:
     """The engine called `name` ("rollout" or "exact"). Raises ValueError with the nearest name."""
     if name not in ENGINES:
-        raise ValueError(f"unknown engine {name!r}; {registry.nearest(str(name), ENGINES)}")
+        raise ValueError(f"unknown engine {name!r}; {nearest(str(name), ENGINES)}")
     return (RolloutEngine if name == "rollout" else ExactEngine)(model, **options)  # type: ignore[arg-type]
 
 

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import regex as bounded
 
-from embodied_rft.registry import find, nearest, register
+from embodied_rft.names import nearest
+from embodied_rft.registry import find, register
 
 logger = logging.getLogger(__name__)
 

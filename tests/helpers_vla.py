@@ -4,8 +4,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from embodied_rft.agent import build_policy
 from embodied_rft.chunking import ChunkBox
+from embodied_rft.policy import build_policy
 
 KINDS = ("qwen2_5_vl", "smolvlm", "paligemma")
 HEADS = ("tokens", "parallel", "flow")

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied_rft.agent import build_agent, build_policy, wrap_policy
+from embodied_rft.agent import build_agent, wrap_policy
 from embodied_rft.chunking import ChunkBox
 from embodied_rft.encoder import as_tensors
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.mlp import GaussianLogProb
 from embodied_rft.networks import EnsembleMLP
 from embodied_rft.objectives import build_objective
+from embodied_rft.policy import build_policy
 from embodied_rft.testing import random_batch
 
 STATE = gym.spaces.Box(-np.inf, np.inf, (6,))

@@ -10,15 +10,17 @@ from gymnasium import spaces
 from torch.nn import functional as F
 
 from embodied_rft import registry
-from embodied_rft.agent import build_agent, build_policy
+from embodied_rft.agent import build_agent
 from embodied_rft.agents.categorical import CategoricalPolicy
 from embodied_rft.checks import check_policy
-from embodied_rft.config import Recipe, parse
+from embodied_rft.config import Recipe
 from embodied_rft.encoder import as_tensors
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
 from embodied_rft.objectives.dqn import DQN
 from embodied_rft.objectives.presets import PPO
+from embodied_rft.options import parse
+from embodied_rft.policy import build_policy
 from embodied_rft.session import Interrupted, Session
 from embodied_rft.spaces import Choices
 from embodied_rft.testing import random_batch

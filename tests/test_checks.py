@@ -11,10 +11,10 @@ from torch import nn
 
 import embodied_rft.envs  # noqa: F401
 from embodied_rft import registry
-from embodied_rft.agent import build_policy
 from embodied_rft.checks import check_env, check_policy
 from embodied_rft.chunking import find_planner
 from embodied_rft.data import Decisions, Field
+from embodied_rft.policy import build_policy
 from tests.helpers_envs import Chatter, Moody
 
 OURS = sorted(id for id in gymnasium.registry if id.startswith("embodied_rft/"))

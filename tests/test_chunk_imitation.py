@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from embodied_rft.agent import build_policy
 from embodied_rft.chunking import ChunkBox
+from embodied_rft.policy import build_policy
 
 STATE = gym.spaces.Box(-1, 1, (3,))
 ACTION = gym.spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))

@@ -8,7 +8,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied_rft.agent import build_agent, build_policy, wrap_policy
+from embodied_rft.agent import build_agent, wrap_policy
 from embodied_rft.buffer import Buffer, Schema
 from embodied_rft.checks import check_policy
 from embodied_rft.chunking import (
@@ -27,6 +27,7 @@ from embodied_rft.data import Decisions, Field, Trajectory
 from embodied_rft.encoder import as_tensors
 from embodied_rft.losses import mean_where
 from embodied_rft.objectives.common import imitation
+from embodied_rft.policy import build_policy
 from embodied_rft.pool import make_pool
 from embodied_rft.stepping import StepResult
 from embodied_rft.testing import PointReach

@@ -13,8 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied_rft import config, registry
-from embodied_rft.config import ConfigError, Recipe, Stages, dump_recipe, load_recipe, parse, parse_stages
+from embodied_rft import config, options, registry
+from embodied_rft.config import ConfigError, Recipe, dump_recipe, load_recipe
+from embodied_rft.options import Stages, parse, parse_stages
 
 
 class Mode(Enum):
@@ -56,7 +57,7 @@ class Gaussian:
 class Pretrain:
     @dataclass
     class Config:
-        objective: Annotated[dict[str, Any], config.plugin_spec("objective")]
+        objective: Annotated[dict[str, Any], options.plugin_spec("objective")]
 
 
 class Cloning:
@@ -327,7 +328,7 @@ def test_defaults_live_in_the_dataclasses():
     """The dump of a minimal recipe is exactly the dataclasses' defaults."""
     recipe = parse(Recipe, {"env": {"id": "e"}, "agent": {"id": "gaussian"}, "stages": ["finetune"]})
     plain = yaml.safe_load(dump_recipe(recipe))
-    defaults: dict[str, Any] = config.to_plain(Finetune.Config())
+    defaults: dict[str, Any] = options.to_plain(Finetune.Config())
     assert plain["stages"] == [{"finetune": defaults}]
     assert plain["buffer"] == dataclasses.asdict(config.BufferConfig())
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied_rft.agent import build_agent, build_policy, wrap_policy
+from embodied_rft.agent import build_agent, wrap_policy
 from embodied_rft.agents.diffusion import cosine_schedule
 from embodied_rft.agents.normalisation import Statistics
 from embodied_rft.buffer import Buffer, Schema
@@ -15,6 +15,7 @@ from embodied_rft.checks import check_policy
 from embodied_rft.chunking import ChunkBox
 from embodied_rft.data import Field, Trajectory
 from embodied_rft.encoder import as_tensors
+from embodied_rft.policy import build_policy
 
 STATE = gym.spaces.Box(-1, 1, (3,))
 UNIT = gym.spaces.Box(-1, 1, (2,))

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from embodied_rft import registry
-from embodied_rft.config import Recipe, parse, to_plain
+from embodied_rft.config import Recipe
+from embodied_rft.options import parse, to_plain
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from embodied_rft.agent import build_policy
 from embodied_rft.data import Ragged
 from embodied_rft.encoder import as_tensors
+from embodied_rft.policy import build_policy
 from embodied_rft.tuning import tune
 from tests.families import DECODERS, HYBRIDS, TEXT, VISION, write_decoder, write_vlm
 

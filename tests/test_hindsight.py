@@ -8,9 +8,10 @@ import pytest
 from gymnasium.spaces import Box
 
 from embodied_rft.buffer import Buffer, Schema
-from embodied_rft.config import ConfigError, Recipe, parse
+from embodied_rft.config import ConfigError, Recipe
 from embodied_rft.data import Field, Source, Trajectory
 from embodied_rft.hindsight import Goals, later
+from embodied_rft.options import parse
 from embodied_rft.train import train
 
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from embodied_rft.agent import build_policy
 from embodied_rft.checks import check_policy
 from embodied_rft.chunking import ChunkBox, ChunkPool, QueuedPool, find_planner
 from embodied_rft.encoder import as_tensors
+from embodied_rft.policy import build_policy
 from embodied_rft.testing import PointReach
 
 SPACE = gym.spaces.Dict(

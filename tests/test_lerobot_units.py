@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from embodied_rft.agent import build_policy
 from embodied_rft.agents.lerobot_processors import _Scaling
+from embodied_rft.policy import build_policy
 
 MODES = {
     "MEAN_STD": ("mean", "std"),

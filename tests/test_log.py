@@ -10,7 +10,8 @@ import torch
 
 from embodied_rft import registry
 from embodied_rft.console import Console, describe, number
-from embodied_rft.log import METRICS, TABLE, LogConfig, Logger, read_records, write_json
+from embodied_rft.files import write_json
+from embodied_rft.log import METRICS, TABLE, LogConfig, Logger, read_records
 
 
 def write(logger, count, *, start=0, extra=None):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from embodied_rft.config import Recipe, parse
+from embodied_rft.config import Recipe
 from embodied_rft.incidents import NEVER, EnvironmentFailure, Incidents
+from embodied_rft.options import parse
 from embodied_rft.pool import VectorPool, make_pool
 from embodied_rft.train import train
 from embodied_rft.watch import Alarm, Hang

@@ -8,10 +8,11 @@ import torch
 from gymnasium import spaces
 
 from embodied_rft.agent import build_agent, wrap_policy
-from embodied_rft.config import Recipe, parse
+from embodied_rft.config import Recipe
 from embodied_rft.encoder import Encoder
 from embodied_rft.learner import Learner
 from embodied_rft.objectives import build_objective
+from embodied_rft.options import parse
 from embodied_rft.session import Interrupted, Session
 from embodied_rft.train import train
 from tests import chain_env

@@ -7,9 +7,9 @@ import gymnasium
 import pytest
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
-from embodied_rft import cli, options, registry
-from embodied_rft.config import parse, plugin_spec
-from embodied_rft.options import Option, describe_type, of_callable, of_dataclass, options_of
+from embodied_rft import catalogue, cli, registry
+from embodied_rft.catalogue import Option, describe_type, of_callable, of_dataclass, options_of
+from embodied_rft.options import parse, plugin_spec
 
 
 def rows(found):
@@ -18,7 +18,7 @@ def rows(found):
 
 def everything():
     registry.load_plugins()
-    for kind in options.KINDS:
+    for kind in catalogue.KINDS:
         ids = gymnasium.registry if kind == "env" else registry.shipped(kind)
         yield from ((kind, id) for id in ids if kind != "env" or id.startswith("embodied_rft/"))
 
@@ -114,7 +114,7 @@ def test_defaults_that_are_listed_are_those_that_are_used():
 
 
 def test_presets_say_what_they_are_based_on():
-    assert options.base_of("objective", "td3") == "sac" and options.base_of("objective", "sac") is None
+    assert catalogue.base_of("objective", "td3") == "sac" and catalogue.base_of("objective", "sac") is None
     assert rows(options_of("objective", "td3"))["policy_delay"].default == "2"
     assert rows(options_of("objective", "sac"))["policy_delay"].default == "1"
     assert rows(options_of("objective", "td3"))["gamma"] == rows(options_of("objective", "sac"))["gamma"]
@@ -135,7 +135,7 @@ def test_the_command_prints_them(capsys, monkeypatch):
         for row in options_of("objective", "sac"):
             (line,) = [line for line in said.splitlines() if line.strip().startswith(f"{row.name} ")]
             assert row.default in line and row.values in line and row.meaning[:20] in line
-    for topic in options.TOPICS:
+    for topic in catalogue.TOPICS:
         assert run("list", topic) == 0 and "meaning" in capsys.readouterr().out
     assert run("list", "env", "embodied_rft/TextJsonl-v0") == 0
     assert "held_out" in (said := capsys.readouterr().out) and "checker" in said and "render_mode" not in said

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import embodied_rft.envs  # noqa: F401
-from embodied_rft.config import Recipe, load_recipe, parse, recipe_names
+from embodied_rft.config import Recipe, load_recipe, recipe_names
 from embodied_rft.data import Source
 from embodied_rft.learner import Learner
 from embodied_rft.objectives import build_objective
+from embodied_rft.options import parse
 from embodied_rft.plans import Replay
-from embodied_rft.stages.base import walk
 from embodied_rft.train import train
+from embodied_rft.walk import walk
 
 TINY = {"critic_hidden": [8]}
 DEMONSTRATE = {"demonstrate": {"episodes": 2}}

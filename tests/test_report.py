@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from embodied_rft import figures, report, video
-from embodied_rft.log import LogConfig, Logger, write_json
-from embodied_rft.report import write_report, write_run_facts
+from embodied_rft.facts import write_run_facts
+from embodied_rft.files import write_json
+from embodied_rft.log import LogConfig, Logger
+from embodied_rft.report import write_report
 
 FIRST = 2**31
 

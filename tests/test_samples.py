@@ -7,11 +7,12 @@ import pytest
 
 import embodied_rft.envs.text  # noqa: F401
 from embodied_rft import samples
-from embodied_rft.config import Recipe, parse
-from embodied_rft.console import visible
+from embodied_rft.config import Recipe
 from embodied_rft.data import Decisions
 from embodied_rft.evaluate import evaluate, evaluation_seeds
 from embodied_rft.log import LogConfig, Logger
+from embodied_rft.names import visible
+from embodied_rft.options import parse
 from embodied_rft.pool import make_pool
 from embodied_rft.text_spaces import write_chat
 from embodied_rft.train import train

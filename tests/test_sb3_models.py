@@ -15,10 +15,10 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from embodied_rft.agent import build_policy
 from embodied_rft.agents import inert_pickle
 from embodied_rft.agents.sb3 import save_normalizer
 from embodied_rft.checks import check_policy
+from embodied_rft.policy import build_policy
 
 VECTOR = spaces.Box(-2, 2, (3,), np.float32)
 IMAGE = spaces.Box(0, 255, (36, 40, 3), np.uint8)

@@ -10,10 +10,11 @@ import torch
 from embodied_rft import registry
 from embodied_rft.buffer import write_trajectories
 from embodied_rft.collect import Collector
-from embodied_rft.config import ConfigError, Recipe, parse
+from embodied_rft.config import ConfigError, Recipe
 from embodied_rft.data import Source, Trajectory
 from embodied_rft.objectives.policy_gradient import PPO
 from embodied_rft.objectives.soft_actor_critic import SAC
+from embodied_rft.options import parse
 from embodied_rft.session import Session
 from embodied_rft.train import train
 from tests import toys  # noqa: F401  registers Corridor-v0

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 import embodied_rft.envs.text  # noqa: F401
 from embodied_rft.agent import build_agent
 from embodied_rft.checks import check_env, check_policy
-from embodied_rft.config import Recipe, parse
+from embodied_rft.config import Recipe
 from embodied_rft.data import Decisions
 from embodied_rft.evaluate import evaluate, evaluation_seeds
+from embodied_rft.options import parse
 from embodied_rft.pool import make_pool
 from embodied_rft.seeding import evaluation_seed, held_out_index
 from embodied_rft.states import ask

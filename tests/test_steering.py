@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from embodied_rft.agent import build_agent, build_policy, wrap_policy
+from embodied_rft.agent import build_agent, wrap_policy
 from embodied_rft.checks import check_policy
 from embodied_rft.chunking import ChunkBox
 from embodied_rft.encoder import as_tensors
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
+from embodied_rft.policy import build_policy
 from embodied_rft.testing import random_batch
 
 STATE = gym.spaces.Box(-1, 1, (3,))

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from embodied_rft.agents.pretrained import load_pretrained
-from embodied_rft.config import Recipe, parse, recipe_of
+from embodied_rft.config import Recipe, recipe_of
 from embodied_rft.judge import evaluate_run
+from embodied_rft.options import ConfigError, parse
 from embodied_rft.train import train
 from embodied_rft.trust import foreign_code, is_installed
-from embodied_rft.yaml_tree import ConfigError
 
 PLUGIN = """
 import os

@@ -6,11 +6,12 @@ import pytest
 import torch
 import yaml
 
-from embodied_rft.agent import build_agent, build_policy, wrap_policy
+from embodied_rft.agent import build_agent, wrap_policy
 from embodied_rft.chunking import ChunkBox
 from embodied_rft.config import load_recipe
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
+from embodied_rft.policy import build_policy
 from embodied_rft.testing import random_batch
 from embodied_rft.train import train
 from embodied_rft.tuning import LoraOptions, tune

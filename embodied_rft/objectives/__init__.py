@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from embodied_rft.agent import parse_options
+from embodied_rft.policy import parse_options
 from embodied_rft.registry import find
 
 for _module in pkgutil.iter_modules(__path__):

@@ -9,7 +9,6 @@ from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -18,12 +17,13 @@ from embodied_rft.buffer import Buffer
 from embodied_rft.data import Batch, Ragged
 from embodied_rft.encoder import Encoder
 from embodied_rft.learner import to_device
-from embodied_rft.registry import nearest, register
+from embodied_rft.names import nearest
+from embodied_rft.options import STRICT
+from embodied_rft.registry import register
 from embodied_rft.returns import monte_carlo, pad_segments
 
 LossFunction = Callable[[Agent, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 Losses = dict[str, LossFunction]
-STRICT = ConfigDict(extra="forbid")  # of every config: an unknown key is an error
 T = TypeVar("T", bound=type)
 
 

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft import losses
-from embodied_rft.objectives.common import STRICT
+from embodied_rft.options import STRICT
 
 
 @dataclass(config=STRICT, kw_only=True)

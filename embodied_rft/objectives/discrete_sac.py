@@ -19,7 +19,8 @@ from embodied_rft import losses
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch, Tree
 from embodied_rft.networks import polyak
-from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers
+from embodied_rft.objectives.common import Losses, fit_normalizers
+from embodied_rft.options import STRICT
 from embodied_rft.plans import Replay, Share
 from embodied_rft.registry import register
 from embodied_rft.spaces import one_choice

@@ -17,8 +17,9 @@ from torch import Tensor
 from embodied_rft import losses
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch, Tree
-from embodied_rft.objectives.common import STRICT, preset
+from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig
+from embodied_rft.options import STRICT
 from embodied_rft.plans import Share
 
 

@@ -27,7 +27,6 @@ from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
 from embodied_rft.networks import polyak
 from embodied_rft.objectives.common import (
-    STRICT,
     Losses,
     fit_normalizers,
     readable,
@@ -37,6 +36,7 @@ from embodied_rft.objectives.common import (
 )
 from embodied_rft.objectives.correction import Correction, correct
 from embodied_rft.objectives.credit import Credit
+from embodied_rft.options import STRICT
 from embodied_rft.plans import Fresh, Share
 from embodied_rft.registry import find, register
 

@@ -20,7 +20,8 @@ from embodied_rft.agent import Agent
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Tree
 from embodied_rft.encoder import as_tensors
 from embodied_rft.networks import polyak
-from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, imitation, preset
+from embodied_rft.objectives.common import Losses, fit_normalizers, imitation, preset
+from embodied_rft.options import STRICT
 from embodied_rft.plans import Replay, Share
 from embodied_rft.registry import register
 from embodied_rft.spaces import ActionScale

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
-from embodied_rft.objectives.common import STRICT, Losses, fit_normalizers, preset
+from embodied_rft.objectives.common import Losses, fit_normalizers, preset
 from embodied_rft.objectives.deterministic import TD3
 from embodied_rft.objectives.soft_actor_critic import SACConfig
+from embodied_rft.options import STRICT
 from embodied_rft.plans import Replay
 from embodied_rft.registry import register
 

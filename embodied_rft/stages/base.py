@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from embodied_rft import registry
-from embodied_rft.config import StageSpec, validate_plugin_config
-
-if TYPE_CHECKING:
-    from embodied_rft.session import Session
+from embodied_rft.session import Session
 
 
 class Stage:
@@ -35,22 +30,3 @@ class Stage:
     def run(self, session: Session) -> dict[str, Any] | None:
         """Do the work; returns what the stage table of the report should show."""
         raise NotImplementedError
-
-
-def new_objective(spec: dict[str, Any]) -> Any:
-    """The objective {"id": ..., options} that a stage names, without networks: `setup` makes those."""
-    options = {name: value for name, value in spec.items() if name != "id"}
-    return registry.find("objective", spec["id"])(validate_plugin_config("objective", spec["id"], options))
-
-
-def walk(stages: list[StageSpec], prefix: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """All leaf stages in the order they run; a stage that holds stages says how (`expand`)."""
-    for index, spec in enumerate(stages):
-        path = (*prefix, index)
-        stage = registry.find("stage", spec.word)(spec.config, path)
-        stage.word = spec.word
-        if hasattr(stage, "expand"):
-            for inner_path, inner in stage.expand():
-                yield from walk(inner, inner_path)
-        else:
-            yield path, stage

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
 
-from embodied_rft.config import Stages, StageSpec
+from embodied_rft.options import STRICT, Stages, StageSpec
 from embodied_rft.registry import register
-from embodied_rft.stages.experience import STRICT
 
 
 @register("stage", "repeat")

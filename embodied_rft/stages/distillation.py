@@ -13,19 +13,17 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from embodied_rft.agent import build_policy
 from embodied_rft.chunking import fit_pool
-from embodied_rft.config import plugin_spec
-from embodied_rft.registry import nearest, register
+from embodied_rft.names import nearest
+from embodied_rft.options import STRICT, plugin_spec
+from embodied_rft.policy import build_policy
+from embodied_rft.registry import register
+from embodied_rft.session import Session
 from embodied_rft.stages.base import Stage
-from embodied_rft.stages.experience import STRICT
-
-if TYPE_CHECKING:
-    from embodied_rft.session import Session
 
 
 @register("stage", "environment")

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from dataclasses import field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import numpy as np
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from embodied_rft import distributed
-from embodied_rft.buffer import Buffer, Schema, read_trajectories
+from embodied_rft.buffer import Buffer, read_trajectories
 from embodied_rft.chunking import chunk_of
-from embodied_rft.collect import Act, action_field
-from embodied_rft.data import Decisions, Ragged, Source, Tree
-from embodied_rft.demos import make_demonstrator
+from embodied_rft.data import Source
+from embodied_rft.demos import demonstrator_act, make_demonstrator, step_schema
+from embodied_rft.options import STRICT
 from embodied_rft.plans import Share
-from embodied_rft.pool import Pool
 from embodied_rft.registry import register
+from embodied_rft.session import Session
 from embodied_rft.stages.base import Stage
 from embodied_rft.trajectories import OUTSIDE
-
-if TYPE_CHECKING:
-    from embodied_rft.session import Session
-
-STRICT = ConfigDict(extra="forbid")
 
 
 @register("stage", "demonstrate")
@@ -144,20 +138,3 @@ def whole_groups(option: str, episodes: int | None, group_size: int) -> None:
         below = episodes - episodes % group_size
         near = f"{below} or {below + group_size}" if below else f"{group_size}"
         raise ValueError(f"{option} {episodes} tears a group of {group_size}: set it to a multiple, such as {near}")
-
-
-def step_schema(pool: Pool, rewards: tuple[str, ...] = ("env",)) -> Schema:
-    """Columns of single steps of a pool: of experience that is still to be cut into chunks or written to a file."""
-    return Schema(observation=dict(pool.fields), action=action_field(pool.action_space), rewards=rewards)
-
-
-def demonstrator_act(demonstrator: Any, rng: np.random.Generator, units: int | None) -> Act:
-    """A demonstrator as something that acts. Its log-probabilities are unknown and stored as 0, or as empty."""
-
-    def act(observation: Tree) -> Decisions:
-        action = demonstrator.act(observation, rng)
-        count = len(action)
-        unknown = Ragged.of([[]] * count, np.float32) if units is None else np.zeros((count, units), np.float32)
-        return Decisions(action, unknown)
-
-    return act

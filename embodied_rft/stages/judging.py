@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from embodied_rft.files import write_json
+from embodied_rft.film import roll_out
+from embodied_rft.options import STRICT
 from embodied_rft.registry import register
+from embodied_rft.seeding import evaluation_generator
+from embodied_rft.session import Session
 from embodied_rft.stages.base import Stage
-from embodied_rft.stages.experience import STRICT
-
-if TYPE_CHECKING:
-    from embodied_rft.session import Session
 
 
 @register("stage", "evaluate")
@@ -47,8 +50,6 @@ class Evaluate(Stage):
         if not outcome.told:
             session.logger.message(str(outcome))
         if config.video:
-            from embodied_rft.film import film
-
             wanted = [
                 s for s, won in zip(outcome.seeds, outcome.results, strict=True) if won == (config.video == "success")
             ]
@@ -56,3 +57,28 @@ class Evaluate(Stage):
             session.logger.message(film(session, wanted, success=config.video == "success", name=name))
         shown = outcome.headline()
         return shown | {"return": shown.pop("mean_return"), "episodes": outcome.episodes}
+
+
+def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tries: int = 4) -> str:
+    """Film one episode that ends in success (or failure) from one of `seeds`; returns what to tell the user."""
+    from embodied_rft.video import write_video
+
+    wanted = "success" if success else "failure"
+    if not seeds:
+        return f"no {wanted} to film"
+    env = session.env
+    act = session.actor(greedy=True, rng=evaluation_generator())
+    try:
+        for seed in seeds[:tries]:
+            rolled = roll_out(act, env, seed, session.fit)
+            won = rolled.success
+            if won == success:
+                path = write_video(session.folder / "videos" / f"{name}.mp4", rolled.frames, fps=25)
+                write_json(
+                    Path(path).with_suffix(".json"), {"seed": int(seed), "success": won, "stage": list(session.path)}
+                )
+                return f"filmed a {wanted}: {path.name}"
+        return f"nothing filmed: none of {min(tries, len(seeds))} episodes ended in {wanted} in the single environment"
+    except Exception as error:  # a picture is never worth a run
+        write_json(session.folder / "videos" / "unavailable.json", {"reason": str(error)})
+        return f"no video: {error}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import field, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,16 +19,16 @@ from embodied_rft import distributed, registry, tuning
 from embodied_rft.agent import wrap_policy
 from embodied_rft.buffer import Buffer
 from embodied_rft.collect import Endless, Recording
-from embodied_rft.config import parse, plugin_spec, validate_plugin_config
 from embodied_rft.data import Decisions, Tree
 from embodied_rft.learner import LearnerConfig
+from embodied_rft.names import nearest
+from embodied_rft.options import STRICT, parse, plugin_spec, validate_plugin_config
 from embodied_rft.plans import Replay, Share
 from embodied_rft.registry import register
-from embodied_rft.stages.base import Stage, new_objective
-from embodied_rft.stages.experience import STRICT, whole_groups
-
-if TYPE_CHECKING:
-    from embodied_rft.session import Session
+from embodied_rft.session import Session
+from embodied_rft.stages.base import Stage
+from embodied_rft.stages.experience import whole_groups
+from embodied_rft.walk import new_objective
 
 FRESH = {  # options of `finetune` for replay, and what objectives that learn from fresh experience have instead
     "batch_size": "set the objective's own batch_size",
@@ -365,9 +365,7 @@ class Adapt(Stage):
                 return
             around = [id for id in registry.known("agent") if hasattr(registry.find("agent", id), "load_base")]
             if self.with_ not in around:
-                raise ValueError(
-                    f"adapt.with is {self.with_!r}; {registry.nearest(self.with_, [*tuning.WORDS, *around])}"
-                )
+                raise ValueError(f"adapt.with is {self.with_!r}; {nearest(self.with_, [*tuning.WORDS, *around])}")
             options = {"base": {"id": "gaussian"}, **self.options}
             validate_plugin_config("agent", self.with_, options, path="adapt.options")
 

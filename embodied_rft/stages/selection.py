@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic.dataclasses import dataclass
 
 from embodied_rft import distributed
+from embodied_rft.options import STRICT
 from embodied_rft.registry import register
+from embodied_rft.session import Session
 from embodied_rft.stages.base import Stage
-from embodied_rft.stages.experience import STRICT, whole_groups
-
-if TYPE_CHECKING:
-    from embodied_rft.session import Session
+from embodied_rft.stages.experience import whole_groups
 
 
 @register("stage", "collect")

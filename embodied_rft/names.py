@@ -1,0 +1,22 @@
+"""Names and texts as people meet them: the nearest known name, no characters that steer a terminal."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import regex
+
+_STEERING = regex.compile(r"[\p{Cc}\p{Cf}\p{Cs}--[\n\t]]", flags=regex.V1)
+
+
+def visible(text: str) -> str:
+    r"""A text in which control and formatting characters are written out ("\x1b"), all but line breaks and tabs."""
+    return str(_STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text))
+
+
+def nearest(given: str, names: Iterable[str]) -> str:
+    """A sentence that helps after a wrong name: the closest known one, else all of them."""
+    names = sorted(names)
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or '(none)'}"

@@ -1,0 +1,28 @@
+"""The order in which the stages of a recipe run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from embodied_rft import registry
+from embodied_rft.options import StageSpec, validate_plugin_config
+
+
+def new_objective(spec: dict[str, Any]) -> Any:
+    """The objective {"id": ..., options} that a stage names, without networks: `setup` makes those."""
+    options = {name: value for name, value in spec.items() if name != "id"}
+    return registry.find("objective", spec["id"])(validate_plugin_config("objective", spec["id"], options))
+
+
+def walk(stages: list[StageSpec], prefix: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """All leaf stages in the order they run; a stage that holds stages says how (`expand`)."""
+    for index, spec in enumerate(stages):
+        path = (*prefix, index)
+        stage = registry.find("stage", spec.word)(spec.config, path)
+        stage.word = spec.word
+        if hasattr(stage, "expand"):
+            for inner_path, inner in stage.expand():
+                yield from walk(inner, inner_path)
+        else:
+            yield path, stage
