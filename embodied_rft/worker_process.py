@@ -89,8 +89,8 @@ def layout_of(observation_space: spaces.Space, action_space: spaces.Space, *, nu
     leaves = {f"observation/{key}": leaf for key, leaf in flatten_space(observation_space).items()}
     leaves["action"] = action_space
     wanted = [(key, leaf.shape, leaf.dtype) for key, leaf in leaves.items() if not is_text(leaf)]
-    wanted += [("reward", (), np.dtype(np.float32))]
-    wanted += [(name, (), np.dtype(np.bool_)) for name in ("terminated", "truncated", "success", "valid")]
+    wanted += [("reward", (), np.dtype(np.float32)), ("seed", (), np.dtype(np.int64))]
+    wanted += [(name, (), np.dtype(np.bool_)) for name in ("terminated", "truncated", "success", "valid", "begins")]
     layout: Layout = {}
     offset = 0
     for name, shape, dtype in wanted:
@@ -213,9 +213,9 @@ class _Host:
                 self.shared.arrays[f"observation/{key}"][self.envs] = value
         return texts
 
-    def reset(
-        self, seeds: np.ndarray, mask: np.ndarray, options: Any
-    ) -> tuple[dict[str, list[str]], Any, Seeding | None]:
+    def reset(self, options: Any) -> tuple[dict[str, list[str]], Any, Seeding | None]:
+        assert self.shared is not None
+        seeds, mask = (self.shared.arrays[name][self.envs].copy() for name in ("seed", "begins"))
         texts = self._write(self.pool.reset(seeds, mask, options))
         found = getattr(self.pool, "seeding", None)
         told, self.seeding = (None if found == self.seeding else found), found

@@ -160,7 +160,9 @@ class WorkerPool:
         self._seeds = np.where(mask, seeds, self._seeds)
         self._bad_start &= ~mask
         slices = {w: worker.envs for w, worker in enumerate(self._workers) if mask[worker.envs].any()}
-        answers = self._exchange({w: ("reset", (seeds[s], mask[s], options)) for w, s in slices.items()})
+        arrays = self._shared[1].arrays
+        arrays["seed"][:], arrays["begins"][:] = np.where(mask, seeds, 0), mask
+        answers = self._exchange({w: ("reset", (options,)) for w in slices})
         for w, (texts, news, seeding) in answers.items():
             self._hear(w, texts, news)
             if seeding is not None and (self.seeding is None or self.seeding.held_out):
