@@ -114,12 +114,13 @@ def blind(agent, space, refused=None):
 
 
 def say(agent, seen):
-    """What a greedy decision is computed from: logits, not the likeliest; not a chunk that bounds may have cut."""
+    """What a greedy decision is computed from: logits, not the likeliest; not what bounds may have cut."""
     if hasattr(agent.policy, "condition"):
         return agent.policy.condition(as_tensors(seen)).detach().numpy()
     if hasattr(agent.policy, "logits"):
         return agent.policy.logits(as_tensors(seen)).detach().numpy()
-    return np.asarray(agent.policy.act(seen, greedy=True).action)
+    decisions = agent.policy.act(seen, greedy=True)
+    return np.asarray(decisions.trace.get("u", decisions.action))
 
 
 @pytest.mark.parametrize("name", AGENTS)
