@@ -84,7 +84,7 @@ class CategoricalPolicy(nn.Module):
     def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
         """N decisions for observation arrays [N, ...]; actions are [N, ...] integers as the environment counts them."""
         parts = self.log_probs(observe(observation, self))
-        if greedy or not len(parts[0]):
+        if greedy or not parts[0].shape[0]:
             index = torch.stack([part.argmax(-1) for part in parts], -1)
         else:
             generator = require_rng(rng)

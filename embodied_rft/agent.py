@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rft import networks, registry
+from embodied_rft.device import device_of
 from embodied_rft.encoder import Encoder
 from embodied_rft.names import nearest
 from embodied_rft.policy import Spec, build_policy
@@ -83,7 +84,7 @@ class Agent(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the policy's weights live."""
-        return next((p.device for p in self.policy.parameters()), torch.device("cpu"))
+        return device_of(self.policy)
 
     def module(self, name: str) -> nn.Module:
         """The part that a loss of this name trains: "policy" or one of `parts`."""

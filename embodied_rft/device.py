@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 DEVICE = r"auto|cpu|cuda(:\d+)?"
 
@@ -30,6 +31,19 @@ def resolve_device(word: str) -> torch.device:
         found = f"{count} are here" if count else "PyTorch finds none (erft doctor says more)"
         raise ValueError(f"device is {word!r}, which needs GPU {index}, but {found}: set device to cpu or auto")
     return torch.device("cuda", index)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the first weight of a module lives, the CPU if it has none; asked in every step, so without names."""
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        if (module_ := waiting.pop()) is None:
+            continue
+        for parameter in module_._parameters.values():
+            if parameter is not None:
+                return parameter.device
+        waiting.extend(reversed(module_._modules.values()))
+    return torch.device("cpu")
 
 
 def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -13,6 +13,7 @@ from torch import nn
 
 from embodied_rft import registry
 from embodied_rft.data import Tree
+from embodied_rft.device import device_of
 from embodied_rft.encoder import as_tensors
 from embodied_rft.names import nearest
 from embodied_rft.spaces import check_action_space
@@ -62,4 +63,4 @@ def require_rng(rng: torch.Generator | None) -> torch.Generator:
 
 def observe(tree: Tree, policy: nn.Module) -> dict[str, Any]:
     """Observation arrays [N, ...] as tensors on the policy's device; texts stay what they are."""
-    return {**tree, **as_tensors(tree, next(policy.parameters()).device)}
+    return {**tree, **as_tensors(tree, device_of(policy))}

@@ -31,7 +31,7 @@ class Answer:
     """What N environments answered to one call, failures among them."""
 
     observation: dict[str, Any]  # [N, ...]; as before where nothing new came
-    reward: np.ndarray  # [N] float32
+    reward: np.ndarray  # [N]; float32 of a step
     terminated: np.ndarray  # [N] bool
     truncated: np.ndarray  # [N] bool
     success: np.ndarray  # [N] bool
@@ -124,21 +124,19 @@ class Singles:
     def step(self, action: Any, running: np.ndarray) -> Answer:
         """One step of those that are `running` [N]."""
         answer = self._blank()
-        actions = (
-            list(action) if isinstance(action, list) else np.array(action)
-        )  # a copy: environments write into theirs
+        actions = list(action) if isinstance(action, list) else np.array(action)  # environments write into theirs
         with self.watch:
             for index in np.flatnonzero(running).tolist():
                 self._try(answer, index, self.deadline, self._step_one, answer, index, actions[index])
+        with np.errstate(over="ignore"):  # what is too large for float32 is infinite, and caught as such
+            answer.reward = answer.reward.astype(np.float32)
         self.observation = answer.observation
         return answer
 
     def _blank(self) -> Answer:
         none = np.zeros(self.num_envs, dtype=np.bool_)
         observation = {k: v.copy() for k, v in self.observation.items()}
-        return Answer(
-            observation, np.zeros(self.num_envs, np.float32), none, none.copy(), none.copy(), told=False, failed={}
-        )
+        return Answer(observation, np.zeros(self.num_envs), none, none.copy(), none.copy(), told=False, failed={})
 
     def _reset_one(self, answer: Answer, index: int, options: Mapping[str, Any] | None) -> None:
         slot = self.slots[index]
@@ -157,12 +155,9 @@ class Singles:
             raise Unfit(f"step returned {_form(said)}; expected (observation, reward, terminated, truncated, info)")
         observation, reward, terminated, truncated, info = said
         self._show(answer, index, observation)
-        with np.errstate(over="ignore"):  # what is too large for float32 is infinite, and caught as such
-            answer.reward[index] = as_reward(reward)
-        answer.terminated[index], answer.truncated[index] = (
-            as_end(terminated, "terminated"),
-            as_end(truncated, "truncated"),
-        )
+        answer.reward[index] = as_reward(reward)
+        answer.terminated[index] = as_end(terminated, "terminated")
+        answer.truncated[index] = as_end(truncated, "truncated")
         success = success_of(info)
         if success is not None:
             answer.told, answer.success[index] = True, success
