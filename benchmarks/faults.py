@@ -252,7 +252,7 @@ def small_shared_memory(lab: Lab) -> Outcome:
 @row("a buffer beyond `ulimit -v`: refused before the first step, in words")
 def out_of_memory(lab: Lab) -> Outcome:
     tree = recipe(buffer={"capacity": 60_000_000})
-    outcome = lab.train(tree, before='ulimit -v 8000000; exec "$@"')
+    outcome = lab.train(tree, before='ulimit -v 6000000; exec "$@"')
     held = said(outcome, "buffer.capacity") and not lines_of(lab.folder / "run")
     return ("refused", held) if held else (outcome[1][-80:], held)
 
@@ -275,12 +275,15 @@ def orphans(lab: Lab) -> Outcome:
     process = lab.start(FAMILIES["workers"])
     until(process, lambda: len(lines_of(lab.folder / "run")) > 1)
     family = psutil.Process(process.pid).children(recursive=True)
-    for child in family:
-        child.suspend()
+    workers = [child for child in family if child.ppid() != process.pid]  # the others start and sweep them
+    for worker in workers:
+        worker.suspend()
     process.kill()
     process.wait()
-    _, left = psutil.wait_procs(family, timeout=30)
-    return f"{len(left)} of {len(family)} processes left", not left and len(family) > 1
+    _, left = psutil.wait_procs(family, timeout=60)
+    for child in left:
+        child.kill()
+    return f"{len(left)} of {len(family)} left, {len(workers)} stopped", not left and len(workers) == 2
 
 
 # --- what others wrote -----------------------------------------------------------------------------------------------
