@@ -48,6 +48,7 @@ class LearnerConfig:
     learning_rates: dict[str, float] = field(default_factory=dict)  # for single parts: {"critic": 1e-3}
     anneal: bool = False  # all learning rates fall linearly, to 0 at the end of the stage
     weight_decay: NonNegativeFloat = 0.0  # decoupled (AdamW)
+    epsilon: PositiveFloat = 1e-8  # of Adam, beside the root of the second moment; PPO is usually run with 1e-5
     clip_norm: PositiveFloat | None = None  # largest gradient norm of a part
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: matrix products under autocast, weights stay fp32
     micro_batch: int | None = None  # decisions per backward pass; None: the whole batch
@@ -104,7 +105,13 @@ class Learner:
         self._metrics: dict[str, list[Tensor]] = {}
 
     def _optimizer(self, name: str) -> AdamW:
-        return AdamW(self.parameters[name], learning_rate=self._rate(name), weight_decay=self.config.weight_decay)
+        config = self.config
+        return AdamW(
+            self.parameters[name],
+            learning_rate=self._rate(name),
+            weight_decay=config.weight_decay,
+            epsilon=config.epsilon,
+        )
 
     def _rate(self, name: str) -> float:
         return self.config.learning_rates.get(name, self.config.learning_rate)

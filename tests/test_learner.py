@@ -304,6 +304,22 @@ def test_nothing_is_left_of_a_loss_that_was_not_finite():
     assert same(*ends)
 
 
+@pytest.mark.parametrize("epsilon", [1e-8, 1.0])
+def test_small_gradients_move_little_below_epsilon(epsilon):
+    """Adam's first step is learning rate * g / (|g| + epsilon)."""
+    agent, learner = make({"id": "bc"}, GAUSSIAN, LearnerConfig(learning_rate=1e-2, epsilon=epsilon))
+    batch, before = batches(), [p.detach().clone() for p in learner.parameters["policy"]]
+    learner.objective.losses["policy"](agent, batch, generator())[0].backward()
+    gradients = [p.grad for p in learner.parameters["policy"]]
+    learner.optimizers["policy"].clear()
+    learner.update(batch, generator())
+    for old, gradient, new in zip(before, gradients, learner.parameters["policy"], strict=True):
+        expected = old - 1e-2 * gradient / (gradient.abs() + epsilon)
+        torch.testing.assert_close(
+            new.detach()[gradient.abs() > 1e-5], expected[gradient.abs() > 1e-5], atol=2e-5, rtol=0
+        )
+
+
 def test_weights_decay_relative_to_the_learning_rate():
     """Loshchilov and Hutter 2019: w - rate * decay * w, beside the step of Adam."""
     ends = []
