@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from embodied_rft.agents.causal_lm import CausalLM, load_model
 from embodied_rft.agents.tiny_lm import TinyConfig
 from embodied_rft.data import Batch, Decisions, Field, Ragged, Tree
-from embodied_rft.networks import linear
+from embodied_rft.mlp import linear
 from embodied_rft.options import STRICT
 from embodied_rft.packing import plan_within
 from embodied_rft.policy import require_rng

@@ -23,7 +23,7 @@ from embodied_rft.agents.chunks import Step, entropy_of, flow_step, flow_target,
 from embodied_rft.agents.vla_backbone import VLM, Context
 from embodied_rft.data import Field
 from embodied_rft.losses import mean_where
-from embodied_rft.networks import MLP, linear
+from embodied_rft.mlp import MLP, linear
 from embodied_rft.options import STRICT
 from embodied_rft.policy import require_rng
 

@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.common import arguments, finish, measure, rate, ratio, table
 from embodied_rft.agent import build_agent
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
+from embodied_rft.columns import Schema
 from embodied_rft.data import Decisions, Field
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective

@@ -28,8 +28,9 @@ import embodied_rft.envs.text  # noqa: F401  (registers the environment)
 from benchmarks.common import Results, arguments, finish, measure, ratio, table
 from embodied_rft.agent import Agent, build_agent
 from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
 from embodied_rft.collect import Collector
+from embodied_rft.columns import Schema
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
 from embodied_rft.pool import make_pool

@@ -210,7 +210,7 @@ def of_environment(id: str) -> list[Option]:
     """
     from gymnasium.envs.registration import load_env_creator
 
-    from embodied_rft.pool import find_spec
+    from embodied_rft.making import find_spec
 
     spec = find_spec(id)
     creators = [c for c in (spec.entry_point, spec.vector_entry_point) if c is not None]

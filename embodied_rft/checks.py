@@ -23,9 +23,9 @@ from embodied_rft.agent import build_agent
 from embodied_rft.answers import Unfit, as_end, as_reward, leaves_of, success_of
 from embodied_rft.data import Decisions, Ragged
 from embodied_rft.incidents import describe_error
-from embodied_rft.making import make_single
-from embodied_rft.pool import Pool, fields_of, find_spec, flatten_space, make_pool
-from embodied_rft.stepping import LARGEST, field_of, is_text
+from embodied_rft.making import find_spec, make_single
+from embodied_rft.pool import make_pool
+from embodied_rft.stepping import LARGEST, Pool, field_of, fields_of, flatten_space, is_text
 from embodied_rft.wrapping import single_state
 
 NUM_STEPS = 50

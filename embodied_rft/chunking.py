@@ -19,8 +19,9 @@ import torch
 from gymnasium import spaces
 
 from embodied_rft.data import Field, Trajectory, Tree, pick
+from embodied_rft.incidents import Incidents
 from embodied_rft.spaces import ActionBox, what_suits
-from embodied_rft.stepping import Incidents, Pool, StepResult, merge
+from embodied_rft.stepping import Pool, StepResult, merge
 
 BASE_ACTION = "base_action"  # the observation key of a queued plan
 

@@ -17,9 +17,8 @@ import numpy as np
 from embodied_rft import distributed
 from embodied_rft.buffer import Buffer
 from embodied_rft.data import Decisions, Field, Ragged, Source, Tree
-from embodied_rft.pool import Pool, fields_of
 from embodied_rft.seeding import training_seed
-from embodied_rft.stepping import StepResult
+from embodied_rft.stepping import Pool, StepResult, fields_of
 
 Act = Callable[[Tree], Decisions]
 Say = Callable[[str], None]

@@ -37,12 +37,12 @@ def write_demos(
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run a demonstrator and write its episodes to `out`, atomically. Returns {"episodes", "decisions", "success"}."""
-    from embodied_rft.buffer import Buffer, write_trajectories
+    from embodied_rft.buffer import Buffer
     from embodied_rft.collect import Collector
     from embodied_rft.data import Source
     from embodied_rft.pool import make_pool
     from embodied_rft.seeding import spawn_generator
-    from embodied_rft.trajectories import OUTSIDE, within
+    from embodied_rft.trajectories import OUTSIDE, within, write_trajectories
 
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected at least 1")

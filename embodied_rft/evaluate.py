@@ -17,10 +17,10 @@ import numpy as np
 
 from embodied_rft.collect import Act, Endless, Say
 from embodied_rft.files import write_json
-from embodied_rft.pool import Pool, StepResult
 from embodied_rft.samples import Sample, Samples, summarize, write_samples
 from embodied_rft.seeding import evaluation_seed
 from embodied_rft.states import distinct_seeds, num_held_out_states
+from embodied_rft.stepping import Pool, StepResult
 
 SILENT = "the environment never said whether an episode succeeded (info['is_success'] or info['success'])"
 

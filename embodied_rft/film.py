@@ -12,8 +12,9 @@ import numpy as np
 from embodied_rft.collect import Act
 from embodied_rft.env_config import EnvConfig
 from embodied_rft.making import make_single
-from embodied_rft.pool import Pool, VectorPool
+from embodied_rft.pool import VectorPool
 from embodied_rft.singles import Singles
+from embodied_rft.stepping import Pool
 
 
 @dataclass(frozen=True)

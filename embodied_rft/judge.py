@@ -9,10 +9,12 @@ from typing import Any
 import gymnasium
 
 from embodied_rft.evaluate import Evaluation, evaluate, evaluation_seeds
-from embodied_rft.pool import find_spec, num_envs_for, open_pool
+from embodied_rft.making import find_spec
+from embodied_rft.pool import num_envs_for, open_pool
 from embodied_rft.promises import held_out
+from embodied_rft.resume import Which
 from embodied_rft.seeding import evaluation_generator
-from embodied_rft.trained import Which, opened
+from embodied_rft.trained import opened
 
 
 def evaluate_run(

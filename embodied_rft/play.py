@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from embodied_rft.film import roll_out
+from embodied_rft.resume import Which
 from embodied_rft.seeding import evaluation_generator, evaluation_seed
-from embodied_rft.trained import Which, opened
+from embodied_rft.trained import opened
 from embodied_rft.video import write_video
 
 

@@ -12,17 +12,19 @@ from typing import Any
 
 from embodied_rft import distributed
 from embodied_rft.agent import Agent, Spaces
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
 from embodied_rft.chunking import QueuedPool, chunk_of, chunk_trajectories, find_planner, fit_pool
 from embodied_rft.collect import action_field
+from embodied_rft.columns import Schema
 from embodied_rft.config import Recipe
 from embodied_rft.data import Trajectory
 from embodied_rft.hindsight import Goals
 from embodied_rft.log import Logger
 from embodied_rft.making import make_single
 from embodied_rft.memory import announce
-from embodied_rft.pool import Pool, Purpose, num_envs_for, open_pool
+from embodied_rft.pool import num_envs_for, open_pool
 from embodied_rft.states import unreadable
+from embodied_rft.stepping import Pool, Purpose
 
 
 class Rig:

@@ -19,13 +19,13 @@ from gymnasium import spaces
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.data import Decisions, Tree
-from embodied_rft.making import make_single
+from embodied_rft.making import find_spec, make_single
 from embodied_rft.options import STRICT
-from embodied_rft.pool import find_spec, flatten_space
 from embodied_rft.registry import register
 from embodied_rft.seeding import training_seed
 from embodied_rft.session import Session
 from embodied_rft.stages.base import Stage
+from embodied_rft.stepping import flatten_space
 
 GOAL_KEYS = {"observation", "achieved_goal", "desired_goal"}
 

@@ -29,9 +29,9 @@ from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.log import Logger
 from embodied_rft.options import to_plain
 from embodied_rft.plans import Fresh
-from embodied_rft.pool import Pool
 from embodied_rft.promises import held_out
 from embodied_rft.seeding import evaluation_generator, spawn_generator
+from embodied_rft.stepping import Pool
 from embodied_rft.walk import new_objective, walk
 
 SHOWN = 8  # texts of incidents that are kept

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from embodied_rft.data import Batch, Field, Tree
+from embodied_rft.incidents import Incidents
 from embodied_rft.seeding import FIRST_EVALUATION_SEED
 from embodied_rft.spaces import DISCRETE, Choices
-from embodied_rft.stepping import Incidents, StepResult, flatten_space
+from embodied_rft.stepping import StepResult, flatten_space
 
 
 def random_batch(observation_space: gym.Space, action_space: gym.Space, *, size: int = 64, seed: int = 0) -> Batch:

@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
+from embodied_rft.columns import Schema
 from embodied_rft.data import Decisions, Field, Ragged, Source, Trajectory
 
 DENSE = Schema(

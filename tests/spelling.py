@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from embodied_rft.agent import Agent, Spaces
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
 from embodied_rft.collect import Collector
+from embodied_rft.columns import Schema
 from embodied_rft.data import Decisions, Field, Ragged
+from embodied_rft.incidents import Incidents
 from embodied_rft.learner import Learner, LearnerConfig
-from embodied_rft.networks import MLP
+from embodied_rft.mlp import MLP
 from embodied_rft.objectives import build_objective
-from embodied_rft.stepping import Incidents, StepResult
+from embodied_rft.stepping import StepResult
 
 CLASSES, LONGEST = 3, 5
 END, VOCABULARY = CLASSES, CLASSES + 1

@@ -11,8 +11,7 @@ from embodied_rft.agent import build_agent, wrap_policy
 from embodied_rft.chunking import ChunkBox
 from embodied_rft.encoder import as_tensors
 from embodied_rft.learner import Learner, LearnerConfig
-from embodied_rft.mlp import GaussianLogProb
-from embodied_rft.networks import EnsembleMLP
+from embodied_rft.mlp import EnsembleMLP, GaussianLogProb
 from embodied_rft.objectives import build_objective
 from embodied_rft.policy import build_policy
 from embodied_rft.testing import random_batch

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from embodied_rft.config import ConfigError, Recipe, load_recipe
-from embodied_rft.options import parse
+from embodied_rft.config import Recipe, load_recipe
+from embodied_rft.options import ConfigError, parse
 from embodied_rft.yaml_tree import read_yaml
 
 BASE = {

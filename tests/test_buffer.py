@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied_rft.blobs import BlobStore
-from embodied_rft.buffer import Buffer, Schema
-from embodied_rft.columns import RaggedColumn
+from embodied_rft.buffer import Buffer
+from embodied_rft.columns import RaggedColumn, Schema
 from embodied_rft.data import Decisions, Field, Ragged, Source, Trajectory
 from embodied_rft.memory import announce
 from embodied_rft.ring import Ring

@@ -18,7 +18,7 @@ from embodied_rft.encoder import as_tensors
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
 from embodied_rft.objectives.dqn import DQN
-from embodied_rft.objectives.presets import PPO
+from embodied_rft.objectives.policy_gradient import PPO
 from embodied_rft.options import parse
 from embodied_rft.policy import build_policy
 from embodied_rft.session import Interrupted, Session

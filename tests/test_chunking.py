@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied_rft.agent import build_agent, wrap_policy
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
 from embodied_rft.checks import check_policy
 from embodied_rft.chunking import (
     BASE_ACTION,
@@ -23,6 +23,7 @@ from embodied_rft.chunking import (
     fit_pool,
 )
 from embodied_rft.collect import Collector
+from embodied_rft.columns import Schema
 from embodied_rft.data import Decisions, Field, Trajectory
 from embodied_rft.encoder import as_tensors
 from embodied_rft.losses import mean_where

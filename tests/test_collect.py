@@ -3,8 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
 from embodied_rft.collect import Collector, action_field
+from embodied_rft.columns import Schema
 from embodied_rft.data import Decisions
 from embodied_rft.seeding import training_seed
 from embodied_rft.stepping import StepResult

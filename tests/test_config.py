@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied_rft import config, options, registry
-from embodied_rft.config import ConfigError, Recipe, dump_recipe, load_recipe
-from embodied_rft.options import Stages, parse, parse_stages
+from embodied_rft.config import Recipe, dump_recipe, load_recipe
+from embodied_rft.options import ConfigError, Stages, parse, parse_stages
 
 
 class Mode(Enum):

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied_rft.buffer import Buffer, Schema, read_trajectories, write_trajectories
+from embodied_rft.buffer import Buffer
+from embodied_rft.columns import Schema
 from embodied_rft.data import Batch, Field, Ragged, Source, Trajectory
+from embodied_rft.trajectories import read_trajectories, write_trajectories
 
 lists = st.lists(st.lists(st.integers(-(2**40), 2**40), max_size=6), max_size=8)
 

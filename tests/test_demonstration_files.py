@@ -12,13 +12,13 @@ import pytest
 from gymnasium import spaces
 from safetensors.numpy import load_file, save_file
 
-from embodied_rft.buffer import Schema, read_trajectories, write_trajectories
+from embodied_rft.columns import Schema
 from embodied_rft.config import Recipe
 from embodied_rft.data import Field, Ragged, Trajectory
 from embodied_rft.formats import recognise
 from embodied_rft.options import parse
 from embodied_rft.train import train
-from embodied_rft.trajectories import FORMAT, within
+from embodied_rft.trajectories import FORMAT, read_trajectories, within, write_trajectories
 
 SPACE = spaces.Box(np.array([-1, 0], np.float32), np.array([1, 90], np.float32))
 

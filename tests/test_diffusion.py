@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from embodied_rft.agent import build_agent, wrap_policy
 from embodied_rft.agents.diffusion import cosine_schedule
 from embodied_rft.agents.normalisation import Statistics
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
 from embodied_rft.checks import check_policy
 from embodied_rft.chunking import ChunkBox
+from embodied_rft.columns import Schema
 from embodied_rft.data import Field, Trajectory
 from embodied_rft.encoder import as_tensors
 from embodied_rft.policy import build_policy

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box
 
-from embodied_rft.buffer import Buffer, Schema
-from embodied_rft.config import ConfigError, Recipe
+from embodied_rft.buffer import Buffer
+from embodied_rft.columns import Schema
+from embodied_rft.config import Recipe
 from embodied_rft.data import Field, Source, Trajectory
 from embodied_rft.hindsight import Goals, later
-from embodied_rft.options import parse
+from embodied_rft.options import ConfigError, parse
 from embodied_rft.train import train
 
 

@@ -12,7 +12,8 @@ import torch
 from embodied_rft.agent import build_agent
 from embodied_rft.agents.causal_lm import CausalLM, load_model
 from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm, tiny_tokenizer
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
+from embodied_rft.columns import Schema
 from embodied_rft.data import Decisions, Ragged, Source, Trajectory
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective

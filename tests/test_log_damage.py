@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from embodied_rft.cli import main
-from embodied_rft.config import ConfigError, load_recipe
+from embodied_rft.config import load_recipe
 from embodied_rft.console import Console
 from embodied_rft.log import MESSAGES, METRICS, TABLE, LogConfig, Logger, read_records
+from embodied_rft.options import ConfigError
 from embodied_rft.sinks import Axis
 
 NASTY = "[/red] \x1b]0;title\x07 \N{GREEK SMALL LETTER PI}"

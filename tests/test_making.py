@@ -8,10 +8,10 @@ import gymnasium
 import numpy as np
 import pytest
 
-from embodied_rft.config import ConfigError, Recipe
+from embodied_rft.config import Recipe
 from embodied_rft.judge import evaluate_run
 from embodied_rft.making import PACKAGES, find_spec, find_wrapper, make_single
-from embodied_rft.options import parse
+from embodied_rft.options import ConfigError, parse
 from embodied_rft.pool import VectorPool, make_pool
 from embodied_rft.promises import PROBES, narrow_seed
 from embodied_rft.seeding import evaluation_seed

@@ -7,8 +7,9 @@ import torch
 
 from embodied_rft import losses
 from embodied_rft.agent import build_agent
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
 from embodied_rft.collect import Collector
+from embodied_rft.columns import Schema
 from embodied_rft.data import Source, Trajectory
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective

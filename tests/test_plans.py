@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
+from embodied_rft.columns import Schema
 from embodied_rft.data import Decisions, Field, Source
 from embodied_rft.plans import Fresh, Replay
 

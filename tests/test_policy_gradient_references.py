@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from embodied_rft.agent import Agent, Spaces
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
+from embodied_rft.columns import Schema
 from embodied_rft.data import Field, Ragged, Trajectory
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embodied_rft.data import Field
-from embodied_rft.pool import VectorPool, decode_text, encode_text, fields_of, flatten_space, make_pool
+from embodied_rft.pool import VectorPool, make_pool
 from embodied_rft.seeding import evaluation_seed
+from embodied_rft.stepping import decode_text, encode_text, fields_of, flatten_space
 from tests.helpers_envs import TROUBLE_SEED, TROUBLE_STEP
 
 

@@ -15,10 +15,10 @@ import yaml
 
 from embodied_rft import cli
 from embodied_rft.checkpoint import CheckpointError, Checkpoints, RunLock
-from embodied_rft.config import ConfigError, Recipe, load_recipe
+from embodied_rft.config import Recipe, load_recipe
 from embodied_rft.judge import evaluate_run
 from embodied_rft.memory import available_memory
-from embodied_rft.options import parse
+from embodied_rft.options import ConfigError, parse
 from embodied_rft.report import write_report
 from embodied_rft.session import Interrupted, Session
 from embodied_rft.train import train

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import embodied_rft.envs  # noqa: F401
-from embodied_rft.agents.sb3 import save_normalizer
+from embodied_rft.agents.sb3_files import save_normalizer
 from embodied_rft.checks import check_policy
 from embodied_rft.config import Recipe
 from embodied_rft.options import parse

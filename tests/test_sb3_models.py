@@ -16,7 +16,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from embodied_rft.agents import inert_pickle
-from embodied_rft.agents.sb3 import save_normalizer
+from embodied_rft.agents.sb3_files import save_normalizer
 from embodied_rft.checks import check_policy
 from embodied_rft.policy import build_policy
 

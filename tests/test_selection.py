@@ -8,7 +8,8 @@ from torch import nn
 
 import embodied_rft.envs  # noqa: F401
 from embodied_rft import cli
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
+from embodied_rft.columns import Schema
 from embodied_rft.config import load_recipe
 from embodied_rft.data import Decisions, Field
 from embodied_rft.objectives.common import whole_groups

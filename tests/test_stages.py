@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from embodied_rft import registry
-from embodied_rft.buffer import write_trajectories
 from embodied_rft.collect import Collector
-from embodied_rft.config import ConfigError, Recipe
+from embodied_rft.config import Recipe
 from embodied_rft.data import Source, Trajectory
 from embodied_rft.objectives.policy_gradient import PPO
 from embodied_rft.objectives.soft_actor_critic import SAC
-from embodied_rft.options import parse
+from embodied_rft.options import ConfigError, parse
 from embodied_rft.session import Session
 from embodied_rft.train import train
+from embodied_rft.trajectories import write_trajectories
 from tests import toys  # noqa: F401  registers Corridor-v0
 
 READ = []  # batches that the objectives below were given

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from embodied_rft.agents.chunks import ChunkConfig, Codec
 from embodied_rft.agents.normalisation import LARGEST, Statistics
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
+from embodied_rft.columns import Schema
 from embodied_rft.data import Field, Trajectory
 
 KINDS = ["min_max", "quantile", "mean_std"]

@@ -17,12 +17,12 @@ import torch
 import embodied_rft.envs  # noqa: F401
 from embodied_rft import load_policy
 from embodied_rft.agent import build_agent
-from embodied_rft.config import ConfigError, load_recipe
+from embodied_rft.config import load_recipe
 from embodied_rft.device import resolve_device
 from embodied_rft.judge import evaluate_run
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.options import parse_stages
+from embodied_rft.options import ConfigError, parse_stages
 from embodied_rft.play import play
 from embodied_rft.seeding import evaluation_seed
 from embodied_rft.testing import random_batch

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from embodied_rft.agent import build_agent
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
 from embodied_rft.checks import check_policy
+from embodied_rft.columns import Schema
 from embodied_rft.encoder import as_tensors
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective

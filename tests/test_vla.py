@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied_rft.agent import build_agent
+from embodied_rft.agents.feature_cache import FeatureCache
 from embodied_rft.agents.tiny_vlm import TinyVLMConfig, tiny_vlm
-from embodied_rft.agents.vla_backbone import VLM, FeatureCache
+from embodied_rft.agents.vla_backbone import VLM
 from embodied_rft.agents.vla_processing import Pixels, Prompts
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
 from embodied_rft.checks import check_policy
 from embodied_rft.chunking import ChunkBox
+from embodied_rft.columns import Schema
 from embodied_rft.policy import build_policy
 from embodied_rft.stepping import encode_text, fields_of
 from tests.helpers_vla import HEADS, KINDS, SPACE, STEP, chunks, observation, policy, rng, same, tensors

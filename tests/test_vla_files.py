@@ -10,7 +10,8 @@ import torch
 
 from embodied_rft.agents.tiny_vlm import IMAGE, tiny_vlm
 from embodied_rft.agents.vla_backbone import VLM
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
+from embodied_rft.columns import Schema
 from embodied_rft.data import Decisions
 from embodied_rft.stepping import fields_of
 from tests.helpers_vla import IMAGES, KINDS, SPACE, STEP, chunks, observation, policy, rng, tensors

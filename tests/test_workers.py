@@ -14,8 +14,10 @@ import psutil
 import pytest
 
 import embodied_rft.envs  # noqa: F401
-from embodied_rft.pool import EnvironmentFailure, WorkerPool, make_pool
+from embodied_rft.incidents import EnvironmentFailure
+from embodied_rft.pool import make_pool
 from embodied_rft.worker_process import SharedArrays
+from embodied_rft.workers import WorkerPool
 from tests.helpers_envs import TROUBLE_SEED, TROUBLE_STEP
 
 FETCH = "embodied_rft/FetchPickAndPlace-v0"

@@ -4,7 +4,8 @@ import gymnasium
 import numpy as np
 
 from embodied_rft.data import Field
-from embodied_rft.stepping import Incidents, StepResult
+from embodied_rft.incidents import Incidents
+from embodied_rft.stepping import StepResult
 
 
 class SeedPool:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from embodied_rft.agent import Agent, build_agent
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
 from embodied_rft.chunking import ChunkBox
+from embodied_rft.columns import Schema
 from embodied_rft.data import Decisions, Source
 from embodied_rft.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective

@@ -10,7 +10,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from embodied_rft import distributed
-from embodied_rft.buffer import Buffer, read_trajectories
+from embodied_rft.buffer import Buffer
 from embodied_rft.chunking import chunk_of
 from embodied_rft.data import Source
 from embodied_rft.demos import demonstrator_act, make_demonstrator, step_schema
@@ -19,7 +19,7 @@ from embodied_rft.plans import Share
 from embodied_rft.registry import register
 from embodied_rft.session import Session
 from embodied_rft.stages.base import Stage
-from embodied_rft.trajectories import OUTSIDE
+from embodied_rft.trajectories import OUTSIDE, read_trajectories
 
 
 @register("stage", "demonstrate")

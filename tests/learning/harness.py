@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from embodied_rft.agent import build_agent, wrap_policy
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
 from embodied_rft.collect import Collector
+from embodied_rft.columns import Schema
 from embodied_rft.data import Decisions, Source
 from embodied_rft.evaluate import evaluate, evaluation_seeds
 from embodied_rft.learner import Learner, LearnerConfig

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from embodied_rft.agent import build_agent, wrap_policy
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
 from embodied_rft.chunking import ChunkPool, QueuedPool, chunk_trajectories, find_planner, fit_pool
 from embodied_rft.collect import Collector
+from embodied_rft.columns import Schema
 from embodied_rft.data import Decisions, Field, Source, Trajectory
 from embodied_rft.evaluate import evaluate, evaluation_seeds
 from embodied_rft.learner import Learner, LearnerConfig

@@ -12,8 +12,9 @@ import torch
 
 import embodied_rft.envs.text  # noqa: F401
 from embodied_rft.agent import build_agent
-from embodied_rft.buffer import Buffer, Schema
+from embodied_rft.buffer import Buffer
 from embodied_rft.collect import Collector
+from embodied_rft.columns import Schema
 from embodied_rft.data import Source, Trajectory
 from embodied_rft.envs.text_demonstrators import SumDemonstrator
 from embodied_rft.evaluate import evaluate, evaluation_seeds
