@@ -19,7 +19,6 @@ from gymnasium import spaces
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft import sb3_baseline  # noqa: F401  registers the stage of the same name
 from embodied_rft.agents import sb3_files
 from embodied_rft.agents.sb3_files import save_normalizer as save_normalizer  # for those who write such files
 from embodied_rft.data import Decisions, Field, Tree
