@@ -42,9 +42,9 @@ from benchmarks.fault_tools import (
     said,
     until,
 )
-from embodied_rft.buffer import read_trajectories, write_trajectories
 from embodied_rft.checkpoint import CheckpointError, Checkpoints
 from embodied_rft.data import Trajectory
+from embodied_rft.trajectories import read_trajectories, write_trajectories
 
 HALF = "checkpoints/.*.writing-*"  # what a checkpoint is called until it is whole
 NO_MOUNT: Outcome = ("not tried: may not mount", None)
