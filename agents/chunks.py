@@ -92,7 +92,7 @@ class Codec(nn.Module):
         if action.shape[-1] != size:
             raise ValueError(
                 f"action chunks have {action.shape[-1]} numbers; this policy predicts horizon {self.horizon} x "
-                f"{self.action_dim} = {size}. Cut the data with chunking.chunk_trajectories(horizon={self.horizon})."
+                f"{self.action_dim} = {size}. Cut the data with chunk_trajectories(horizon={self.horizon})."
             )
         steps = action.unflatten(-1, (self.horizon, self.action_dim))
         if self.statistics is None:

@@ -13,8 +13,8 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft import networks
 from embodied_rft.encoder import Encoder, Normalize
+from embodied_rft.networks import ActorHead
 from embodied_rft.options import STRICT
 from embodied_rft.policy import require_rng
 
@@ -64,7 +64,7 @@ def make_actor(
     rng: torch.Generator,
     extra: int = 0,
     unit: float = 1.0,
-) -> tuple[Encoder, networks.ActorHead]:
+) -> tuple[Encoder, ActorHead]:
     """Encoder and head of a small actor.
 
     Args:
@@ -76,7 +76,7 @@ def make_actor(
         unit: what 1 of the head's output is worth in the units of `exploration_noise`.
     """
     encoder = make_encoder(config, observation_space, rng=rng)
-    head = networks.ActorHead(
+    head = ActorHead(
         encoder.size + extra,
         action_dim,
         hidden=config.hidden,
@@ -95,7 +95,7 @@ def make_actor(
 
 
 def decide(
-    head: networks.ActorHead, features: Tensor, *, greedy: bool, rng: torch.Generator | None
+    head: ActorHead, features: Tensor, *, greedy: bool, rng: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(action in [-1, 1] [N, A], log_prob [N], raw value u [N, A]) from features [N, F]: drawn, or the most likely."""
     if not greedy:

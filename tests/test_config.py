@@ -13,8 +13,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied_rft import config, options, registry
-from embodied_rft.config import Recipe, dump_recipe, load_recipe
+from embodied_rft import options, registry
+from embodied_rft.config import BufferConfig, Recipe, dump_recipe, load_recipe, recipe_names
 from embodied_rft.options import ConfigError, Stages, parse, parse_stages
 
 
@@ -266,7 +266,7 @@ def test_a_recipe_brings_its_own_modules(base, monkeypatch):
 
 
 def test_shipped_recipes_are_found_by_name():
-    assert "demo" in config.recipe_names()
+    assert "demo" in recipe_names()
     with pytest.raises(ConfigError, match="did you mean 'demo'"):
         load_recipe("dmeo")
 
@@ -330,7 +330,7 @@ def test_defaults_live_in_the_dataclasses():
     plain = yaml.safe_load(dump_recipe(recipe))
     defaults: dict[str, Any] = options.to_plain(Finetune.Config())
     assert plain["stages"] == [{"finetune": defaults}]
-    assert plain["buffer"] == dataclasses.asdict(config.BufferConfig())
+    assert plain["buffer"] == dataclasses.asdict(BufferConfig())
 
 
 def test_a_folder_beside_a_recipe_is_a_module_only_where_the_recipe_names_one(tmp_path, monkeypatch):
