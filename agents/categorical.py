@@ -16,13 +16,13 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from embodied_rft import networks
-from embodied_rft.agents.parts import NetworkConfig, make_encoder
+from embodied_rft.agents.parts.actor import NetworkConfig, make_encoder
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.networks import critics
 from embodied_rft.options import STRICT
 from embodied_rft.policy import observe, require_rng
+from embodied_rft.pools.spaces import DISCRETE, Choices, what_suits
 from embodied_rft.registry import register
-from embodied_rft.spaces import DISCRETE, Choices, what_suits
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -57,7 +57,7 @@ class CategoricalPolicy(nn.Module):
         if config.dueling and self.num_units > 1:
             raise ValueError(f"dueling splits the values of one choice, {action_space} has {self.num_units}")
         self.encoder = make_encoder(config, observation_space, rng=rng)
-        self.net = networks.MLP(
+        self.net = critics.MLP(
             self.encoder.size,
             config.hidden,
             sum(self.sizes) + config.dueling,

@@ -16,9 +16,9 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.agents.chunks import ChainPolicy, ChunkConfig, Step
+from embodied_rft.agents.parts.chain import ChainPolicy, ChunkConfig, Step
 from embodied_rft.data import Tree
-from embodied_rft.losses import mean_where
+from embodied_rft.learning.losses import mean_where
 from embodied_rft.options import STRICT
 from embodied_rft.policy import require_rng
 from embodied_rft.registry import register

@@ -14,14 +14,14 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft.agents.parts import ActorConfig, decide, make_actor
-from embodied_rft.chunking import ChunkBox, step_space
+from embodied_rft.agents.parts.actor import ActorConfig, decide, make_actor
 from embodied_rft.data import Decisions, Field, Tree
-from embodied_rft.losses import mean_where
+from embodied_rft.learning.losses import mean_where
 from embodied_rft.options import STRICT
 from embodied_rft.policy import observe, require_rng
+from embodied_rft.pools.chunks import ChunkBox, step_space
+from embodied_rft.pools.spaces import ActionScale
 from embodied_rft.registry import register
-from embodied_rft.spaces import ActionScale
 
 
 @dataclass(config=STRICT, kw_only=True)

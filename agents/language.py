@@ -21,19 +21,19 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft.agents.causal_lm import CausalLM, load_model
-from embodied_rft.agents.tiny_lm import TinyConfig
+from embodied_rft.agents.models.causal_lm import CausalLM, load_model
+from embodied_rft.agents.models.tiny_lm import TinyConfig
 from embodied_rft.data import Batch, Decisions, Field, Ragged, Tree
-from embodied_rft.mlp import linear
+from embodied_rft.networks.mlp import linear
+from embodied_rft.networks.trainable import LoraOptions, Train
 from embodied_rft.options import STRICT
-from embodied_rft.packing import plan_within
 from embodied_rft.policy import require_rng
-from embodied_rft.prefix_tree import Usage
+from embodied_rft.pools.protocol import flatten_space, is_text
+from embodied_rft.pools.spaces import what_suits
+from embodied_rft.pools.text_spaces import ChatText, read_chat, write_chat
 from embodied_rft.registry import register
-from embodied_rft.spaces import what_suits
-from embodied_rft.stepping import flatten_space, is_text
-from embodied_rft.text_spaces import ChatText, read_chat, write_chat
-from embodied_rft.tuning import LoraOptions, Train
+from embodied_rft.tokens.micro_batches import plan_within
+from embodied_rft.tokens.prefix_tree import Usage
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -131,7 +131,7 @@ class LanguagePolicy(nn.Module):
 
     def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
         """N replies to the texts `observation[key]`; each distinct prompt is read once."""
-        from embodied_rft.generation import Sampling, generate
+        from embodied_rft.tokens.generation import Sampling, generate
 
         c, prompts = self.config, self.prompt_ids(observation)
         self._check_length(prompts.lengths, self.config.max_new_tokens)
@@ -174,7 +174,7 @@ class LanguagePolicy(nn.Module):
 
         Scores the ids in the trace; only rows without them (somebody else's decisions) are tokenised, each text once.
         """
-        from embodied_rft.token_loss import token_log_probs
+        from embodied_rft.tokens.log_probs import token_log_probs
 
         hidden, replies = self._reply_states(observation, action, trace)
         targets = torch.from_numpy(replies.values).to(hidden.device)
@@ -186,7 +186,7 @@ class LanguagePolicy(nn.Module):
 
     def _reply_states(self, observation: Tree, action: Any, trace: Tree) -> tuple[Tensor, Ragged]:
         """The states [sum of U, H] before every reply token, and the replies."""
-        from embodied_rft.prefix import reply_states
+        from embodied_rft.tokens.prefix import reply_states
 
         trace = self._complete(observation, action, trace)
         prompts, replies = trace["prompt"], trace["reply"]
@@ -275,7 +275,7 @@ class LanguagePolicy(nn.Module):
 
     def _value(self, observation: Tree, trace: Tree) -> Tensor:
         """[B]: what reward to expect after each prompt, from the state of its last token."""
-        from embodied_rft.prefix import prompt_states
+        from embodied_rft.tokens.prefix import prompt_states
 
         states = prompt_states(self.lm.decoder, self.prompt_ids(observation))
         return self.head(_standardize(states)).squeeze(-1)
@@ -312,7 +312,7 @@ class PromptEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, observation: Tree) -> Tensor:
         """The state of the last prompt token, standardised per row."""
-        from embodied_rft.prefix import prompt_states
+        from embodied_rft.tokens.prefix import prompt_states
 
         policy = self._policy()
         states = prompt_states(policy.lm.decoder, policy.prompt_ids(observation))

@@ -13,10 +13,10 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft.agents.chunks import ChainPolicy, chain_decisions, require_chain
-from embodied_rft.agents.parts import FrozenBase
+from embodied_rft.agents.parts.actor import FrozenBase
+from embodied_rft.agents.parts.chain import ChainPolicy, chain_decisions, require_chain
 from embodied_rft.data import Decisions, Field, Tree
-from embodied_rft.encoder import Encoder
+from embodied_rft.networks.encoder import Encoder
 from embodied_rft.options import STRICT
 from embodied_rft.policy import build_policy, observe, require_rng
 from embodied_rft.registry import register

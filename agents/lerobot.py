@@ -25,15 +25,15 @@ from pydantic import Field as Option
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft.agents.lerobot_processors import Batch, load_processors
-from embodied_rft.agents.parts import freeze
-from embodied_rft.chunking import step_space
+from embodied_rft.agents.models.lerobot_processors import Batch, load_processors
+from embodied_rft.agents.parts.actor import freeze
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.names import nearest
 from embodied_rft.options import STRICT
 from embodied_rft.policy import observe
+from embodied_rft.pools.chunks import step_space
+from embodied_rft.pools.protocol import flatten_space
 from embodied_rft.registry import register
-from embodied_rft.stepping import flatten_space
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from gymnasium import spaces
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.agents.parts import FrozenBase, freeze
-from embodied_rft.chunking import BASE_ACTION, ChunkBox
+from embodied_rft.agents.parts.actor import FrozenBase, freeze
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.options import STRICT
 from embodied_rft.policy import build_policy, observe
+from embodied_rft.pools.chunks import BASE_ACTION, ChunkBox
 from embodied_rft.registry import register
 
 

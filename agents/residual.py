@@ -14,13 +14,13 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.agents.parts import ActorConfig, FrozenBase, decide, freeze, make_actor
+from embodied_rft.agents.parts.actor import ActorConfig, FrozenBase, decide, freeze, make_actor
 from embodied_rft.data import Decisions, Field, Tree
-from embodied_rft.losses import mean_where
+from embodied_rft.learning.losses import mean_where
 from embodied_rft.options import STRICT
 from embodied_rft.policy import build_policy, observe, require_rng
+from embodied_rft.pools.spaces import ActionScale
 from embodied_rft.registry import register
-from embodied_rft.spaces import ActionScale
 
 
 @dataclass(config=STRICT, kw_only=True)

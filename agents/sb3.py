@@ -19,8 +19,8 @@ from gymnasium import spaces
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft.agents import sb3_files
-from embodied_rft.agents.sb3_files import save_normalizer as save_normalizer  # for those who write such files
+from embodied_rft.agents.models import sb3_files
+from embodied_rft.agents.models.sb3_files import save_normalizer as save_normalizer  # for those who write such files
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.options import STRICT
 from embodied_rft.policy import require_rng

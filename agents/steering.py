@@ -17,7 +17,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.agents.parts import ActorConfig, FrozenBase, decide, freeze, make_actor
+from embodied_rft.agents.parts.actor import ActorConfig, FrozenBase, decide, freeze, make_actor
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.options import STRICT
 from embodied_rft.policy import build_policy, observe, require_rng

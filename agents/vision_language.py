@@ -20,22 +20,22 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft.agents.causal_lm import CausalLM
-from embodied_rft.agents.feature_cache import content_keys
 from embodied_rft.agents.language import text_key, texts
-from embodied_rft.agents.tiny_vlm import TinyVLMConfig
+from embodied_rft.agents.models.causal_lm import CausalLM
+from embodied_rft.agents.models.feature_cache import content_keys
+from embodied_rft.agents.models.tiny_vlm import TinyVLMConfig
+from embodied_rft.agents.models.vlm import Context, load_vlm
 from embodied_rft.agents.vla import TrunkEncoder
-from embodied_rft.agents.vla_backbone import Context, load_vlm
 from embodied_rft.data import Decisions, Field, Ragged, Tree
-from embodied_rft.encoder import cameras
 from embodied_rft.names import nearest
+from embodied_rft.networks.encoder import cameras
+from embodied_rft.networks.trainable import LoraOptions, Train
 from embodied_rft.options import STRICT
 from embodied_rft.policy import observe, require_rng
+from embodied_rft.pools.protocol import flatten_space
+from embodied_rft.pools.spaces import what_suits
+from embodied_rft.pools.text_spaces import ChatText
 from embodied_rft.registry import register
-from embodied_rft.spaces import what_suits
-from embodied_rft.stepping import flatten_space
-from embodied_rft.text_spaces import ChatText
-from embodied_rft.tuning import LoraOptions, Train
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -118,7 +118,7 @@ class VisionLanguagePolicy(nn.Module):
     @torch.no_grad()
     def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
         """N replies to what `observation` shows and asks."""
-        from embodied_rft.generation import Sampling, draw
+        from embodied_rft.tokens.generation import Sampling, draw
 
         if not len(texts(observation[self.key])):
             none = Ragged.of([], dtype=np.int64)
@@ -149,7 +149,7 @@ class VisionLanguagePolicy(nn.Module):
 
     def log_prob(self, observation: Tree, action: Any, trace: Tree) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of every reply token, [B, U] each, zero behind the end of a reply."""
-        from embodied_rft.token_loss import token_log_probs
+        from embodied_rft.tokens.log_probs import token_log_probs
 
         replies = (trace if "reply" in trace else self.retrace(observation, action))["reply"]
         self.lm.check_ids(replies.values)

@@ -21,21 +21,21 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft import networks
-from embodied_rft.agents.chunks import ChunkConfig, Codec
 from embodied_rft.agents.language import texts
-from embodied_rft.agents.tiny_vlm import TinyVLMConfig
-from embodied_rft.agents.vla_backbone import VLM, Context, load_vlm
-from embodied_rft.agents.vla_heads import HEADS, FlowOptions, ParallelOptions, Size, TokenOptions
-from embodied_rft.chunking import step_space
+from embodied_rft.agents.models.tiny_vlm import TinyVLMConfig
+from embodied_rft.agents.models.vlm import VLM, Context, load_vlm
+from embodied_rft.agents.parts.chain import ChunkConfig, Codec
+from embodied_rft.agents.parts.vla_heads import HEADS, FlowOptions, ParallelOptions, Size, TokenOptions
 from embodied_rft.data import Decisions, Field, Tree
-from embodied_rft.encoder import Encoder, Normalize, cameras, is_image
 from embodied_rft.names import nearest
+from embodied_rft.networks import critics
+from embodied_rft.networks.encoder import Encoder, Normalize, cameras, is_image
+from embodied_rft.networks.trainable import LoraOptions, Train
 from embodied_rft.options import STRICT
 from embodied_rft.policy import observe, require_rng
+from embodied_rft.pools.chunks import step_space
+from embodied_rft.pools.protocol import flatten_space, is_text
 from embodied_rft.registry import register
-from embodied_rft.stepping import flatten_space, is_text
-from embodied_rft.tuning import LoraOptions, Train
 
 HEAD_FILE = "vla_head.safetensors"
 INSTRUCTION = "instruction"  # the observation key of the text
@@ -114,12 +114,12 @@ class VLAPolicy(nn.Module):
         if self.state_keys:
             reader = Encoder(observation_space, keys=self.state_keys, normalize=config.normalize, rng=rng)
             self.state = nn.ModuleDict(
-                {"reader": reader, "project": networks.linear(reader.size, vlm.hidden_size, rng=rng)}
+                {"reader": reader, "project": critics.linear(reader.size, vlm.hidden_size, rng=rng)}
             )
         self.observation_space = observation_space
         self.value_head = nn.ModuleDict()
         if config.value == "shared":
-            self.value_head["last"] = networks.MLP(vlm.hidden_size, (256,), 1, rng=rng, last_gain=0.1)
+            self.value_head["last"] = critics.MLP(vlm.hidden_size, (256,), 1, rng=rng, last_gain=0.1)
             self.value = self._value  # objectives look for the method: with it, the value's loss joins the policy's
         self.action_dim, self.size = codec.action_dim, codec.action_dim * self.horizon
         self.num_units: int = head.num_units

@@ -24,7 +24,7 @@ import numpy as np
 
 import embodied_rft.envs  # noqa: F401  (registers)
 from benchmarks import common
-from embodied_rft.envs.physics import num_cores
+from embodied_rft.envs.manipulation.physics import num_cores
 
 EPISODE = 50
 OURS, OFFICIAL, BOUND = "ours, batch of 64", "official, single", "bound: mj_step alone"

@@ -13,9 +13,9 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.fault_tools import Lab, Outcome, Walk, poisoned, recipe, row, said
-from embodied_rft.collect import Collector
 from embodied_rft.data import Decisions
-from embodied_rft.pool import make_pool
+from embodied_rft.experience.collect import Collector
+from embodied_rft.pools.pool import make_pool
 
 
 def _troubled(lab: Lab, pool: str, trouble: str, share: float, **env: Any) -> tuple[bool, str]:

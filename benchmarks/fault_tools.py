@@ -21,8 +21,8 @@ import torch
 import yaml
 from gymnasium import spaces
 
-from embodied_rft.checkpoint import Checkpoints
 from embodied_rft.data import Ragged
+from embodied_rft.runs.checkpoint import Checkpoints
 from embodied_rft.seeding import FIRST_EVALUATION_SEED
 
 ROOT = Path(__file__).parents[1]

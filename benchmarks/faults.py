@@ -42,9 +42,10 @@ from benchmarks.fault_tools import (
     said,
     until,
 )
-from embodied_rft.checkpoint import CheckpointError, Checkpoints
+from embodied_rft.buffer.trajectories import read_trajectories, write_trajectories
 from embodied_rft.data import Trajectory
-from embodied_rft.trajectories import read_trajectories, write_trajectories
+from embodied_rft.runs.checkpoint import Checkpoints
+from embodied_rft.runs.tree_file import CheckpointError
 
 HALF = "checkpoints/.*.writing-*"  # what a checkpoint is called until it is whole
 NO_MOUNT: Outcome = ("not tried: may not mount", None)

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import yaml
 
-from embodied_rft.checkpoint import Checkpoints
-from embodied_rft.config import dump_recipe, load_recipe, recipe_names
+from embodied_rft.runs.checkpoint import Checkpoints
+from embodied_rft.runs.recipe import dump_recipe, load_recipe, recipe_names
 from embodied_rft.train import train
 
 SMALL = {

@@ -108,7 +108,7 @@ def sb3(task: Task, seed: int, steps: int) -> tuple[float, Callable[[Any], Any]]
 def ours(task: Task, seed: int, steps: int) -> tuple[float, Callable[[Any], Any]]:
     """(seconds of training, greedy policy) of our recipe: what a user would run and load."""
     from embodied_rft import load_policy
-    from embodied_rft.config import load_recipe
+    from embodied_rft.runs.recipe import load_recipe
     from embodied_rft.train import train
 
     with tempfile.TemporaryDirectory() as folder:

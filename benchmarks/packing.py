@@ -16,8 +16,8 @@ from rich.table import Table
 
 from benchmarks.common import Result, arguments, finish
 from embodied_rft.data import Ragged
-from embodied_rft.packing import plan_within
-from embodied_rft.prefix_tree import count_tokens
+from embodied_rft.tokens.micro_batches import plan_within
+from embodied_rft.tokens.prefix_tree import count_tokens
 
 GROUP, TURNS, MOST = 8, 6, 16_384
 

@@ -30,14 +30,14 @@ import torch
 from mujoco import rollout
 
 from benchmarks.common import arguments, finish, measure, ratio, table
-from embodied_rft.agent import build_agent
-from embodied_rft.buffer import Buffer
-from embodied_rft.collect import Collector
-from embodied_rft.columns import Schema
+from embodied_rft.buffer.buffer import Buffer
+from embodied_rft.buffer.columns import Schema
 from embodied_rft.data import Field
-from embodied_rft.learner import Learner, LearnerConfig
+from embodied_rft.experience.collect import Collector
+from embodied_rft.learning.agent import build_agent
+from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.stepping import StepResult
+from embodied_rft.pools.protocol import StepResult
 
 FRAMES, ENVS, HORIZON, TOLERANCE = 16_384, 128, 50, 2e-3
 PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS.value

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from benchmarks.common import Results, arguments, finish, measure, table
-from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
+from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.data import Ragged
-from embodied_rft.prefix import reply_states
-from embodied_rft.token_loss import Head, plain_token_log_probs, token_log_probs
+from embodied_rft.tokens.log_probs import Head, plain_token_log_probs, token_log_probs
+from embodied_rft.tokens.prefix import reply_states
 
 SHAPES = ((128, 64, 8), (512, 64, 8), (1024, 64, 8), (512, 32, 16), (1024, 16, 8), (256, 256, 8), (64, 256, 8))
 QUICK = ((128, 64, 8), (512, 64, 8), (1024, 16, 8), (64, 256, 8))

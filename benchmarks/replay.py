@@ -24,8 +24,8 @@ import torch
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 
 from benchmarks import common
-from embodied_rft.buffer import Buffer
-from embodied_rft.columns import Schema
+from embodied_rft.buffer.buffer import Buffer
+from embodied_rft.buffer.columns import Schema
 from embodied_rft.data import Decisions, Field
 
 STATE, ACTION, BATCH, ROWS = 42, 8, 256, 100_000

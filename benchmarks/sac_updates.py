@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from benchmarks.common import arguments, finish, measure, rate, ratio, table
-from embodied_rft.agent import build_agent
-from embodied_rft.buffer import Buffer
-from embodied_rft.columns import Schema
+from embodied_rft.buffer.buffer import Buffer
+from embodied_rft.buffer.columns import Schema
 from embodied_rft.data import Decisions, Field
-from embodied_rft.learner import Learner, LearnerConfig
+from embodied_rft.learning.agent import build_agent
+from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
 
 OBSERVATION = gym.spaces.Box(-np.inf, np.inf, (28,), np.float32)

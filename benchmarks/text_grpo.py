@@ -24,16 +24,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-import embodied_rft.envs.text  # noqa: F401  (registers the environment)
+import embodied_rft.envs.text.serve  # noqa: F401  (registers the environment)
 from benchmarks.common import Results, arguments, finish, measure, ratio, table
-from embodied_rft.agent import Agent, build_agent
-from embodied_rft.agents.tiny_lm import TinyConfig, tiny_causal_lm
-from embodied_rft.buffer import Buffer
-from embodied_rft.collect import Collector
-from embodied_rft.columns import Schema
-from embodied_rft.learner import Learner, LearnerConfig
+from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm
+from embodied_rft.buffer.buffer import Buffer
+from embodied_rft.buffer.columns import Schema
+from embodied_rft.experience.collect import Collector
+from embodied_rft.learning.agent import Agent, build_agent
+from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.pool import make_pool
+from embodied_rft.pools.pool import make_pool
 from embodied_rft.registry import register
 
 GROUP, REPLY = 8, 64

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Result, finish, table
-from embodied_rft.config import load_recipe
+from embodied_rft.runs.recipe import load_recipe
 from embodied_rft.train import train
 
 TARGET = 0.9

@@ -82,7 +82,7 @@ def stage_table() -> str:
 
 def env_table() -> str:
     """| id | what it is | of our environments."""
-    from embodied_rft.listing import known_of
+    from embodied_rft.runs.listing import known_of
 
     return "\n".join(
         ["| id | what it is |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in sorted(known_of("envs").items()))]
@@ -94,7 +94,7 @@ def options_tables() -> str:
     import gymnasium
 
     from embodied_rft import registry
-    from embodied_rft.catalogue import KINDS, TOPICS, base_of, of_dataclass, options_of
+    from embodied_rft.runs.catalogue import KINDS, TOPICS, base_of, of_dataclass, options_of
 
     registry.load_plugins()
     parts = ["## Parts of a recipe"]

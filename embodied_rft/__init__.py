@@ -18,7 +18,7 @@ if not (_here / "envs").is_dir():
 def __getattr__(name: str) -> Any:
     """`from embodied_rft import load_policy`, without what that needs when only the package is imported."""
     if name == "load_policy":
-        from embodied_rft.trained import load_policy
+        from embodied_rft.runs.trained import load_policy
 
         return load_policy
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -47,9 +47,9 @@ def train(
         quiet: Say nothing but where the report is.
     """
     from embodied_rft import distributed
-    from embodied_rft.config import load_recipe
-    from embodied_rft.facts import write_run_facts
-    from embodied_rft.report import write_report
+    from embodied_rft.report.page import write_report
+    from embodied_rft.runs.facts import write_run_facts
+    from embodied_rft.runs.recipe import load_recipe
     from embodied_rft.train import train as train_recipe
 
     changes = [*overrides, *([] if seed is None else [f"seed={seed}"])]
@@ -89,8 +89,8 @@ def evaluate(
         device: Where it computes: auto, cpu, cuda, cuda:1.
         trust: Run the code that the run brings along (plug-ins in its folder, classes, pickles).
     """
-    from embodied_rft.judge import evaluate_run
-    from embodied_rft.report import write_report
+    from embodied_rft.report.page import write_report
+    from embodied_rft.runs.judge import evaluate_run
 
     where: dict[str, Any] = {"checkpoint": "best" if best else "newest", "device": device, "trust": trust}
     print(evaluate_run(run, episodes=episodes, sheet=sheet, env=env, official=official, **where))
@@ -116,7 +116,7 @@ def play(
         device: Where it computes: auto, cpu, cuda, cuda:1.
         trust: Run the code that the run brings along (plug-ins in its folder, classes, pickles).
     """
-    from embodied_rft.play import play as show
+    from embodied_rft.runs.play import play as show
 
     where: dict[str, Any] = {"checkpoint": "best" if best else "newest", "device": device, "trust": trust}
     show(run, episodes=episodes, sheet=sheet, **where)
@@ -141,9 +141,9 @@ def demos(
         noise: Standard deviation of Gaussian noise on the action, in action units.
         seed: Fixes initial states and noise.
     """
-    from embodied_rft.console import describe
-    from embodied_rft.demos import write_demos
-    from embodied_rft.yaml_tree import parse_overrides
+    from embodied_rft.experience.demonstrate import write_demos
+    from embodied_rft.runs.console import describe
+    from embodied_rft.runs.yaml_tree import parse_overrides
 
     given = parse_overrides(options)
     print(f"{out}: {describe(write_demos(env, out, episodes=episodes, noise=noise, seed=seed, options=given))}")
@@ -155,7 +155,7 @@ def report(run: Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]) -> None:
     Args:
         run: Folder of the run, finished or not.
     """
-    from embodied_rft.report import write_report
+    from embodied_rft.report.page import write_report
 
     print(f"report: {write_report(run)}")
 
@@ -171,7 +171,7 @@ def list_known(
             learner, logging: the options of that part of a recipe.
         id: One of the kind, as in `erft list objective sac`: its options, with meaning, default and range.
     """
-    from embodied_rft.listing import print_known, print_options
+    from embodied_rft.runs.listing import print_known, print_options
 
     if kind == "all" or (id is None and kind in LISTED):
         print_known(LISTED if kind == "all" else (kind,))
@@ -263,8 +263,8 @@ def _overrides_first(given: list[str]) -> list[str]:
 
 def _is_users(error: Exception) -> bool:
     """Whether the message alone tells the user what to do."""
-    from embodied_rft.checkpoint import CheckpointError
-    from embodied_rft.incidents import EnvironmentFailure
+    from embodied_rft.pools.incidents import EnvironmentFailure
+    from embodied_rft.runs.tree_file import CheckpointError
 
     return isinstance(error, (ValueError, CheckpointError, EnvironmentFailure, FloatingPointError, OSError))
 

@@ -16,7 +16,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from embodied_rft.facts import version_of
+from embodied_rft.runs.facts import version_of
 
 MUJOCO = "3.3.0"  # newer releases break gymnasium-robotics 1.4.2
 OPTIONAL = {
@@ -69,7 +69,7 @@ def check_mujoco() -> Finding:
 
 def check_rendering() -> Finding:
     """An offscreen GL context; without one everything works except videos and pixels."""
-    rendering = importlib.import_module("embodied_rft.envs.rendering")
+    rendering = importlib.import_module("embodied_rft.envs.manipulation.rendering")
     available = rendering.gl_available()
     fine, detail = available if isinstance(available, tuple) else (bool(available), "")
     if fine:

@@ -14,10 +14,10 @@ from torch import nn
 from embodied_rft import registry
 from embodied_rft.data import Tree
 from embodied_rft.device import device_of
-from embodied_rft.encoder import as_tensors
 from embodied_rft.names import nearest
-from embodied_rft.spaces import check_action_space
-from embodied_rft.tuning import retune
+from embodied_rft.networks.tensors import as_tensors
+from embodied_rft.networks.trainable import retune
+from embodied_rft.pools.spaces import check_action_space
 
 Spec = Mapping[str, Any]
 

@@ -55,3 +55,21 @@ def check_training_seeds(seeds: np.ndarray) -> None:
 def spawn_generator(run_seed: int, *key: int) -> np.random.Generator:
     """An independent NumPy generator for one purpose of a run, named by integers."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy=run_seed, spawn_key=key)))
+
+
+def pack_generator(generator: np.random.Generator) -> np.ndarray:
+    """The state of a PCG64 generator as six words, uint64."""
+    state = generator.bit_generator.state
+    words = [state["state"][name] >> shift & (2**64 - 1) for name in ("state", "inc") for shift in (64, 0)]
+    return np.array([*words, state["has_uint32"], state["uinteger"]], dtype=np.uint64)
+
+
+def unpack_generator(generator: np.random.Generator, packed: np.ndarray) -> None:
+    """Put the six words of `pack_generator` back."""
+    words = [int(word) for word in packed]
+    generator.bit_generator.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": words[0] << 64 | words[1], "inc": words[2] << 64 | words[3]},
+        "has_uint32": words[4],
+        "uinteger": words[5],
+    }

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from embodied_rft import distributed, inputs
-from embodied_rft.checkpoint import RunLock
-from embodied_rft.config import Recipe, dump_recipe, recipe_of
-from embodied_rft.incidents import EnvironmentFailure
-from embodied_rft.log import LogConfig, warnings_kept
-from embodied_rft.session import Session
+from embodied_rft import distributed
+from embodied_rft.pools.incidents import EnvironmentFailure
+from embodied_rft.runs import inputs
+from embodied_rft.runs.lock import RunLock
+from embodied_rft.runs.log import LogConfig, warnings_kept
+from embodied_rft.runs.recipe import Recipe, dump_recipe, recipe_of
+from embodied_rft.runs.session import Session
 
 
 def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False, report: bool = True) -> Session:
@@ -54,7 +55,7 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False, report: bo
         finally:
             session.close()
     if report:
-        from embodied_rft.report import write_report
+        from embodied_rft.report.page import write_report
 
         write_report(folder)
     return session

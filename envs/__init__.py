@@ -26,13 +26,16 @@ except Exception as error:  # it loads the library that MUJOCO_GL names at once;
         "on Debian or Ubuntu: apt-get install libegl1 libgl1 libgl1-mesa-dri (egl) or libosmesa6 (osmesa)"
     ) from error
 
-from embodied_rft.envs import demonstrators, peg_insert, text, text_demonstrators  # noqa: F401  (each registers what it holds)
+import embodied_rft.envs.manipulation.demonstrators
+import embodied_rft.envs.manipulation.peg_insert
+import embodied_rft.envs.text.demonstrators
+import embodied_rft.envs.text.serve  # noqa: F401  (each registers what it holds)
 
 for _name in ("Reach", "Push", "Slide", "PickAndPlace"):
     gymnasium.register(
         id=f"embodied_rft/Fetch{_name}-v0",
-        entry_point="embodied_rft.envs.fetch:FetchEnv",
-        vector_entry_point="embodied_rft.envs.fetch:FetchVectorEnv",
+        entry_point="embodied_rft.envs.manipulation.fetch:FetchEnv",
+        vector_entry_point="embodied_rft.envs.manipulation.fetch:FetchVectorEnv",
         max_episode_steps=50,
         kwargs={"name": _name},
     )

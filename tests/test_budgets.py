@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.lab import ROOT
+
 FOLDERS = ("embodied_rft", "envs", "agents", "configs")
 MAX_FILE, MAX_FUNCTION, MAX_CHAIN = 500, 60, 2
 ABSTRACT = {"object", "Protocol", "Generic", "ABC", "NamedTuple", "TypedDict"}  # say nothing about behaviour

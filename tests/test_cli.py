@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from embodied_rft import cli, registry
-from embodied_rft.checkpoint import CheckpointError
+from embodied_rft.runs.tree_file import CheckpointError
 
 
 def run(*arguments):
@@ -131,10 +131,10 @@ def test_our_own_errors_show_where_they_are(recipe, session):
 
 
 def test_eval_prints_the_rate_and_renews_the_report(recipe, session, monkeypatch, capsys):
-    fake = types.ModuleType("embodied_rft.judge")
+    fake = types.ModuleType("embodied_rft.runs.judge")
     asked = {}
     fake.evaluate_run = lambda run, **options: asked.update(options) or "success 0.950"
-    monkeypatch.setitem(sys.modules, "embodied_rft.judge", fake)
+    monkeypatch.setitem(sys.modules, "embodied_rft.runs.judge", fake)
     run("train", "mine.yaml", "--run", "r")
     assert run("eval", "r", "--episodes", "7", "--official") == 0
     assert asked == {
@@ -196,7 +196,7 @@ def test_doctor_reports_what_is_broken(monkeypatch, capsys):
 
 
 def test_a_loss_that_explodes_stops_the_run_and_leaves_a_whole_checkpoint(tmp_path, monkeypatch, capsys):
-    from embodied_rft.checkpoint import load
+    from embodied_rft.runs.tree_file import load
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(

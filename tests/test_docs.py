@@ -5,21 +5,20 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import gymnasium
 import pytest
 import yaml
 
 from embodied_rft import registry
-from embodied_rft.config import Recipe
 from embodied_rft.options import parse, to_plain
+from embodied_rft.runs.recipe import Recipe
+from tests.lab import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
 CHECK = """
 import gymnasium, torch, corridor
-from embodied_rft.checks import check_env, check_policy
+from embodied_rft.testing.check_env import check_env; from embodied_rft.testing.check_policy import check_policy
 check_env("corridor/Reach-v0")
 env = gymnasium.make("corridor/Reach-v0")
 spaces = dict(observation_space=env.observation_space, action_space=env.action_space)

@@ -6,11 +6,11 @@ import sys
 import tarfile
 import textwrap
 import zipfile
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.lab import ROOT
+
 ROOMS = ("envs", "agents", "configs")
 
 
@@ -62,7 +62,7 @@ def test_the_wheel_works_away_from_the_checkout(built, tmp_path):
         import embodied_rft, embodied_rft.envs, embodied_rft.agents, embodied_rft.configs
         for module in (embodied_rft, embodied_rft.envs, embodied_rft.agents, embodied_rft.configs):
             assert module.__file__.startswith({str(tmp_path)!r}), module.__file__
-        from embodied_rft.config import load_recipe
+        from embodied_rft.runs.recipe import load_recipe
         assert load_recipe("demo").name == "demo"
         try:
             import envs

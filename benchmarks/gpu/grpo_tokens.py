@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from benchmarks.gpu import device as gpu
-from embodied_rft.agent import Agent, build_agent
-from embodied_rft.buffer import Buffer
-from embodied_rft.columns import Schema
+from embodied_rft.buffer.buffer import Buffer
+from embodied_rft.buffer.columns import Schema
 from embodied_rft.data import Decisions, Ragged, Source
-from embodied_rft.learner import Learner, LearnerConfig
+from embodied_rft.learning.agent import Agent, build_agent
+from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.stepping import encode_text, fields_of
+from embodied_rft.pools.protocol import encode_text, fields_of
 
 # The shape of a 0.5B Qwen2.5 with a wider vocabulary than its tokenizer needs.
 LARGE = {"hidden_size": 896, "num_layers": 24, "num_heads": 14, "num_kv_heads": 2, "vocab_size": 151_936}

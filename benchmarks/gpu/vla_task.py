@@ -11,14 +11,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from embodied_rft.agent import Agent, build_agent
-from embodied_rft.buffer import Buffer
-from embodied_rft.chunking import ChunkBox
-from embodied_rft.columns import Schema
+from embodied_rft.buffer.buffer import Buffer
+from embodied_rft.buffer.columns import Schema
 from embodied_rft.data import Decisions, Source
-from embodied_rft.learner import Learner, LearnerConfig
+from embodied_rft.learning.agent import Agent, build_agent
+from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.stepping import fields_of
+from embodied_rft.pools.chunks import ChunkBox
+from embodied_rft.pools.protocol import fields_of
 
 HORIZON, ACTION = 4, 7
 TINY = {"kind": "smolvlm", "num_layers": 1}

@@ -12,15 +12,15 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.agent import Agent
-from embodied_rft.buffer import Buffer
+from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.data import Batch, Ragged
-from embodied_rft.encoder import Encoder
-from embodied_rft.learner import to_device
+from embodied_rft.learning.agent import Agent
+from embodied_rft.learning.learner import to_device
+from embodied_rft.learning.returns import monte_carlo, pad_segments
 from embodied_rft.names import nearest
+from embodied_rft.networks.encoder import Encoder
 from embodied_rft.options import STRICT
 from embodied_rft.registry import register
-from embodied_rft.returns import monte_carlo, pad_segments
 
 LossFunction = Callable[[Agent, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 Losses = dict[str, LossFunction]

@@ -14,13 +14,13 @@ from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft import losses
-from embodied_rft.agent import Agent
 from embodied_rft.data import Batch, Tree
+from embodied_rft.learning import losses
+from embodied_rft.learning.agent import Agent
 from embodied_rft.objectives.common import annotate_returns, fit_normalizers, preset
 from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig, sample
 from embodied_rft.options import STRICT
-from embodied_rft.spaces import ActionScale
+from embodied_rft.pools.spaces import ActionScale
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft import losses
+from embodied_rft.learning import losses
 from embodied_rft.options import STRICT
 
 

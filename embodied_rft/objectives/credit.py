@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embodied_rft import returns
-from embodied_rft.agent import Agent
 from embodied_rft.data import Batch
+from embodied_rft.learning import returns
+from embodied_rft.learning.agent import Agent
 from embodied_rft.registry import register
 
 F = TypeVar("F", bound=Callable[..., Any])

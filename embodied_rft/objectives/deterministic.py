@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embodied_rft.agent import Agent
 from embodied_rft.data import Batch, Tree
-from embodied_rft.networks import polyak
+from embodied_rft.learning.agent import Agent
+from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.soft_actor_critic import SAC, is_stochastic, sample
 

@@ -14,16 +14,16 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft import losses
-from embodied_rft.agent import Agent
+from embodied_rft.buffer.plans import Replay, Share
 from embodied_rft.data import Batch, Decisions, Tree
-from embodied_rft.networks import polyak
+from embodied_rft.learning import losses
+from embodied_rft.learning.agent import Agent
+from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import Losses, fit_normalizers
 from embodied_rft.options import STRICT
-from embodied_rft.plans import Replay, Share
 from embodied_rft.policy import observe
+from embodied_rft.pools.spaces import one_choice
 from embodied_rft.registry import register
-from embodied_rft.spaces import one_choice
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -15,12 +15,12 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.agent import Agent
-from embodied_rft.buffer import Buffer
+from embodied_rft.buffer.buffer import Buffer
+from embodied_rft.buffer.plans import Replay
 from embodied_rft.data import Batch
+from embodied_rft.learning.agent import Agent
 from embodied_rft.objectives.common import Losses, fit_normalizers, imitation, segment_returns
 from embodied_rft.options import STRICT
-from embodied_rft.plans import Replay
 from embodied_rft.registry import register
 
 

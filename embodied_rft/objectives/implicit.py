@@ -9,13 +9,13 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft import losses
-from embodied_rft.agent import Agent
+from embodied_rft.buffer.plans import Replay, Share
 from embodied_rft.data import Batch
-from embodied_rft.networks import polyak
+from embodied_rft.learning import losses
+from embodied_rft.learning.agent import Agent
+from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import Losses, fit_normalizers, imitation
 from embodied_rft.options import STRICT
-from embodied_rft.plans import Replay, Share
 from embodied_rft.registry import register
 
 

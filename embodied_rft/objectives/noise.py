@@ -14,13 +14,13 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft import losses
-from embodied_rft.agent import Agent
+from embodied_rft.buffer.plans import Share
 from embodied_rft.data import Batch, Tree
+from embodied_rft.learning import losses
+from embodied_rft.learning.agent import Agent
 from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig
 from embodied_rft.options import STRICT
-from embodied_rft.plans import Share
 
 
 @preset("dsrl_sac", target_entropy=0.0, critic_layer_norm=True)

@@ -22,10 +22,11 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft import losses, returns
-from embodied_rft.agent import Agent
+from embodied_rft.buffer.plans import Fresh, Share
 from embodied_rft.data import Batch
-from embodied_rft.networks import polyak
+from embodied_rft.learning import losses, returns
+from embodied_rft.learning.agent import Agent
+from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import (
     Losses,
     fit_normalizers,
@@ -37,7 +38,6 @@ from embodied_rft.objectives.common import (
 from embodied_rft.objectives.correction import Correction, correct
 from embodied_rft.objectives.credit import Credit
 from embodied_rft.options import STRICT
-from embodied_rft.plans import Fresh, Share
 from embodied_rft.registry import find, register
 
 SHARED = {"decision": "decisions", "mean": "decisions", "episode": "episodes", "episode_mean": "episodes"}

@@ -15,16 +15,16 @@ from pydantic import NonNegativeFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft import distributed, losses
-from embodied_rft.agent import Agent
+from embodied_rft import distributed
+from embodied_rft.buffer.plans import Replay, Share
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Tree
-from embodied_rft.encoder import as_tensors
-from embodied_rft.networks import polyak
+from embodied_rft.learning import losses
+from embodied_rft.learning.agent import Agent
+from embodied_rft.networks.tensors import as_tensors, polyak
 from embodied_rft.objectives.common import Losses, fit_normalizers, imitation, preset
 from embodied_rft.options import STRICT
-from embodied_rft.plans import Replay, Share
+from embodied_rft.pools.spaces import ActionScale
 from embodied_rft.registry import register
-from embodied_rft.spaces import ActionScale
 
 OF_SMOOTHING = ("target_noise", "target_noise_clip")  # options that only TD3 reads
 OF_ENTROPY = ("backup_entropy", "initial_temperature", "train_temperature", "target_entropy")

@@ -14,13 +14,13 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.agent import Agent
+from embodied_rft.buffer.plans import Replay
 from embodied_rft.data import Batch
+from embodied_rft.learning.agent import Agent
 from embodied_rft.objectives.common import Losses, fit_normalizers, preset
 from embodied_rft.objectives.deterministic import TD3
 from embodied_rft.objectives.soft_actor_critic import SACConfig
 from embodied_rft.options import STRICT
-from embodied_rft.plans import Replay
 from embodied_rft.registry import register
 
 

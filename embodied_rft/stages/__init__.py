@@ -6,6 +6,8 @@ give the same structure whenever it is called, and `run(session)`, which does th
 both.
 """
 
-from embodied_rft.stages import control, distillation, experience, judging, learning, selection
+import importlib as _importlib
+import pkgutil as _pkgutil
 
-__all__ = ["control", "distillation", "experience", "judging", "learning", "selection"]
+for _module in _pkgutil.iter_modules(__path__):
+    _importlib.import_module(f"{__name__}.{_module.name}")

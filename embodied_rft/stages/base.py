@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from embodied_rft.session import Session
+from embodied_rft.runs.session import Session
 
 
 class Stage:

@@ -1,0 +1,1 @@
+"""What several policies share: actors, chains of denoising steps, heads, statistics."""

@@ -1,0 +1,1 @@
+"""Where experience rests: schema, columns, ring, images, reading, plans, files."""

@@ -1,0 +1,116 @@
+"""How rows become a batch: n-step windows, discounts, mixtures of reward streams, padding. Reads, never writes.
+
+Legend: B rows of a batch, n steps of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embodied_rft.buffer.columns import BOOKKEEPING, DenseColumns, ImageColumn, Notes, RaggedColumn
+from embodied_rft.buffer.ring import Ring
+from embodied_rft.data import Batch, End, Ragged
+from embodied_rft.names import nearest
+
+ENDS: tuple[End, ...] = ("cut", "terminated", "truncated")  # of the code in `Store.end`, of an episode's last decision
+TERMINATED, TRUNCATED = 1, 2
+# Streams of reward that are paid once, with the last decision of an episode, whatever ended it. Nothing is paid behind
+# that: where one of them counts, a time limit does not bootstrap either, or a success would be counted again.
+FINAL = ("success",)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a batch is asked for."""
+
+    num_steps: int = 1  # n of the n-step window; it stops early at the end of the episode and at its newest decision
+    gamma: float = 0.99  # discount of one decision
+    next_observation: bool = True  # False leaves `next_observation` and `next_trace` empty
+    reward_weights: Mapping[str, float] | None = None  # such as {"env": 1, "success": 0.5}; None: the environment's
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Where the rows of a buffer lie: its columns and links, shared with it."""
+
+    dense: DenseColumns
+    ragged: dict[str, RaggedColumn | ImageColumn]
+    notes: Notes
+    ring: Ring
+    book: np.ndarray  # [C, len(BOOKKEEPING)]
+    end: np.ndarray  # [C] index into ENDS
+
+    def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """group, episode, step, version, source, seed, span and end (index into ENDS; 0 before the end) of rows [B]."""
+        book = self.book.take(rows, 0)
+        return {name: book[:, i] for i, name in enumerate(BOOKKEEPING)} | {"end": self.end[rows]}
+
+
+def read(store: Store, rows: np.ndarray, reading: Reading) -> Batch:
+    """Readable rows [B] as tensors."""
+    now: dict[str, dict[str, Any]] = store.dense.read(rows)
+    if reading.num_steps == 1:
+        last, discount = rows, now["continues"][""] * reading.gamma
+        reward = mix(now["reward"], reading.reward_weights)
+    else:
+        reward, discount, last = _window(store, rows, reading, list(now["reward"]))
+    if any((reading.reward_weights or {}).get(name) for name in FINAL):
+        discount = torch.where(torch.from_numpy(store.end[last] == TRUNCATED), 0.0, discount)
+    after = store.ring.next[last]
+    following: dict[str, dict[str, Any]] = {"observation": {}, "trace": {}}
+    if reading.next_observation:
+        following = store.dense.read(after, following=True)
+    for name, ragged in store.ragged.items():
+        section, key = name.split("/", 1)
+        now.setdefault(section, {})[key] = ragged.read(rows)
+        if reading.next_observation and section in following:
+            following[section][key] = ragged.read(after)
+    log_prob, lengths = now["log_prob"][""], None
+    if isinstance(log_prob, Ragged):
+        lengths = log_prob.lengths
+        log_prob, mask = (torch.from_numpy(a) for a in log_prob.pad())
+    else:
+        mask = torch.ones(log_prob.shape, dtype=torch.bool)
+    return Batch(
+        observation=now["observation"],
+        action=now["action"][""],
+        reward=reward,
+        discount=discount,
+        next_observation=following["observation"],
+        log_prob=log_prob,
+        mask=mask,
+        trace=now["trace"],
+        next_trace=following["trace"],
+        notes=store.notes.read(rows, lengths),
+        rows=rows,
+        columns=store.columns(rows),
+        num_decisions=len(rows),
+        num_units=mask.numel() if lengths is None else int(lengths.sum()),
+    )
+
+
+def _window(store: Store, rows: np.ndarray, reading: Reading, names: list[str]) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Of windows of k <= n decisions: sum of gamma^i r_i [B]; gamma^k, or 0 after termination [B]; last row [B]."""
+    gamma, n = reading.gamma, reading.num_steps
+    steps, valid = store.ring.windows(rows, n)
+    streams = {name: store.dense.column(f"reward/{name}", steps.ravel()) for name in names}
+    powers = gamma ** np.arange(n)[:, None]
+    reward = np.where(valid, powers * mix(streams, reading.reward_weights).reshape(steps.shape), 0).sum(0)
+    discount = gamma ** valid.sum(0) * store.dense.column("continues/", steps[-1])
+    return torch.from_numpy(reward.astype(np.float32)), torch.from_numpy(discount.astype(np.float32)), steps[-1]
+
+
+def mix(rewards: Mapping[str, Any], weights: Mapping[str, float] | None) -> Any:
+    """The environment's reward [B], or the weighted sum of reward streams, each [B]."""
+    if weights is None:
+        return rewards["env"]
+    for name in weights:
+        if name not in rewards:
+            raise ValueError(f"there is no reward stream {name!r}; {nearest(name, rewards)}")
+    return sum(weight * rewards[name] for name, weight in weights.items())

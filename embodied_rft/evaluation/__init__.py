@@ -1,0 +1,1 @@
+"""Verdicts that one can believe: held-out states, films, samples of what was said."""

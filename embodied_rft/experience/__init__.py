@@ -1,0 +1,1 @@
+"""A policy meets environments: collect, demonstrate, recut into chunks."""

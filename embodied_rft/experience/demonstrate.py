@@ -1,0 +1,85 @@
+"""Finds demonstrators by environment id and writes their episodes to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embodied_rft import registry
+from embodied_rft.buffer.columns import Schema
+from embodied_rft.data import Decisions, Ragged, Tree
+from embodied_rft.experience.collect import Act, action_field
+from embodied_rft.names import nearest
+from embodied_rft.pools.protocol import Pool
+
+
+def make_demonstrator(env_id: str, id: str = "scripted", **options: Any) -> Any:
+    """The demonstrator `id`; "scripted" means the one registered for the environment."""
+    known = registry.known("demonstrator")
+    if id == "scripted":
+        if env_id not in known:
+            raise ValueError(f"no scripted demonstrator for {env_id!r}; {nearest(env_id, known)}")
+        id = env_id
+    return registry.find("demonstrator", id)(**options)
+
+
+def write_demos(
+    env_id: str,
+    out: str | Path,
+    *,
+    episodes: int = 100,
+    noise: float = 0.0,
+    seed: int = 0,
+    num_envs: int = 64,
+    with_: str = "scripted",
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run a demonstrator and write its episodes to `out`, atomically. Returns {"episodes", "decisions", "success"}."""
+    from embodied_rft.buffer.buffer import Buffer
+    from embodied_rft.buffer.trajectories import OUTSIDE, within, write_trajectories
+    from embodied_rft.data import Source
+    from embodied_rft.experience.collect import Collector
+    from embodied_rft.pools.pool import make_pool
+    from embodied_rft.seeding import spawn_generator
+
+    if episodes < 1:
+        raise ValueError(f"episodes is {episodes}; expected at least 1")
+    pool = make_pool(env_id, num_envs=min(num_envs, episodes), options=options or {}, purpose="training")
+    try:
+        demonstrator = make_demonstrator(env_id, with_, noise=noise)
+        collector = Collector(pool, run_seed=seed, source=Source.DEMONSTRATION)
+        recording = collector.collect(demonstrator_act(demonstrator, spawn_generator(seed, 1), 1), episodes=episodes)
+        metrics = recording.metrics()
+        streams = tuple(recording.calls[0][1]["reward"])  # "success", too, where the environment tells it
+        buffer = Buffer(step_schema(pool, streams), recording.decisions + 2 * episodes)
+        recording.write(buffer)
+        whose = f"demonstrator {with_!r}"
+        inside = within(list(buffer.trajectories()), pool.action_space, outside=OUTSIDE, what=whose)
+        write_trajectories(Path(out), inside)
+    finally:
+        pool.close()
+    return {
+        "episodes": episodes,
+        "decisions": recording.decisions,
+        "success": metrics.get("collect/success"),
+        "return": float(np.round(metrics["collect/return"], 3)),
+    }
+
+
+def step_schema(pool: Pool, rewards: tuple[str, ...] = ("env",)) -> Schema:
+    """Columns of single steps of a pool: of experience that is still to be cut into chunks or written to a file."""
+    return Schema(observation=dict(pool.fields), action=action_field(pool.action_space), rewards=rewards)
+
+
+def demonstrator_act(demonstrator: Any, rng: np.random.Generator, units: int | None) -> Act:
+    """A demonstrator as something that acts. Its log-probabilities are unknown and stored as 0, or as empty."""
+
+    def act(observation: Tree) -> Decisions:
+        action = demonstrator.act(observation, rng)
+        count = len(action)
+        unknown = Ragged.of([[]] * count, np.float32) if units is None else np.zeros((count, units), np.float32)
+        return Decisions(action, unknown)
+
+    return act

@@ -1,0 +1,1 @@
+"""Experience becomes gradients: agent, losses, returns, learner."""

@@ -1,0 +1,228 @@
+"""An agent: a policy plus the parts that objectives train beside it (critic, value, temperature, density).
+
+Policies are found by id. A class registered as an "agent" has a `Config` dataclass and is called as
+`cls(config, observation_space=..., action_space=..., rng=...)`; an adapter has a field `base` that holds another spec.
+This file knows neither losses nor environments.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embodied_rft import registry
+from embodied_rft.device import device_of
+from embodied_rft.names import nearest
+from embodied_rft.networks import critics
+from embodied_rft.networks.encoder import Encoder
+from embodied_rft.policy import Spec, build_policy
+from embodied_rft.pools.spaces import what_suits
+
+
+@dataclasses.dataclass(frozen=True)
+class Spaces:
+    """Of a single environment."""
+
+    observation: gym.Space
+    action: gym.Space
+
+
+class Agent(nn.Module):
+    """`policy` acts, `parts` help to train it, `version` counts the policy's updates over all stages.
+
+    Args:
+        policy: see docs/architecture.md.
+        spaces: of a single environment.
+        rng: draws the weights of parts that objectives ask for later.
+    """
+
+    policy: Any  # an nn.Module with the methods of a policy
+    parts: Any  # an nn.ModuleDict
+    version: Tensor
+
+    def __init__(self, policy: nn.Module, spaces: Spaces, *, rng: torch.Generator) -> None:
+        super().__init__()
+        self.policy = policy
+        self.spaces = spaces
+        self.parts = nn.ModuleDict()
+        self.part_specs: dict[str, dict[str, Any]] = {}  # JSON: enough to rebuild the parts before loading weights
+        self.rng = rng
+        self.register_buffer("version", torch.ones((), dtype=torch.int64))  # of the policy; 0 is experience from before
+
+    def finite_state(self) -> dict[str, Any]:
+        """`state_dict`, if all weights are numbers: no checkpoint may replace a good one that cannot be continued.
+
+        Raises:
+            FloatingPointError: a weight is NaN or infinite.
+        """
+        for name, weight in self.named_parameters():
+            if not bool(torch.isfinite(weight).all()):
+                raise FloatingPointError(
+                    f"weight {name!r} has become NaN or infinite; nothing was saved, the newest checkpoint is from "
+                    "before. Lower its learning rate or set learner.clip_norm."
+                )
+        return self.state_dict()
+
+    @property
+    def action_dim(self) -> int:
+        """A, the length of an action vector."""
+        space = self.spaces.action
+        if not isinstance(space, gym.spaces.Box):
+            raise ValueError(f"action space {space}: this objective needs action vectors (a Box). {what_suits(space)}")
+        return int(np.prod(space.shape or ()))
+
+    def decision_space(self, judges: str = "action") -> gym.Space:
+        """The space of what a critic judges: "action", or the "noise" that a steering policy chooses."""
+        return self.spaces.action if judges == "action" else self.policy.noise_space
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy's weights live."""
+        return device_of(self.policy)
+
+    def module(self, name: str) -> nn.Module:
+        """The part that a loss of this name trains: "policy" or one of `parts`."""
+        if name == "policy":
+            return self.policy
+        if name not in self.parts:
+            raise ValueError(f"the agent has no part {name!r}; {nearest(name, ['policy', *self.parts])}")
+        return self.parts[name]
+
+    def trainable(self, name: str) -> list[nn.Parameter]:
+        """The weights of a part that may change (a frozen base is none of them)."""
+        return [p for p in self.module(name).parameters() if p.requires_grad]
+
+    def ensure(self, name: str, kind: str, *, fresh: bool = False, **options: Any) -> nn.Module:
+        """The part `name`; made if there is none, kept if there is one (so a critic survives a change of objective).
+
+        Options that are None are open: an existing part keeps its own, a new one takes the default of its kind.
+
+        Args:
+            name: key in `parts`.
+            kind: "critic", "action_values", "value", "temperature", "density" or "return_scale".
+            fresh: replace an existing part by a new one.
+            options: of the kind's constructor, as JSON.
+
+        Raises:
+            ValueError: an existing part was made with other options.
+        """
+        options = {k: v for k, v in options.items() if v is not None}
+        if kind == "critic":
+            options.setdefault("judges", "action")
+        known = self.part_specs.get(name)
+        if known is not None and not fresh:
+            if known["kind"] != kind:
+                raise ValueError(
+                    f"part {name!r} is a {known['kind']}, the objective needs a {kind}: set warm_start: false"
+                )
+            for key, value in options.items():
+                if known.get(key, value) != value:
+                    raise ValueError(
+                        f"part {name!r} was made with {key}={known[key]!r}, but the objective asks for {value!r}. "
+                        "Leave the option out to keep the part, or start it anew (warm_start: false)."
+                    )
+            return self.parts[name]
+        self.part_specs[name] = {"kind": kind, **options}
+        self.parts[name] = _make_part(self, kind, options).to(self.device)
+        return self.parts[name]
+
+    def ensure_target(self, name: str, *, fresh: bool = False) -> nn.Module:
+        """The slowly moving copy "target_<name>" of a part, without gradients."""
+        target = f"target_{name}"
+        if target not in self.parts or fresh:
+            spec = self.part_specs[name]
+            self.part_specs[target] = {"copy_of": name}
+            self.parts[target] = _make_part(self, spec["kind"], {k: v for k, v in spec.items() if k != "kind"})
+            self.parts[target].to(self.device).load_state_dict(self.parts[name].state_dict())
+            self.parts[target].requires_grad_(False)
+        return self.parts[target]
+
+    def ensure_copy(self, name: str) -> nn.Module:
+        """The part `name`: a copy of the policy as it is now, without gradients. Frozen weights are shared."""
+        shared = {id(p): p for p in self.policy.parameters() if not p.requires_grad}
+        self.part_specs[name] = {"copy_of": "policy"}
+        copied = copy.deepcopy(self.policy, shared).requires_grad_(False)
+        for module in copied.modules():
+            if isinstance(module, Encoder) and module.normalize == "running":
+                module.frozen = True  # as it is now, statistics included
+        self.parts[name] = copied
+        return copied
+
+    def rebuild_parts(self, part_specs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Make the parts of a saved agent (its `part_specs`), so that its state_dict fits."""
+        for name, spec in part_specs.items():
+            if spec.get("copy_of") == "policy":
+                self.ensure_copy(name)
+            elif "copy_of" in spec:
+                self.ensure_target(spec["copy_of"])
+            else:
+                self.ensure(name, **spec)
+
+    def encoder(self) -> Any:
+        """A fresh encoder that reads what the policy reads, for a new part; a policy's own way is `make_encoder`."""
+        make = getattr(self.policy, "make_encoder", None)
+        if make is not None:
+            return make(rng=self.rng)
+        own = getattr(self.policy, "encoder", None)
+        if isinstance(own, Encoder):
+            return own.like(self.rng)
+        return Encoder(self.spaces.observation, rng=self.rng)
+
+    def normalizers(self) -> list[Encoder]:
+        """Encoders that would take statistics of further data."""
+        return [m for m in self.modules() if isinstance(m, Encoder) and m.waits]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """JSON that rebuilds policy and parts from the spaces."""
+        return {"policy": self.policy.spec, "parts": self.part_specs}
+
+
+def _make_part(agent: Agent, kind: str, options: Mapping[str, Any]) -> nn.Module:
+    makers: dict[str, Callable[..., nn.Module]] = {
+        "critic": lambda judges="action", **o: critics.Critic(
+            agent.encoder(), agent.decision_space(judges), rng=agent.rng, **o
+        ),
+        "action_values": lambda **o: critics.ActionValues(agent.encoder(), agent.spaces.action, rng=agent.rng, **o),
+        "value": lambda **o: critics.Value(agent.encoder(), rng=agent.rng, **o),
+        "density": lambda **o: critics.Density(agent.encoder(), agent.spaces.action, rng=agent.rng, **o),
+        "temperature": critics.Temperature,
+        "return_scale": critics.ReturnScale,
+    }
+    if kind not in makers:
+        raise ValueError(f"unknown kind of part {kind!r}; {nearest(kind, makers)}")
+    return makers[kind](**options)
+
+
+def build_agent(spec: Spec, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator) -> Agent:
+    """The agent of a recipe: {"id": "gaussian", "hidden": [256, 256]}, or an adapter {"id": "residual", "base": {...}}.
+
+    Raises:
+        ValueError: unknown id or option (with the nearest known one), or spaces that the policy cannot serve.
+    """
+    policy = build_policy(spec, observation_space, action_space, rng)
+    return Agent(policy, Spaces(observation_space, action_space), rng=rng)
+
+
+def wrap_policy(id: str, agent: Agent, rng: torch.Generator, **options: Any) -> nn.Module:
+    """A new adapter policy around a copy of the agent's trained policy, which becomes its base.
+
+    Args:
+        id: of an adapter that has `load_base`, e.g. "residual".
+        agent: whose policy becomes the base.
+        rng: draws the adapter's new weights.
+        options: of the adapter, without `base`.
+    """
+    if not hasattr(registry.find("agent", id), "load_base"):
+        raise ValueError(f"agent {id!r} cannot be put around another policy: it has no load_base (residual has)")
+    spec = {"id": id, "base": agent.policy.spec, **options}
+    policy: Any = build_policy(spec, agent.spaces.observation, agent.spaces.action, rng)
+    policy.load_base(agent.policy)
+    return policy.to(agent.device)

@@ -1,0 +1,1 @@
+"""Environments stepped together: the protocol, in this process, in workers, in chunks."""

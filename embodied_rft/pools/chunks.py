@@ -1,0 +1,290 @@
+"""Executing action chunks: one decision of a chunk policy is several environment steps.
+
+Two pools around any pool. Under `ChunkPool` a decision is the whole chunk, so that every algorithm credits chunks
+without knowing of them. Under `QueuedPool` decisions stay single steps, and the next action of a frozen chunk policy's
+plan is an observation key: no policy holds a queue, and resets, resumes and replays are exact. Boundary: knows pools
+and arrays; a policy is only what has `plan`.
+
+Legend: N environments, A action dimensions, H horizon (steps that a chunk holds), E steps of it that are executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from embodied_rft.data import Field, Tree
+from embodied_rft.pools.incidents import Incidents
+from embodied_rft.pools.protocol import Pool, StepResult, merge
+from embodied_rft.pools.spaces import ActionBox, what_suits
+
+BASE_ACTION = "base_action"  # the observation key of a queued plan
+
+
+class ChunkBox(spaces.Box):
+    """The action space of chunks: [H * A], H copies of the step's bounds one after the other.
+
+    Args:
+        step_space: of one environment step, a Box of shape (A,).
+        horizon: H.
+    """
+
+    def __init__(self, step_space: spaces.Space, *, horizon: int) -> None:
+        if not isinstance(step_space, spaces.Box) or len(step_space.shape) != 1:
+            raise ValueError(f"action space {step_space}: chunks need a Box of shape (A,). {what_suits(step_space)}")
+        super().__init__(
+            np.tile(step_space.low, horizon), np.tile(step_space.high, horizon), dtype=step_space.dtype.type
+        )
+        self.step_space, self.horizon = step_space, horizon
+
+
+def step_space(space: spaces.Space, *, horizon: int) -> spaces.Space:
+    """The action space of one step, from that of chunks or of steps.
+
+    Raises:
+        ValueError: the chunks of `space` have another horizon.
+    """
+    if not isinstance(space, ChunkBox):
+        return space
+    if space.horizon != horizon:
+        raise ValueError(f"the environments take chunks of {space.horizon} steps; the policy gives {horizon}")
+    return space.step_space
+
+
+class ChunkPool:
+    """A Pool in which one decision is a chunk of which `execute` steps are carried out, open loop.
+
+    The reward of a decision is sum_j gamma^j r_j over the steps executed; with gamma < 1, an objective's own discount
+    should be gamma^E. A chunk stops where its episode ends or breaks. `info` has the success of the last step and
+    "env_steps" [N], the number of steps executed.
+
+    Args:
+        pool: of single steps.
+        horizon: H, steps of the action that arrives.
+        execute: E <= H; default H.
+        gamma: discount inside a chunk, in (0, 1].
+    """
+
+    def __init__(self, pool: Pool, *, horizon: int, execute: int | None = None, gamma: float = 1.0) -> None:
+        self.execute = _check_execute(horizon, execute)
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma {gamma} inside a chunk: in (0, 1] is expected")
+        self.pool, self.horizon, self.gamma = pool, horizon, gamma
+        self.num_envs = pool.num_envs
+        self.observation_space, self.fields = pool.observation_space, pool.fields
+        chunks = ChunkBox(pool.action_space, horizon=horizon)
+        self.action_space: spaces.Space = chunks
+        self.action_field = Field(chunks.shape, "float32")
+        self._size = chunks.shape[0]
+        self.incidents: Incidents = pool.incidents
+        self._skip_images = getattr(pool, "skip_images", lambda skip: None)  # only the images after a chunk are read
+
+    @property
+    def can_save(self) -> bool:
+        """Whether `get_state` works inside an episode."""
+        return self.pool.can_save
+
+    @property
+    def observation(self) -> Tree:
+        """The current observation of all N."""
+        return self.pool.observation
+
+    def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
+        """As the pool inside."""
+        return self.pool.reset(seeds, mask, options)
+
+    def step(self, action: Any) -> StepResult:
+        """Execute `action` [N, H * A] (or [N, H, A])."""
+        action = np.asarray(action)
+        if action.shape[:1] != (self.num_envs,) or action.size != self.num_envs * self._size:
+            raise ValueError(f"chunks have shape {action.shape}; expected {(self.num_envs, self._size)}")
+        steps = action.reshape(self.num_envs, self.horizon, -1)
+        total: StepResult | None = None
+        try:
+            for index in range(self.execute):
+                self._skip_images(index + 1 < self.execute)
+                result = self.pool.step(np.ascontiguousarray(steps[:, index]))
+                total = self._first(result) if total is None else self._add(total, result, index)
+                if (total.terminated | total.truncated).all():
+                    break
+        finally:
+            self._skip_images(False)
+        assert total is not None
+        return total
+
+    def _first(self, result: StepResult) -> StepResult:
+        return replace(result, info={**result.info, "env_steps": result.valid.astype(np.int64)})
+
+    def _add(self, total: StepResult, new: StepResult, index: int) -> StepResult:
+        """Step `index` on top of those before: only where the episode still ran (elsewhere the pool was idle)."""
+        running = ~(total.terminated | total.truncated)
+        fine = running & new.valid
+        reward = total.reward + np.where(fine, np.float32(self.gamma**index) * new.reward, np.float32(0))
+        info = {k: np.where(running, v, total.info.get(k, np.zeros_like(v))) for k, v in new.info.items()}
+        return StepResult(
+            merge(running, new.observation, total.observation),
+            reward.astype(np.float32),
+            np.where(running, new.terminated, total.terminated),
+            np.where(running, new.truncated, total.truncated),
+            info | {"env_steps": total.info["env_steps"] + fine},
+            np.where(running, new.valid, total.valid),
+        )
+
+    def get_state(self) -> dict[str, np.ndarray] | None:
+        """That of the pool inside: between decisions nothing else is left to know."""
+        return self.pool.get_state()
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from what `get_state` gave."""
+        self.pool.set_state(state)
+
+    def close(self) -> None:
+        """Free everything."""
+        self.pool.close()
+
+
+class Planner(Protocol):
+    """What a QueuedPool asks for plans: a frozen chunk policy (agent id "queued")."""
+
+    execute: int  # E
+    horizon: int  # H >= E
+
+    def plan(self, observation: Tree, *, rng: torch.Generator) -> np.ndarray:
+        """Observation arrays [n, ...] to the next actions [n, E, A]."""
+
+
+class QueuedPool:
+    """A Pool of single steps whose observation says what a frozen chunk policy would do now: key "base_action" [A].
+
+    Where an episode starts, and whenever E planned steps have passed, the planner is asked for the next E actions of
+    exactly those environments. An environment whose step was invalid keeps its plan.
+
+    Args:
+        pool: of single steps; its observations are a tree.
+        planner: asked for plans.
+        seed: of the planner's random numbers.
+    """
+
+    def __init__(self, pool: Pool, planner: Planner, *, seed: int = 0) -> None:
+        if BASE_ACTION in pool.fields:
+            raise ValueError(f"the observation has a key {BASE_ACTION!r} already: the pool is queued twice")
+        if not isinstance(pool.action_space, spaces.Box) or len(pool.action_space.shape) != 1:
+            raise ValueError(f"action space {pool.action_space}: a queued plan needs a Box of shape (A,)")
+        self.pool, self.planner = pool, planner
+        self.action_space: spaces.Space = pool.action_space
+        self.num_envs, self.action_field = pool.num_envs, pool.action_field
+        leaves = pool.observation_space
+        inner = dict(leaves.spaces) if isinstance(leaves, spaces.Dict) else {"observation": leaves}
+        shown = ActionBox(pool.action_space.low, pool.action_space.high, dtype=pool.action_space.dtype.type)
+        self.observation_space: spaces.Space = spaces.Dict({**inner, BASE_ACTION: shown})
+        self.fields = {**pool.fields, BASE_ACTION: Field(pool.action_space.shape, "float32")}
+        self.incidents: Incidents = pool.incidents
+        weights = planner.parameters() if isinstance(planner, torch.nn.Module) else iter(())
+        self.seed, self.rng = seed, torch.Generator(next((w.device for w in weights), "cpu"))
+        self._queue = np.zeros((self.num_envs, planner.execute, *pool.action_space.shape), dtype=np.float32)
+        self._position = np.zeros(self.num_envs, dtype=np.int64)
+
+    @property
+    def can_save(self) -> bool:
+        """Whether `get_state` works inside an episode."""
+        return self.pool.can_save
+
+    @property
+    def observation(self) -> Tree:
+        """The current observation of all N, with the planned action."""
+        return self._observe(self.pool.observation)
+
+    def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
+        """Start new episodes where `mask`, each with a fresh plan.
+
+        Where all start, so do the random numbers: equal seeds give equal plans, whatever came before.
+        """
+        if mask is None:
+            state = np.random.SeedSequence([self.seed, *np.asarray(seeds).tolist()]).generate_state(1, np.uint64)
+            self.rng.manual_seed(int(state[0]))
+        observation = self.pool.reset(seeds, mask, options)
+        self._plan(observation, np.ones(self.num_envs, dtype=np.bool_) if mask is None else np.asarray(mask))
+        return self._observe(observation)
+
+    def step(self, action: Any) -> StepResult:
+        """Execute one action [N, A] in every environment; the plans move on by one step."""
+        result = self.pool.step(action)
+        self._position = self._position + result.valid
+        self._plan(result.observation, self._position >= self.planner.execute)
+        return replace(result, observation=self._observe(result.observation))
+
+    def _plan(self, observation: Tree, mask: np.ndarray) -> None:
+        rows = np.flatnonzero(mask)
+        if len(rows):
+            chosen = {k: [v[i] for i in rows] if isinstance(v, list) else v[rows] for k, v in observation.items()}
+            self._queue = self._queue.copy()
+            self._queue[rows] = self.planner.plan(chosen, rng=self.rng)
+            self._position = np.where(mask, 0, self._position)
+
+    def _observe(self, observation: Tree) -> Tree:
+        return {**observation, BASE_ACTION: self._queue[np.arange(self.num_envs), self._position]}
+
+    def get_state(self) -> dict[str, np.ndarray] | None:
+        """The state of the pool inside, plans, positions and the random generator."""
+        state = self.pool.get_state()
+        if state is None:
+            return None
+        own = {"plan": self._queue, "position": self._position, "rng": self.rng.get_state().numpy()}
+        return {**state, **{f"queue/{name}": np.array(value) for name, value in own.items()}}
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue bit for bit from what `get_state` gave."""
+        if state["queue/plan"].shape != self._queue.shape:
+            raise ValueError(f"the saved plans have shape {state['queue/plan'].shape}; this pool's {self._queue.shape}")
+        self.pool.set_state({k: v for k, v in state.items() if not k.startswith("queue/")})
+        self._queue, self._position = state["queue/plan"].copy(), state["queue/position"].copy()
+        before = torch.from_numpy(np.array(state["queue/rng"]))
+        if before.shape == self.rng.get_state().shape:  # else it was on another kind of device
+            self.rng.set_state(before)
+
+    def close(self) -> None:
+        """Free everything."""
+        self.pool.close()
+
+
+def _check_execute(horizon: int, execute: int | None) -> int:
+    execute = horizon if execute is None else execute
+    if not 1 <= execute <= horizon:
+        raise ValueError(f"execute {execute} of a chunk of {horizon} steps: 1 <= execute <= horizon is expected")
+    return execute
+
+
+# --- which pool a policy needs -----------------------------------------------------------------------------------
+
+
+def chunk_of(spec: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(horizon, execute) of the decisions that an agent spec takes, None for single steps (also those of "queued").
+
+    chunk_of({"id": "steering", "base": {"id": "diffusion", "horizon": 8, "execute": 4}}) is (8, 4).
+    """
+    if spec.get("id") == "queued":
+        return None
+    if spec.get("horizon", 1) > 1:
+        return spec["horizon"], _check_execute(spec["horizon"], spec.get("execute"))
+    return chunk_of(spec["base"]) if isinstance(spec.get("base"), Mapping) else None
+
+
+def find_planner(policy: torch.nn.Module) -> Any | None:
+    """The "queued" part of a policy (itself or a base inside), None if it has none."""
+    return next((module for module in policy.modules() if hasattr(module, "plan")), None)
+
+
+def fit_pool(pool: Pool, spec: Mapping[str, Any], *, gamma: float = 1.0) -> Pool:
+    """The pool under which decisions of this agent spec are what the policy gives: chunks or single steps."""
+    chunk = chunk_of(spec)
+    if chunk is None:
+        return pool
+    return ChunkPool(pool, horizon=chunk[0], execute=chunk[1], gamma=gamma)
+
+
+# --- data --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""What goes wrong in environments: told apart by kind, counted, put into words, and when it is too much to go on.
+
+Boundary: knows no environment and no pool. A pool adds what happened and says how episodes ended; `Incidents` decides
+when the run stops.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+MAX_INCIDENTS = 0.9  # share of the latest episodes
+WINDOW = 100  # so many episodes are the latest ones; at least ROUNDS for each environment
+NEVER = 20  # so many failed episodes, and none ever that ended well, are enough; at least ROUNDS for each environment
+ROUNDS = 4  # failures come before the first episodes can end, and a process that dies takes many with it
+
+
+class EnvironmentFailure(RuntimeError):
+    """The environments fail too often to go on; the message has the latest incident."""
+
+
+@dataclass(slots=True)
+class Incidents:
+    """What went wrong so far, counted by kind ("non_finite", "error", "hang", "crash"), with the latest texts.
+
+    Args:
+        limit: share of the latest episodes that may fail; 1 goes on whatever happens.
+        num_envs: how many run at once.
+    """
+
+    limit: float = MAX_INCIDENTS
+    num_envs: int = 1
+    counts: Counter[str] = field(default_factory=Counter)
+    latest: deque[str] = field(default_factory=lambda: deque(maxlen=32))
+    _told: Counter[str] = field(default_factory=Counter)  # of `counts`, by `news`
+    _failed: deque[bool] = field(default_factory=deque)  # of the latest episodes, did it fail
+    _good: bool = False  # an episode has ended well
+
+    def __post_init__(self) -> None:
+        self._failed = deque(maxlen=max(WINDOW, ROUNDS * self.num_envs))
+
+    def add(self, kind: str, text: str) -> None:
+        """Count one incident and keep its text."""
+        self.counts[kind] += 1
+        self.latest.append(f"{kind}: {text}")
+
+    def take(self, counts: Mapping[str, int], texts: list[str], *, prefix: str = "") -> None:
+        """Add what `news` of another pool told."""
+        self.counts.update(counts)
+        for text in texts:
+            kind, _, what = text.partition(": ")
+            self.latest.append(f"{kind}: {prefix}{what}")
+
+    def news(self) -> tuple[dict[str, int], list[str]]:
+        """Counts and texts (at most 32) since the last call."""
+        fresh = self.counts - self._told
+        self._told = self.counts.copy()
+        count = min(fresh.total(), len(self.latest))
+        return dict(fresh), list(self.latest)[len(self.latest) - count :]
+
+    def judge(self, *, ended: int, failed: int) -> None:
+        """Hear how many episodes just ended well and how many failed; EnvironmentFailure when too many do."""
+        self._failed.extend([True] * failed + [False] * ended)
+        self._good = self._good or ended > 0
+        if not failed or self.limit >= 1:
+            return
+        count, of = sum(self._failed), len(self._failed)
+        never = not self._good and of >= max(NEVER, ROUNDS * self.num_envs)
+        if never or count > self.limit * (self._failed.maxlen or WINDOW):
+            share = "none has ended well" if never else f"max_incidents allows {self.limit:g}"
+            raise EnvironmentFailure(
+                f"{count} of the latest {of} episodes failed in their environment ({share}); the latest incident is "
+                f"{self.latest[-1] if self.latest else 'unknown'}\n"
+                "Mend the environment, or raise env.max_incidents (1: go on whatever happens)."
+            )
+
+
+def describe_error(error: BaseException, *, frames: int = 3) -> str:
+    """An exception for a log: "ZeroDivisionError: division by zero (arm.py:3 in step, called at bot.py:9 in step)"."""
+    stack = [f for f in traceback.extract_tb(error.__traceback__) if "/embodied_rft/pools/singles.py" not in f.filename]
+    places = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in stack[-frames:][::-1]]
+    said = str(error).strip()
+    if not said and stack and stack[-1].line:
+        said = f"at `{stack[-1].line}`"  # an assert without a message
+    where = f" ({', called at '.join(places)})" if places else ""
+    return f"{type(error).__name__}{': ' if said else ''}{said}{where}"

@@ -1,0 +1,391 @@
+"""Environments stepped together: the in-process pool and `make_pool`, the door to all kinds of pools.
+
+Boundary: knows Gymnasium and nothing of policies, buffers or algorithms. Single environments live in `singles`,
+processes in `workers`, the protocol and its types in `stepping`. A pool never resets an environment by itself; it
+keeps NaN, answers that do not fit and seeds of the wrong purpose out.
+
+Legend: N environments, A action dimensions.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, cast
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec, load_env_creator
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from embodied_rft.data import Ragged, Tree
+from embodied_rft.names import nearest
+from embodied_rft.pools.batches import Batch
+from embodied_rft.pools.config import EnvConfig
+from embodied_rft.pools.incidents import MAX_INCIDENTS, Incidents
+from embodied_rft.pools.making import find_spec, make_single
+from embodied_rft.pools.promises import Seeding
+from embodied_rft.pools.protocol import (
+    Pool,
+    Purpose,
+    StepResult,
+    check_action,
+    check_mask,
+    check_seeds,
+    decode_text,
+    encode_text,
+    field_of,
+    fields_of,
+    finite_rows,
+    merge,
+)
+from embodied_rft.pools.singles import DEADLINE, Answer, Singles
+from embodied_rft.pools.watch import Watch
+from embodied_rft.pools.workers import WorkerPool
+
+Kind = Literal["auto", "native", "sync", "workers"]
+KINDS = ("auto", "native", "sync", "workers")
+TimeLimitIs = Literal["truncated", "terminal"]
+
+
+class Host(Protocol):
+    """What holds the N environments of a `VectorPool`: `singles.Singles` or `batches.Batch`."""
+
+    num_envs: int
+    observation_space: spaces.Space
+    action_space: spaces.Space
+    observation: dict[str, Any]
+    seeding: Seeding | None
+    first: int
+
+    @property
+    def can_save(self) -> bool:
+        """Whether the environments can be saved inside an episode."""
+
+    def reset(self, seeds: np.ndarray, mask: np.ndarray, options: Mapping[str, Any] | None) -> Answer:
+        """New episodes where `mask`."""
+
+    def step(self, action: Any, running: np.ndarray) -> Answer:
+        """One step of those that are `running`."""
+
+    def get_state(self) -> dict[str, np.ndarray] | None:
+        """The states of all."""
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from them."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+class VectorPool:
+    """A Pool in this process, over single environments or a `gymnasium.vector.VectorEnv`.
+
+    A vector environment must have been made with AutoresetMode.DISABLED and honour `options={"reset_mask": mask}`.
+
+    Args:
+        envs: who holds the environments.
+        purpose: which seeds are accepted.
+        max_incidents: share of the latest episodes that may fail; see `incidents`.
+        time_limit: "terminal" makes every truncation a terminal state, which does not bootstrap.
+    """
+
+    def __init__(
+        self,
+        envs: Host | VectorEnv,
+        *,
+        purpose: Purpose = "training",
+        max_incidents: float = MAX_INCIDENTS,
+        time_limit: TimeLimitIs = "truncated",
+    ) -> None:
+        if purpose not in ("training", "evaluation"):
+            raise ValueError(f"purpose is {purpose!r}; expected 'training' or 'evaluation'")
+        self.host: Host = Batch(envs) if isinstance(envs, VectorEnv) else envs
+        self.purpose: Purpose = purpose
+        self.time_limit: TimeLimitIs = time_limit
+        self.num_envs: int = self.host.num_envs
+        self.observation_space, self.action_space = self.host.observation_space, self.host.action_space
+        self.fields = fields_of(self.observation_space)
+        self.action_field = field_of("action", self.action_space)
+        self.incidents = Incidents(max_incidents, self.num_envs)
+        self._observation: dict[str, Any] = {}  # the latest of all N; empty before the first reset
+        self._idle = np.ones(self.num_envs, dtype=np.bool_)  # no episode is running
+        self._bad_start = np.zeros(self.num_envs, dtype=np.bool_)  # the reset failed: the first step is invalid
+        self._seeds = np.zeros(self.num_envs, dtype=np.int64)  # of the running episodes, for messages
+        self._reports_success = False
+        self._closed = False
+
+    @property
+    def vector_env(self) -> VectorEnv | None:
+        """The vector environment inside, where there is one."""
+        return self.host.vector_env if isinstance(self.host, Batch) else None
+
+    @property
+    def seeding(self) -> Seeding | None:
+        """What seeds promise here; None before the first reset."""
+        return self.host.seeding
+
+    @property
+    def can_save(self) -> bool:
+        """Whether `get_state` works inside an episode."""
+        return self.host.can_save
+
+    @property
+    def observation(self) -> Tree:
+        """The current observation of all N, as the last call gave it; empty before the first reset."""
+        return dict(self._observation)
+
+    def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
+        """Start new episodes where `mask`; `options` go to every environment that is reset.
+
+        An environment that fails here keeps its old observation (zeros at first), and its first step is invalid.
+
+        Args:
+            seeds: [N] integers; only those under the mask count.
+            mask: [N] bool, None means all.
+            options: per-reset options of the environment, the same for all.
+
+        Returns:
+            The current observation of all N environments.
+        """
+        mask = check_mask(mask, num_envs=self.num_envs)
+        chosen = np.where(mask, check_seeds(seeds, mask, purpose=self.purpose), 0)
+        self._seeds = np.where(mask, chosen, self._seeds)
+        answer = self.host.reset(chosen, mask, options)
+        new, bad = self._clean(answer)
+        self._bad_start = np.where(mask, bad, self._bad_start)
+        self._idle = self._idle & ~mask
+        self._observation = self.host.observation = new
+        return dict(new)
+
+    def step(self, action: Any) -> StepResult:
+        """Execute one action in every environment; see `StepResult`; idle ones are not heard."""
+        idle = self._idle
+        if idle.all():
+            raise RuntimeError("no environment has a running episode: call reset before step")
+        action = check_action(action, self.action_space, num_envs=self.num_envs)
+        running = ~(idle | self._bad_start)
+        answer = self.host.step(action, running)
+        new, bad = self._clean(answer)
+        valid = running & ~bad
+        reward = np.where(valid, answer.reward, np.float32(0))
+        terminated, truncated = answer.terminated & valid, answer.truncated | ~valid
+        if self.time_limit == "terminal":
+            terminated, truncated = terminated | (truncated & valid), ~valid
+        self._reports_success |= answer.told
+        info = {"success": answer.success & valid} if self._reports_success else {}
+        self._idle, self._bad_start, self._observation = terminated | truncated, np.zeros_like(idle), new
+        self.host.observation = new
+        failed = ~valid & ~idle
+        self.incidents.judge(ended=int((self._idle & valid).sum()), failed=int(failed.sum()))
+        return StepResult(dict(new), reward, terminated, truncated, info, valid)
+
+    def ask(self, name: str) -> Any:
+        """What the (first) environment says under `name`, called if it is a method; None if it does not have it."""
+        env = self.host.vector_env if isinstance(self.host, Batch) else cast(Singles, self.host).slots[0].env
+        found = getattr(getattr(env, "unwrapped", env), name, None)
+        return found() if callable(found) else found
+
+    def skip_images(self, skip: bool) -> None:
+        """Whether steps may leave images as they were, but where an episode ends: nobody reads them. A hint."""
+        if hasattr(self.vector_env, "skip_images"):
+            cast(Any, self.vector_env).skip_images = skip
+
+    def _clean(self, answer: Answer) -> tuple[dict[str, Any], np.ndarray]:
+        """The observation, with old rows where new ones are no good, and [N] bool of the environments that failed."""
+        invalid = np.zeros(self.num_envs, dtype=np.bool_)
+        for index, incident in answer.failed.items():
+            invalid[index] = True
+            if incident is not None:
+                self.incidents.add(*incident)
+        new = answer.observation
+        for key, value in {**new, "reward": answer.reward}.items():
+            finite = finite_rows(value, num_envs=self.num_envs)
+            if finite is None:
+                continue
+            name = "reward" if value is answer.reward else f"observation {key!r}"
+            for row in np.flatnonzero(~finite & ~invalid):
+                who = f"environment {self.host.first + row} (seed {self._seeds[row]})"
+                self.incidents.add("non_finite", f"{who}: {name} is NaN or infinite")
+            invalid |= ~finite
+        if not invalid.any():
+            return new, invalid
+        old = self._observation or {
+            k: [""] * len(v) if isinstance(v, list) else np.zeros_like(v) for k, v in new.items()
+        }
+        return merge(~invalid, new, old), invalid
+
+    def get_state(self) -> dict[str, np.ndarray] | None:
+        """The state of every environment and of this pool, or None if the environments do not offer `get_state`."""
+        state = self.host.get_state() if self._observation else None
+        if state is None:
+            return None
+        state |= {f"pool/{name}": getattr(self, f"_{name}").copy() for name in ("idle", "bad_start")}
+        state["pool/reports_success"] = np.array(self._reports_success)
+        for key, value in self._observation.items():
+            if isinstance(value, list):
+                text = encode_text(value)
+                state |= {f"pool/text/{key}": text.values, f"pool/offsets/{key}": text.offsets}
+            else:
+                state[f"pool/observation/{key}"] = value.copy()
+        return state
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue bit for bit from `get_state` of a pool of the same environments."""
+        if len(state["pool/idle"]) != self.num_envs:
+            raise ValueError(
+                f"the state is of {len(state['pool/idle'])} environments; this pool has {self.num_envs}. "
+                "Use the same num_envs as the run that wrote it."
+            )
+        self.host.set_state({k: v for k, v in state.items() if not k.startswith("pool/")})
+        for name in ("idle", "bad_start"):
+            setattr(self, f"_{name}", state[f"pool/{name}"].astype(np.bool_))
+        self._reports_success = bool(state["pool/reports_success"])
+        for key, each in self.fields.items():
+            if each.kind == "ragged":
+                self._observation[key] = decode_text(Ragged(state[f"pool/text/{key}"], state[f"pool/offsets/{key}"]))
+            else:
+                self._observation[key] = state[f"pool/observation/{key}"].copy()
+        self.host.observation = self._observation
+
+    def close(self) -> None:
+        """Close the environments; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.host.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making pools
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def supports_native(spec: EnvSpec) -> bool:
+    """Whether the registered vector form says that it can be reset from outside (takes `autoreset_mode`)."""
+    entry = spec.vector_entry_point
+    if entry is None:
+        return False
+    creator = load_env_creator(entry) if isinstance(entry, str) else entry
+    parameters = inspect.signature(creator).parameters
+    return "autoreset_mode" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def num_envs_for(env: EnvConfig, purpose: Purpose) -> int:
+    """How many environments a recipe has for "training" or "evaluation"."""
+    return env.evaluation_envs or env.num_envs if purpose == "evaluation" else env.num_envs
+
+
+def open_pool(env: EnvConfig, *, purpose: Purpose, num_envs: int | None = None, id: str | None = None) -> Pool:
+    """The environments of a recipe.
+
+    Args:
+        env: as the recipe says.
+        purpose: "training" or "evaluation".
+        num_envs: how many; None: as the recipe says.
+        id: another environment in place of the recipe's.
+    """
+    return make_pool(
+        id or env.id,
+        num_envs or num_envs_for(env, purpose),
+        options=env.options,
+        wrappers=env.wrappers,
+        kind=env.pool,
+        num_workers=env.num_workers,
+        purpose=purpose,
+        deadline=env.deadline,
+        max_incidents=env.max_incidents,
+        time_limit=env.time_limit,
+    )
+
+
+def make_pool(
+    id: str | EnvSpec,
+    num_envs: int,
+    *,
+    options: Mapping[str, Any] | None = None,
+    wrappers: Sequence[Mapping[str, Any]] = (),
+    kind: Kind = "auto",
+    num_workers: int | None = None,
+    purpose: Purpose = "training",
+    deadline: float = DEADLINE,
+    max_incidents: float = MAX_INCIDENTS,
+    time_limit: TimeLimitIs = "truncated",
+    watch: Watch | None = None,
+    first: int = 0,
+) -> Pool:
+    """N environments of one id behind the Pool protocol.
+
+    Args:
+        id: a registered Gymnasium id, or its specification.
+        num_envs: N >= 1.
+        options: constructor arguments of the environment.
+        wrappers: around each environment, innermost first; see `making.make_single`.
+        kind: "native" (batched on native threads), "sync" (one after the other), "workers" (processes), or "auto":
+            native if the id offers it, else sync.
+        num_workers: processes of kind "workers" (default: one per core, at most N); an error with other kinds.
+        purpose: which seeds the pool accepts: "training" (< 2**31) or "evaluation" (>= 2**31).
+        deadline: seconds that a step or a reset of one environment (of the batch, if native) may take.
+        max_incidents: share of the latest episodes that may fail in their environment before EnvironmentFailure.
+        time_limit: "truncated" bootstraps where an episode is cut off, "terminal" does not.
+        watch: who is told of every call; default an alarm.
+        first: number of the first environment, for messages.
+
+    Raises:
+        ValueError: unknown id or kind, options that the environment refuses, a native form that does not exist.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of pool {kind!r}; {nearest(kind, KINDS)}")
+    if num_envs < 1:
+        raise ValueError(f"num_envs is {num_envs}; expected at least 1")
+    if num_workers and kind != "workers":
+        raise ValueError(f"num_workers={num_workers} has no effect with kind {kind!r}: use kind 'workers' or drop it")
+    spec = find_spec(id)
+    same: dict[str, Any] = {"purpose": purpose, "max_incidents": max_incidents, "time_limit": time_limit}
+    if kind == "workers":
+        every = {**same, "options": options, "wrappers": wrappers, "deadline": deadline}
+        make_slice = functools.partial(make_pool, spec, **{**every, "max_incidents": 1.0})  # the parent judges
+        settings: dict[str, Any] = {"purpose": purpose, "deadline": deadline, "max_incidents": max_incidents}
+        return WorkerPool(make_slice, num_envs=num_envs, num_workers=num_workers, **settings)
+    made = None if kind == "sync" else _make_native(spec, num_envs, options or {}, wrappers, must=kind == "native")
+    if made is not None:
+        host: Host = Batch(made[0], make=made[1], watch=watch, deadline=deadline, first=first)
+    else:
+        single = functools.partial(make_single, spec, options=options, wrappers=wrappers)
+        host = Singles(single, num_envs, watch=watch, deadline=deadline, first=first)
+    return VectorPool(host, **same)
+
+
+def _make_native(
+    spec: EnvSpec, num_envs: int, options: Mapping[str, Any], wrappers: Sequence[Any], *, must: bool
+) -> tuple[VectorEnv, Callable[[], VectorEnv]] | None:
+    """The registered vector form, and how to make another; None (ValueError if it `must`) where it resets by itself."""
+    why = ""
+    if wrappers:
+        why = "has wrappers, which are made for single environments"
+    elif not supports_native(spec):
+        why = "has no native vector form that takes autoreset_mode"
+    else:
+        make = functools.partial(
+            gymnasium.make_vec, spec, num_envs=num_envs, vectorization_mode="vector_entry_point", **options
+        )
+        disabled = functools.partial(make, autoreset_mode=AutoresetMode.DISABLED)
+        try:
+            env = disabled()
+        except Exception as error:
+            try:  # does it refuse its options, or to leave resets to others?
+                make().close()
+            except Exception:
+                if isinstance(error, TypeError):
+                    raise ValueError(f"environment {spec.id!r} refused its options {dict(options)}: {error}") from error
+                raise error from None
+            why = f"has a native vector form that cannot leave resets to others ({error})"
+        else:
+            if env.metadata.get("autoreset_mode") == AutoresetMode.DISABLED:
+                return env, disabled
+            env.close()
+            why = "has a native vector form that resets by itself"
+    if must:
+        raise ValueError(f"{spec.id!r} {why}; use kind 'sync' or 'workers' for it")
+    return None

@@ -1,0 +1,217 @@
+"""What every pool shares: the Pool protocol, its step result, observation trees, and the checks at the door.
+
+Boundary: pure functions on Gymnasium spaces and arrays, and small types; no environment is made or stepped here. Import
+these names from `pool`.
+
+Legend: N environments, A action dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from gymnasium import spaces
+
+from embodied_rft.data import Field, Ragged, Tree
+from embodied_rft.pools.incidents import Incidents as Incidents
+from embodied_rft.seeding import FIRST_EVALUATION_SEED, check_training_seeds
+
+Purpose = Literal["training", "evaluation"]
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What N environments answered to one step; the arrays are fresh, a pool never writes into them again.
+
+    Two Fetch environments, the second just crashed: StepResult(observation={"observation": [2, 25], ...},
+    reward=[-1., 0.], terminated=[False, False], truncated=[False, True], info={"success": [False, False]},
+    valid=[True, False]).
+    """
+
+    observation: Tree  # each [N, ...], or a list of N strings; the last good observation where a step is invalid
+    reward: np.ndarray  # [N] float32
+    terminated: np.ndarray  # [N] bool
+    truncated: np.ndarray  # [N] bool; True where invalid, so that every loop resets it
+    info: dict[str, np.ndarray]  # {"success": [N] bool} if the environment reports is_success or success
+    valid: np.ndarray  # [N] bool; False: crash, hang, non-finite numbers or idle: learn nothing from this row
+
+
+class Pool(Protocol):
+    """N environments that step together. There is no autoreset: who steps a pool resets what has ended.
+
+    An environment that has ended (or broke) and was not reset is idle: its row of the action is ignored, its
+    observation stays, its steps come back with valid False.
+    """
+
+    num_envs: int
+    observation_space: spaces.Space  # of a single environment
+    action_space: spaces.Space
+    fields: dict[str, Field]  # observation columns as a buffer stores them
+    action_field: Field
+    incidents: Incidents
+
+    @property
+    def can_save(self) -> bool:
+        """Whether `get_state` works inside an episode."""
+
+    @property
+    def observation(self) -> Tree:
+        """The current observation of all N, as the last call gave it."""
+
+    def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
+        """Start new episodes from `seeds` [N] where `mask` [N] (default: all); returns the observation of all N."""
+
+    def step(self, action: Any) -> StepResult:
+        """Execute `action` ([N, A], [N] integers or a list of N strings)."""
+
+    def get_state(self) -> dict[str, np.ndarray] | None:
+        """Everything needed to continue exactly, or None if the environments cannot tell."""
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from what `get_state` gave."""
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spaces and observations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_text(space: spaces.Space) -> bool:
+    """Whether values of this space are strings: Text, and spaces of one's own with dtype str."""
+    return isinstance(space, spaces.Text) or (space.dtype is not None and np.dtype(space.dtype).kind == "U")
+
+
+def flatten_space(space: spaces.Space, *, prefix: str = "") -> dict[str, spaces.Space]:
+    """Leaf spaces by key: Dict -> its keys, nesting joined by "/"; anything else -> {"observation": space}."""
+    if not isinstance(space, spaces.Dict):
+        return {prefix or "observation": space}
+    leaves: dict[str, spaces.Space] = {}
+    for key, child in space.spaces.items():
+        leaves |= flatten_space(child, prefix=f"{prefix}/{key}" if prefix else str(key))
+    return leaves
+
+
+def flatten_observation(space: spaces.Space, batch: Any, *, prefix: str = "") -> dict[str, Any]:
+    """A batched observation of `space` as a flat tree; text becomes a list of strings."""
+    if not isinstance(space, spaces.Dict):
+        value = list(batch) if is_text(space) else np.asarray(batch)
+        return {prefix or "observation": value}
+    leaves: dict[str, Any] = {}
+    for key, child in space.spaces.items():
+        leaves |= flatten_observation(child, batch[key], prefix=f"{prefix}/{key}" if prefix else str(key))
+    return leaves
+
+
+def fields_of(space: spaces.Space) -> dict[str, Field]:
+    """Columns for observations of `space`: floats as float32, other dtypes as they are, text as UTF-8 bytes.
+
+    Raises:
+        ValueError: for a space without fixed-size or text leaves (Tuple, Graph, Sequence, OneOf).
+    """
+    return {key: field_of(key, leaf) for key, leaf in flatten_space(space).items()}
+
+
+def field_of(key: str, space: spaces.Space) -> Field:
+    """The column for one leaf space; `key` is only for the error text."""
+    if is_text(space):
+        return Field((), "uint8", "ragged")
+    if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        assert space.dtype is not None and space.shape is not None
+        dtype = "float32" if np.issubdtype(space.dtype, np.floating) else np.dtype(space.dtype).name
+        return Field(tuple(space.shape), dtype)
+    raise ValueError(
+        f"{key!r} has the space {type(space).__name__}; expected Box, Discrete, MultiDiscrete, MultiBinary, Text or a "
+        "Dict of them. Wrap the environment so that it gives one of these."
+    )
+
+
+def encode_text(texts: Sequence[str]) -> Ragged:
+    """Strings as UTF-8 bytes, one row each: how text columns are stored."""
+    return Ragged.of([np.frombuffer(text.encode(), dtype=np.uint8) for text in texts], dtype=np.uint8)
+
+
+def decode_text(rows: Ragged) -> list[str]:
+    """The inverse of `encode_text`."""
+    return [row.tobytes().decode() for row in rows]
+
+
+def check_action(action: Any, space: spaces.Space, *, num_envs: int) -> Any:
+    """`action` for `num_envs` environments in the dtype of `space`; ValueError on a wrong shape, kind or value."""
+    if is_text(space):
+        if isinstance(action, str) or len(action) != num_envs or not all(isinstance(a, str) for a in action):
+            raise ValueError(f"expected a list of {num_envs} strings, one action per environment, given {action!r:.80}")
+        return list(action)
+    array = np.asarray(action)
+    expected = (num_envs, *(space.shape or ()))
+    if array.shape != expected:
+        raise ValueError(f"action has shape {array.shape}; expected {expected}: one row for each environment")
+    if isinstance(space, spaces.Box):
+        finite = np.isfinite(array)
+        if not finite.all():
+            bad = int(np.argmin(finite.reshape(num_envs, -1).all(axis=1)))
+            raise ValueError(
+                f"action of environment {bad} is not finite: {array[bad]}. The policy produced NaN or infinity: "
+                "look at its learning rate, its inputs and the gradient norm."
+            )
+    elif not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"action has dtype {array.dtype}; expected integers for the action space {space}")
+    if isinstance(space, spaces.Discrete) and ((array < space.start) | (array >= space.start + space.n)).any():
+        raise ValueError(f"actions {array.tolist()} are not all in {space}")
+    return array.astype(space.dtype, copy=False)
+
+
+def check_seeds(seeds: Any, mask: np.ndarray, *, purpose: Purpose) -> np.ndarray:
+    """`seeds` [N] as int64; those under `mask` must belong to `purpose` (see `seeding`)."""
+    array = np.asarray(seeds)
+    if array.shape != mask.shape or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"seeds are {array.dtype} {array.shape}; expected integers {mask.shape}: one per environment")
+    used = array[mask]
+    if purpose == "training":
+        check_training_seeds(used)
+    elif (used < FIRST_EVALUATION_SEED).any():
+        bad = int(used[used < FIRST_EVALUATION_SEED][0])
+        raise ValueError(
+            f"seed {bad} is a training seed (< 2**31): evaluation must start from states that training never saw. Use "
+            "seeding.evaluation_seed(index)."
+        )
+    if (used < 0).any():
+        raise ValueError(f"seed {int(used.min())} is negative; expected 0 <= seed < 2**32")
+    return array.astype(np.int64)
+
+
+def check_mask(mask: np.ndarray | None, *, num_envs: int) -> np.ndarray:
+    """`mask` as [N] bool with at least one True; None means all."""
+    if mask is None:
+        return np.ones(num_envs, dtype=np.bool_)
+    mask = np.asarray(mask)
+    if mask.shape != (num_envs,) or mask.dtype != np.bool_ or not mask.any():
+        raise ValueError(f"mask is {mask.dtype} {mask.shape}; expected bool ({num_envs},) with at least one True")
+    return mask
+
+
+def merge(mask: np.ndarray, new: Tree, old: Tree) -> dict[str, Any]:
+    """Rows of `new` where `mask` [N], else rows of `old`; no copy when the mask is full."""
+    if mask.all():
+        return dict(new)
+
+    def pick(a: Any, b: Any) -> Any:
+        if isinstance(a, list):
+            return [x if chosen else y for x, y, chosen in zip(a, b, mask, strict=True)]
+        return np.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return {key: pick(value, old[key]) for key, value in new.items()}
+
+
+def finite_rows(array: Any, *, num_envs: int) -> np.ndarray | None:
+    """[N] bool, or None when every number is finite as the float32 that is stored: the common case costs one pass."""
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        return None
+    finite = np.isfinite(array) if array.dtype.itemsize <= 4 else np.abs(array) <= LARGEST
+    return None if finite.all() else np.asarray(finite.reshape(num_envs, -1).all(axis=1))

@@ -1,0 +1,1 @@
+"""What a run looks like: one HTML page without outside resources."""

@@ -1,0 +1,91 @@
+"""Evaluates the policy of a run folder again: more episodes, another sheet, another environment, the official one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+
+from embodied_rft.evaluation.evaluate import Evaluation, evaluate, evaluation_seeds
+from embodied_rft.pools.making import find_spec
+from embodied_rft.pools.pool import num_envs_for, open_pool
+from embodied_rft.pools.promises import held_out
+from embodied_rft.runs.resume import Which
+from embodied_rft.runs.trained import opened
+from embodied_rft.seeding import evaluation_generator
+
+
+def evaluate_run(
+    folder: str | Path,
+    *,
+    episodes: int = 200,
+    sheet: int = 0,
+    env: str | None = None,
+    official: bool = False,
+    num_envs: int | None = None,
+    checkpoint: Which = "newest",
+    device: str = "auto",
+    trust: bool = False,
+) -> Evaluation:
+    """Greedy success of a run's policy; also written to `evaluations/` in the folder.
+
+    Args:
+        folder: of the run, finished or not.
+        episodes: number of held-out initial states.
+        sheet: which list of them (0: that of the recipe's final evaluation, 1: that of its learning curve).
+        env: another environment id with the same spaces; None: the recipe's.
+        official: the environment that the recipe's one reproduces, as its authors ship it, from the same seeds.
+        num_envs: environments stepped together; None: as many as the recipe says.
+        checkpoint: "newest", or "best" on the learning curve.
+        device: where the policy computes.
+        trust: code that the run brings along may run: plug-ins in its folder, classes, pickles.
+
+    Raises:
+        ValueError: no checkpoint in the folder, an edited recipe.yaml, other spaces, or no official environment.
+    """
+    folder = Path(folder)
+    if episodes < 1:
+        raise ValueError(f"episodes is {episodes}; expected at least 1")
+    with opened(folder, checkpoint, device=device, trust=trust) as session:
+        own = session.env
+        count = num_envs or min(num_envs_for(own, "evaluation"), episodes)
+        changed = replace(own, num_workers=own.num_workers and min(own.num_workers, count))
+        if official:
+            if env is not None:
+                raise ValueError(f"--official and --env {env} exclude each other")
+            changed = replace(changed, id=official_id(own.id, own.options), options={})
+        elif env is not None:
+            changed = replace(changed, id=env)
+        if changed.id != own.id and own.pool == "native":
+            changed = replace(changed, pool="auto")  # another one may have no native form
+        pool = open_pool(changed, purpose="evaluation", num_envs=count)
+        try:
+            if pool.fields != session.step_pool("training").fields:
+                raise ValueError(f"{changed.id} has other observations than {own.id}: {pool.observation_space}")
+            act = session.actor(greedy=True, rng=evaluation_generator(sheet=sheet))
+            name = "policy, evaluated again" if changed.id == own.id else f"policy in {changed.id}"
+            name = name if checkpoint == "newest" else f"{checkpoint} {name}"
+            outcome = evaluate(act, session.fit(pool), evaluation_seeds(episodes, sheet=sheet), name=name)
+        finally:
+            pool.close()
+        facts = {"stage": list(session.path), "sheet": sheet, "environment": changed.id}
+        facts |= {"decisions": session.counters["decisions"], "wall_seconds": session.counters["seconds"]}
+        facts |= held_out(pool)
+    slug = ("again" if changed.id == own.id else changed.id).replace("/", "-")
+    slug += "" if checkpoint == "newest" else f"-{checkpoint}"
+    outcome.write(folder, f"later-{slug}-{sheet}-{episodes}", **facts)
+    return outcome
+
+
+def official_id(id: str, options: dict[str, Any]) -> str:
+    """The id of the environment that `id` reproduces."""
+    single = gymnasium.make(find_spec(id), **{k: v for k, v in options.items() if k not in ("engine", "num_threads")})
+    try:
+        official = getattr(single.unwrapped, "official_id", None)
+    finally:
+        single.close()
+    if official is None:
+        raise ValueError(f"{id} reproduces no official environment")
+    return str(official)

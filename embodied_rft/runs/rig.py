@@ -1,0 +1,168 @@
+"""What a policy stands on: its environments, the columns it needs, the one buffer; all follow when the policy changes.
+
+Pools and schema are derived from the policy as it is now. Another policy, or environments with other options, get pools
+of their own, and the experience so far is carried over as far as they can read it. Knows neither stages nor learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from embodied_rft import distributed
+from embodied_rft.buffer.buffer import Buffer
+from embodied_rft.buffer.columns import Schema
+from embodied_rft.buffer.hindsight import Goals
+from embodied_rft.buffer.memory import announce
+from embodied_rft.data import Trajectory
+from embodied_rft.experience.collect import action_field
+from embodied_rft.experience.recut import chunk_trajectories
+from embodied_rft.learning.agent import Agent, Spaces
+from embodied_rft.pools.chunks import QueuedPool, chunk_of, find_planner, fit_pool
+from embodied_rft.pools.making import make_single
+from embodied_rft.pools.pool import num_envs_for, open_pool
+from embodied_rft.pools.protocol import Pool, Purpose
+from embodied_rft.pools.states import unreadable
+from embodied_rft.runs.log import Logger
+from embodied_rft.runs.recipe import Recipe
+
+
+class Rig:
+    """Pools, schema and buffer for `agent`, which whoever builds on this sets first."""
+
+    agent: Agent
+
+    def __init__(self, recipe: Recipe, logger: Logger) -> None:
+        self.recipe, self.logger = recipe, logger
+        self.env = recipe.env  # as it is now: a stage may change its options
+        self._pools: dict[str, Pool] = {}  # of single steps, as the environment offers them
+        self._fitted: dict[str, Pool] = {}  # as the current policy acts: in steps, in chunks, or along a plan
+        self._buffer: Buffer | None = None
+        self.left_out = 0  # initial states that the policy cannot read
+
+    # --- environments --------------------------------------------------------------------------------------------
+
+    def step_pool(self, purpose: Purpose) -> Pool:
+        """The environments for "training" or "evaluation", one decision a step; made once."""
+        if purpose not in self._pools:
+            num_envs = num_envs_for(self.env, purpose)
+            if purpose == "training":
+                num_envs = distributed.share(num_envs, "env.num_envs")
+            self._pools[purpose] = open_pool(self.env, purpose=purpose, num_envs=num_envs)
+        return self._pools[purpose]
+
+    def pool(self, purpose: Purpose) -> Pool:
+        """The environments as the current policy acts in them."""
+        if purpose not in self._fitted:
+            self._fitted[purpose] = self.fit(self.step_pool(purpose))
+        return self._fitted[purpose]
+
+    def fit(self, pool: Pool) -> Pool:
+        """A pool of single steps as one of the current policy's decisions: steps, chunks, or steps along a plan."""
+        planner = find_planner(self.agent.policy)
+        if planner is None:
+            return fit_pool(pool, self.agent.policy.spec)
+        return QueuedPool(pool, planner)
+
+    def leave_out_unreadable(self) -> None:
+        """Initial states that the policy cannot read are refused now, or left out, and counted, if it says so."""
+        names = unreadable(self.step_pool("training"), self.agent.policy)
+        if names:
+            self.close_pools()
+            exclude = [*self.env.options.get("exclude", ()), *names]
+            self.env = replace(self.env, options={**self.env.options, "exclude": exclude})
+            self.left_out += len(names)
+
+    # --- experience ----------------------------------------------------------------------------------------------
+
+    @property
+    def buffer(self) -> Buffer:
+        """The one buffer; announced and made when a stage first needs it."""
+        if self._buffer is None:
+            schema, capacity = self.schema(), self.recipe.buffer.capacity
+            self.logger.message(announce(schema, capacity))
+            self._buffer = Buffer(schema, capacity)
+            self._buffer.goals = self._goals()
+        return self._buffer
+
+    def _goals(self) -> Goals:
+        """How the environments, as they are now, pay for goals."""
+        env = self.env
+        return Goals(lambda: make_single(env.id, options=env.options, wrappers=env.wrappers))
+
+    def schema(self) -> Schema:
+        """The columns that this environment and this policy need."""
+        pool, policy = self.pool("training"), self.agent.policy
+        return Schema(
+            observation=dict(pool.fields),
+            action=action_field(pool.action_space),
+            trace=dict(policy.trace_fields),
+            units=policy.num_units,
+            rewards=("env", "success") if self.recipe.buffer.success else ("env",),
+        )
+
+    def replace_policy(self, policy: Any) -> None:
+        """Another policy on the same experience: rows are carried over, their traces recomputed for the new policy.
+
+        Single steps become chunks for a policy that takes chunks, and keys that are no longer observed are left out.
+        What the new policy cannot read (chunks as single steps, keys that nobody recorded) is dropped.
+        """
+        old_schema, old_chunk = self.schema(), chunk_of(self.agent.policy.spec)
+        self.agent.policy = policy
+        self._fitted.clear()
+        schema = self._new_schema()
+        if self._buffer is None or schema == old_schema:
+            return
+        old, self._buffer = self._buffer, None
+        recorded = all(old_schema.observation.get(key) == field for key, field in schema.observation.items())
+        if not recorded or (old_chunk is not None and schema.action != old_schema.action):
+            self.logger.message("decisions are different now: the experience so far is dropped")
+            return
+        keys, cut = schema.observation.keys(), None if old_chunk is not None else chunk_of(policy.spec)
+        for each in old.trajectories():
+            log_prob = each.log_prob if schema.units == old_schema.units else None  # else unknown now
+            each = replace(each, observation={k: each.observation[k] for k in keys}, log_prob=log_prob)
+            self.add_trajectories([each], chunk=cut)
+        if old.num_pinned:
+            self.buffer.pin()
+
+    def replace_env(self, options: dict[str, Any]) -> None:
+        """The environments from here on have these options, too; experience that lacks what they show is dropped."""
+        old_schema = self.schema()
+        self.close_pools()
+        self.env = replace(self.env, options={**self.env.options, **options})
+        if self._new_schema() != old_schema and self._buffer is not None:
+            self._buffer = None
+            self.logger.message("observations are different now: the experience so far is dropped")
+        if self._buffer is not None:
+            self._buffer.goals = self._goals()
+
+    def _new_schema(self) -> Schema:
+        """The columns, after telling the agent that environments or policy are others now."""
+        self.leave_out_unreadable()
+        pool = self.pool("training")
+        self.agent.spaces = Spaces(pool.observation_space, pool.action_space)
+        return self.schema()
+
+    def add_trajectories(self, trajectories: Iterable[Trajectory], *, chunk: tuple[int, int] | None) -> None:
+        """Whole episodes into the buffer, as the current policy's decisions.
+
+        Args:
+            trajectories: of decisions, or of single steps.
+            chunk: (horizon, execute) of the chunks that single steps are to be cut into.
+        """
+        for one in trajectories:
+            for each in [one] if chunk is None else chunk_trajectories([one], horizon=chunk[0], execute=chunk[1]):
+                self.buffer.add_trajectory(each, retrace=getattr(self.agent.policy, "retrace", None))
+
+    def buffer_state(self) -> dict[str, Any] | None:
+        """Of the buffer; None before a stage needs one."""
+        return None if self._buffer is None else self._buffer.state_dict()
+
+    def close_pools(self) -> None:
+        """Give back the environments."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+        self._fitted.clear()

@@ -1,0 +1,297 @@
+"""A run: the folder, the state that stages share, its clocks and logs, and the loop over the stages.
+
+A `Session` owns agent, buffer, learner, collector, random generators, counters and logs. Stages change them; the
+session saves them (`resume` says what). What the policy stands on, environments and experience, is its `Rig`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from embodied_rft import distributed
+from embodied_rft.buffer.plans import Fresh
+from embodied_rft.data import Decisions, Source, Tree
+from embodied_rft.device import on_device, resolve_device, restored_generator, seeded
+from embodied_rft.evaluation.evaluate import Evaluation, evaluate, evaluation_seeds, latest_incident
+from embodied_rft.experience.collect import Act, Collector
+from embodied_rft.files import write_atomically, write_json
+from embodied_rft.learning.agent import build_agent
+from embodied_rft.learning.learner import Learner, LearnerConfig
+from embodied_rft.options import to_plain
+from embodied_rft.pools.chunks import fit_pool
+from embodied_rft.pools.promises import held_out
+from embodied_rft.pools.protocol import Pool
+from embodied_rft.runs import resume
+from embodied_rft.runs.checkpoint import BEST, Checkpoints, common_newest
+from embodied_rft.runs.log import Logger
+from embodied_rft.runs.recipe import Recipe, dump_recipe
+from embodied_rft.runs.tree_file import save
+from embodied_rft.runs.walk import new_objective, walk
+from embodied_rft.seeding import evaluation_generator, spawn_generator
+
+SHOWN = 8  # texts of incidents that are kept
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped on request, after a checkpoint: the same command continues it."""
+
+
+class Session(resume.State):
+    """The state of a run. Stages use its parts; see `stages` for how."""
+
+    def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False, text: str | None = None) -> None:
+        logger = Logger(Path(folder), recipe.logging, quiet=quiet, recipe=to_plain(recipe))
+        super().__init__(recipe, Path(folder), logger, text=text or dump_recipe(recipe))
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=2, holds=resume.HOLDS)
+        self._said: set[str] = set()
+        self.stage_name = ""  # its title
+        self.stopping = False
+        self._recipe_kept = False  # in recipe.yaml
+        self._resume: dict[str, Any] | None = None
+        self.objective: Any = None
+        self._clock = self._saved_at = time.perf_counter()
+        pool = fit_pool(self.step_pool("training"), recipe.agent)
+        self.agent = build_agent(recipe.agent, pool.observation_space, pool.action_space, rng=self.generator("agent"))
+        self.agent.to(resolve_device(recipe.device))
+        self.leave_out_unreadable()
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    def generator(self, name: str) -> torch.Generator:
+        """The torch generator `name` of the running stage; its seed depends on run, stage, name and process alone."""
+        if name not in self.generators:
+            seed = spawn_generator(self.recipe.seed, *self.path, *distributed.seed_key(name)).integers(2**62)
+            # Weights are drawn on the processor, so that they are the same on every machine.
+            self.generators[name] = seeded(int(seed), "cpu" if name in ("agent", "setup") else self.agent.device)
+        return self.generators[name]  # type: ignore[return-value]
+
+    def numpy_generator(self, name: str) -> np.random.Generator:
+        """The NumPy generator `name` of the running stage."""
+        if name not in self.generators:
+            self.generators[name] = spawn_generator(self.recipe.seed, *self.path, *distributed.seed_key(name))
+        return self.generators[name]  # type: ignore[return-value]
+
+    def make_objective(self, spec: dict[str, Any]) -> Any:
+        """The objective {"id": ..., options} that a stage names, with its networks set up on the agent."""
+        self.objective = new_objective(spec)
+        self.objective.setup(self.agent, self.generator("setup"))
+        if distributed.size() > 1 and isinstance(reading := self.objective.reading, Fresh):
+            batch_size = distributed.share(reading.batch_size, "objective.batch_size")
+            self.objective.reading = replace(reading, batch_size=batch_size)
+        return self.objective
+
+    def make_learner(self, config: LearnerConfig) -> Learner:
+        """The learner of the running stage for the current objective, restored if the stage is being resumed."""
+        distributed.equalize(self.agent.state_dict().values())
+        self.learner = Learner(self.agent, self.objective, config)
+        if self._resume is not None and self._resume["learner"] is not None:
+            self.learner.load_state_dict(self._resume["learner"])
+        return self.learner
+
+    def make_collector(
+        self, *, group_size: int = 1, source: Source = Source.ONLINE, pool: Pool | None = None
+    ) -> Collector:
+        """The collector of the running stage, restored if it is being resumed; `pool`: not as the policy acts."""
+        self.collector = Collector(
+            pool or self.pool("training"),
+            run_seed=self.recipe.seed,
+            first_episode=self.counters["episodes"],
+            group_size=group_size,
+            source=source,
+            say=self.logger.message,
+        )
+        if self._resume is not None and self._resume["collector"] is not None:
+            self.collector.load_state_dict(self._resume["collector"])
+        return self.collector
+
+    def actor(self, *, greedy: bool = False, rng: torch.Generator | None = None) -> Act:
+        """How the agent acts: greedily, or exploring as the objective (else the policy) says.
+
+        `rng`: what it draws from; None: the stage's own generator, which goes on from call to call.
+        """
+        policy = self.agent.policy
+        generator = self.generator("act") if rng is None else on_device(rng, self.agent.device)
+        if greedy and self.learner is not None:
+            policy = self.learner.judged
+        explore = None if greedy else getattr(self.objective, "explore", None)
+
+        def act(observation: Tree) -> Decisions:
+            if explore is not None:
+                return explore(self.agent, observation, rng=generator)
+            return policy.act(observation, greedy=greedy, rng=generator)
+
+        return act
+
+    # --- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate(self, episodes: int, *, sheet: int, name: str, act: Act | None = None) -> Evaluation:
+        """Greedy success on the first `episodes` states of a sheet, written to `evaluations/` and the log."""
+        seeds = evaluation_seeds(episodes, sheet=sheet)
+        with self.logger.progress(f"evaluate {name}", episodes, speed=False) as bar:
+            outcome = evaluate(
+                act or self.actor(greedy=True, rng=evaluation_generator(sheet=sheet)),
+                self.pool("evaluation"),
+                seeds,
+                name=name,
+                progress=lambda ended, so_far: bar.update(ended, **so_far),
+                say=self.logger.message,
+            )
+        if outcome.left_out:
+            self.logger.message(
+                f"evaluate {name}: {outcome}; the latest incident: {latest_incident(self.pool('evaluation'))}"
+            )
+        slug = "-".join(str(i) for i in self.path) + f"-{self.progress.get('evaluations', 0)}"
+        self.progress["evaluations"] = self.progress.get("evaluations", 0) + 1
+        facts = {"stage": list(self.path), "sheet": sheet, "decisions": self.counters["decisions"]}
+        outcome.write(self.folder, slug, **facts, **held_out(self.step_pool("evaluation")), wall_seconds=self.seconds())
+        self.logger.show_samples(name, outcome.samples, decisions=self.counters["decisions"])
+        self.log({f"evaluate/{key}": value for key, value in outcome.headline().items()}, name=name)
+        if sheet and act is None:  # never by the states of the verdict
+            self.save_best(outcome)
+        return outcome
+
+    # --- logs and clocks -----------------------------------------------------------------------------------------
+
+    def seconds(self) -> float:
+        """Wall time that this run has used so far, over all its restarts."""
+        return self.counters["seconds"] + time.perf_counter() - self._clock
+
+    def log(self, metrics: dict[str, float], **labels: str) -> None:
+        """One line in every log; what went wrong in the environments since the last one is part of it."""
+        self.logger.log(
+            {**metrics, **self.note_incidents()},
+            stage=list(self.path),
+            stage_name=self.stage_name,
+            decisions=self.counters["decisions"],
+            updates=self.counters["updates"],
+            seconds=self.seconds(),
+            **labels,
+        )
+
+    def note_incidents(self) -> dict[str, float]:
+        """{"incidents/error": how many since the last call}; said whenever their number doubles, kept for reports."""
+        fresh: Counter[str] = Counter()
+        known = self.counters["incidents"]
+        for pool in self._pools.values():
+            counts, texts = pool.incidents.news()
+            fresh.update(counts)
+            known["latest"] = [*known["latest"], *texts][-SHOWN:]
+            note = getattr(getattr(pool, "seeding", None), "note", "")
+            if note and note not in self._said:
+                self._said.add(note)
+                self.logger.message(f"warning: {note}", style="yellow")
+        before = sum(known["counts"].values())
+        known["counts"] = dict(Counter(known["counts"]) + fresh)
+        if fresh:
+            after = sum(known["counts"].values())
+            if after.bit_length() > before.bit_length():
+                kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(known["counts"].items()))
+                self.logger.message(
+                    f"warning: {after} incidents in environments so far ({kinds}); the latest is {known['latest'][-1]}",
+                    style="yellow",
+                )
+            write_json(self.folder / "incidents.json", known)
+        return {f"incidents/{kind}": float(count) for kind, count in sorted(fresh.items())}
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Called by stages wherever they can be continued from: saves when it is time, stops when asked to."""
+        due = time.perf_counter() - self._saved_at > self.recipe.checkpoint_seconds
+        if distributed.size() > 1:  # all save at the same place
+            due, self.stopping = distributed.any_of(due), distributed.any_of(self.stopping)
+        if due or self.stopping:
+            self.save()
+        if self.stopping:
+            raise Interrupted(f"stopped after a checkpoint; the same command continues {self.folder}")
+
+    def save(self, *, finished: bool = False) -> None:
+        """Write a checkpoint; `finished`: the stage at `path` is over."""
+        self.counters["seconds"], self._clock = self.seconds(), time.perf_counter()
+        self.counters["saves"] += 1
+        self.checkpoints.write(self.counters["saves"], resume.snapshot(self, finished=finished))
+        self.keep_recipe(saved=True)
+        distributed.gather(None)  # no process goes on before all have written: their newest are never two apart
+        self._saved_at = time.perf_counter()
+
+    def keep_recipe(self, *, saved: bool = False) -> None:
+        """Write recipe.yaml; a changed one when the first checkpoint that was made with it is there."""
+        if not self._recipe_kept and (saved or self._resume is None or self._resume["recipe"] == self.recipe_text):
+            write_atomically(self.folder / "recipe.yaml", self.recipe_text)
+            self._recipe_kept = True
+
+    def restore(self) -> bool:
+        """Go on from the newest whole checkpoint, if there is one."""
+        newest = common_newest(self.checkpoints)
+        if newest is None:
+            return False
+        self._resume = resume.restore(self, newest[1])
+        write_json(self.folder / "stages.json", self.records)
+        return True
+
+    def save_best(self, outcome: Evaluation) -> None:
+        """Keep the policy beside the newest checkpoints if it is the best so far on the learning curve."""
+        value = outcome.success if outcome.told else float(np.mean(outcome.returns))
+        if self.best is None or value > self.best["value"]:
+            self.best = {"value": value, "told": outcome.told, "decisions": self.counters["decisions"]}
+            if not distributed.rank():
+                save(self.folder / "checkpoints" / BEST, resume.weights(self))
+
+    # --- running -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run all stages that are not done yet."""
+        if self.left_out:
+            self.logger.message(f"{self.left_out} initial states are left out: the policy cannot read them")
+        for path, stage in walk(self.stages):
+            resumed = self._resume
+            if resumed is not None and (path < self.path or (path == self.path and resumed["finished"])):
+                continue
+            if resumed is None or path != self.path:  # a fresh stage; else: continue inside it
+                self._resume = None
+                self.path, self.progress, self.generators = path, {}, {}
+                self.collector = self.learner = self.objective = None
+                self.tail = self.tail if stage.measures else None
+                stage.prepare(self)
+            else:
+                for name, value in resumed["generators"].items():
+                    if (restored := restored_generator(value, self.agent.device)) is not None:
+                        self.generators[name] = restored
+            self._run_stage(stage)
+
+    def _run_stage(self, stage: Any) -> None:
+        before = {k: self.counters[k] for k in ("decisions", "updates")} | {"seconds": self.seconds()}
+        before = self.progress.setdefault("before", before)
+        self.stage_name = stage.title
+        self.logger.stage_started(self.path, stage.title)
+        metrics = stage.run(self) or {}
+        self._resume = None
+        if self.collector is not None:
+            self.counters["episodes"] = self.collector.next_episode
+        record = {
+            "path": list(self.path),
+            "word": stage.word,
+            "title": stage.title,
+            "decisions": self.counters["decisions"] - before["decisions"],
+            "updates": self.counters["updates"] - before["updates"],
+            "seconds": self.seconds() - before["seconds"],
+            "metrics": metrics,
+        }
+        self.records.append(record)
+        write_json(self.folder / "stages.json", self.records)
+        self.logger.stage_finished(record)
+        if stage.extendable:
+            self.tail = resume.going_on(self)
+        self.save(finished=True)
+
+    def close(self) -> None:
+        """Give back environments and files."""
+        self.close_pools()
+        self.logger.close()

@@ -1,0 +1,85 @@
+"""The stage that learns from what the buffer holds: pretrain."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any, ClassVar
+
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from embodied_rft import distributed
+from embodied_rft.buffer.plans import Share
+from embodied_rft.learning.learner import LearnerConfig
+from embodied_rft.options import STRICT, plugin_spec
+from embodied_rft.registry import register
+from embodied_rft.runs.session import Session
+from embodied_rft.runs.walk import new_objective
+from embodied_rft.stages.base import Stage
+from embodied_rft.stages.finetune import annotate_once, headline, off_policy_plan, say_once
+
+
+@register("stage", "pretrain")
+class Pretrain(Stage):
+    """Gradient steps on what the buffer holds, without new experience."""
+
+    extendable: ClassVar[tuple[str, ...]] = ("updates",)
+    adjustable: ClassVar[tuple[str, ...]] = ("log_every", "evaluate_every", "evaluate_episodes")
+
+    @dataclass(config=STRICT, kw_only=True)
+    class Config:
+        """What to learn, and for how long."""
+
+        objective: Annotated[dict[str, Any], plugin_spec("objective")]  # what is learned
+        updates: NonNegativeInt = 1_000  # gradient steps
+        batch_size: PositiveInt | None = None  # None: the objective's
+        offline_share: Share | None = None  # of each batch, from demonstrations and offline data; None: the objective's
+        only: list[str] | None = None  # losses to step, e.g. [critic]; None: all
+        log_every: PositiveInt = 100  # updates between log lines
+        evaluate_every: PositiveInt | None = None  # updates between points of the learning curve
+        evaluate_episodes: PositiveInt = 100  # of a point of the learning curve
+        learner: LearnerConfig = field(default_factory=LearnerConfig)
+
+        def __post_init__(self) -> None:
+            objective = new_objective(self.objective)
+            off_policy_plan(objective, self.updates, self.batch_size, self.offline_share)
+            say_once(self.objective, batch_size=self.batch_size, offline_share=self.offline_share)
+
+    @property
+    def title(self) -> str:
+        """How the report names this stage."""
+        parts = f" ({', '.join(self.config.only)} only)" if self.config.only else ""
+        return f"pretrain: {self.config.objective['id']}{parts}"
+
+    def prepare(self, session: Session) -> None:
+        """The objective's networks."""
+        session.make_objective(self.config.objective)
+
+    def run(self, session: Session) -> dict[str, Any]:
+        """Annotate once, then update in blocks of `log_every`."""
+        config, progress = self.config, session.progress
+        learner = session.make_learner(config.learner)
+        annotate_once(session)
+        rng, sampler = session.generator("learn"), session.numpy_generator("sample")
+        with session.logger.progress(self.title, config.updates) as bar:
+            while (done := progress.setdefault("updates", 0)) < config.updates:
+                count = min(config.log_every, config.updates - done)
+                learner.anneal(done / config.updates)
+                plan = off_policy_plan(session.objective, count, config.batch_size, config.offline_share)
+                made = 0
+                for batch in distributed.in_step(plan.batches(session.buffer, sampler, learner.version)):
+                    learner.update(batch, rng, only=config.only)
+                    made += 1
+                metrics = learner.metrics()
+                if made < count:
+                    metrics["learn/skipped_updates"] = count - made  # there was nothing to learn from
+                progress["updates"] += count
+                progress["shown"] = headline(metrics)
+                session.counters["updates"] += made
+                session.log(metrics)
+                bar.update(progress["updates"], **progress["shown"])
+                if config.evaluate_every and progress["updates"] % config.evaluate_every < count:
+                    session.evaluate(config.evaluate_episodes, sheet=1, name="curve")
+                session.tick()
+        learner.finish()
+        return dict(progress.get("shown", {}))

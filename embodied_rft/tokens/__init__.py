@@ -1,0 +1,1 @@
+"""Large decoders: shared prefixes, sampling, log-probabilities, micro-batches by cost."""

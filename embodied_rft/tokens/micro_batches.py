@@ -1,0 +1,163 @@
+"""Micro-batches by cost: which decisions of a batch share a backward pass.
+
+Pure integer arithmetic; nothing here touches a model. Rows that begin alike (the members of a group, the turns of an
+episode) stay together where they can, because what they share is computed once (`prefix_tree`).
+Legend: B rows, P prompt tokens, C reply tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from embodied_rft.data import Ragged
+from embodied_rft.tokens.prefix_tree import computed, count_tokens, in_order, shared_with_previous
+
+PASS = 256.0  # what a further micro-batch costs, in tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a row costs, in units of one token through the linear layers.
+
+    A 0.5B decoder of width 896 spends as much on attention as on its linear layers at about 6 * 896 tokens of context:
+    Cost(quadratic=1 / (6 * 896)). An image of 256 patches: Cost(patch=0.6) when its tower has 0.6 of the decoder's
+    size.
+    """
+
+    quadratic: float = 1 / 5376  # of a pair of tokens that attend to each other
+    patch: float = 1.0  # of an image patch, encoded once for a prompt
+
+    @classmethod
+    def of_width(cls, hidden_size: int, *, patch: float = 1.0) -> Cost:
+        """For a decoder of this width (24 h^2 linear and 4 h L attention operations a token and layer)."""
+        return cls(quadratic=1 / (6 * hidden_size), patch=patch)
+
+    def tokens(self, count: np.ndarray) -> np.ndarray:
+        """Cost of texts of these lengths."""
+        count = np.asarray(count, dtype=np.float64)
+        return count + self.quadratic * count**2 / 2
+
+
+def distinct_rows(ragged: Ragged) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with equal content: (a row of each kind [D], the kind of every row [B]), kinds in order of appearance.
+
+    distinct_rows(Ragged.of([[7, 8], [9], [7, 8]])) is ([0, 1], [0, 1, 0]).
+    """
+    known: dict[bytes, int] = {}
+    first: list[int] = []
+    kind = np.empty(len(ragged), dtype=np.int64)
+    for index in range(len(ragged)):
+        number = known.setdefault(ragged.row(index).tobytes(), len(known))
+        if number == len(first):
+            first.append(index)
+        kind[index] = number
+    return np.array(first, dtype=np.int64), kind
+
+
+def plan_micro_batches(
+    prompts: Ragged,
+    replies: Ragged,
+    *,
+    budget: float,
+    cost: Cost | None = None,
+    patches: np.ndarray | None = None,
+    atoms: np.ndarray | None = None,
+    share: bool = True,
+) -> list[np.ndarray]:
+    """Micro-batches of at most `budget` cost: sorted arrays of row numbers, together a permutation of all rows.
+
+    Rows are laid side by side in the order of their tokens, so that those that begin alike are neighbours, and cut
+    where that costs least: shared beginnings are computed anew behind a cut, and every micro-batch costs `PASS`. The
+    best cuts are found exactly, by dynamic programming. What alone exceeds the budget gets a micro-batch of its own.
+
+    Args:
+        prompts: B rows of token ids.
+        replies: B rows of token ids.
+        budget: largest cost of a micro-batch, about its number of tokens.
+        cost: what tokens cost; default `Cost()`.
+        patches: [B] image patches of the prompt.
+        atoms: [B] rows of one number are never separated (the two sides of a pair).
+        share: whether shared beginnings will be computed once.
+    """
+    if budget < 1:
+        raise ValueError(f"budget is {budget}; expected the number of tokens that fit into one micro-batch, e.g. 8192")
+    if not len(prompts):
+        return []
+    cost, sequences = cost or Cost(), computed(prompts, replies)
+    order, whose = in_order(sequences), np.arange(len(prompts)) if atoms is None else np.asarray(atoms)
+    if atoms is not None:
+        rank, kind = np.argsort(order), np.unique(whose, return_inverse=True)[1]
+        leader = np.full(len(order), len(order))
+        np.minimum.at(leader, kind, rank)
+        order = np.lexsort((rank, leader[kind]))
+    common = shared_with_previous(sequences, order) if share else np.zeros_like(order)
+    images = np.zeros(len(order)) if patches is None else cost.patch * np.asarray(patches, dtype=np.float64)[order]
+    whole = cost.tokens(sequences.lengths[order]) + images
+    shared = cost.tokens(common) + np.where(common >= prompts.lengths[order], images, 0.0)
+    new_atom = np.append(True, np.diff(whose[order]) != 0)
+    return [np.sort(order[a:b]) for a, b in _cuts(whole, shared, np.flatnonzero(new_atom), budget)]
+
+
+def _cuts(whole: np.ndarray, shared: np.ndarray, starts: np.ndarray, budget: float) -> list[tuple[int, int]]:
+    """The cheapest partition of neighbours into intervals (from, to) that cost at most `budget`.
+
+    Args:
+        whole: [B] cost of each row alone.
+        shared: [B] what it saves behind the one before it.
+        starts: where an interval may begin.
+        budget: kept, but by intervals that cannot be cut.
+    """
+    paid = np.append(0.0, np.cumsum(whole - shared))  # by the rows before
+    ends = np.append(starts[1:], len(whole))
+    best = np.zeros(len(starts) + 1)
+    chosen = np.zeros(len(starts) + 1, dtype=np.int64)
+    for number, end in enumerate(ends.tolist(), start=1):
+        first = starts[:number]
+        price = best[:number] + shared[first] + PASS
+        price[:-1][(shared[first] + paid[end] - paid[first])[:-1] > budget] = np.inf
+        chosen[number] = int(np.argmin(price))
+        best[number] = price[chosen[number]]
+    found, end = [], len(starts)
+    while end > 0:
+        found.append((int(starts[chosen[end]]), int(ends[end - 1])))
+        end = int(chosen[end])
+    return found[::-1]
+
+
+def plan_within(
+    prompts: Ragged, replies: Ragged, *, most: int, share: bool = True, atoms: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Micro-batches that send at most `most` tokens through a decoder, padding included: arrays of row numbers.
+
+    What cannot be cut (a row, an atom) and alone exceeds it is computed alone. Other arguments as in
+    `plan_micro_batches`; `share`: whether shared beginnings will be computed once.
+    """
+    target = float(most)
+    while True:  # padding is known only when the rows of a micro-batch are: aim lower until it fits
+        cost = Cost(quadratic=0.0)
+        plan = plan_micro_batches(prompts, replies, budget=target, cost=cost, atoms=atoms, share=share)
+        sizes = [count_tokens(prompts.take(rows), replies.take(rows), share=share).computed for rows in plan]
+        cuttable = [len(rows if atoms is None else np.unique(atoms[rows])) > 1 for rows in plan]
+        largest = max((size for size, cut in zip(sizes, cuttable, strict=True) if cut), default=0)
+        if largest <= most or target == 1:
+            return plan
+        target = max(1.0, target * min(0.97, most / largest))
+
+
+def plan_units(lengths: np.ndarray, *, most: int, atoms: np.ndarray | None = None) -> list[np.ndarray]:
+    """The same for rows that share nothing, padded to the longest of their micro-batch: similar lengths together."""
+    lengths = np.asarray(lengths)
+    kind = np.arange(len(lengths)) if atoms is None else np.unique(atoms, return_inverse=True)[1]
+    longest = np.zeros(len(lengths), dtype=np.int64)
+    np.maximum.at(longest, kind, lengths)
+    plan: list[np.ndarray] = []
+    part: list[int] = []
+    order = np.lexsort((kind, longest[kind]))
+    for rows in np.split(order, np.flatnonzero(np.diff(kind[order])) + 1):
+        if part and (len(part) + len(rows)) * longest[kind[rows[0]]] > most:
+            plan.append(np.sort(part))
+            part = []
+        part += rows.tolist()
+    return [*plan, np.sort(part)] if part else plan

@@ -1,0 +1,1 @@
+"""Robot arms in MuJoCo: Fetch and PegInsert, batched."""

@@ -1,0 +1,1 @@
+"""Problems whose answers are texts: tasks, rules that judge, demonstrators."""

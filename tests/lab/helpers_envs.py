@@ -1,0 +1,99 @@
+"""Small Gymnasium environments that misbehave on demand, for the tests of pools and workers.
+
+`Moody` walks in the plane and does what its option `trouble` says when its episode was started from `TROUBLE_SEED`.
+"""
+
+import os
+import string
+import time
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+TROUBLE_SEED = 13
+TROUBLE_STEP = 2
+
+
+class Moody(gymnasium.Env):
+    """State [2], action [2]; the reward is minus the distance to the origin; success within 0.5."""
+
+    metadata = {"render_modes": []}
+
+    def __init__(self, *, trouble: str = "", render_mode=None):
+        if trouble == "construct":
+            raise ValueError("the gripper of this robot is not plugged in")
+        self.observation_space = spaces.Dict(
+            {"state": spaces.Box(-np.inf, np.inf, (2,), np.float32), "pixels": spaces.Box(0, 255, (3, 3, 1), np.uint8)}
+        )
+        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.trouble, self.render_mode = trouble, render_mode
+        self.position, self.steps, self.troubled = np.zeros(2), 0, False
+
+    def _observe(self):
+        pixels = np.full((3, 3, 1), self.steps % 256, dtype=np.uint8)
+        return {"state": self.position.astype(np.float32), "pixels": pixels}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position = self.np_random.normal(size=2) if not options else np.array(options["position"], dtype=float)
+        self.steps, self.troubled = 0, seed == TROUBLE_SEED
+        if self.troubled and self.trouble == "nan_reset":
+            self.position[0] = np.nan
+        if self.troubled and self.trouble == "crash_reset":
+            os._exit(3)
+        return self._observe(), {"is_success": False}
+
+    def step(self, action):
+        self.steps += 1
+        self.position = self.position + 0.3 * np.asarray(action) + 0.01 * self.np_random.normal(size=2)
+        reward = -float(np.linalg.norm(self.position))
+        if self.troubled and self.steps == TROUBLE_STEP:
+            reward = self._make_trouble(reward)
+        return self._observe(), reward, False, self.steps >= 8, {"is_success": bool(reward > -0.5)}
+
+    def _make_trouble(self, reward):
+        if self.trouble == "hang":
+            time.sleep(600)
+        if self.trouble == "crash":
+            os._exit(5)
+        if self.trouble == "raise":
+            raise ArithmeticError("the simulated motor burnt out")
+        if self.trouble == "nan":
+            self.position[0] = np.nan
+        return float("inf") if self.trouble == "inf_reward" else reward
+
+    def get_state(self):
+        rng = np.array([self.np_random.bit_generator.state["state"][k] for k in ("state", "inc")], dtype=object)
+        words = np.array([[int(v) >> 64, int(v) & (2**64 - 1)] for v in rng], dtype=np.uint64)
+        return {"position": self.position.copy(), "steps": np.array(self.steps), "rng": words}
+
+    def set_state(self, state):
+        self.position, self.steps = state["position"].copy(), int(state["steps"])
+        values = [(int(high) << 64) | int(low) for high, low in state["rng"]]
+        full = self.np_random.bit_generator.state
+        full["state"] = {"state": values[0], "inc": values[1]}
+        self.np_random.bit_generator.state = full
+
+
+class Chatter(gymnasium.Env):
+    """Text in, text out: it repeats what it heard, and the episode ends at "bye"."""
+
+    metadata = {"render_modes": []}
+
+    def __init__(self, *, render_mode=None):
+        self.observation_space = spaces.Text(99, charset=string.printable + "üß")
+        self.action_space = spaces.Text(64, charset=string.printable + "üß")
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return f"hello {self.np_random.integers(1000)}", {}
+
+    def step(self, action):
+        return f"you said {action}", float(len(action)), action == "bye", False, {"success": action == "bye"}
+
+
+for name in ("Moody", "Chatter"):
+    if f"{name}-v0" not in gymnasium.registry:
+        gymnasium.register(f"{name}-v0", entry_point=f"tests.lab.helpers_envs:{name}", max_episode_steps=50)
