@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+PACKAGE = Path(__file__).resolve().parent  # the engine's own folder; in a checkout it lies in the root
+
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a file so that readers see either the old or the new content, never half of it."""

@@ -133,7 +133,7 @@ class Numbers(nn.Module):
             self.measured = True
         elif np.issubdtype(dtype, np.integer) and isinstance(space, spaces.Box) and self.size:
             low, high = float(space.low.min()), float(space.high.max())
-            limits = np.iinfo(dtype)
+            limits = np.iinfo(dtype.name)
             stated = low > limits.min or high < limits.max
             if stated and 0 < high - low <= 2**24:  # what float32 counts exactly
                 self.range = ((high + low) / 2, (high - low) / 2)
@@ -177,6 +177,7 @@ class ImageEncoder(nn.Module):
         for out in widths:
             conv = unfilled(nn.Conv2d, channels, out, 3, stride=stride, padding=1)
             fill(conv.weight, fan_in=9 * channels, gain=1.0, init="orthogonal", rng=rng)
+            assert conv.bias is not None
             nn.init.zeros_(conv.bias)
             layers += [conv, nn.ReLU(inplace=True)]
             channels, height, width = out, (height - 1) // stride + 1, (width - 1) // stride + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import embodied_rft
-from embodied_rft.files import write_json
+from embodied_rft.files import PACKAGE, write_json
 
-REPORTED = ("torch", "numpy", "mujoco", "gymnasium", "gymnasium-robotics", "stable-baselines3", "transformers")
+OURS = "embodied-rft"
+REPORTED = (OURS, "torch", "numpy", "mujoco", "gymnasium", "gymnasium-robotics", "stable-baselines3", "transformers")
 
 
 def version_of(package: str) -> str | None:
@@ -38,7 +38,7 @@ def machine_facts() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": gpu,
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "versions": {"embodied-rft": embodied_rft.__version__} | {name: version_of(name) for name in REPORTED},
+        "versions": {name: version_of(name) for name in REPORTED},
     }
 
 
@@ -52,14 +52,14 @@ def _processor() -> str:
 
 def code_version() -> str:
     """The commit of the checkout, "+ changes" if it was edited, or the released version."""
-    root = Path(__file__).parent.parent
+    root = PACKAGE.parent
     if not (root / ".git").exists():
-        return f"release {embodied_rft.__version__}"
+        return f"release {version_of(OURS)}"
     try:
         commit = _git(root, "rev-parse", "HEAD")
         return commit + (" + changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
-        return f"checkout of {embodied_rft.__version__}"
+        return f"checkout of {version_of(OURS)}"
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from embodied_rft.files import write_atomically
+from embodied_rft.files import PACKAGE, write_atomically
 from embodied_rft.options import ConfigError, to_plain
 from embodied_rft.runs.checkpoint import BEST
 from embodied_rft.runs.recipe import KEPT_PLUGINS, Recipe
@@ -100,7 +100,7 @@ def _plugin_sources(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     """(file, name below the folder of its plug-in) of every module that was imported from beside a plug-in."""
     names = [*recipe.plugins, *([recipe.env.id.rpartition(":")[0]] if ":" in recipe.env.id else [])]
     installed = [Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")]
-    installed.append(Path(__file__).resolve().parent)
+    installed.append(PACKAGE)
     roots = []
     for name in names:
         file = getattr(importlib.import_module(name.partition(".")[0]), "__file__", None)

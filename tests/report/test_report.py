@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from embodied_rft.report import figures, page
 from embodied_rft.report.page import write_report
 from embodied_rft.runs.facts import write_run_facts
 from embodied_rft.runs.log import LogConfig, Logger
+from tests.lab import ROOT
 
 FIRST = 2**31
 
@@ -227,6 +229,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 def test_run_facts_are_those_of_the_first_start(run):
     write_run_facts(run, ["something", "else"])
     assert json.loads((run / "run.json").read_text())["command"].startswith("erft train")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
+def test_run_facts_name_the_commit_of_the_checkout(run):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads((run / "run.json").read_text())["commit"].startswith(head.stdout.strip())
 
 
 # --- pictures ---

@@ -18,6 +18,7 @@ from embodied_rft.buffer.memory import available_memory
 from embodied_rft.options import ConfigError, parse
 from embodied_rft.report.page import write_report
 from embodied_rft.runs.checkpoint import Checkpoints
+from embodied_rft.runs.inputs import keep_plugins
 from embodied_rft.runs.judge import evaluate_run
 from embodied_rft.runs.lock import RunLock
 from embodied_rft.runs.recipe import Recipe, load_recipe
@@ -333,6 +334,12 @@ def test_a_run_folder_is_whole_wherever_it_lies(project, tmp_path):
     assert kept == {"kept_corridor.py", "kept_helper.py"}
     done = erft("train", "moved/recipe.yaml", "--run", "moved", "--quiet", cwd=tmp_path)  # its own recipe continues it
     assert done.returncode == 0, done.stderr
+
+
+def test_only_foreign_modules_are_kept(tmp_path):
+    """The engine itself and what is installed are no plug-ins, however a recipe names them."""
+    recipe = parse(Recipe, TREE | {"plugins": ["numpy"], "env": {"id": "embodied_rft.envs:embodied_rft/FetchReach-v0"}})
+    assert keep_plugins(recipe, tmp_path) == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_changed_plugin_is_said(project, tmp_path):
