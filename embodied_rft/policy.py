@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
-import pydantic
 import torch
 from torch import nn
 
 from embodied_rft import registry
 from embodied_rft.data import Tree
 from embodied_rft.device import device_of
-from embodied_rft.names import nearest
 from embodied_rft.networks.tensors import as_tensors
 from embodied_rft.networks.trainable import retune
+from embodied_rft.options import validate_plugin_config
 from embodied_rft.pools.spaces import check_action_space
 
 Spec = Mapping[str, Any]
-
-
-def parse_options(cls: type, options: Mapping[str, Any], *, what: str) -> Any:
-    """An instance of a Config dataclass from a mapping.
-
-    Raises:
-        ValueError: names every wrong key or value and the nearest known key.
-    """
-    names = [f.name for f in dataclasses.fields(cls)]
-    unknown = [key for key in options if key not in names]
-    if unknown:
-        raise ValueError(f"{what} has no option {unknown[0]!r}; {nearest(unknown[0], names)}")
-    try:
-        return pydantic.TypeAdapter(cls).validate_python(dict(options))
-    except pydantic.ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})" for e in error.errors()]
-        raise ValueError(f"{what}: " + "; ".join(lines)) from None
 
 
 def build_policy(spec: Spec, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator) -> nn.Module:
@@ -45,9 +26,10 @@ def build_policy(spec: Spec, observation_space: gym.Space, action_space: gym.Spa
         raise ValueError(f"agent {dict(spec)!r} has no id; known: {', '.join(registry.known('agent'))}")
     options = {k: v for k, v in spec.items() if k not in ("id", "tuned")}
     check_action_space(action_space)
-    cls = registry.find("agent", spec["id"])
-    config = parse_options(cls.Config, options, what=f"agent {spec['id']!r}")
-    policy = cls(config, observation_space=observation_space, action_space=action_space, rng=rng)
+    config = validate_plugin_config("agent", spec["id"], options)
+    policy = registry.find("agent", spec["id"])(
+        config, observation_space=observation_space, action_space=action_space, rng=rng
+    )
     policy.spec = {k: v for k, v in spec.items() if k != "tuned"}
     if "tuned" in spec:
         retune(policy, spec["tuned"], rng=rng)

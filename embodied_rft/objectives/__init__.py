@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from embodied_rft.policy import parse_options
+from embodied_rft.options import validate_plugin_config
 from embodied_rft.registry import find
 
 for _module in pkgutil.iter_modules(__path__):
@@ -16,12 +16,12 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def build_objective(spec: str | Mapping[str, Any]) -> Any:
-    """The objective that "sac" or {"id": "sac", "gamma": 0.98} describes.
+    """The objective that "sac" or {"id": "sac", "gamma": 0.98} describes, without networks: `setup` makes those.
 
     Raises:
-        ValueError: unknown id or option, with the nearest known one.
+        ConfigError: unknown id or option, with the nearest known one.
     """
     options = {"id": spec} if isinstance(spec, str) else dict(spec)
     id = str(options.pop("id", ""))
-    cls = find("objective", id)
-    return cls(parse_options(cls.Config, options, what=f"objective {id!r}"))
+    config = validate_plugin_config("objective", id, options)
+    return find("objective", id)(config)

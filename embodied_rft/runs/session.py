@@ -24,6 +24,7 @@ from embodied_rft.experience.collect import Act, Collector
 from embodied_rft.files import write_atomically, write_json
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
+from embodied_rft.objectives import build_objective
 from embodied_rft.options import to_plain
 from embodied_rft.pools.chunks import fit_pool
 from embodied_rft.pools.promises import held_out
@@ -33,7 +34,7 @@ from embodied_rft.runs.checkpoint import BEST, Checkpoints, common_newest
 from embodied_rft.runs.log import Logger
 from embodied_rft.runs.recipe import Recipe, dump_recipe
 from embodied_rft.runs.tree_file import save
-from embodied_rft.runs.walk import new_objective, walk
+from embodied_rft.runs.walk import walk
 from embodied_rft.seeding import evaluation_generator, spawn_generator
 
 SHOWN = 8  # texts of incidents that are kept
@@ -80,7 +81,7 @@ class Session(resume.State):
 
     def make_objective(self, spec: dict[str, Any]) -> Any:
         """The objective {"id": ..., options} that a stage names, with its networks set up on the agent."""
-        self.objective = new_objective(spec)
+        self.objective = build_objective(spec)
         self.objective.setup(self.agent, self.generator("setup"))
         if distributed.size() > 1 and isinstance(reading := self.objective.reading, Fresh):
             batch_size = distributed.share(reading.batch_size, "objective.batch_size")

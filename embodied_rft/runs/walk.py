@@ -6,13 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from embodied_rft import registry
-from embodied_rft.options import StageSpec, validate_plugin_config
-
-
-def new_objective(spec: dict[str, Any]) -> Any:
-    """The objective {"id": ..., options} that a stage names, without networks: `setup` makes those."""
-    options = {name: value for name, value in spec.items() if name != "id"}
-    return registry.find("objective", spec["id"])(validate_plugin_config("objective", spec["id"], options))
+from embodied_rft.options import StageSpec
 
 
 def walk(stages: list[StageSpec], prefix: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:

@@ -21,10 +21,10 @@ from embodied_rft.buffer.plans import Replay, Share
 from embodied_rft.data import Decisions, Tree
 from embodied_rft.experience.collect import Endless, Recording
 from embodied_rft.learning.learner import LearnerConfig
+from embodied_rft.objectives import build_objective
 from embodied_rft.options import STRICT, plugin_spec
 from embodied_rft.registry import register
 from embodied_rft.runs.session import Session
-from embodied_rft.runs.walk import new_objective
 from embodied_rft.stages.base import Stage
 from embodied_rft.stages.collect import whole_groups
 
@@ -71,7 +71,7 @@ class Finetune(Stage):
         learner: LearnerConfig = field(default_factory=LearnerConfig)
 
         def __post_init__(self) -> None:
-            objective = new_objective(self.objective)
+            objective = build_objective(self.objective)
             if isinstance(objective.reading, Replay):
                 off_policy_plan(objective, 0, self.batch_size, self.offline_share)
                 say_once(self.objective, batch_size=self.batch_size, offline_share=self.offline_share)

@@ -11,10 +11,10 @@ from pydantic.dataclasses import dataclass
 from embodied_rft import distributed
 from embodied_rft.buffer.plans import Share
 from embodied_rft.learning.learner import LearnerConfig
+from embodied_rft.objectives import build_objective
 from embodied_rft.options import STRICT, plugin_spec
 from embodied_rft.registry import register
 from embodied_rft.runs.session import Session
-from embodied_rft.runs.walk import new_objective
 from embodied_rft.stages.base import Stage
 from embodied_rft.stages.finetune import annotate_once, headline, off_policy_plan, say_once
 
@@ -41,7 +41,7 @@ class Pretrain(Stage):
         learner: LearnerConfig = field(default_factory=LearnerConfig)
 
         def __post_init__(self) -> None:
-            objective = new_objective(self.objective)
+            objective = build_objective(self.objective)
             off_policy_plan(objective, self.updates, self.batch_size, self.offline_share)
             say_once(self.objective, batch_size=self.batch_size, offline_share=self.offline_share)
 

@@ -193,7 +193,7 @@ def test_load_base_takes_statistics_and_weights():
     [
         ({"id": "gaussian", "horizon": 2}, {}, "no noise to steer"),
         (BASES["flow"], {"scale": 0.0}, "positive"),
-        (BASES["flow"], {"noise_scale": 1.0}, "did you mean 'scale'|no option 'noise_scale'"),
+        (BASES["flow"], {"noise_scale": 1.0}, "unknown key agent.noise_scale; did you mean 'scale'"),
     ],
 )
 def test_bad_options_say_what_is_wrong(base, options, message):
