@@ -38,7 +38,7 @@ def write_json(path: str | Path, content: Any) -> None:
     write_atomically(path, json.dumps(_plain_tree(content), indent=1, allow_nan=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
     """A metric as JSON: 0-d tensors and arrays as numbers, NaN and infinities as "NaN", "Infinity", "-Infinity"."""
     if hasattr(value, "item"):
         value = value.item()
@@ -54,4 +54,4 @@ def _plain_tree(value: Any) -> Any:
         return [_plain_tree(item) for item in value]
     if hasattr(value, "tolist"):
         return _plain_tree(value.tolist())
-    return str(value) if isinstance(value, os.PathLike) else _plain(value)
+    return str(value) if isinstance(value, os.PathLike) else plain_number(value)

@@ -28,8 +28,6 @@ class ConfigError(ValueError):
 
 
 T = TypeVar("T")
-
-
 MOST_LAYERS = 1_000  # more would take the machine before anything is said
 STRICT = ConfigDict(extra="forbid")  # of every `Config`: an unknown key is an error
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from embodied_rft.data import Trajectory, pick
-from embodied_rft.pools.chunks import _check_execute
+from embodied_rft.pools.chunks import check_execute
 
 
 def action_windows(action: np.ndarray, *, horizon: int) -> np.ndarray:
@@ -25,7 +25,7 @@ def chunk_trajectories(
     Every episode becomes E of them, starting at its steps 0 .. E-1, so that every step is the start of one chunk: all
     windows are seen in imitation, and every chunk trajectory is a correct one for reinforcement learning.
     """
-    execute = _check_execute(horizon, execute)
+    execute = check_execute(horizon, execute)
     chunked = []
     for each in trajectories:
         windows = action_windows(np.asarray(each.action, dtype=np.float32), horizon=horizon)

@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 aten = torch.ops.aten
-
-
 Activation = Literal["relu", "tanh"]
 
 

@@ -71,7 +71,7 @@ class ChunkPool:
     """
 
     def __init__(self, pool: Pool, *, horizon: int, execute: int | None = None, gamma: float = 1.0) -> None:
-        self.execute = _check_execute(horizon, execute)
+        self.execute = check_execute(horizon, execute)
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma {gamma} inside a chunk: in (0, 1] is expected")
         self.pool, self.horizon, self.gamma = pool, horizon, gamma
@@ -252,7 +252,8 @@ class QueuedPool:
         self.pool.close()
 
 
-def _check_execute(horizon: int, execute: int | None) -> int:
+def check_execute(horizon: int, execute: int | None) -> int:
+    """How many steps of a chunk are executed; None: all."""
     execute = horizon if execute is None else execute
     if not 1 <= execute <= horizon:
         raise ValueError(f"execute {execute} of a chunk of {horizon} steps: 1 <= execute <= horizon is expected")
@@ -270,7 +271,7 @@ def chunk_of(spec: Mapping[str, Any]) -> tuple[int, int] | None:
     if spec.get("id") == "queued":
         return None
     if spec.get("horizon", 1) > 1:
-        return spec["horizon"], _check_execute(spec["horizon"], spec.get("execute"))
+        return spec["horizon"], check_execute(spec["horizon"], spec.get("execute"))
     return chunk_of(spec["base"]) if isinstance(spec.get("base"), Mapping) else None
 
 
@@ -285,6 +286,3 @@ def fit_pool(pool: Pool, spec: Mapping[str, Any], *, gamma: float = 1.0) -> Pool
     if chunk is None:
         return pool
     return ChunkPool(pool, horizon=chunk[0], execute=chunk[1], gamma=gamma)
-
-
-# --- data --------------------------------------------------------------------------------------------------------

@@ -9,21 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from embodied_rft.distributed import gather
-from embodied_rft.runs.lock import _close_locks_in_child
-from embodied_rft.runs.tree_file import CheckpointError, _cannot_write, _remove, load, save
+from embodied_rft.runs.tree_file import CheckpointError, cannot_write, load, remove, save
 
 logger = logging.getLogger(__name__)
 
 BEST = "best"  # beside the newest checkpoints of a run: the best policy of its learning curve
-
-
-# --- one checkpoint -------------------------------------------------------------------------------
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-# --- the checkpoints of a run ---------------------------------------------------------------------
 
 
 class Checkpoints:
@@ -62,13 +52,13 @@ class Checkpoints:
             self.root.mkdir(parents=True, exist_ok=True)
             self.clean()
         except OSError as error:
-            raise _cannot_write(self.path(step), 0, error) from error
+            raise cannot_write(self.path(step), 0, error) from error
         save(self.path(step), tree)
         self._mark.touch()
         for old in [s for s in self.steps() if s < step][: -(self.keep - 1) or None]:
             gone = self.root / f".{old:012d}.removing-{os.getpid()}"  # whole until it is gone, for who is reading
             os.rename(self.path(old), gone)
-            _remove(gone)
+            remove(gone)
         return self.path(step)
 
     def newest(self, *, at_most: int | None = None) -> tuple[int, Any] | None:
@@ -115,13 +105,7 @@ class Checkpoints:
             if ".replaced-" in path.name and not original.exists():
                 os.rename(path, original)
             elif any(word in path.name for word in (".writing-", ".replaced-", ".removing-")):
-                _remove(path)
-
-
-# --- one process a run folder ---------------------------------------------------------------------
-
-
-os.register_at_fork(after_in_child=_close_locks_in_child)
+                remove(path)
 
 
 def common_newest(checkpoints: Checkpoints) -> tuple[int, Any] | None:

@@ -55,3 +55,6 @@ def _close_locks_in_child() -> None:
     for descriptor in _held_locks:
         os.close(descriptor)
     _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks_in_child)

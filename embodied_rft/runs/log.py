@@ -21,7 +21,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 from pydantic import BeforeValidator
 
 from embodied_rft.evaluation.samples import Sample
-from embodied_rft.files import _plain, write_atomically
+from embodied_rft.files import plain_number, write_atomically
 from embodied_rft.names import visible
 from embodied_rft.runs.console import Bar, Console, describe
 from embodied_rft.runs.sinks import Sink, Table, TensorBoardSink, WandbSink, make_plugin_sink
@@ -134,7 +134,7 @@ class Logger:
             "decisions": int(decisions),
             "updates": int(updates),
             **labels,
-            **{name: _plain(value) for name, value in metrics.items()},
+            **{name: plain_number(value) for name, value in metrics.items()},
             "wall/seconds": round(float(seconds), 3),
         }
         file = self._open()

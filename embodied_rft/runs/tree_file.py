@@ -69,7 +69,7 @@ def save(folder: str | Path, tree: Any) -> None:
     meta = {"format": FORMAT, "tree": writer.encode(tree, "")}
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     try:
-        _remove(temporary)
+        remove(temporary)
         temporary.mkdir(parents=True)
         files = {
             TENSORS: _write(temporary / TENSORS, [writer.header(), *writer.leaves]),
@@ -82,12 +82,12 @@ def save(folder: str | Path, tree: Any) -> None:
             os.rename(folder, replaced)
         os.rename(temporary, folder)
         _sync_folder(folder.parent)
-        _remove(replaced)
+        remove(replaced)
     except OSError as error:
-        _remove(temporary)
-        raise _cannot_write(folder, sum(leaf.nbytes for leaf in writer.leaves), error) from error
+        remove(temporary)
+        raise cannot_write(folder, sum(leaf.nbytes for leaf in writer.leaves), error) from error
     except BaseException:
-        _remove(temporary)
+        remove(temporary)
         raise
 
 
@@ -266,11 +266,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
+    """A folder and all in it, if it is there."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _cannot_write(folder: Path, needed: int, error: OSError) -> CheckpointError:
+def cannot_write(folder: Path, needed: int, error: OSError) -> CheckpointError:
+    """What to say when the disk refuses."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     try:
         free = f", {shutil.disk_usage(folder.parent).free / 1e6:,.1f} MB are free"

@@ -6,8 +6,8 @@ give the same structure whenever it is called, and `run(session)`, which does th
 both.
 """
 
-import importlib as _importlib
-import pkgutil as _pkgutil
+import importlib
+import pkgutil
 
-for _module in _pkgutil.iter_modules(__path__):
-    _importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -26,11 +26,6 @@ from embodied_rft.testing.compare import generator, random_actions, same
 NUM_STEPS = 50
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Environments
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def check_env(env: str | EnvSpec | gymnasium.Env, *, options: Mapping[str, Any] | None = None) -> None:
     """Check an environment: whatever `erft train` would refuse, or throw away, raises; what it would warn of warns.
 
@@ -238,8 +233,3 @@ def _require_close(ours: Mapping[str, Any], theirs: Mapping[str, Any], place: st
             equal = bool((value == other).all())
         if not equal:
             raise ValueError(f"{place}: {key!r} differs; expected equal numbers (floats within {tolerance:g})")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Policies
-# ---------------------------------------------------------------------------------------------------------------------
