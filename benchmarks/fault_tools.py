@@ -23,6 +23,7 @@ from gymnasium import spaces
 
 from embodied_rft.data import Ragged
 from embodied_rft.runs.checkpoint import Checkpoints
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.seeding import FIRST_EVALUATION_SEED
 
 ROOT = Path(__file__).parents[1]
@@ -224,14 +225,14 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, bytes]]:
 
 def newest(folder: Path) -> dict[str, Any]:
     """The newest whole checkpoint of a run."""
-    found = Checkpoints(folder / "checkpoints").newest()
+    found = Checkpoints(RunFolder(folder).checkpoints).newest()
     assert found is not None
     return found[1]
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     """Whole lines of the log without the clock."""
-    path = folder / "metrics.jsonl"
+    path = RunFolder(folder).metrics
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
     return [{k: v for k, v in line.items() if not k.startswith("wall/")} for line in lines]
 

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from embodied_rft.runs.checkpoint import Checkpoints
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.recipe import dump_recipe, load_recipe, recipe_names
 from embodied_rft.train import train
 
@@ -67,7 +68,7 @@ def fingerprint(name: str) -> dict[str, str]:
         small.write_text(yaml.safe_dump(shrink(yaml.safe_load(dump_recipe(load_recipe(name))))))
         run = Path(folder) / "run"
         train(load_recipe(small), run, quiet=True, report=False)
-        newest = Checkpoints(run / "checkpoints").newest()
+        newest = Checkpoints(RunFolder(run).checkpoints).newest()
         assert newest is not None
         state = newest[1]
         rows = state["buffer"] and {k: v for k, v in state["buffer"].items() if "time" not in k}

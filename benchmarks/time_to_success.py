@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Result, finish, table
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.recipe import load_recipe
 from embodied_rft.train import train
 
@@ -57,7 +58,7 @@ def run(recipe: str, overrides: list[str], seed: int) -> Curve:
             quiet=True,
             report=False,
         )
-        files = [json.loads(p.read_text()) for p in Path(folder, "evaluations").glob("*.json")]
+        files = [json.loads(p.read_text()) for p in RunFolder(folder).evaluation_files()]
     curve, judging = [], 0.0
     for evaluation in sorted(files, key=lambda e: e["wall_seconds"]):
         judging += evaluation["seconds"]

@@ -15,6 +15,7 @@ import torch
 from embodied_rft import distributed
 from embodied_rft.pools.incidents import EnvironmentFailure
 from embodied_rft.runs import inputs
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.lock import RunLock
 from embodied_rft.runs.log import LogConfig, warnings_kept
 from embodied_rft.runs.recipe import Recipe, dump_recipe, recipe_of
@@ -30,17 +31,17 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False, report: bo
         Interrupted: Ctrl-C or SIGTERM; the run was saved and the same call continues it.
     """
     rank = distributed.rank()
-    main = Path(folder).absolute()  # an environment may change the current folder
-    folder = main if not rank else main / "ranks" / str(rank)
-    folder.mkdir(parents=True, exist_ok=True)
+    main = RunFolder(Path(folder).absolute())  # an environment may change the current folder
+    run = main.of_process(rank)
+    run.path.mkdir(parents=True, exist_ok=True)
     if rank:  # rank 0 speaks for all; the others keep only what they need to be continued
         quiet, report, recipe = True, False, replace(recipe, logging=LogConfig(console=False, csv=False))
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    with RunLock(folder), warnings_kept(folder):
-        refuse_links(folder)
+    with RunLock(run), warnings_kept(run):
+        run.refuse_links()
         text, changed = keep_inputs(recipe, main)
-        session = Session(recipe_of(text, main, trust=True), folder, quiet=quiet, text=text)
+        session = Session(recipe_of(text, main.path, trust=True), run, quiet=quiet, text=text)
         try:
             session.checkpoints.clean()
             if session.restore() and changed:
@@ -57,11 +58,11 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False, report: bo
     if report:
         from embodied_rft.report.page import write_report
 
-        write_report(folder)
+        write_report(run)
     return session
 
 
-def keep_inputs(recipe: Recipe, folder: Path) -> tuple[str, list[str]]:
+def keep_inputs(recipe: Recipe, folder: RunFolder) -> tuple[str, list[str]]:
     """Copy the files that the recipe names into the run folder: the recipe that names them there, changed plug-ins."""
     changed = []
     if not distributed.rank():  # the others find everything there
@@ -69,14 +70,6 @@ def keep_inputs(recipe: Recipe, folder: Path) -> tuple[str, list[str]]:
         changed = inputs.keep_plugins(recipe, folder)
     distributed.gather(None)
     return dump_recipe(inputs.keep(recipe, folder)), changed
-
-
-def refuse_links(folder: Path) -> None:
-    """A file of a run that is a symbolic link leads elsewhere: writing it would overwrite what belongs to others."""
-    inside = (path for name in ("evaluations", "videos", "sb3") for path in folder.glob(f"{name}/*"))
-    for path in (*folder.iterdir(), *inside):
-        if path.is_symlink() and not path.is_dir():
-            raise ValueError(f"{path} is a symbolic link: a run writes its own files only. Remove it.")
 
 
 @contextmanager

@@ -10,14 +10,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embodied_rft.evaluation.samples import Sample, Samples, summarize, write_samples
+from embodied_rft.evaluation.samples import Sample, Samples, summarize
 from embodied_rft.experience.collect import Act, Endless, Say
-from embodied_rft.files import write_json
 from embodied_rft.pools.protocol import Pool, StepResult
 from embodied_rft.pools.states import distinct_seeds, num_held_out_states
 from embodied_rft.seeding import evaluation_seed
@@ -76,15 +74,6 @@ class Evaluation:
         content = asdict(replace(self, samples=[])) | ({"said": summarize(self.samples)} if self.samples else {})
         del content["samples"]
         return content | summary | {"low": low, "high": high, "mean_return": self.mean_return}
-
-    def write(self, run_folder: Path, slug: str, **facts: Any) -> dict[str, Any]:
-        """Write `evaluations/slug.json`, and what was said beside it; returns the content, `facts` included."""
-        content, folder = self.to_json() | facts, run_folder / "evaluations"
-        if self.samples:
-            content["samples"] = f"{slug}.samples.jsonl"
-            write_samples(folder / content["samples"], self.samples)
-        write_json(folder / f"{slug}.json", content)
-        return content
 
     def require_success(self, option: str) -> float:
         """The success rate that `option` waits for; ValueError when the environment says nothing about success."""

@@ -1,23 +1,13 @@
-"""One self-contained HTML page, and one JSON file, that say what a run did. Reads the run folder, nothing else.
+"""One self-contained HTML page, and one JSON file, that say what a run did.
 
-    recipe.yaml             the resolved recipe
-    run.json                command, commit, machine, versions (`write_run_facts`); optional
-    run.log                 what was said on the terminal; optional
-    metrics.jsonl           see `log`; of it, "collect/success" is drawn
-    stages.json             [{"path", "word", "title", "decisions", "updates", "seconds", "metrics": {}}]
-    evaluations/*.json      {"name", "stage", "sheet", "seeds", "results", "episodes", "successes", "success", "low",
-                            "high", "decisions", "wall_seconds"}; sheet 0 is the verdict, others draw the curve;
-                            those of `erft eval` have "environment" too and are shown apart; "samples" names
-                            a file beside it with what was said
-    videos/*.mp4, *.gif     with {"seed", "success", "stage"} beside it in .json; or unavailable.json {"reason"}
-
-Writes report.html and summary.json there. Missing parts leave their section out, so a run that was stopped has a report
-too.
+Reads the run folder (see `runs.folder`), nothing else. Missing parts leave their section out, so a run that was stopped
+has a report too.
 """
 
 from __future__ import annotations
 
 import importlib.resources
+import os
 import string
 from collections.abc import Sequence
 from html import escape
@@ -32,24 +22,26 @@ from embodied_rft.report import figures
 from embodied_rft.report.run import Run
 from embodied_rft.runs.console import describe
 from embodied_rft.runs.facts import run_facts
+from embodied_rft.runs.folder import RunFolder
 
 INSTALL_GL = "Install a GL library (Debian, Ubuntu: apt-get install libegl1 libegl-mesa0) and run erft doctor."
 
 
-def write_report(run_folder: str | Path) -> Path:
+def write_report(run_folder: str | os.PathLike[str]) -> Path:
     """Write report.html and summary.json into a run folder; returns the path of the page.
 
     Raises:
         ValueError: the folder holds no run.
     """
-    run = Run.read(Path(run_folder))
+    folder = RunFolder(run_folder)
+    run = Run.read(folder)
     run.facts = run.facts or run_facts()
     template = string.Template(
         importlib.resources.files("embodied_rft.report").joinpath("page.html").read_text("utf-8")
     )
     sections = [_success(run), _curves(run), _samples(run), _videos(run), _stages(run), _recipe(run), _facts(run)]
     sections.append(_damaged(run))
-    name = str(run.recipe.get("name", run.folder.name))
+    name = str(run.recipe.get("name", folder.path.name))
     page = template.substitute(
         title=escape(f"{name}: {_plain_headline(run)}"),
         recipe=escape(name),
@@ -58,10 +50,9 @@ def write_report(run_folder: str | Path) -> Path:
         verdict=escape(verdict(run)),
         sections="\n".join(section for section in sections if section),
     )
-    write_json(run.folder / "summary.json", summary(run))
-    path = run.folder / "report.html"
-    write_atomically(path, visible(page))
-    return path
+    write_json(folder.summary, summary(run))
+    write_atomically(folder.report, visible(page))
+    return folder.report
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -243,16 +234,14 @@ def _samples(run: Run) -> str:
     ]
     parts = []
     for evaluation in chosen:
-        file = run.folder / "evaluations" / Path(str(evaluation["samples"])).name
-        if said := samples.read_samples(file):
+        if said := samples.read_samples(run.folder.samples_of(evaluation)):
             parts.append(samples.as_html(evaluation, said))
     note = "The best, the worst and random episodes; all that were kept are in evaluations/*.samples.jsonl."
     return _section("Samples", note, "".join(parts)) if parts else ""
 
 
 def _videos(run: Run) -> str:
-    folder = run.folder / "videos"
-    films = sorted([*folder.glob("[!.]*.mp4"), *folder.glob("[!.]*.gif")], key=lambda path: path.name)
+    films = run.folder.films()
     if not films:
         reason = run.unavailable.get("reason")
         asked = any(stage.get("word") == "evaluate" for stage in run.stages)
@@ -309,9 +298,12 @@ def _cells(texts: Sequence[str], tag: str) -> str:
 
 def _recipe(run: Run) -> str:
     note = "Fully resolved, defaults included: this text alone is the run."
-    return _section(
-        "Recipe", note, f"<details><summary>recipe.yaml</summary><pre>{escape(run.recipe_text)}</pre></details>"
-    )
+    return _section("Recipe", note, _folded(run.folder.recipe, run.recipe_text))
+
+
+def _folded(path: Path, text: str) -> str:
+    """A file that opens at a click; nothing where it is empty."""
+    return f"<details><summary>{path.name}</summary><pre>{escape(text)}</pre></details>" if text else ""
 
 
 def _facts(run: Run) -> str:
@@ -331,5 +323,5 @@ def _facts(run: Run) -> str:
         "versions": versions, "memory": memory,
     }  # fmt: skip
     cells = "".join(f'<tr><td class="key">{k}</td><td>{escape(str(v))}</td></tr>' for k, v in rows.items() if v)
-    log = f"<details><summary>run.log</summary><pre>{escape(run.messages)}</pre></details>" if run.messages else ""
+    log = _folded(run.folder.messages, run.messages)
     return _section("How to repeat this", "", f"<table><tbody>{cells}</tbody></table>{log}")

@@ -10,14 +10,15 @@ from typing import Any
 
 import yaml
 
-from embodied_rft.runs.log import METRICS, read_records
+from embodied_rft.runs.folder import RunFolder
+from embodied_rft.runs.log import read_records
 
 
 @dataclass
 class Run:
     """What the folder holds."""
 
-    folder: Path
+    folder: RunFolder
     recipe_text: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -32,36 +33,36 @@ class Run:
     damaged: list[str] = field(default_factory=list)  # files that cannot be read; they are left out
 
     @classmethod
-    def read(cls, folder: Path) -> Run:
+    def read(cls, folder: RunFolder) -> Run:
         """Everything that is there and whole; ValueError if the folder is not a run's."""
-        if not any((folder / name).exists() for name in ("recipe.yaml", "checkpoints", METRICS)):
+        if not folder.holds_run():
             raise ValueError(
-                f"{folder} is not a run folder: it has no recipe.yaml. Give the folder that `erft train` named."
+                f"{folder} is not a run folder: it has no {folder.recipe.name}. "
+                "Give the folder that `erft train` named."
             )
-        files = _Files(folder)
-        paths = sorted((folder / "evaluations").glob("[!.]*.json"))
+        files = _Files(folder.path)
+        paths = folder.evaluation_files()
         evaluations = [e for path in paths if (e := files.read(path, json.loads, None, _is_evaluation)) is not None]
         evaluations.sort(key=lambda e: e.get("wall_seconds", 0))
         during = [e for e in evaluations if "environment" not in e]
-        recipe, metrics = folder / "recipe.yaml", folder / METRICS
         return cls(
             folder,
-            recipe.read_text("utf-8", "replace") if recipe.exists() else "",
-            files.read(recipe, yaml.safe_load, {}, _is_mapping),
-            files.read(folder / "run.json", json.loads, {}, _is_mapping),
-            files.read(folder / "stages.json", json.loads, [], _are_records),
+            folder.recipe.read_text("utf-8", "replace") if folder.recipe.exists() else "",
+            files.read(folder.recipe, yaml.safe_load, {}, _is_mapping),
+            files.read(folder.facts, json.loads, {}, _is_mapping),
+            files.read(folder.stages, json.loads, [], _are_records),
             [e for e in during if e.get("sheet", 0) == 0],
             [e for e in during if e.get("sheet", 0) != 0],
             [e for e in evaluations if "environment" in e],
-            files.read(metrics, lambda _: read_records(metrics), [], _are_mappings),
-            files.read(folder / "run.log", str, "", lambda _: True),
-            files.read(folder / "videos" / "unavailable.json", json.loads, {}, _is_mapping),
+            files.read(folder.metrics, lambda _: read_records(folder.metrics), [], _are_mappings),
+            files.read(folder.messages, str, "", lambda _: True),
+            files.read(folder.no_videos, json.loads, {}, _is_mapping),
             damaged=files.damaged,
         )
 
     def about(self, film: Path) -> dict[str, Any]:
         """What is known of a film: seed, success, stage."""
-        files = _Files(self.folder)
+        files = _Files(self.folder.path)
         found: dict[str, Any] = files.read(film.with_suffix(".json"), json.loads, {}, _is_mapping)
         self.damaged += files.damaged
         return found

@@ -13,8 +13,6 @@ from embodied_rft.runs.tree_file import CheckpointError, cannot_write, load, rem
 
 logger = logging.getLogger(__name__)
 
-BEST = "best"  # beside the newest checkpoints of a run: the best policy of its learning curve
-
 
 class Checkpoints:
     """The newest `keep` checkpoints of a run; a damaged one is passed over for the one before it.

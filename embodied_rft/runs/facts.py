@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from embodied_rft.files import PACKAGE, write_json
+from embodied_rft.runs.folder import RunFolder
 
 OURS = "embodied-rft"
 REPORTED = (OURS, "torch", "numpy", "mujoco", "gymnasium", "gymnasium-robotics", "stable-baselines3", "transformers")
@@ -69,7 +70,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 def write_run_facts(folder: str | Path, command: Sequence[str]) -> None:
     """Write run.json at a run's start: command, commit, machine, versions. A resumed run keeps the first one."""
-    path = Path(folder) / "run.json"
+    path = RunFolder(folder).facts
     if not path.exists():
         write_json(path, {"command": shlex.join(command)} | run_facts())
 

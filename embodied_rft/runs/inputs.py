@@ -21,39 +21,39 @@ from typing import Any
 
 from embodied_rft.files import PACKAGE, write_atomically
 from embodied_rft.options import ConfigError, to_plain
-from embodied_rft.runs.checkpoint import BEST
-from embodied_rft.runs.recipe import KEPT_PLUGINS, Recipe
+from embodied_rft.runs.checkpoint import Checkpoints
+from embodied_rft.runs.folder import RunFolder
+from embodied_rft.runs.recipe import Recipe
 from embodied_rft.runs.resume import Which, only_weights, read_state
 from embodied_rft.runs.tree_file import save
 from embodied_rft.runs.yaml_tree import HOLD_FILES, map_files
 
-FOLDER = "inputs"
 LARGEST = 2**29  # bytes of a file or folder that is copied
 MOST_FILES = 10_000  # of a folder whose content is looked at
 
 
-def keep(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def keep(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     """Copy what the recipe names into `folder`; the recipe as plain data that names the copies, relative to it."""
     tree = to_plain(recipe)
     hashes = dict(tree["inputs"])
 
     def kept(path: Path) -> str:
-        if folder.is_relative_to(path) or _count(path) > MOST_FILES:
+        if folder.path.is_relative_to(path) or _count(path) > MOST_FILES:
             return str(path)  # a folder to work in, not one that was made to be read
-        if (path / "checkpoints").is_dir():
-            return _keep_run(path, folder)
+        if RunFolder(path).checkpoints.is_dir():
+            return _keep_run(RunFolder(path), folder)
         digest = hash_of(path)
         if _size(path) > LARGEST:
             hashes[str(path)] = digest
             return str(path)
         stem = given_stem(path.stem if path.is_file() else path.name)
         name = f"{stem}-{digest[:12]}{path.suffix if path.is_file() else ''}"
-        target = folder / FOLDER / name
+        target = folder.inputs / name
         if path.parent == target.parent and path != target:
             raise ConfigError(f"{path} is damaged: its content is not the one that it is named after")
         if path != target and not (target.exists() and hash_of(target) == digest):
             _copy(path, target)
-        return f"{FOLDER}/{name}"
+        return target.relative_to(folder.path).as_posix()
 
     for part in HOLD_FILES:
         tree[part] = map_files(tree[part], Path.cwd(), kept)
@@ -66,28 +66,28 @@ def given_stem(stem: str) -> str:
     return re.sub(r"-[0-9a-f]{12}$", "", stem)
 
 
-def _keep_run(path: Path, folder: Path) -> str:
+def _keep_run(run: RunFolder, folder: RunFolder) -> str:
     """The policies of another run, without its experience: the name of what was kept of it."""
-    (folder / FOLDER).mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder / FOLDER, prefix=".run-") as scratch:
-        kept = Path(scratch) / "run"
-        names: dict[Which, str] = {"newest": f"{1:012d}", "best": BEST}
-        for which, name in names.items():
-            if which == "newest" or (path / "checkpoints" / BEST).is_dir():
-                save(kept / "checkpoints" / name, only_weights(read_state(path, which)))
-        if (path / FOLDER).is_dir():
-            shutil.copytree(path / FOLDER, kept / FOLDER)
-        name = f"{given_stem(path.name)}-{hash_of(kept)[:12]}"
-        if not (folder / FOLDER / name).exists():
-            os.replace(kept, folder / FOLDER / name)
-    return f"{FOLDER}/{name}"
+    folder.inputs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.inputs, prefix=".run-") as scratch:
+        kept = RunFolder(Path(scratch) / "run")
+        places: dict[Which, Path] = {"newest": Checkpoints(kept.checkpoints).path(1), "best": kept.best}
+        for which, place in places.items():
+            if which == "newest" or run.best.is_dir():
+                save(place, only_weights(read_state(run, which)))
+        if run.inputs.is_dir():
+            shutil.copytree(run.inputs, kept.inputs)
+        target = folder.inputs / f"{given_stem(run.path.name)}-{hash_of(kept.path)[:12]}"
+        if not target.exists():
+            os.replace(kept, target)
+    return target.relative_to(folder.path).as_posix()
 
 
-def keep_plugins(recipe: Recipe, folder: Path) -> list[str]:
+def keep_plugins(recipe: Recipe, folder: RunFolder) -> list[str]:
     """Copy the sources of plug-ins that are not installed; names of those that differ from what was kept before."""
     changed = []
     for path, name in _plugin_sources(recipe):
-        target = folder / KEPT_PLUGINS / name
+        target = folder.plugins / name
         content = path.read_bytes()
         if target.exists() and target.read_bytes() == content:
             continue

@@ -12,6 +12,7 @@ from embodied_rft.evaluation.evaluate import Evaluation, evaluate, evaluation_se
 from embodied_rft.pools.making import find_spec
 from embodied_rft.pools.pool import num_envs_for, open_pool
 from embodied_rft.pools.promises import held_out
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.resume import Which
 from embodied_rft.runs.trained import opened
 from embodied_rft.seeding import evaluation_generator
@@ -45,7 +46,6 @@ def evaluate_run(
     Raises:
         ValueError: no checkpoint in the folder, an edited recipe.yaml, other spaces, or no official environment.
     """
-    folder = Path(folder)
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected at least 1")
     with opened(folder, checkpoint, device=device, trust=trust) as session:
@@ -70,12 +70,18 @@ def evaluate_run(
             outcome = evaluate(act, session.fit(pool), evaluation_seeds(episodes, sheet=sheet), name=name)
         finally:
             pool.close()
-        facts = {"stage": list(session.path), "sheet": sheet, "environment": changed.id}
-        facts |= {"decisions": session.counters["decisions"], "wall_seconds": session.counters["seconds"]}
-        facts |= held_out(pool)
-    slug = ("again" if changed.id == own.id else changed.id).replace("/", "-")
-    slug += "" if checkpoint == "newest" else f"-{checkpoint}"
-    outcome.write(folder, f"later-{slug}-{sheet}-{episodes}", **facts)
+        slug = ("again" if changed.id == own.id else changed.id).replace("/", "-")
+        slug += "" if checkpoint == "newest" else f"-{checkpoint}"
+        RunFolder(folder).add_evaluation(
+            f"later-{slug}-{sheet}-{episodes}",
+            outcome,
+            stage=session.path,
+            sheet=sheet,
+            decisions=session.counters["decisions"],
+            wall_seconds=session.counters["seconds"],
+            environment=changed.id,
+            **held_out(pool),
+        )
     return outcome
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from pathlib import Path
+from os import PathLike
+
+from embodied_rft.runs.folder import RunFolder
 
 _held_locks: set[int] = set()  # descriptors; forked children close them, or they would keep a dead run's lock
 
@@ -16,8 +18,8 @@ class RunLock:
     The kernel frees the lock however the process ends.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder) / ".lock"
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        self.path = RunFolder(folder).lock
         self._descriptor: int | None = None
 
     def __enter__(self) -> RunLock:

@@ -24,9 +24,8 @@ from embodied_rft.evaluation.samples import Sample
 from embodied_rft.files import plain_number, write_atomically
 from embodied_rft.names import visible
 from embodied_rft.runs.console import Bar, Console, describe
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.sinks import Sink, Table, TensorBoardSink, WandbSink, make_plugin_sink
-
-METRICS, TABLE, MESSAGES = "metrics.jsonl", "metrics.csv", "run.log"
 
 
 def _wandb_mode(given: Any) -> Any:
@@ -47,12 +46,12 @@ class LogConfig:
 
 
 @contextmanager
-def warnings_kept(folder: Path) -> Iterator[None]:
+def warnings_kept(folder: RunFolder) -> Iterator[None]:
     """Warnings of the package go to run.log, too; the terminal gets them from the program's own handlers."""
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            with suppress(OSError), _open_to_append(folder / MESSAGES) as file:
+            with suppress(OSError), _open_to_append(folder.messages) as file:
                 file.write(visible(f"warning: {record.getMessage()}").encode("utf-8", "backslashreplace") + b"\n")
 
     keep, ours = Keep(logging.WARNING), logging.getLogger("embodied_rft")
@@ -68,13 +67,13 @@ class Logger:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | os.PathLike[str],
         config: LogConfig | None = None,
         *,
         quiet: bool = False,
         recipe: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder, self.config, self.recipe = Path(folder).absolute(), config or LogConfig(), recipe
+        self.folder, self.config, self.recipe = RunFolder(Path(folder).absolute()), config or LogConfig(), recipe
         self.console = Console(quiet=quiet or not self.config.console)
         self.bytes, self.lines = 0, 0  # where metrics.jsonl ends, for this run
         self._file: BinaryIO | None = None
@@ -86,11 +85,11 @@ class Logger:
         """One line on the terminal and in run.log."""
         self.console.message(text, style=style)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with _open_to_append(self.folder / MESSAGES) as file:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            with _open_to_append(self.folder.messages) as file:
                 file.write(visible(text).encode("utf-8", "backslashreplace") + b"\n")
         except OSError as error:  # for people only: the run goes on
-            self.console.message(f"warning: {_sentence(self.folder / MESSAGES, error)}; the run goes on without it")
+            self.console.message(f"warning: {_sentence(self.folder.messages, error)}; the run goes on without it")
 
     def progress(self, title: str, total: int, *, speed: bool = True) -> AbstractContextManager[Bar]:
         """A progress bar: `with logger.progress("pretrain", 3000) as bar: bar.update(100, success=0.4)`."""
@@ -143,7 +142,7 @@ class Logger:
             _write_all(file, line)
         except OSError as error:
             raise OSError(
-                f"{_sentence(self.folder / METRICS, error)}. Checkpoints are whole: make room, and the same command "
+                f"{_sentence(self.folder.metrics, error)}. Checkpoints are whole: make room, and the same command "
                 "continues after the newest"
             ) from error
         self.bytes += len(line)
@@ -170,7 +169,7 @@ class Logger:
                 self._sinks.remove(sink)
                 with suppress(OSError):
                     sink.close()
-                what = _sentence(self.folder, error, what=type(sink).__name__)
+                what = _sentence(self.folder.path, error, what=type(sink).__name__)
                 self.message(f"warning: {what}; the run goes on without it, and a resume writes it again")
 
     def state_dict(self) -> dict[str, int]:
@@ -192,8 +191,8 @@ class Logger:
         """The log file, cut to where this run is, and the other logs, on the first line."""
         if self._file is not None:
             return self._file
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / METRICS
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        path = self.folder.metrics
         self._file = _open_to_append(path)
         whole, lines = _whole_lines(path, self.bytes)
         if len(whole) < self.bytes:
@@ -211,11 +210,11 @@ class Logger:
 
     def _make_sinks(self) -> list[Sink]:
         def records() -> Sequence[Mapping[str, Any]]:
-            return read_records(self.folder / METRICS)
+            return read_records(self.folder.metrics)
 
         config, folder, sinks = self.config, self.folder, list[Any]()
         if config.csv:
-            sinks.append(Table(folder / TABLE, records))
+            sinks.append(Table(folder.table, records))
         if config.tensorboard:
             sinks.append(TensorBoardSink(folder, records=records, recipe=self.recipe))
         if config.wandb:
@@ -223,7 +222,7 @@ class Logger:
                 WandbSink(folder, step=self.lines, mode=config.wandb, project=config.project, recipe=self.recipe)
             )
         for id, options in config.plugins.items():
-            sinks.append(make_plugin_sink(id, options, folder, step=self.lines, recipe=self.recipe))
+            sinks.append(make_plugin_sink(id, options, folder.path, step=self.lines, recipe=self.recipe))
         return sinks
 
     def _close_files(self) -> None:

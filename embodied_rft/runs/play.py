@@ -8,6 +8,7 @@ from pathlib import Path
 
 from embodied_rft.evaluation.film import roll_out
 from embodied_rft.evaluation.video import write_video
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.resume import Which
 from embodied_rft.runs.trained import opened
 from embodied_rft.seeding import evaluation_generator, evaluation_seed
@@ -49,7 +50,7 @@ def play(
             try:
                 rolled = roll_out(act, session.env, seed, session.fit, render_mode=mode)
                 if len(rolled.frames):
-                    shown = f"  {write_video(Path(folder) / 'play' / f'{sheet}-{index}.mp4', rolled.frames)}"
+                    shown = f"  {write_video(RunFolder(folder).played / f'{sheet}-{index}.mp4', rolled.frames)}"
             except Exception as error:
                 if mode is None:
                     raise

@@ -23,11 +23,9 @@ from embodied_rft.names import nearest
 from embodied_rft.options import ConfigError, Stages, parse, parse_stages, plugin_spec, to_plain
 from embodied_rft.pools.config import EnvConfig
 from embodied_rft.runs import trust as trusting
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.log import LogConfig
 from embodied_rft.runs.yaml_tree import HOLD_FILES, Loader, apply_override, dump_plain, map_files, merge, read_yaml
-
-KEPT_PLUGINS = "inputs/plugins"  # in a run folder: sources of the plug-ins that the run was started with
-
 
 # --- the recipe --------------------------------------------------------------------------------------
 
@@ -81,7 +79,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     for override in overrides:
         apply_override(tree, override)
     beside = _find(path_or_name, ()).parent
-    return _complete(tree, [beside / KEPT_PLUGINS, Path.cwd(), beside])
+    return _complete(tree, [RunFolder(beside).plugins, Path.cwd(), beside])
 
 
 def recipe_of(text: str, folder: Path, *, trust: bool = False) -> Recipe:
@@ -100,7 +98,7 @@ def recipe_of(text: str, folder: Path, *, trust: bool = False) -> Recipe:
         raise ConfigError(f"the recipe in {folder} must be a mapping; it holds {type(tree).__name__}")
     if not trust:
         trusting.refuse(tree, folder)
-    return _complete(_anchored(tree, folder), [folder / KEPT_PLUGINS] if trust else [])
+    return _complete(_anchored(tree, folder), [RunFolder(folder).plugins] if trust else [])
 
 
 def _complete(tree: dict[str, Any], folders: Sequence[Path]) -> Recipe:

@@ -8,7 +8,6 @@ with the same bits as one that was not. Structure (which networks exist) is neve
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +18,8 @@ from embodied_rft.device import generator_state
 from embodied_rft.experience.collect import Collector
 from embodied_rft.learning.learner import Learner
 from embodied_rft.options import parse_stages, to_plain
-from embodied_rft.runs.checkpoint import BEST, Checkpoints
+from embodied_rft.runs.checkpoint import Checkpoints
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.log import Logger
 from embodied_rft.runs.recipe import Recipe, recipe_difference
 from embodied_rft.runs.rig import Rig
@@ -36,7 +36,7 @@ Which = Literal["newest", "best"]
 class State(Rig):
     """All that the future of a run follows from; `agent` is set by whoever builds on this."""
 
-    def __init__(self, recipe: Recipe, folder: Path, logger: Logger, *, text: str) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, logger: Logger, *, text: str) -> None:
         super().__init__(recipe, logger)
         self.folder = folder
         self.recipe_text = text  # as it is kept: files by their names in the folder
@@ -100,38 +100,36 @@ def only_weights(state: dict[str, Any]) -> dict[str, Any]:
     return state | emptied | {"learner": None if averaged is None else {"averaged": averaged}}
 
 
-def read_state(folder: Path, which: Which = "newest") -> dict[str, Any]:
+def read_state(folder: RunFolder, which: Which = "newest") -> dict[str, Any]:
     """The state in a checkpoint of a run.
 
     Raises:
         ValueError: there is no run, or no such checkpoint, in the folder; or its recipe.yaml is another one.
     """
-    root = folder / "checkpoints"
-    if not root.is_dir():
+    if not folder.checkpoints.is_dir():
         raise ValueError(f"{folder} holds no run: there are no checkpoints in it. Give the folder of `erft train`.")
     if which == "best":
-        if not (root / BEST).is_dir():
+        if not folder.best.is_dir():
             raise ValueError(f"{folder} has no best checkpoint: its recipe draws no learning curve (evaluate_every)")
-        state = load(root / BEST)
+        state = load(folder.best)
     else:
-        newest = Checkpoints(root, holds=HOLDS).newest()
+        newest = Checkpoints(folder.checkpoints, holds=HOLDS).newest()
         if newest is None:
             raise ValueError(f"{folder} holds no checkpoint yet; train it first")
         state = newest[1]
-    recipe = folder / "recipe.yaml"
-    if recipe.is_file():
-        difference = recipe_difference(state["recipe"], recipe.read_text(encoding="utf-8", errors="replace"))
+    if folder.recipe.is_file():
+        difference = recipe_difference(state["recipe"], folder.recipe.read_text(encoding="utf-8", errors="replace"))
         if difference:
             raise ValueError(
-                f"{recipe} is not the recipe that was trained ({'; '.join(difference[:6])}): undo the change, or "
-                "remove the file; the checkpoint holds the right one"
+                f"{folder.recipe} is not the recipe that was trained ({'; '.join(difference[:6])}): undo the change, "
+                "or remove the file; the checkpoint holds the right one"
             )
     return state
 
 
 def restore(session: State, state: dict[str, Any]) -> dict[str, Any]:
     """Make a fresh session what it was when `state` was taken; that state, as the session goes on from it."""
-    distributed.check_size(state.get("processes", 1), session.folder)
+    distributed.check_size(state.get("processes", 1), session.folder.path)
     state = continuation(state, session)
     _keep_threads(session, state.get("threads", session.threads))
     if state.get("device", "cpu") != session.agent.device.type:

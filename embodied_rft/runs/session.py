@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,8 @@ from embodied_rft.pools.chunks import fit_pool
 from embodied_rft.pools.promises import held_out
 from embodied_rft.pools.protocol import Pool
 from embodied_rft.runs import resume
-from embodied_rft.runs.checkpoint import BEST, Checkpoints, common_newest
+from embodied_rft.runs.checkpoint import Checkpoints, common_newest
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.log import Logger
 from embodied_rft.runs.recipe import Recipe, dump_recipe
 from embodied_rft.runs.tree_file import save
@@ -47,10 +47,10 @@ class Interrupted(KeyboardInterrupt):
 class Session(resume.State):
     """The state of a run. Stages use its parts; see `stages` for how."""
 
-    def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False, text: str | None = None) -> None:
-        logger = Logger(Path(folder), recipe.logging, quiet=quiet, recipe=to_plain(recipe))
-        super().__init__(recipe, Path(folder), logger, text=text or dump_recipe(recipe))
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=2, holds=resume.HOLDS)
+    def __init__(self, recipe: Recipe, folder: RunFolder, *, quiet: bool = False, text: str | None = None) -> None:
+        logger = Logger(folder, recipe.logging, quiet=quiet, recipe=to_plain(recipe))
+        super().__init__(recipe, folder, logger, text=text or dump_recipe(recipe))
+        self.checkpoints = Checkpoints(self.folder.checkpoints, keep=2, holds=resume.HOLDS)
         self._said: set[str] = set()
         self.stage_name = ""  # its title
         self.stopping = False
@@ -150,8 +150,15 @@ class Session(resume.State):
             )
         slug = "-".join(str(i) for i in self.path) + f"-{self.progress.get('evaluations', 0)}"
         self.progress["evaluations"] = self.progress.get("evaluations", 0) + 1
-        facts = {"stage": list(self.path), "sheet": sheet, "decisions": self.counters["decisions"]}
-        outcome.write(self.folder, slug, **facts, **held_out(self.step_pool("evaluation")), wall_seconds=self.seconds())
+        self.folder.add_evaluation(
+            slug,
+            outcome,
+            stage=self.path,
+            sheet=sheet,
+            decisions=self.counters["decisions"],
+            wall_seconds=self.seconds(),
+            **held_out(self.step_pool("evaluation")),
+        )
         self.logger.show_samples(name, outcome.samples, decisions=self.counters["decisions"])
         self.log({f"evaluate/{key}": value for key, value in outcome.headline().items()}, name=name)
         if sheet and act is None:  # never by the states of the verdict
@@ -198,7 +205,7 @@ class Session(resume.State):
                     f"warning: {after} incidents in environments so far ({kinds}); the latest is {known['latest'][-1]}",
                     style="yellow",
                 )
-            write_json(self.folder / "incidents.json", known)
+            write_json(self.folder.incidents, known)
         return {f"incidents/{kind}": float(count) for kind, count in sorted(fresh.items())}
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
@@ -225,7 +232,7 @@ class Session(resume.State):
     def keep_recipe(self, *, saved: bool = False) -> None:
         """Write recipe.yaml; a changed one when the first checkpoint that was made with it is there."""
         if not self._recipe_kept and (saved or self._resume is None or self._resume["recipe"] == self.recipe_text):
-            write_atomically(self.folder / "recipe.yaml", self.recipe_text)
+            write_atomically(self.folder.recipe, self.recipe_text)
             self._recipe_kept = True
 
     def restore(self) -> bool:
@@ -234,7 +241,7 @@ class Session(resume.State):
         if newest is None:
             return False
         self._resume = resume.restore(self, newest[1])
-        write_json(self.folder / "stages.json", self.records)
+        write_json(self.folder.stages, self.records)
         return True
 
     def save_best(self, outcome: Evaluation) -> None:
@@ -243,7 +250,7 @@ class Session(resume.State):
         if self.best is None or value > self.best["value"]:
             self.best = {"value": value, "told": outcome.told, "decisions": self.counters["decisions"]}
             if not distributed.rank():
-                save(self.folder / "checkpoints" / BEST, resume.weights(self))
+                save(self.folder.best, resume.weights(self))
 
     # --- running -------------------------------------------------------------------------------------------------
 
@@ -286,7 +293,7 @@ class Session(resume.State):
             "metrics": metrics,
         }
         self.records.append(record)
-        write_json(self.folder / "stages.json", self.records)
+        write_json(self.folder.stages, self.records)
         self.logger.stage_finished(record)
         if stage.extendable:
             self.tail = resume.going_on(self)

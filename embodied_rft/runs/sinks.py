@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 from embodied_rft import registry
 from embodied_rft.evaluation.samples import Sample, as_markdown, pick, rows_of
 from embodied_rft.files import write_atomically
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.yaml_tree import dump_plain
 
 OFFLINE = "offline/"  # before the names of numbers that are drawn against updates
@@ -107,10 +108,10 @@ def cell(value: Any) -> Any:
 class TensorBoardSink:
     """Scalars and samples in tensorboard/; written anew from the lines when a run is continued."""
 
-    def __init__(self, folder: Path, *, records: Records, recipe: Mapping[str, Any] | None) -> None:
+    def __init__(self, folder: RunFolder, *, records: Records, recipe: Mapping[str, Any] | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        place = folder / "tensorboard"
+        place = folder.tensorboard
         if place.is_symlink():
             raise ValueError(f"{place} is a symbolic link: what lies there would be replaced. Remove the link.")
         shutil.rmtree(place, ignore_errors=True)
@@ -143,7 +144,7 @@ class WandbSink:
 
     def __init__(
         self,
-        folder: Path,
+        folder: RunFolder,
         *,
         step: int,
         mode: Literal["offline", "online"],
@@ -152,12 +153,12 @@ class WandbSink:
     ) -> None:
         import wandb
 
-        path = folder / "wandb_id"
+        path = folder.wandb_id
         if not path.exists():
             write_atomically(path, uuid.uuid4().hex)
         self.run = wandb.init(
             project=project,
-            name=folder.resolve().name,
+            name=folder.path.resolve().name,
             id=path.read_text(encoding="utf-8").strip(),
             dir=str(folder),
             mode=mode,

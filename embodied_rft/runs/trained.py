@@ -20,6 +20,7 @@ from embodied_rft.device import seeded
 from embodied_rft.pools.chunks import BASE_ACTION, chunk_of, find_planner
 from embodied_rft.pools.protocol import is_text
 from embodied_rft.runs import inputs, resume
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.log import LogConfig
 from embodied_rft.runs.recipe import recipe_of
 from embodied_rft.runs.resume import Which, read_state
@@ -37,18 +38,18 @@ def opened(
     Its training pool holds one environment. Where the run was trained does not matter for `device`. Code that the run
     brings along is only run with `trust` (docs/security.md).
     """
-    folder = Path(folder).absolute()
-    state = read_state(folder, which)
-    recipe = recipe_of(state["recipe"], folder, trust=trust)
-    say(read_yaml(state["recipe"]), folder)
+    run = RunFolder(Path(folder).absolute())
+    state = read_state(run, which)
+    recipe = recipe_of(state["recipe"], run.path, trust=trust)
+    say(read_yaml(state["recipe"]), run.path)
     for path, digest in recipe.inputs.items():
         if Path(path).exists() and inputs.hash_of(Path(path)) != digest:
-            raise ValueError(f"{path} is not what it was when the run in {folder} read it")
+            raise ValueError(f"{path} is not what it was when the run in {run} read it")
     env = replace(recipe.env, num_envs=1, num_workers=None, evaluation_envs=None)
     silent = LogConfig(console=False, csv=False)
     with tempfile.TemporaryDirectory(prefix="erft-") as scratch:
         changed = replace(recipe, env=env, logging=silent, device=device)
-        session = Session(changed, Path(scratch), quiet=True, text=state["recipe"])
+        session = Session(changed, RunFolder(scratch), quiet=True, text=state["recipe"])
         try:
             resume.load_weights(session, state)
             averaged = (state["learner"] or {}).get("averaged")

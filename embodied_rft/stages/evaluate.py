@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
@@ -73,12 +72,10 @@ def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tr
             rolled = roll_out(act, env, seed, session.fit)
             won = rolled.success
             if won == success:
-                path = write_video(session.folder / "videos" / f"{name}.mp4", rolled.frames, fps=25)
-                write_json(
-                    Path(path).with_suffix(".json"), {"seed": int(seed), "success": won, "stage": list(session.path)}
-                )
+                path = write_video(session.folder.videos / f"{name}.mp4", rolled.frames, fps=25)
+                session.folder.add_film(path, seed=seed, success=won, stage=session.path)
                 return f"filmed a {wanted}: {path.name}"
         return f"nothing filmed: none of {min(tries, len(seeds))} episodes ended in {wanted} in the single environment"
     except Exception as error:  # a picture is never worth a run
-        write_json(session.folder / "videos" / "unavailable.json", {"reason": str(error)})
+        write_json(session.folder.no_videos, {"reason": str(error)})
         return f"no video: {error}"

@@ -78,7 +78,7 @@ class SB3Stage(Stage):
             watch.finish()
         finally:
             env.close()
-        path = session.folder / "sb3" / f"{'-'.join(map(str, self.path))}.zip"
+        path = session.folder.models / f"{'-'.join(map(str, self.path))}.zip"
         save_model(model, path)
         return {"success": watch.success, "hindsight": uses_hindsight(config, env), "model": str(path)}
 

@@ -11,7 +11,8 @@ import torch
 from embodied_rft import registry
 from embodied_rft.files import write_json
 from embodied_rft.runs.console import Console, describe, number
-from embodied_rft.runs.log import METRICS, TABLE, LogConfig, Logger, read_records
+from embodied_rft.runs.folder import RunFolder
+from embodied_rft.runs.log import LogConfig, Logger, read_records
 
 
 def write(logger, count, *, start=0, extra=None):
@@ -21,7 +22,7 @@ def write(logger, count, *, start=0, extra=None):
 
 
 def table(folder):
-    with open(folder / TABLE, newline="") as file:
+    with open(RunFolder(folder).table, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -34,12 +35,12 @@ def test_a_line_holds_counters_labels_and_exact_numbers(tmp_path):
     metrics = {"a": torch.tensor(0.1), "b": np.float32(0.1), "c": 1 / 3, "d": float("nan"), "e": -float("inf"), "f": 3}
     logger.log(metrics, stage=[2], decisions=10, updates=4, seconds=1.23456, name="base policy")
     logger.close()
-    (record,) = read_records(tmp_path / METRICS)
+    (record,) = read_records(RunFolder(tmp_path).metrics)
     assert record == {
         "stage": [2], "decisions": 10, "updates": 4, "name": "base policy", "a": float(np.float32(0.1)),
         "b": float(np.float32(0.1)), "c": 1 / 3, "d": "NaN", "e": "-Infinity", "f": 3, "wall/seconds": 1.235,
     }  # fmt: skip
-    json.loads((tmp_path / METRICS).read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    json.loads(RunFolder(tmp_path).metrics.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
 
 
 def test_a_new_metric_becomes_a_column_of_the_whole_table(tmp_path):
@@ -65,20 +66,20 @@ def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path, half_line):
     write(logger, 4)
     state = json.loads(json.dumps(logger.state_dict()))
     write(logger, 3, start=4, extra={"only/later": 1.0})  # not in the checkpoint: must vanish, column included
-    with open(killed / METRICS, "ab") as file:
+    with open(RunFolder(killed).metrics, "ab") as file:
         file.write(half_line)  # the kill came in the middle of a line
     resumed = Logger(killed, quiet=True)
     resumed.load_state_dict(state)
     write(resumed, 6, start=4)
     resumed.close()
-    expected, found = read_records(whole / METRICS), read_records(killed / METRICS)
+    expected, found = read_records(RunFolder(whole).metrics), read_records(RunFolder(killed).metrics)
     assert list(map(without_clock, found)) == list(map(without_clock, expected))
     assert table(killed) == table(whole)
     assert resumed.state_dict() == logger_end(whole)
 
 
 def logger_end(folder):
-    data = (folder / METRICS).read_bytes()
+    data = RunFolder(folder).metrics.read_bytes()
     return {"bytes": len(data), "lines": data.count(b"\n")}
 
 
@@ -87,16 +88,16 @@ def test_a_fresh_start_forgets_lines_of_an_attempt_without_checkpoint(tmp_path):
         logger = Logger(tmp_path, quiet=True)
         write(logger, 3)
         logger.close()
-    assert len(read_records(tmp_path / METRICS)) == 3 == len(table(tmp_path))
+    assert len(read_records(RunFolder(tmp_path).metrics)) == 3 == len(table(tmp_path))
 
 
 def test_opening_a_finished_run_changes_nothing(tmp_path):
     logger = Logger(tmp_path, quiet=True)
     write(logger, 3)
     logger.close()
-    before = (tmp_path / METRICS).read_bytes()
+    before = RunFolder(tmp_path).metrics.read_bytes()
     Logger(tmp_path, quiet=True).close()
-    assert (tmp_path / METRICS).read_bytes() == before
+    assert RunFolder(tmp_path).metrics.read_bytes() == before
 
 
 def test_lost_lines_are_reported_and_survived(tmp_path, capsys):
@@ -104,7 +105,7 @@ def test_lost_lines_are_reported_and_survived(tmp_path, capsys):
     logger.load_state_dict({"bytes": 10_000, "lines": 50})
     write(logger, 1)
     assert "lost lines" in capsys.readouterr().out
-    assert len(read_records(tmp_path / METRICS)) == 1
+    assert len(read_records(RunFolder(tmp_path).metrics)) == 1
 
 
 def test_a_third_party_sink_gets_every_line(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ import pytest
 from embodied_rft.cli import main
 from embodied_rft.options import ConfigError
 from embodied_rft.runs.console import Console
-from embodied_rft.runs.log import MESSAGES, METRICS, TABLE, LogConfig, Logger, read_records
+from embodied_rft.runs.folder import RunFolder
+from embodied_rft.runs.log import LogConfig, Logger, read_records
 from embodied_rft.runs.recipe import load_recipe
 from embodied_rft.runs.sinks import Axis
 
@@ -24,7 +25,7 @@ def write(logger, count, *, start=0):
 
 
 def updates(folder):
-    return [record["updates"] for record in read_records(folder / METRICS)]
+    return [record["updates"] for record in read_records(RunFolder(folder).metrics)]
 
 
 DAMAGE = {
@@ -46,7 +47,7 @@ def test_a_damaged_log_is_cut_back_to_whole_lines_and_goes_on(tmp_path, capsys, 
     write(logger, 5)
     state = logger.state_dict()
     logger.close()
-    path = tmp_path / METRICS
+    path = RunFolder(tmp_path).metrics
     path.write_bytes(b"".join(DAMAGE[damage](path.read_bytes().splitlines(keepends=True))))
     left = updates(tmp_path)  # reading passes over what is damaged
     assert len(left) < 5
@@ -60,7 +61,7 @@ def test_a_damaged_log_is_cut_back_to_whole_lines_and_goes_on(tmp_path, capsys, 
     lines = path.read_bytes().splitlines(keepends=True)
     assert [json.loads(line)["updates"] for line in lines] == [*left, 5, 6]  # every line is whole
     assert state["bytes"] == path.stat().st_size
-    with open(tmp_path / TABLE, newline="") as file:
+    with open(RunFolder(tmp_path).table, newline="") as file:
         assert [int(row["updates"]) for row in csv.DictReader(file)] == [*left, 5, 6]
     logger = Logger(tmp_path)
     logger.load_state_dict(state)  # and the next resume is exact again
@@ -69,7 +70,7 @@ def test_a_damaged_log_is_cut_back_to_whole_lines_and_goes_on(tmp_path, capsys, 
     assert updates(tmp_path) == [*left, 5, 6, 7] and "damaged" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [METRICS, MESSAGES])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.log"])
 def test_links_are_refused_and_their_targets_left_alone(tmp_path, name):
     target = tmp_path / "precious"
     target.write_text("keep")
@@ -77,7 +78,7 @@ def test_links_are_refused_and_their_targets_left_alone(tmp_path, name):
     (tmp_path / "run" / name).symlink_to(target)
     logger = Logger(tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match=f"{name} is a symbolic link"):
-        write(logger, 1) if name == METRICS else logger.message("hello")
+        write(logger, 1) if name == "metrics.jsonl" else logger.message("hello")
     assert target.read_text() == "keep"
 
 
@@ -106,12 +107,12 @@ def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path):
     done = full(tmp_path, "lines")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert METRICS in last and "cannot be written (" in last and "the same command continues" in last
+    assert "metrics.jsonl" in last and "cannot be written (" in last and "the same command continues" in last
 
 
 def test_a_log_that_is_derived_may_fail_without_ending_the_run(tmp_path):
     done = full(tmp_path, "csv")
-    assert done.returncode == 0 and len(read_records(tmp_path / METRICS)) == 21, done.stderr
+    assert done.returncode == 0 and len(read_records(RunFolder(tmp_path).metrics)) == 21, done.stderr
     assert done.stdout.count("Table cannot be written (No space left on device)") == 1
     write(Logger(tmp_path, quiet=True), 1)
 
@@ -125,7 +126,7 @@ def test_text_stays_text_on_the_terminal_and_in_files(tmp_path, capsys):
     said = capsys.readouterr().out
     shown = "[/red] \\x1b]0;title\\x07 \N{GREEK SMALL LETTER PI}"
     assert shown in said and ":smile: [bold]" in said and "\x1b" not in said and "\x07" not in said
-    assert shown in (tmp_path / MESSAGES).read_text(encoding="utf-8")
+    assert shown in RunFolder(tmp_path).messages.read_text(encoding="utf-8")
 
 
 def test_live_bars_take_any_title(monkeypatch):
@@ -156,7 +157,7 @@ def test_cells_are_no_formulas(tmp_path, value):
     metrics = {"number": -1.5, value: 2.0, "text": value, "lost": -float("inf")}
     logger.log(metrics, stage=[0], decisions=0, updates=0, seconds=0.0)
     logger.close()
-    with open(tmp_path / TABLE, newline="") as file:
+    with open(RunFolder(tmp_path).table, newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["text"] == f"'{value}" and float(row[f"'{value}"]) == 2.0
     assert row["number"] == "-1.5" and row["lost"] == "-Infinity"
@@ -182,9 +183,9 @@ def test_files_are_utf8_and_the_terminal_survives_whatever_the_locale(tmp_path):
     done = subprocess.run(command, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert b"Gr\\xf6\\u03c0\\xdfe" in done.stdout
-    assert "Gröπße" in (tmp_path / MESSAGES).read_text(encoding="utf-8")
-    assert "Grö" in (tmp_path / TABLE).read_text(encoding="utf-8")
-    assert read_records(tmp_path / METRICS)[0]["name"] == "Grö"
+    assert "Gröπße" in RunFolder(tmp_path).messages.read_text(encoding="utf-8")
+    assert "Grö" in RunFolder(tmp_path).table.read_text(encoding="utf-8")
+    assert read_records(RunFolder(tmp_path).metrics)[0]["name"] == "Grö"
 
 
 def test_numbers_that_are_learned_without_deciding_are_drawn_over_updates():

@@ -18,6 +18,7 @@ from embodied_rft.buffer.memory import available_memory
 from embodied_rft.options import ConfigError, parse
 from embodied_rft.report.page import write_report
 from embodied_rft.runs.checkpoint import Checkpoints
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.inputs import keep_plugins
 from embodied_rft.runs.judge import evaluate_run
 from embodied_rft.runs.lock import RunLock
@@ -66,6 +67,12 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def run(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_run_leaves_nothing_that_has_no_name(finished):
+    known = {path.name for path in vars(RunFolder(finished)).values()} | {".checkpoints-began"}
+    left = {path.name for path in finished.iterdir()}
+    assert left <= known and {"recipe.yaml", "metrics.jsonl", "evaluations", "checkpoints"} <= left
 
 
 def newest(folder):
@@ -339,7 +346,7 @@ def test_a_run_folder_is_whole_wherever_it_lies(project, tmp_path):
 def test_only_foreign_modules_are_kept(tmp_path):
     """The engine itself and what is installed are no plug-ins, however a recipe names them."""
     recipe = parse(Recipe, TREE | {"plugins": ["numpy"], "env": {"id": "embodied_rft.envs:embodied_rft/FetchReach-v0"}})
-    assert keep_plugins(recipe, tmp_path) == [] and list(tmp_path.iterdir()) == []
+    assert keep_plugins(recipe, RunFolder(tmp_path)) == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_changed_plugin_is_said(project, tmp_path):
