@@ -288,4 +288,4 @@ def test_what_is_no_film_is_refused(tmp_path, bad):
 
 
 def test_the_template_ships_with_the_package():
-    assert (Path(page.__file__).parent / "report.html").is_file()
+    assert (Path(page.__file__).parent / "page.html").is_file()
