@@ -1,5 +1,6 @@
-"""What the docs show works: the plug-in page is run as it stands, in a process of its own."""
+"""What the docs show works: pages of plug-ins are run as they stand, in processes of their own; names exist."""
 
+import collections
 import dataclasses
 import json
 import re
@@ -12,7 +13,8 @@ import yaml
 
 from embodied_rft import registry
 from embodied_rft.options import parse, to_plain
-from embodied_rft.runs.recipe import Recipe
+from embodied_rft.runs.catalogue import KINDS, TOPICS, of_dataclass, options_of
+from embodied_rft.runs.recipe import Recipe, recipe_names
 from tests.lab import ROOT
 
 PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
@@ -97,12 +99,81 @@ def test_a_wrong_option_of_a_plugin_is_named(project):
     assert done.returncode == 2 and "did you mean 'std'" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize(
-    "page", sorted((ROOT / "docs").glob("*.md")) + sorted(ROOT.glob("*.md")), ids=lambda page: page.name
-)
+# --- names on pages --------------------------------------------------------------------------------------------------
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md")) + sorted(ROOT.glob("*.md"))
+ALGORITHMS = sorted((DOCS / "algorithms").glob("*.md"))
+PARTS = ["Equations", "Options that matter", "Recipes", "Results", "What differs from the papers"]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+each_algorithm = pytest.mark.parametrize("page", ALGORITHMS, ids=lambda page: page.stem)
+
+
+def headings(page):
+    """What links may name behind a #, as GitHub makes it."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
+def section(page, title):
+    """What stands under a heading of the second level."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", page.read_text(encoding="utf-8"), re.M | re.S)[1]
+
+
+@each_page
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8")):
+    for target, place in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+        if place:
+            assert place in headings(page.parent / target if target else page), f"{target}#{place}"
+
+
+def test_the_index_leads_to_every_page():
+    text = (DOCS / "index.md").read_text(encoding="utf-8")
+    missing = [page for page in DOCS.rglob("*.md") if f"]({page.relative_to(DOCS).as_posix()})" not in text]
+    assert missing == [DOCS / "index.md"]
+
+
+@each_page
+def test_recipes_that_are_trained_exist(page):
+    named = re.findall(r"erft train ([\w./-]*\w)", page.read_text(encoding="utf-8"))
+    for name in named:  # capitals stand for something else, files are the reader's own
+        assert name in recipe_names() or name.endswith(".yaml") or name != name.lower(), name
+
+
+@each_algorithm
+def test_a_page_of_algorithms_says_what_it_must(page):
+    for title in PARTS:
+        assert section(page, title).strip(), title
+    rows = re.findall(r"^\| `([^`]+)`.* \|$", section(page, "Results"), re.M)
+    assert set(rows) <= set(recipe_names())
+    commands = re.findall(r"erft train ([\w/]+)", section(page, "Recipes"))
+    assert commands and set(rows) <= set(commands), "results of recipes that the page does not name"
+
+
+def test_every_objective_is_on_one_page_of_algorithms():
+    tables = [section(page, "Objectives") for page in ALGORITHMS if "\n## Objectives\n" in page.read_text("utf-8")]
+    found = collections.Counter(re.findall(r"^\| \[`(\w+)`\]\(\.\./options\.md#\1\) ", "".join(tables), re.M))
+    assert found == collections.Counter(registry.shipped("objective"))
+
+
+@pytest.fixture(scope="module")
+def words():
+    """Everything that a recipe may say: ids, stage words, options, their values."""
+    named = [(id, options_of(kind, id)) for kind in KINDS if kind != "env" for id in registry.known(kind)]
+    named += [(topic, of_dataclass(cls)) for topic, cls in TOPICS.items()]
+    said = [text for id, options in named for text in (id, *(f"{o.name} {o.values}" for o in options))]
+    return {word for text in [*said, *recipe_names()] for word in re.findall(r"\w+", text)}
+
+
+@each_algorithm
+def test_options_of_a_page_of_algorithms_exist(page, words):
+    for text in re.findall(r"`([^`]+)`", section(page, "Options that matter")):
+        for word in re.findall(r"[a-z]\w+", text):
+            assert word in words, f"`{text}`: {word}"
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["agent", "objective", "stage"])
