@@ -11,6 +11,7 @@ from tests.lab import ROOT
 FOLDERS = ("embodied_rft", "envs", "agents", "configs")
 MAX_FILE, MAX_FUNCTION, MAX_CHAIN = 500, 60, 2
 ABSTRACT = {"object", "Protocol", "Generic", "ABC", "NamedTuple", "TypedDict"}  # say nothing about behaviour
+ABSTRACT |= {"Objective"}  # a contract, whose defaults do nothing
 
 
 def module_name(path):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rft import registry
+from embodied_rft.data import Decisions, Tree
 from embodied_rft.device import device_of
 from embodied_rft.names import nearest
 from embodied_rft.networks import critics
@@ -69,6 +70,19 @@ class Agent(nn.Module):
                     "before. Lower its learning rate or set learner.clip_norm."
                 )
         return self.state_dict()
+
+    def act(
+        self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None, policy: Any = None
+    ) -> Decisions:
+        """N decisions for observation arrays [N, ...]: the one way in which an agent acts, wherever it does.
+
+        Args:
+            observation: arrays (and texts) of N environments.
+            greedy: take the likeliest decision, else draw one.
+            rng: what is drawn from.
+            policy: acts in place of the agent's own, such as its average.
+        """
+        return (self.policy if policy is None else policy).act(observation, greedy=greedy, rng=rng)
 
     @property
     def action_dim(self) -> int:

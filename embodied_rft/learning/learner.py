@@ -25,15 +25,16 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft import distributed
+from embodied_rft.buffer.buffer import Buffer
+from embodied_rft.buffer.plans import Fresh, Replay
 from embodied_rft.data import Batch
 from embodied_rft.learning.agent import Agent
+from embodied_rft.learning.objective import Metrics, Objective
 from embodied_rft.learning.optimizer import AdamW, gradient_norms
 from embodied_rft.names import nearest
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.options import STRICT
 from embodied_rft.tokens.micro_batches import plan_units
-
-Metrics = dict[str, float]
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -79,11 +80,11 @@ class Learner:
 
     Args:
         agent: whose parts are trained; the objective must have been set up on it.
-        objective: see docs/architecture.md; an optional `every` maps a loss to how many updates lie between its steps.
+        objective: what is learned.
         config: how to take gradients.
     """
 
-    def __init__(self, agent: Agent, objective: Any, config: LearnerConfig | None = None) -> None:
+    def __init__(self, agent: Agent, objective: Objective, config: LearnerConfig | None = None) -> None:
         self.agent, self.objective, self.config = agent, objective, config or LearnerConfig()
         for name in self.config.learning_rates:
             if name not in objective.losses:
@@ -98,9 +99,6 @@ class Learner:
         if self.config.ema is not None:
             shared = {id(p): p for p in agent.policy.parameters() if not p.requires_grad}
             self.averaged = copy.deepcopy(agent.policy, shared).requires_grad_(False)
-        self._every: Mapping[str, int] = getattr(objective, "every", {})
-        self._independent: bool = getattr(objective, "independent", False)
-        self._enough = getattr(objective, "enough", lambda metrics: False)
         self._evaluate = torch.compile(self._sum) if self.config.compile else self._sum
         self._metrics: dict[str, list[Tensor]] = {}
 
@@ -145,9 +143,9 @@ class Learner:
             name = min(unknown)
             raise ValueError(f"there is no loss {name!r}; {nearest(name, self.parameters)}")
         pieces = self._pieces(batch)
-        due = [name for name in self.objective.losses if (self.updates + 1) % self._every.get(name, 1) == 0]
+        due = [name for name in self.objective.losses if (self.updates + 1) % self.objective.every.get(name, 1) == 0]
         due = [name for name in due if only is None or name in only]
-        for names in [due] if self._independent else [[name] for name in due]:
+        for names in [due] if self.objective.independent else [[name] for name in due]:
             if names and not self._step(names, pieces, rng):
                 return False
         self.updates += 1
@@ -182,9 +180,8 @@ class Learner:
 
     def _step(self, names: Sequence[str], pieces: list[Batch], rng: torch.Generator) -> bool:
         """One step of these losses, from one backward pass; False: the objective has seen enough, nothing changed."""
-        if (look := getattr(self.objective, "before_step", None)) is not None:
-            for name in names:
-                look(name, self.agent, pieces, rng)
+        for name in names:
+            self.objective.before_step(name, self.agent, pieces, rng)
         parameters = [p for name in names for p in self.parameters[name]]
         optimizers = [self.optimizers[name] for name in names]
         seen: dict[str, list[Tensor]] = {}
@@ -199,7 +196,7 @@ class Learner:
         now = {key: _together(key, parts) for key, parts in seen.items()}
         for key, number in now.items():
             self._metrics.setdefault(key, []).append(number)
-        if distributed.any_of(self._enough(now)):
+        if distributed.any_of(self.objective.enough(now)):
             for name in names:
                 self.optimizers[name].clear()
             return False
@@ -261,7 +258,7 @@ class Learner:
         assert self.averaged is not None and self.config.ema is not None
         polyak(self.averaged, self.agent.policy, 1 - self.config.ema)
 
-    def learn(self, buffer: Any, rng: np.random.Generator, *, num_updates: int | None = None) -> Metrics:
+    def learn(self, buffer: Buffer, rng: np.random.Generator, *, num_updates: int | None = None) -> Metrics:
         """Read the buffer after the objective's plan: annotate, update, report.
 
         Args:
@@ -274,17 +271,23 @@ class Learner:
         """
         generator = torch.Generator(self.agent.device).manual_seed(int(rng.integers(2**62)))
         reading = self.objective.reading
-        fresh = not hasattr(reading, "num_updates")
         if num_updates is not None:
-            if fresh:
+            if isinstance(reading, Fresh):
                 raise ValueError("num_updates has no effect on an objective that reads fresh data: set its num_epochs")
             reading = replace(reading, num_updates=num_updates)
-        rows = buffer.rows(min_version=self.version - reading.max_lag) if fresh else buffer.rows()
+        oldest = self.version - reading.max_lag if isinstance(reading, Fresh) else None
+        rows = buffer.rows(min_version=oldest)
         noted = self.read(buffer, rows, reading, sampler=rng, rng=generator)
         return noted | self.metrics()
 
     def read(
-        self, buffer: Any, rows: np.ndarray, reading: Any, *, sampler: np.random.Generator, rng: torch.Generator
+        self,
+        buffer: Buffer,
+        rows: np.ndarray,
+        reading: Replay | Fresh,
+        *,
+        sampler: np.random.Generator,
+        rng: torch.Generator,
     ) -> Metrics:
         """Annotate `rows`, then update from every batch of the plan `reading`; what `annotate` found in the data.
 
@@ -293,7 +296,7 @@ class Learner:
         """
         noted = self.objective.annotate(self.agent, buffer, rows, rng)
         distributed.equalize(self.agent.buffers())  # statistics of the data
-        due = getattr(self.objective, "due", lambda iteration: None)(self.iterations)
+        due = self.objective.due(self.iterations)
         for batch in distributed.in_step(reading.batches(buffer, sampler, self.version)):
             if not self.update(batch, rng, only=due):
                 noted = noted | {"learn/stopped_early": 1.0}
@@ -301,9 +304,8 @@ class Learner:
         self.iterations += 1
         if due is not None and "policy" not in due:
             self.agent.version.add_(1)  # what comes next is other experience, though of the same weights
-        if hasattr(self.objective, "after_reading"):
-            self.objective.after_reading(self.agent, buffer, rows)
-            distributed.equalize(self.agent.buffers())
+        self.objective.after_reading(self.agent, buffer, rows)
+        distributed.equalize(self.agent.buffers())
         return noted
 
     def metrics(self) -> Metrics:

@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+from embodied_rft.learning.objective import Objective
 from embodied_rft.options import validate_plugin_config
 from embodied_rft.registry import find
 
@@ -15,13 +16,20 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 
-def build_objective(spec: str | Mapping[str, Any]) -> Any:
+def build_objective(spec: str | Mapping[str, Any]) -> Objective:
     """The objective that "sac" or {"id": "sac", "gamma": 0.98} describes, without networks: `setup` makes those.
 
     Raises:
+        ValueError: the class found by this id is no `Objective`.
         ConfigError: unknown id or option, with the nearest known one.
     """
     options = {"id": spec} if isinstance(spec, str) else dict(spec)
     id = str(options.pop("id", ""))
     config = validate_plugin_config("objective", id, options)
-    return find("objective", id)(config)
+    made = find("objective", id)(config)
+    if not isinstance(made, Objective):
+        raise ValueError(
+            f"objective {id!r} is a {type(made).__name__}, which is none: derive the class from "
+            "embodied_rft.learning.objective.Objective"
+        )
+    return made

@@ -1,4 +1,4 @@
-"""What several objectives share: the type of a loss table, statistics and returns of the data."""
+"""What several objectives share: presets, imitation, returns of the data."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.learner import to_device
 from embodied_rft.learning.returns import monte_carlo, pad_segments
 from embodied_rft.names import nearest
-from embodied_rft.networks.encoder import Encoder
 from embodied_rft.options import STRICT
 from embodied_rft.registry import register
 
-LossFunction = Callable[[Agent, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
-Losses = dict[str, LossFunction]
 T = TypeVar("T", bound=type)
 
 
@@ -77,19 +74,6 @@ def carried_out(batch: Batch, horizon: int) -> Tensor | None:
     span = np.where(span < 0, horizon, span)
     steps = torch.from_numpy(np.arange(horizon)[None, :] < span[:, None])
     return steps.repeat_interleave(batch.action.shape[1] // horizon, 1)
-
-
-def fit_normalizers(agent: Agent, buffer: Any, rows: np.ndarray, *, limit: int = 20_000) -> None:
-    """Give standardising encoders the statistics of at most `limit` rows, spread evenly; once."""
-    own = [m for m in agent.policy.modules() if hasattr(m, "fitted") and not isinstance(m, Encoder)]
-    if len(rows) and any(not bool(m.fitted) for m in own):  # statistics of a policy's own, of actions too
-        agent.policy.fit_statistics(buffer, rows)
-    waiting = agent.normalizers()
-    if waiting and len(rows):
-        spread = rows[:: max(1, len(rows) // limit)][:limit]
-        observation = buffer.batch(spread, next_observation=False).observation
-        for encoder in waiting:
-            encoder.fit({k: v.to(agent.device) for k, v in observation.items() if isinstance(v, Tensor)})
 
 
 def annotate_returns(

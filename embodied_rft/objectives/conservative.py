@@ -17,7 +17,8 @@ from torch import Tensor
 from embodied_rft.data import Batch, Tree
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
-from embodied_rft.objectives.common import annotate_returns, fit_normalizers, preset
+from embodied_rft.learning.objective import fit_normalizers
+from embodied_rft.objectives.common import annotate_returns, preset
 from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig, sample
 from embodied_rft.options import STRICT
 from embodied_rft.pools.spaces import ActionScale

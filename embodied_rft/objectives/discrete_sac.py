@@ -7,9 +7,7 @@ Legend: B rows, E members of the critic, n options.
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import numpy as np
 import torch
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
@@ -19,8 +17,8 @@ from embodied_rft.buffer.plans import Replay, Share
 from embodied_rft.data import Batch, Tree
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
+from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.networks.tensors import polyak
-from embodied_rft.objectives.common import Losses, fit_normalizers
 from embodied_rft.options import STRICT
 from embodied_rft.pools.spaces import one_choice
 from embodied_rft.registry import register
@@ -42,7 +40,7 @@ class DiscreteSACConfig(Replay):
 
 
 @register("objective", "discrete_sac")
-class DiscreteSAC:
+class DiscreteSAC(Objective):
     """Christodoulou 2019: soft actor-critic for discrete actions.
 
     Small tasks learn sooner with {"id": "discrete_sac", "tau": 0.005, "target_every": 1} and one update a decision.
@@ -122,11 +120,6 @@ class DiscreteSAC:
     def _log_prob(self, agent: Agent, observation: Tree) -> Tensor:
         """[B, n]."""
         return agent.policy.log_probs(observation)[0]
-
-    def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
-        """Take the statistics of the observations."""
-        fit_normalizers(agent, buffer, rows)
-        return {}
 
     def after_update(self, agent: Agent, update: int) -> None:
         """Move the target critic when it is time."""

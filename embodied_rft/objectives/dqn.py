@@ -18,8 +18,8 @@ from embodied_rft.buffer.plans import Replay, Share
 from embodied_rft.data import Batch, Decisions, Tree
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
+from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
 from embodied_rft.networks.tensors import polyak
-from embodied_rft.objectives.common import Losses, fit_normalizers
 from embodied_rft.options import STRICT
 from embodied_rft.policy import observe
 from embodied_rft.pools.spaces import one_choice
@@ -40,7 +40,7 @@ class DQNConfig(Replay):
 
 
 @register("objective", "dqn")
-class DQN:
+class DQN(Objective):
     """Deep Q-network (Mnih et al. 2015), with the double estimator (van Hasselt et al. 2016) unless `double` is off.
 
     Dueling is an option of the agent. Example: {"id": "dqn", "target_every": 500, "num_steps": 3}.

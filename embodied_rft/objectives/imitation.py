@@ -19,7 +19,8 @@ from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.plans import Replay
 from embodied_rft.data import Batch
 from embodied_rft.learning.agent import Agent
-from embodied_rft.objectives.common import Losses, fit_normalizers, imitation, segment_returns
+from embodied_rft.learning.objective import Losses, Objective
+from embodied_rft.objectives.common import imitation, segment_returns
 from embodied_rft.options import STRICT
 from embodied_rft.registry import register
 
@@ -104,7 +105,7 @@ class BehaviorCloningConfig:
 
 
 @register("objective", "bc")
-class BehaviorCloning:
+class BehaviorCloning(Objective):
     """Pomerleau 1989: the policy's own `imitation_loss`, averaged over decisions."""
 
     Config = BehaviorCloningConfig
@@ -129,14 +130,6 @@ class BehaviorCloning:
         """Mean imitation loss."""
         loss = imitation(agent, batch, rng).sum() / batch.num_decisions
         return loss, {"policy/loss": loss.detach()}
-
-    def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
-        """Take the statistics of the observations, once."""
-        fit_normalizers(agent, buffer, rows)
-        return {}
-
-    def after_update(self, agent: Agent, update: int) -> None:
-        """Nothing."""
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -13,8 +12,9 @@ from embodied_rft.buffer.plans import Replay, Share
 from embodied_rft.data import Batch
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
+from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.networks.tensors import polyak
-from embodied_rft.objectives.common import Losses, fit_normalizers, imitation
+from embodied_rft.objectives.common import imitation
 from embodied_rft.options import STRICT
 from embodied_rft.registry import register
 
@@ -37,7 +37,7 @@ class IQLConfig(Replay):
 
 
 @register("objective", "iql")
-class IQL:
+class IQL(Objective):
     """Kostrikov et al. 2021: expectile value, one-step critic, advantage-weighted likelihood of the data's actions."""
 
     Config = IQLConfig
@@ -113,11 +113,6 @@ class IQL:
         return torch.where(batch.mask, log_prob, 0.0).sum(1)
 
     # --- around the losses ---------------------------------------------------------------------------------------
-
-    def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
-        """Take the statistics of the observations, once."""
-        fit_normalizers(agent, buffer, rows)
-        return {}
 
     def after_update(self, agent: Agent, update: int) -> None:
         """Move the target critic."""

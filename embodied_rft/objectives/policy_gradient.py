@@ -13,6 +13,7 @@ unit. Legend: B decisions, U units.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -26,15 +27,9 @@ from embodied_rft.buffer.plans import Fresh, Share
 from embodied_rft.data import Batch
 from embodied_rft.learning import losses, returns
 from embodied_rft.learning.agent import Agent
+from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
 from embodied_rft.networks.tensors import polyak
-from embodied_rft.objectives.common import (
-    Losses,
-    fit_normalizers,
-    readable,
-    score_in_chunks,
-    units_of,
-    whole_groups,
-)
+from embodied_rft.objectives.common import readable, score_in_chunks, units_of, whole_groups
 from embodied_rft.objectives.correction import Correction, correct
 from embodied_rft.objectives.credit import Credit
 from embodied_rft.options import STRICT
@@ -121,7 +116,7 @@ class PPOConfig:
 
 
 @register("objective", "ppo")
-class PPO:
+class PPO(Objective):
     """Proximal policy optimisation (Schulman et al. 2017)."""
 
     Config: type = PPOConfig
@@ -139,7 +134,7 @@ class PPO:
         self.joint = False  # whether the value is a head of the policy; known once there is one
         self.losses: Losses = {"value": self.value_loss} if self.uses_value else {}
         self.losses["policy"] = self.policy_loss
-        self.reading = Fresh(
+        self.reading: Fresh = Fresh(
             num_epochs=config.num_epochs,
             batch_size=config.batch_size,
             max_lag=config.max_lag,
@@ -186,7 +181,7 @@ class PPO:
         """Names of the losses that learn in an iteration (from 0) of a stage; None: all."""
         return ["value"] if iteration < self.config.critic_warm_up else None
 
-    def enough(self, metrics: dict[str, Tensor]) -> bool:
+    def enough(self, metrics: Mapping[str, Tensor]) -> bool:
         """Whether the policy has moved so far from the one that acted that this step is not taken, nor any other.
 
         As in stable-baselines3 and Spinning Up: the estimate of this batch exceeds 1.5 target_kl.
@@ -396,9 +391,6 @@ class PPO:
     def after_reading(self, agent: Agent, buffer: Any, rows: np.ndarray) -> None:
         """Take the statistics of the observations now: while they were learned from, ratios had to begin at 1."""
         fit_normalizers(agent, buffer, readable(buffer, rows))
-
-    def after_update(self, agent: Agent, update: int) -> None:
-        """Nothing."""
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------

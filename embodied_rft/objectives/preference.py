@@ -22,7 +22,8 @@ from embodied_rft.buffer.plans import Replay
 from embodied_rft.data import Batch
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
-from embodied_rft.objectives.common import Losses, fit_normalizers, score_in_chunks, segment_returns
+from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
+from embodied_rft.objectives.common import score_in_chunks, segment_returns
 from embodied_rft.options import STRICT
 from embodied_rft.registry import register
 
@@ -163,7 +164,7 @@ class DPOConfig:
 
 
 @register("objective", "dpo")
-class DPO:
+class DPO(Objective):
     """Direct preference optimisation (Rafailov et al. 2023): the margin of log-ratios to a reference."""
 
     Config: type = DPOConfig
@@ -215,7 +216,7 @@ class DPO:
         with torch.no_grad():
             return self.score(agent.parts["reference"], batch)[0]
 
-    def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
+    def annotate(self, agent: Agent, buffer: Buffer, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
         """Write "reference_score", one number a decision."""
         fit_normalizers(agent, buffer, rows)
         if self.config.reference == "start" and len(rows):
@@ -223,9 +224,6 @@ class DPO:
             score = score_in_chunks(lambda b: self.score(agent.parts["reference"], b)[0], batch, agent.device)
             buffer.annotate("reference_score", rows, score.numpy())
         return {}
-
-    def after_update(self, agent: Agent, update: int) -> None:
-        """Nothing."""
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -20,8 +20,9 @@ from embodied_rft.buffer.plans import Replay, Share
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Tree
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
+from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.networks.tensors import as_tensors, polyak
-from embodied_rft.objectives.common import Losses, fit_normalizers, imitation, preset
+from embodied_rft.objectives.common import imitation, preset
 from embodied_rft.options import STRICT
 from embodied_rft.pools.spaces import ActionScale
 from embodied_rft.registry import register
@@ -58,7 +59,7 @@ class SACConfig(Replay):
 
 
 @register("objective", "sac")
-class SAC:
+class SAC(Objective):
     """Soft actor-critic (Haarnoja et al. 2018b) over an ensemble of critics, for policies with an entropy.
 
     Example: {"id": "sac", "num_critics": 10, "critic_layer_norm": True, "offline_share": 0.5, "gamma": 0.98}.
@@ -234,11 +235,6 @@ class SAC:
         return self.config.bc_weight * (each * rows).sum() / batch.num_decisions
 
     # --- around the losses ---------------------------------------------------------------------------------------
-
-    def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
-        """Take the statistics of the observations, once."""
-        fit_normalizers(agent, buffer, rows)
-        return {}
 
     def after_update(self, agent: Agent, update: int) -> None:
         """Move the target critic."""

@@ -6,9 +6,6 @@ penalty cools, so that the policy may leave the data once it knows better.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -17,7 +14,8 @@ from torch import Tensor
 from embodied_rft.buffer.plans import Replay
 from embodied_rft.data import Batch
 from embodied_rft.learning.agent import Agent
-from embodied_rft.objectives.common import Losses, fit_normalizers, preset
+from embodied_rft.learning.objective import Losses, Objective
+from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.deterministic import TD3
 from embodied_rft.objectives.soft_actor_critic import SACConfig
 from embodied_rft.options import STRICT
@@ -36,7 +34,7 @@ class DensityConfig:
 
 
 @register("objective", "density")
-class DensityObjective:
+class DensityObjective(Objective):
     """Fits the part "density", a conditional VAE, to the data's actions (Wu et al. 2022, SPOT, eq. 8)."""
 
     Config = DensityConfig
@@ -58,14 +56,6 @@ class DensityObjective:
         each = agent.parts["density"].negative_elbo(batch.observation, batch.action, beta=self.config.beta, rng=rng)
         loss = each.sum() / batch.num_decisions
         return loss, {"density/negative_elbo": loss.detach()}
-
-    def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
-        """Take the statistics of the observations, once."""
-        fit_normalizers(agent, buffer, rows)
-        return {}
-
-    def after_update(self, agent: Agent, update: int) -> None:
-        """Nothing."""
 
 
 @dataclass(config=STRICT, kw_only=True)

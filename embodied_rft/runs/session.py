@@ -23,6 +23,7 @@ from embodied_rft.experience.collect import Act, Collector
 from embodied_rft.files import write_atomically, write_json
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
+from embodied_rft.learning.objective import Objective
 from embodied_rft.objectives import build_objective
 from embodied_rft.options import to_plain
 from embodied_rft.pools.chunks import fit_pool
@@ -56,7 +57,7 @@ class Session(resume.State):
         self.stopping = False
         self._recipe_kept = False  # in recipe.yaml
         self._resume: dict[str, Any] | None = None
-        self.objective: Any = None
+        self._objective: Objective | None = None
         self._clock = self._saved_at = time.perf_counter()
         pool = fit_pool(self.step_pool("training"), recipe.agent)
         self.agent = build_agent(recipe.agent, pool.observation_space, pool.action_space, rng=self.generator("agent"))
@@ -79,14 +80,20 @@ class Session(resume.State):
             self.generators[name] = spawn_generator(self.recipe.seed, *self.path, *distributed.seed_key(name))
         return self.generators[name]  # type: ignore[return-value]
 
-    def make_objective(self, spec: dict[str, Any]) -> Any:
+    def make_objective(self, spec: dict[str, Any]) -> Objective:
         """The objective {"id": ..., options} that a stage names, with its networks set up on the agent."""
-        self.objective = build_objective(spec)
-        self.objective.setup(self.agent, self.generator("setup"))
-        if distributed.size() > 1 and isinstance(reading := self.objective.reading, Fresh):
+        objective = self._objective = build_objective(spec)
+        objective.setup(self.agent, self.generator("setup"))
+        if distributed.size() > 1 and isinstance(reading := objective.reading, Fresh):
             batch_size = distributed.share(reading.batch_size, "objective.batch_size")
-            self.objective.reading = replace(reading, batch_size=batch_size)
-        return self.objective
+            objective.reading = replace(reading, batch_size=batch_size)
+        return objective
+
+    @property
+    def objective(self) -> Objective:
+        """Of the running stage, whose `prepare` made it."""
+        assert self._objective is not None
+        return self._objective
 
     def make_learner(self, config: LearnerConfig) -> Learner:
         """The learner of the running stage for the current objective, restored if the stage is being resumed."""
@@ -117,16 +124,14 @@ class Session(resume.State):
 
         `rng`: what it draws from; None: the stage's own generator, which goes on from call to call.
         """
-        policy = self.agent.policy
         generator = self.generator("act") if rng is None else on_device(rng, self.agent.device)
-        if greedy and self.learner is not None:
-            policy = self.learner.judged
-        explore = None if greedy else getattr(self.objective, "explore", None)
+        judged = self.learner.judged if greedy and self.learner is not None else None
+        objective = None if greedy else self._objective
 
         def act(observation: Tree) -> Decisions:
-            if explore is not None:
-                return explore(self.agent, observation, rng=generator)
-            return policy.act(observation, greedy=greedy, rng=generator)
+            if objective is not None:
+                return objective.explore(self.agent, observation, generator)
+            return self.agent.act(observation, greedy=greedy, rng=generator, policy=judged)
 
         return act
 
@@ -265,7 +270,7 @@ class Session(resume.State):
             if resumed is None or path != self.path:  # a fresh stage; else: continue inside it
                 self._resume = None
                 self.path, self.progress, self.generators = path, {}, {}
-                self.collector = self.learner = self.objective = None
+                self.collector = self.learner = self._objective = None
                 self.tail = self.tail if stage.measures else None
                 stage.prepare(self)
             else:

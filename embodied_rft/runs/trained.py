@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from embodied_rft.device import seeded
+from embodied_rft.learning.agent import Agent
 from embodied_rft.pools.chunks import BASE_ACTION, chunk_of, find_planner
 from embodied_rft.pools.protocol import is_text
 from embodied_rft.runs import inputs, resume
@@ -83,7 +84,7 @@ def load_policy(
     """
     with opened(folder, checkpoint, device=device, trust=trust) as session:
         pool = session.step_pool("training")
-        return TrainedPolicy(session.agent.policy, pool.observation_space, pool.action_space, seed=session.recipe.seed)
+        return TrainedPolicy(session.agent, pool.observation_space, pool.action_space, seed=session.recipe.seed)
 
 
 class TrainedPolicy:
@@ -92,14 +93,15 @@ class TrainedPolicy:
     Policies that plan chunks keep the rest of their plan between calls: call `reset` when an episode begins.
 
     Args:
-        policy: as an agent has it.
+        agent: who acts.
         observation_space: of a single environment.
         action_space: of a single environment, of one step.
         seed: of what is drawn.
     """
 
-    def __init__(self, policy: Any, observation_space: gym.Space, action_space: gym.Space, *, seed: int = 0) -> None:
-        self.policy, self.observation_space, self.action_space = policy, observation_space, action_space
+    def __init__(self, agent: Agent, observation_space: gym.Space, action_space: gym.Space, *, seed: int = 0) -> None:
+        self.agent, self.policy = agent, (policy := agent.policy)
+        self.observation_space, self.action_space = observation_space, action_space
         weights = next(iter(policy.parameters()), None)
         self.rng = seeded(seed, "cpu" if weights is None else weights.device)
         self._chunk, self._planner = chunk_of(policy.spec), find_planner(policy)
@@ -127,11 +129,11 @@ class TrainedPolicy:
                 self._base = list(np.swapaxes(self._planner.plan(tree, rng=self.rng), 0, 1))
             tree = {**tree, BASE_ACTION: self._base.pop(0)}
         if self._chunk is None:
-            action = self.policy.act(tree, greedy=greedy, rng=self.rng).action
+            action = self.agent.act(tree, greedy=greedy, rng=self.rng).action
             return action[0] if single else action
         if not self._plan or len(self._plan[0]) != len(next(iter(tree.values()))):
             horizon, execute = self._chunk
-            chunks = np.asarray(self.policy.act(tree, greedy=greedy, rng=self.rng).action)
+            chunks = np.asarray(self.agent.act(tree, greedy=greedy, rng=self.rng).action)
             self._plan = list(np.swapaxes(chunks.reshape(len(chunks), horizon, -1), 0, 1)[:execute])
         action = self._plan.pop(0)
         return action[0] if single else action

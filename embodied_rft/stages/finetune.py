@@ -21,6 +21,7 @@ from embodied_rft.buffer.plans import Replay, Share
 from embodied_rft.data import Decisions, Tree
 from embodied_rft.experience.collect import Endless, Recording
 from embodied_rft.learning.learner import LearnerConfig
+from embodied_rft.learning.objective import Objective
 from embodied_rft.objectives import build_objective
 from embodied_rft.options import STRICT, plugin_spec
 from embodied_rft.registry import register
@@ -77,7 +78,7 @@ class Finetune(Stage):
                 say_once(self.objective, batch_size=self.batch_size, offline_share=self.offline_share)
             else:
                 self._check_fresh()
-            self._check_iteration(getattr(objective, "needs_groups", False))
+            self._check_iteration(objective.needs_groups)
             if self.until is not None and self.until.success is not None and self.evaluate_every is None:
                 raise ValueError("until.success reads the learning curve, and there is none: set evaluate_every")
 
@@ -127,11 +128,10 @@ class Finetune(Stage):
         self._check_room(session, amount)
         self._begin_anew(session, collector.begin_anew())
         progress.setdefault("decisions", 0)
-        schedule = getattr(session.objective, "schedule", lambda decisions: None)
         with self._recorder(session, amount) as record, session.logger.progress(self.title, config.decisions) as bar:
             while progress["decisions"] < config.decisions and not self._reached(session):
                 learner.anneal(progress["decisions"] / config.decisions)
-                schedule(progress["decisions"])
+                session.objective.schedule(progress["decisions"])
                 recording = record(lambda: self._learn_replay(session, amount))
                 rows = self._write(session, recording)
                 new = sum(distributed.gather(recording.decisions))
@@ -236,7 +236,7 @@ class Finetune(Stage):
         annotate_once(session)
         amount = sum(distributed.gather(amount))
         ratio = self.config.updates_per_decision
-        ratio = published_ratio(session.objective) if ratio is None else ratio
+        ratio = session.objective.updates_per_decision if ratio is None else ratio
         owed = session.progress.get("owed", 0.0) + amount * ratio
         session.progress["owed"] = owed - int(owed)
         plan = off_policy_plan(session.objective, int(owed), self.config.batch_size, self.config.offline_share)
@@ -286,12 +286,7 @@ def annotate_once(session: Session) -> None:
         session.progress["annotated"] = True
 
 
-def published_ratio(objective: Any) -> float:
-    """Updates for each decision where a recipe says nothing: what the objective declares, else 1."""
-    return float(getattr(objective, "updates_per_decision", 1.0))
-
-
-def off_policy_plan(objective: Any, updates: int, batch_size: int | None, offline_share: float | None) -> Replay:
+def off_policy_plan(objective: Objective, updates: int, batch_size: int | None, offline_share: float | None) -> Replay:
     """The objective's reading plan with the stage's numbers; a plan for fresh data is refused."""
     if not isinstance(objective.reading, Replay):
         raise ValueError(
@@ -330,14 +325,11 @@ def delayed_actor(session: Session) -> tuple[Callable[[Tree], Decisions], Callab
     """(act, refresh): acts with a copy of the agent that `refresh` brings up to date, safe beside a learning thread."""
     copied = copy.deepcopy(session.agent)
     generator, objective = session.generator("act"), session.objective
-    explore = getattr(objective, "explore", None)
 
-    def act(observation: Tree) -> Decisions:
-        if explore is not None:
-            return explore(copied, observation, rng=generator)
-        return copied.policy.act(observation, greedy=False, rng=generator)
+    def refresh() -> None:
+        copied.load_state_dict(session.agent.state_dict())
 
-    return act, lambda: copied.load_state_dict(session.agent.state_dict())
+    return lambda observation: objective.explore(copied, observation, generator), refresh
 
 
 def headline(metrics: dict[str, Any]) -> dict[str, Any]:
