@@ -82,13 +82,14 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     return _complete(tree, [RunFolder(beside).plugins, Path.cwd(), beside])
 
 
-def recipe_of(text: str, folder: Path, *, trust: bool = False) -> Recipe:
+def recipe_of(text: str, folder: Path, *, trust: bool = False, environments: bool = True) -> Recipe:
     """The recipe that `dump_recipe` wrote, for a run in `folder`, which its files are relative to.
 
     Args:
         text: of the recipe.
         folder: of the run.
         trust: code that the recipe names may run: plug-ins in the folder, classes, pickles.
+        environments: whether any are made; else nothing of `env` runs, and plug-ins that are not there are left out.
 
     Raises:
         ConfigError: as `load_recipe`; code that is not trusted.
@@ -97,11 +98,12 @@ def recipe_of(text: str, folder: Path, *, trust: bool = False) -> Recipe:
     if not isinstance(tree, dict):
         raise ConfigError(f"the recipe in {folder} must be a mapping; it holds {type(tree).__name__}")
     if not trust:
-        trusting.refuse(tree, folder)
-    return _complete(_anchored(tree, folder), [RunFolder(folder).plugins] if trust else [])
+        trusting.refuse(tree, folder, environments=environments)
+    folders = [RunFolder(folder).plugins] if trust else []
+    return _complete(_anchored(tree, folder), folders, missing_ok=not environments)
 
 
-def _complete(tree: dict[str, Any], folders: Sequence[Path]) -> Recipe:
+def _complete(tree: dict[str, Any], folders: Sequence[Path], *, missing_ok: bool = False) -> Recipe:
     """Import the plug-ins of a raw recipe, which may lie in `folders`, then validate it."""
     plugins = tree.get("plugins") or []
     if not isinstance(plugins, list):
@@ -113,17 +115,19 @@ def _complete(tree: dict[str, Any], folders: Sequence[Path]) -> Recipe:
         if folder.is_dir() and str(folder) not in sys.path:
             sys.path.append(str(folder))
     for module in plugins:
-        _import_plugin(module, folders)
+        _import_plugin(module, folders, missing_ok=missing_ok)
     return parse(Recipe, tree)
 
 
-def _import_plugin(module: Any, folders: Sequence[Path]) -> None:
+def _import_plugin(module: Any, folders: Sequence[Path], *, missing_ok: bool) -> None:
     """Import a module that a recipe names, so that what it registers is known."""
     try:
         importlib.import_module(str(module))
     except ModuleNotFoundError as error:
         if error.name != str(module).partition(".")[0]:
             raise  # the plug-in exists; something that it needs does not
+        if missing_ok:
+            return
         looked = " or ".join(dict.fromkeys(map(str, folders))) or "a trusted folder"
         raise ConfigError(f"plugins: no module {str(module)!r}, neither installed nor in {looked}") from error
     except SystemExit as error:

@@ -7,6 +7,7 @@ with the same bits as one that was not. Structure (which networks exist) is neve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from embodied_rft.device import generator_state
 from embodied_rft.experience.collect import Collector
 from embodied_rft.learning.learner import Learner
 from embodied_rft.options import parse_stages, to_plain
+from embodied_rft.pools.described import Description
 from embodied_rft.runs.checkpoint import Checkpoints
 from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.log import Logger
@@ -36,8 +38,10 @@ Which = Literal["newest", "best"]
 class State(Rig):
     """All that the future of a run follows from; `agent` is set by whoever builds on this."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, logger: Logger, *, text: str) -> None:
-        super().__init__(recipe, logger)
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, logger: Logger, *, text: str, described: Sequence[Description | None]
+    ) -> None:
+        super().__init__(recipe, logger, described)
         self.folder = folder
         self.recipe_text = text  # as it is kept: files by their names in the folder
         self.stages = recipe.stages
@@ -69,6 +73,7 @@ def snapshot(session: State, *, finished: bool) -> dict[str, Any]:
         **inside,
         "counters": session.counters,
         "records": session.records,
+        "spaces": session.spaces,
         "agent": session.agent.finite_state(),
         "buffer": session.buffer_state(),
         "logger": session.logger.state_dict(),

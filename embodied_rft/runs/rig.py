@@ -6,7 +6,7 @@ of their own, and the experience so far is carried over as far as they can read 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from embodied_rft.experience.collect import action_field
 from embodied_rft.experience.recut import chunk_trajectories
 from embodied_rft.learning.agent import Agent, Spaces
 from embodied_rft.pools.chunks import QueuedPool, chunk_of, find_planner, fit_pool
+from embodied_rft.pools.described import DescribedPool, Description, describe_pool
 from embodied_rft.pools.making import make_single
 from embodied_rft.pools.pool import num_envs_for, open_pool
 from embodied_rft.pools.protocol import Pool, Purpose
@@ -29,13 +30,21 @@ from embodied_rft.runs.recipe import Recipe
 
 
 class Rig:
-    """Pools, schema and buffer for `agent`, which whoever builds on this sets first."""
+    """Pools, schema and buffer for `agent`, which whoever builds on this sets first.
+
+    Args:
+        recipe: of the run.
+        logger: of the run.
+        described: the environments are not made; this is what they show and take (see `spaces`).
+    """
 
     agent: Agent
 
-    def __init__(self, recipe: Recipe, logger: Logger) -> None:
+    def __init__(self, recipe: Recipe, logger: Logger, described: Sequence[Description | None] = ()) -> None:
         self.recipe, self.logger = recipe, logger
         self.env = recipe.env  # as it is now: a stage may change its options
+        self.spaces: list[Description | None] = []  # of the first environments, and of each that came in their place
+        self._described, self._replaced = described, 0
         self._pools: dict[str, Pool] = {}  # of single steps, as the environment offers them
         self._fitted: dict[str, Pool] = {}  # as the current policy acts: in steps, in chunks, or along a plan
         self._buffer: Buffer | None = None
@@ -46,11 +55,18 @@ class Rig:
     def step_pool(self, purpose: Purpose) -> Pool:
         """The environments for "training" or "evaluation", one decision a step; made once."""
         if purpose not in self._pools:
-            num_envs = num_envs_for(self.env, purpose)
-            if purpose == "training":
-                num_envs = distributed.share(num_envs, "env.num_envs")
-            self._pools[purpose] = open_pool(self.env, purpose=purpose, num_envs=num_envs)
+            self._pools[purpose] = pool = self._make_pool(purpose)
+            self.spaces[self._replaced :] = [describe_pool(pool)]
         return self._pools[purpose]
+
+    def _make_pool(self, purpose: Purpose) -> Pool:
+        known = self._described[self._replaced] if self._replaced < len(self._described) else None
+        if known is not None:
+            return DescribedPool(known)
+        num_envs = num_envs_for(self.env, purpose)
+        if purpose == "training":
+            num_envs = distributed.share(num_envs, "env.num_envs")
+        return open_pool(self.env, purpose=purpose, num_envs=num_envs)
 
     def pool(self, purpose: Purpose) -> Pool:
         """The environments as the current policy acts in them."""
@@ -131,6 +147,7 @@ class Rig:
         """The environments from here on have these options, too; experience that lacks what they show is dropped."""
         old_schema = self.schema()
         self.close_pools()
+        self._replaced += 1
         self.env = replace(self.env, options={**self.env.options, **options})
         if self._new_schema() != old_schema and self._buffer is not None:
             self._buffer = None

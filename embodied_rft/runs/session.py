@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from embodied_rft.learning.objective import Objective
 from embodied_rft.objectives import build_objective
 from embodied_rft.options import to_plain
 from embodied_rft.pools.chunks import fit_pool
+from embodied_rft.pools.described import Description
 from embodied_rft.pools.promises import held_out
 from embodied_rft.pools.protocol import Pool
 from embodied_rft.runs import resume
@@ -48,9 +50,17 @@ class Interrupted(KeyboardInterrupt):
 class Session(resume.State):
     """The state of a run. Stages use its parts; see `stages` for how."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, *, quiet: bool = False, text: str | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        *,
+        quiet: bool = False,
+        text: str | None = None,
+        described: Sequence[Description | None] = (),
+    ) -> None:
         logger = Logger(folder, recipe.logging, quiet=quiet, recipe=to_plain(recipe))
-        super().__init__(recipe, folder, logger, text=text or dump_recipe(recipe))
+        super().__init__(recipe, folder, logger, text=text or dump_recipe(recipe), described=described)
         self.checkpoints = Checkpoints(self.folder.checkpoints, keep=2, holds=resume.HOLDS)
         self._said: set[str] = set()
         self.stage_name = ""  # its title

@@ -32,17 +32,24 @@ from embodied_rft.runs.yaml_tree import read_yaml
 
 @contextmanager
 def opened(
-    folder: str | Path, which: Which = "newest", *, device: str = "auto", trust: bool = False
+    folder: str | Path,
+    which: Which = "newest",
+    *,
+    device: str = "auto",
+    trust: bool = False,
+    environments: bool = True,
 ) -> Iterator[Session]:
     """A session with the policy of a run, and an empty folder of its own that is removed at the end.
 
-    Its training pool holds one environment. Where the run was trained does not matter for `device`. Code that the run
-    brings along is only run with `trust` (docs/security.md).
+    Its training pool holds one environment; without `environments` it only has their spaces, as far as the checkpoint
+    tells them, so that nothing of them needs to be installed. Where the run was trained does not matter for `device`.
+    Code that the run brings along is only run with `trust` (docs/security.md).
     """
     run = RunFolder(Path(folder).absolute())
     state = read_state(run, which)
-    recipe = recipe_of(state["recipe"], run.path, trust=trust)
-    say(read_yaml(state["recipe"]), run.path)
+    described = () if environments or None in state.get("spaces", [None]) else state["spaces"]
+    recipe = recipe_of(state["recipe"], run.path, trust=trust, environments=not described)
+    say(read_yaml(state["recipe"]), run.path, environments=not described)
     for path, digest in recipe.inputs.items():
         if Path(path).exists() and inputs.hash_of(Path(path)) != digest:
             raise ValueError(f"{path} is not what it was when the run in {run} read it")
@@ -50,7 +57,7 @@ def opened(
     silent = LogConfig(console=False, csv=False)
     with tempfile.TemporaryDirectory(prefix="erft-") as scratch:
         changed = replace(recipe, env=env, logging=silent, device=device)
-        session = Session(changed, RunFolder(scratch), quiet=True, text=state["recipe"])
+        session = Session(changed, RunFolder(scratch), quiet=True, text=state["recipe"], described=described)
         try:
             resume.load_weights(session, state)
             averaged = (state["learner"] or {}).get("averaged")
@@ -68,7 +75,7 @@ def opened(
 def load_policy(
     folder: str | Path, *, checkpoint: Which = "newest", device: str = "auto", trust: bool = False
 ) -> TrainedPolicy:
-    """The trained policy of a run folder, for one's own loop.
+    """The trained policy of a run folder, for one's own loop; the environment is not made.
 
         policy = load_policy("runs/demo")
         action = policy(observation)
@@ -82,7 +89,7 @@ def load_policy(
     Raises:
         ValueError: no run or no such checkpoint in the folder, or code that is not trusted.
     """
-    with opened(folder, checkpoint, device=device, trust=trust) as session:
+    with opened(folder, checkpoint, device=device, trust=trust, environments=False) as session:
         pool = session.step_pool("training")
         return TrainedPolicy(session.agent, pool.observation_space, pool.action_space, seed=session.recipe.seed)
 

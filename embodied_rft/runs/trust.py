@@ -22,33 +22,35 @@ logger = logging.getLogger(__name__)
 NAMES_CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w./-]*")  # module:Name
 
 
-def refuse(tree: Mapping[str, Any], folder: Path) -> None:
+def refuse(tree: Mapping[str, Any], folder: Path, *, environments: bool = True) -> None:
     """Refuse the recipe of a run folder if it names code that is not installed, or something to be unpickled.
 
     Raises:
         ConfigError: with what it names, and how to say that it may run.
     """
-    if found := foreign_code(tree):
+    if found := foreign_code(tree, environments=environments):
         raise ConfigError(
             f"the recipe in {folder} runs code that is not installed here: {', '.join(found[:6])}. If you made this "
             "run or have read that code, say so: --trust on the command line, trust=True in Python (docs/security.md)."
         )
 
 
-def say(tree: Mapping[str, Any], folder: Path) -> None:
+def say(tree: Mapping[str, Any], folder: Path, *, environments: bool = True) -> None:
     """A warning in the log that a trusted run brings code along, and which."""
-    if found := foreign_code(tree):
+    if found := foreign_code(tree, environments=environments):
         logger.warning("trusted: code that comes with the run in %s runs (%s)", folder, ", ".join(found[:6]))
 
 
-def foreign_code(tree: Mapping[str, Any]) -> list[str]:
+def foreign_code(tree: Mapping[str, Any], *, environments: bool = True) -> list[str]:
     """["plugins: corridor", "env.id: mine:Reach-v0", "agent.trust: True"]: what of a recipe would run as code.
 
-    Modules that are installed as packages are none of it, where they are only imported.
+    Modules that are installed as packages are none of it, where they are only imported; nor is anything of `env` where
+    no environments are made.
     """
     plugins = tree.get("plugins") or []
     found = [f"plugins: {name}" for name in plugins if not is_installed(str(name))] if isinstance(plugins, list) else []
-    for path, value in _leaves({key: value for key, value in tree.items() if key != "plugins"}):
+    passed_by = ("plugins",) if environments else ("plugins", "env")
+    for path, value in _leaves({key: value for key, value in tree.items() if key not in passed_by}):
         last = path.rpartition(".")[2]
         if last == "trust" and value:
             found.append(f"{path}: {value}")

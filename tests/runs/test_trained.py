@@ -21,6 +21,8 @@ from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
 from embodied_rft.options import ConfigError, parse_stages
+from embodied_rft.runs.checkpoint import Checkpoints
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.judge import evaluate_run
 from embodied_rft.runs.play import play
 from embodied_rft.runs.recipe import load_recipe
@@ -137,6 +139,63 @@ def test_everything_computes_on_the_gpu_and_goes_on_elsewhere(tmp_path, objectiv
     online["finetune"]["decisions"] = 600
     train(short(device="cpu", stages=stages), tmp_path / "run", quiet=True, report=False)
     assert evaluate_run(tmp_path / "run", episodes=2, device="cuda").episodes == 2
+
+
+# --- where the environment is not ---
+
+CORRIDOR = """
+import gymnasium
+import numpy as np
+
+class Corridor(gymnasium.Env):
+    observation_space = gymnasium.spaces.Dict({
+        "place": gymnasium.spaces.Box(-5, 5, (2,), np.float64), "door": gymnasium.spaces.Discrete(3, start=1)})
+    action_space = gymnasium.spaces.Box(-2, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.place = 0, self.np_random.uniform(-1, 1, 2)
+        return {"place": self.place, "door": 2}, {}
+
+    def step(self, action):
+        self.steps += 1
+        return {"place": self.place, "door": 1}, float(action[0]), False, self.steps == 5, {}
+
+gymnasium.register("Corridor-v0", Corridor)
+"""
+
+
+def test_a_policy_needs_no_environment(tmp_path, monkeypatch):
+    (tmp_path / "long_corridor.py").write_text(CORRIDOR)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stages = [
+        {"finetune": {"objective": "sac", "decisions": 40, "decisions_per_iteration": 20}},
+        {"adapt": {"with": "residual"}},
+        {"finetune": {"objective": "sac", "decisions": 40, "decisions_per_iteration": 20}},
+    ]
+    env = {"id": "long_corridor:Corridor-v0", "num_envs": 2}
+    train(short(env=env, stages=stages), tmp_path / "run", quiet=True, report=False)
+    seen = {"place": np.ones(2), "door": 3}
+    expected = load_policy(tmp_path / "run", trust=True)(seen)
+    (tmp_path / "long_corridor.py").unlink()
+    shutil.rmtree(tmp_path / "run" / "inputs")
+    monkeypatch.delitem(sys.modules, "long_corridor")
+    monkeypatch.delitem(gymnasium.registry, "Corridor-v0")
+    with pytest.raises(ValueError, match="long_corridor"):
+        evaluate_run(tmp_path / "run", episodes=1, trust=True)
+    policy = load_policy(tmp_path / "run")  # no code of the run's own runs: nobody needs to trust it
+    np.testing.assert_array_equal(policy(seen), expected)
+    assert policy.action_space == gymnasium.spaces.Box(-2, 1, (2,), np.float32)
+
+
+def test_a_checkpoint_that_tells_no_spaces_asks_the_environment(run, tmp_path):
+    old = RunFolder(shutil.copytree(run, tmp_path / "old"))
+    step, state = Checkpoints(old.checkpoints).newest()
+    assert state.pop("spaces")
+    shutil.rmtree(old.checkpoints)
+    Checkpoints(old.checkpoints).write(step, state)
+    seen = {key: np.zeros(space.shape) for key, space in load_policy(run).observation_space.spaces.items()}
+    np.testing.assert_array_equal(load_policy(old)(seen), load_policy(run)(seen))
 
 
 # --- in another run ---
