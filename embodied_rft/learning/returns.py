@@ -6,7 +6,9 @@ Shapes: S segments (consecutive decisions of one episode) padded to T decisions 
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -191,17 +193,50 @@ def without_spread(returns: Tensor, group: np.ndarray, size: Tensor | None = Non
     return (high - low <= SAME * largest)[index]
 
 
-def standardize(values: Tensor, mask: Tensor) -> Tensor:
+class Moments(NamedTuple):
+    """What standardising must know of numbers; of parts, `moments_together` makes those of the whole."""
+
+    count: int
+    mean: float
+    squares: float  # sum of squared distances from the mean
+    low: float
+    high: float
+
+
+def moments(values: Tensor) -> Moments:
+    """Those of all `values`, at least one, in double precision."""
+    values = values.double()
+    mean = values.mean()
+    numbers = torch.stack([mean, (values - mean).square().sum(), values.min(), values.max()])
+    return Moments(values.numel(), *numbers.tolist())
+
+
+def moments_together(parts: Sequence[Moments]) -> Moments:
+    """Those of the numbers of all parts, at least one (Chan et al. 1979, eq. 2.1, for any number of parts)."""
+    counts, means, squares, lows, highs = zip(*parts, strict=True)
+    mean = math.fsum(n * m for n, m in zip(counts, means, strict=True)) / sum(counts)
+    apart = (n * (m - mean) ** 2 for n, m in zip(counts, means, strict=True))
+    return Moments(sum(counts), mean, math.fsum((*squares, *apart)), min(lows), max(highs))
+
+
+def standardize(values: Tensor, mask: Tensor, whole: Moments | None = None, *, correction: int = 0) -> Tensor:
     """Shift and scale to mean 0 and standard deviation 1 over what is under a True mask of the same shape.
 
     Numbers that differ by rounding only become exactly 0: no credit is made of it.
+
+    Args:
+        values: of any shape.
+        mask: what counts; the rest becomes 0.
+        whole: of the numbers that these are a part of; None: of themselves.
+        correction: 1: the deviation is a sample's, its squares are divided by the count less 1 (Bessel).
     """
-    kept = values[mask].double()
-    if not len(kept):
+    if whole is None and not mask.any():
         return torch.zeros_like(values)
-    if bool(kept.max() - kept.min() <= SAME * kept.abs().max()):
+    m = moments(values[mask]) if whole is None else whole
+    if m.high - m.low <= SAME * max(abs(m.low), abs(m.high)):
         return torch.zeros_like(values)
-    return torch.where(mask, ((values - kept.mean()) / (kept.std(correction=0) + 1e-8)).to(values), 0.0)
+    deviation = math.sqrt(m.squares / (m.count - correction))
+    return torch.where(mask, (values - m.mean) / (deviation + 1e-8), 0.0)
 
 
 def overlong_penalty(length: Tensor, *, limit: int, margin: int) -> Tensor:

@@ -23,6 +23,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from embodied_rft import distributed
 from embodied_rft.buffer.plans import Fresh, Share
 from embodied_rft.data import Batch
 from embodied_rft.learning import losses, returns
@@ -58,7 +59,9 @@ class PPOConfig:
     trace_decay: Share = 0.95  # lambda of "gae"
     unit_gamma: Share = 1.0  # from one unit to the next, of "bi_level_gae"
     unit_trace_decay: Share = 1.0  # lambda inside a decision, of "bi_level_gae"
-    normalize_advantage: bool = True  # over everything read at once, not over a minibatch
+    # standardised over everything read at once, or over each minibatch, as stable-baselines3 and CleanRL do: there no
+    # advantage exceeds the root of batch_size
+    normalize_advantage: Literal["iteration", "minibatch", False] = "iteration"
     reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward
     scale_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     overlong: tuple[int, int] | None = None  # (limit, margin) in units: longer decisions lose up to 1 (DAPO, eq. 13)
@@ -131,6 +134,11 @@ class PPO(Objective):
         self.prefix = "unit_" if self.per_unit else ""  # of the notes that credit writes
         if config.critic_warm_up and not self.uses_value:
             raise ValueError(f"critic_warm_up has no effect: credit {config.credit!r} has no value that could learn")
+        if config.normalize_advantage == "minibatch" and config.batch_size == 1 and not self.per_unit:
+            raise ValueError(
+                'normalize_advantage "minibatch" leaves nothing of the advantage of a single decision: set batch_size '
+                "to at least 2"
+            )
         self.joint = False  # whether the value is a head of the policy; known once there is one
         self.losses: Losses = {"value": self.value_loss} if self.uses_value else {}
         self.losses["policy"] = self.policy_loss
@@ -188,6 +196,20 @@ class PPO(Objective):
         """
         limit, kl = self.config.target_kl, metrics.get("policy/kl")
         return limit is not None and kl is not None and float(kl) > 1.5 * limit
+
+    def before_step(self, name: str, agent: Agent, pieces: list[Batch], rng: torch.Generator) -> None:
+        """Standardise the advantages of a minibatch over all its micro-batches, of all processes."""
+        if name != "policy" or self.config.normalize_advantage != "minibatch":
+            return
+        note = f"{self.prefix}advantage"
+        masks = [b.mask if self.per_unit else torch.ones_like(b.notes[note], dtype=torch.bool) for b in pieces]
+        own = [kept for b, mask in zip(pieces, masks, strict=True) if len(kept := b.notes[note][mask])]
+        given = [returns.Moments(*m) for one in distributed.gather([returns.moments(x) for x in own]) for m in one]
+        if not given:
+            return
+        whole = returns.moments_together(given)
+        for piece, mask in zip(pieces, masks, strict=True):
+            piece.notes[note] = returns.standardize(piece.notes[note], mask, whole, correction=1)
 
     # --- losses, in update order ---------------------------------------------------------------------------------
 
@@ -370,7 +392,7 @@ class PPO(Objective):
     def _write(self, buffer: Any, order: np.ndarray, batch: Batch, credited: dict[str, Tensor], live: Tensor) -> None:
         """Put into the buffer what the losses read."""
         c = self.config
-        if c.normalize_advantage:
+        if c.normalize_advantage == "iteration":
             counted = batch.mask & live[:, None] if self.per_unit else live
             credited["advantage"] = returns.standardize(credited["advantage"], counted)
         if c.value_clip is not None and self.uses_value:

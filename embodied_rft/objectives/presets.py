@@ -74,7 +74,8 @@ class DPPO(PPO):
     """PPO through the denoising steps of a diffusion policy (Ren et al. 2024, DPPO), with the options of its code.
 
     A step's ratio is the geometric mean over the numbers of the chunk that are executed, early steps are clipped more
-    and count less. Not in it: log-probabilities clamped to [-5, 2], noise clipped at 3 deviations, a learned noise.
+    and count less. Not in it: log-probabilities clamped to [-5, 2], noise clipped at 3 deviations, a learned noise; its
+    code standardises each minibatch, which is normalize_advantage: minibatch.
     """
 
 
@@ -94,7 +95,7 @@ class ReinFlow(PPO):
 
     One ratio a decision: the chain's, a geometric mean over steps and numbers, as in its code; the entropy, likewise a
     mean, is rewarded. Not in it: the density of the first noise (it cancels in the ratio), the hold and decay of the
-    largest width, the Wasserstein penalty.
+    largest width, the Wasserstein penalty; its code, too, standardises each minibatch.
     """
 
 

@@ -25,6 +25,7 @@ TINY = {"id": "language", "model": {"tiny": {"hidden_size": 32}}, "max_new_token
 CASES = {
     "gaussian": ({"id": "gaussian", "hidden": [16]}, {"id": "bc"}, {}),
     "language": (TINY, {"id": "grpo"}, {"micro_units": 120}),
+    "minibatch": (TINY, {"id": "grpo", "normalize_advantage": "minibatch"}, {"micro_units": 120}),
     "lora": (TINY | {"train": "lora", "lora": {"rank": 4}}, {"id": "grpo"}, {}),
 }
 UPDATES = 3

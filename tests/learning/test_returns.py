@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from embodied_rft.learning.returns import (
     gae,
     group_advantages,
+    moments,
+    moments_together,
     monte_carlo,
     n_step_return,
     pad_segments,
@@ -154,6 +156,25 @@ def test_small_rewards_are_no_rounding():
     expected = (kept - kept.mean()) / (kept.std() + 1e-8)
     np.testing.assert_allclose(shown[[0, 1, 3]].numpy(), expected, rtol=1e-6)
     assert float(shown[2]) == 0.0
+
+
+@given(st.integers(0, 999), st.lists(st.integers(0, 40), min_size=1, max_size=5), st.floats(-3, 3), st.integers(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_parts_are_standardised_as_the_whole(seed, sizes, shift, correction):
+    """However it is cut; what does not count becomes 0; `correction` is that of NumPy's std."""
+    rng = np.random.default_rng(seed)
+    whole, counts = rng.normal(shift, 10.0**shift, sum(sizes)), rng.random(sum(sizes)) < 0.8
+    parts = [torch.from_numpy(x) for x in np.split(whole, np.cumsum(sizes)[:-1])]
+    masks = [torch.from_numpy(x) for x in np.split(counts, np.cumsum(sizes)[:-1])]
+    known = [moments(part[mask]) for part, mask in zip(parts, masks, strict=True) if mask.any()]
+    if not known:
+        return
+    known = moments_together(known)
+    shown = [standardize(part, mask, known, correction=correction) for part, mask in zip(parts, masks, strict=True)]
+    kept, expected = whole[counts], np.zeros(len(whole))
+    if len(kept) > 1:
+        expected[counts] = (kept - kept.mean()) / (kept.std(ddof=correction) + 1e-8)
+    np.testing.assert_allclose(torch.cat(shown).numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_pad_segments():

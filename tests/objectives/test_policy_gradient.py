@@ -254,27 +254,6 @@ def test_groups_without_spread_are_dropped_and_counted():
     assert set(counts.values()) == {8 * objective.config.num_epochs}  # whole groups, each once an epoch
 
 
-@pytest.mark.parametrize(
-    "spec", [{"id": "ppo", "value_hidden": [8]}, {"id": "reinforce_pp"}], ids=lambda spec: spec["id"]
-)
-def test_advantages_are_standardised_over_what_is_read_alone(spec):
-    """Hidden decisions (rejected ones here) neither shift nor scale the others, and are exactly 0."""
-    lab = Lab()
-    objective = lab.objective({**spec, "correction": {"how": "reject", "limit": 1.05}})
-    lab.collect(64)
-    column = lab.buffer._ragged["log_prob/"]
-    column.values[: column.used] -= np.where(np.arange(column.used) % 9 == 0, 1.0, 0.0).astype(np.float32)
-    rows = lab.buffer.rows()
-    objective.annotate(lab.agent, lab.buffer, rows, lab.rng)
-    batch = lab.buffer.batch(rows)
-    live = batch.notes["live"] == 1
-    advantage = batch.notes[f"{objective.prefix}advantage"]
-    shown = advantage[live][batch.mask[live]] if objective.per_unit else advantage[live]
-    assert 0 < int(live.sum()) < len(batch)
-    assert abs(float(shown.mean())) < 1e-5 and float(shown.std(correction=0)) == pytest.approx(1, abs=1e-4)
-    assert (torch.where(batch.mask, advantage, 0.0) if objective.per_unit else advantage)[~live].abs().sum() == 0
-
-
 def test_dynamic_sampling_waits_until_enough_groups_have_spread():
     lab = Lab()
     lab.objective({"id": "dapo", "min_groups": 12, "batch_size": 512})
@@ -474,6 +453,8 @@ def test_learning_repeats_to_the_bit():
         ({"id": "grpo", "kl_weight": -1.0}, "at least 0"),
         ({"id": "grpo", "normalizer_units": 5.0}, "no effect"),
         ({"id": "ppo", "ratio": "none"}, "clipping has no effect"),
+        ({"id": "ppo", "normalize_advantage": "minibatch", "batch_size": 1}, "batch_size to at least 2"),
+        ({"id": "ppo", "normalize_advantage": True}, "minibatch"),
         ({"id": "dapo", "overlong": (4, 6)}, "margin <= limit"),
         ({"id": "ppo", "correction": {"how": "truncat"}}, "truncate"),
         ({"id": "grp"}, "did you mean 'grpo'"),

@@ -441,3 +441,26 @@ def test_ppo_equals_stable_baselines3():
         assert learner.update(batch, torch.Generator()) is not stops
         changed = any(not torch.equal(p, q) for p, q in zip(parameters, weights, strict=True))
         assert changed is not stops and learner.updates == int(not stops)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 7])
+def test_an_iteration_of_ppo_ends_with_the_weights_of_stable_baselines3(micro_batch):
+    """Three minibatches in SB3's order: advantages standardised over each, entropy, value, joint clipping, Adam."""
+    model, buffer = sb3_rollout()
+    model.normalize_advantage, model.batch_size, model.max_grad_norm = True, 30, 0.1
+    agent = Agent(Peer(copy.deepcopy(model.policy)), Spaces(Drift.observation_space, Drift.action_space), rng=None)
+    spec = {"id": "ppo", "gamma": 0.9, "normalize_advantage": "minibatch", "entropy_weight": 0.03, "value_weight": 0.8}
+    objective = build_objective(spec)
+    objective.setup(agent)
+    config = LearnerConfig(learning_rate=model.learning_rate, epsilon=1e-5, clip_norm=0.1, micro_batch=micro_batch)
+    learner = Learner(agent, objective, config)
+    objective.annotate(agent, buffer, rows := buffer.rows(), torch.Generator())
+    start = nn.utils.parameters_to_vector(model.policy.parameters()).detach()
+    np.random.seed(5)  # noqa: NPY002  SB3 draws the order from it
+    for part in np.split(np.random.permutation(len(rows)), 3):  # noqa: NPY002
+        learner.update(buffer.batch(rows[part]), torch.Generator())
+    np.random.seed(5)  # noqa: NPY002
+    model.train()
+    ours, theirs = (nn.utils.parameters_to_vector(p.parameters()) for p in (agent.policy.policy, model.policy))
+    assert (theirs - start).abs().max() > 5e-4
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
