@@ -32,6 +32,15 @@ class Source(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check of `erft doctor` found: Finding("3.1.0", "broken", "pip install mujoco==3.3.0")."""
+
+    value: str
+    state: Literal["ok", "note", "broken"]  # note: works without
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Field:
     """What one row of a column holds.
 

@@ -1,10 +1,11 @@
-"""Files that are whole or not there: written beside their place, then renamed into it."""
+"""Files that are whole or not there: written beside their place, then renamed into it; the name that a kept one had."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,11 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
             what = f"{error.strerror}: {path} cannot be written; what was there before is untouched"
             raise OSError(error.errno, what) from error
         raise
+
+
+def given_stem(stem: str) -> str:
+    """The name that a file had before a run kept it: "demos" of "demos-3f2a91c07b44"."""
+    return re.sub(r"-[0-9a-f]{12}$", "", stem)
 
 
 def write_json(path: str | Path, content: Any) -> None:

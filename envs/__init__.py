@@ -26,6 +26,7 @@ except Exception as error:  # it loads the library that MUJOCO_GL names at once;
         "on Debian or Ubuntu: apt-get install libegl1 libgl1 libgl1-mesa-dri (egl) or libosmesa6 (osmesa)"
     ) from error
 
+import embodied_rft.envs.manipulation.checks
 import embodied_rft.envs.manipulation.demonstrators
 import embodied_rft.envs.manipulation.peg_insert
 import embodied_rft.envs.text.demonstrators

@@ -1,8 +1,7 @@
-"""What keeps the code readable, measured: sizes, base chains, import cycles, who may import whom, one line a file."""
+"""What keeps the code readable, measured: sizes, base chains, one line a file."""
 
 import ast
 import importlib.util
-from pathlib import Path
 
 import pytest
 
@@ -14,17 +13,9 @@ ABSTRACT = {"object", "Protocol", "Generic", "ABC", "NamedTuple", "TypedDict"}  
 ABSTRACT |= {"Objective"}  # a contract, whose defaults do nothing
 
 
-def module_name(path):
-    """embodied_rft/envs/x.py and envs/x.py are both embodied_rft.envs.x."""
-    parts = list(path.relative_to(ROOT).with_suffix("").parts)
-    parts = parts if parts[0] == "embodied_rft" else ["embodied_rft", *parts]
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
 LIBRARY = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 EVERYTHING = [*LIBRARY, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in EVERYTHING}
-MODULES = {module_name(path): path for path in LIBRARY}
 
 
 def long_files(sources, limit=MAX_FILE):
@@ -58,44 +49,6 @@ def base_chains(trees):
     return {name: length(name) for name in bases}
 
 
-def imports_of(tree, name, modules, *, everywhere=False):
-    """Modules of ours that a module imports when it is loaded (`everywhere`: also later, inside functions)."""
-    found = set()
-
-    def visit(node):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            is_package = modules.get(name) is not None and modules[name].name == "__init__.py"
-            parent = name.split(".")[: len(name.split(".")) - node.level + is_package] if node.level else []
-            base = ".".join([*parent, *([node.module] if node.module else [])])
-            found.update(full if (full := f"{base}.{alias.name}") in modules else base for alias in node.names)
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not everywhere:
-            return
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not everywhere:
-            return
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(tree)
-    return {module for module in found if module in modules and module != name}
-
-
-def import_cycles(graph):
-    """Modules that can reach themselves."""
-
-    def reachable(start):
-        seen, waiting = set(), list(graph.get(start, ()))
-        while waiting:
-            module = waiting.pop()
-            if module not in seen:
-                seen.add(module)
-                waiting += graph.get(module, ())
-        return seen
-
-    return sorted(module for module in graph if module in reachable(module))
-
-
 def names(paths):
     return {path.relative_to(ROOT).as_posix(): path for path in paths}
 
@@ -111,27 +64,6 @@ def test_no_function_is_longer_than_60_lines():
 def test_base_chains_are_at_most_two():
     chains = base_chains({path: TREES[path] for path in LIBRARY})
     assert {name: length for name, length in chains.items() if length > MAX_CHAIN} == {}
-
-
-def test_there_is_no_import_cycle():
-    graph = {name: imports_of(TREES[path], name, MODULES) for name, path in MODULES.items()}
-    assert sum(map(len, graph.values())) > len(graph)  # the measurement sees imports at all
-    assert import_cycles(graph) == []
-
-
-def test_the_engine_imports_no_environment_agent_or_recipe():
-    rooms = tuple(f"embodied_rft.{room}" for room in ("envs", "agents", "configs"))
-    engine = {name: path for name, path in MODULES.items() if not name.startswith(rooms)}
-    found = {
-        name: bad
-        for name, path in engine.items()
-        if (bad := sorted(m for m in imports_of(TREES[path], name, MODULES, everywhere=True) if m.startswith(rooms)))
-    }
-    assert found == {}
-
-
-def test_data_imports_nothing_of_ours():
-    assert imports_of(TREES[MODULES["embodied_rft.data"]], "embodied_rft.data", MODULES, everywhere=True) == set()
 
 
 def test_every_file_says_what_it_is():
@@ -154,11 +86,6 @@ def test_the_measurements_find_violations():
         }
     )
     assert chains == {"A": 1, "B": 2, "C": 3, "P": 0}
-    assert import_cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
-    modules = {"p": Path("p/__init__.py"), "p.a": Path("p/a.py"), "p.b": Path("p/b.py"), "p.c": Path("p/c.py")}
-    source = ast.parse("from . import b\nfrom p.c import x\ndef f():\n    import p\nif TYPE_CHECKING:\n    import p.a")
-    assert imports_of(source, "p.a", modules) == {"p.b", "p.c"}
-    assert imports_of(source, "p.a", modules, everywhere=True) == {"p", "p.b", "p.c"}
 
 
 # --- README and docs ---

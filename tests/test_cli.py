@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from embodied_rft import cli, registry
+from embodied_rft import cli, doctor, registry
+from embodied_rft.data import Finding
 from embodied_rft.runs.tree_file import CheckpointError
 
 
@@ -183,16 +184,20 @@ def test_doctor_checks_this_machine(capsys):
 
 
 def test_doctor_reports_what_is_broken(monkeypatch, capsys):
-    from embodied_rft import doctor
+    """By its own checks, by those of our environments, and by one that a plug-in registers."""
 
     def check_engine():
         raise ImportError("no module named engine")
 
-    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_python, check_engine))
-    assert run("doctor") == 1
-    assert "broken" in capsys.readouterr().out
+    monkeypatch.setitem(registry._tables, "check", {"MuJoCo": registry.find("check", "MuJoCo")})
     monkeypatch.setattr("mujoco.__version__", "3.17.0")
-    assert doctor.check_mujoco().state == "broken" and "mujoco==3.3.0" in doctor.check_mujoco().advice
+    registry.register("check", "Engine")(check_engine)
+    findings = doctor.examine()
+    assert findings["Engine"] == Finding("ImportError: no module named engine", "broken")
+    assert findings["MuJoCo"].state == "broken" and "mujoco==3.3.0" in findings["MuJoCo"].advice
+    assert run("doctor") == 1
+    out = capsys.readouterr().out
+    assert "Engine" in out and "broken" in out
 
 
 def test_a_loss_that_explodes_stops_the_run_and_leaves_a_whole_checkpoint(tmp_path, monkeypatch, capsys):

@@ -347,7 +347,7 @@ def make_pool(
         every = {**same, "options": options, "wrappers": wrappers, "deadline": deadline}
         make_slice = functools.partial(make_pool, spec, **{**every, "max_incidents": 1.0})  # the parent judges
         settings: dict[str, Any] = {"purpose": purpose, "deadline": deadline, "max_incidents": max_incidents}
-        return WorkerPool(make_slice, num_envs=num_envs, num_workers=num_workers, **settings)
+        return WorkerPool(make_slice, num_envs=num_envs, num_workers=num_workers, preload=[__name__], **settings)
     made = None if kind == "sync" else _make_native(spec, num_envs, options or {}, wrappers, must=kind == "native")
     if made is not None:
         host: Host = Batch(made[0], make=made[1], watch=watch, deadline=deadline, first=first)

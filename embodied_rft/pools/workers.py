@@ -19,7 +19,7 @@ import os
 import signal
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -77,6 +77,7 @@ class WorkerPool:
         deadline: float = DEADLINE,
         max_incidents: float = MAX_INCIDENTS,
         max_restarts: int = 3,
+        preload: Sequence[str] = (),
     ) -> None:
         """Start the workers and wait until their environments stand.
 
@@ -89,6 +90,7 @@ class WorkerPool:
             deadline: seconds that a step or a reset of one environment may take before its worker counts as hanging.
             max_incidents: share of the latest episodes that may fail before EnvironmentFailure.
             max_restarts: how often in a row a new process may fail to come up before EnvironmentFailure.
+            preload: modules that `make_slice` needs, imported once for all workers instead of by each.
 
         Raises:
             Exception: the environment's own error if it cannot be made.
@@ -100,7 +102,7 @@ class WorkerPool:
         self.seeding: Seeding | None = None  # what seeds promise; None before the first reset
         self._make_slice = _pickled(make_slice)
         self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["embodied_rft.pools.pool"])
+        self._context.set_forkserver_preload(list(preload))
         self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._start(min(num_envs, num_workers or len(self._cores) or os.cpu_count() or 1))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-import re
 import shutil
 import sys
 import sysconfig
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from embodied_rft.files import PACKAGE, write_atomically
+from embodied_rft.files import PACKAGE, given_stem, write_atomically
 from embodied_rft.options import ConfigError, to_plain
 from embodied_rft.runs.checkpoint import Checkpoints
 from embodied_rft.runs.folder import RunFolder
@@ -59,11 +58,6 @@ def keep(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         tree[part] = map_files(tree[part], Path.cwd(), kept)
     tree["inputs"] = hashes
     return tree
-
-
-def given_stem(stem: str) -> str:
-    """The name that a file had before it was copied: "demos" of "demos-3f2a91c07b44"."""
-    return re.sub(r"-[0-9a-f]{12}$", "", stem)
 
 
 def _keep_run(run: RunFolder, folder: RunFolder) -> str:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from embodied_rft.envs.text.rules import Judge, make_rule
+from embodied_rft.files import given_stem
 from embodied_rft.pools.text_spaces import AnyText, ChatText, check_messages, read_chat, write_chat
-from embodied_rft.runs.inputs import given_stem
 
 MOST_LISTED = 10_000  # problems of a generated task that are written down; of more, the same is hardly drawn twice
 
