@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from embodied_rft.pools.described import Description
 from embodied_rft.runs.checkpoint import Checkpoints
 from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.log import Logger
+from embodied_rft.runs.progress import Progress
 from embodied_rft.runs.recipe import Recipe, recipe_difference
 from embodied_rft.runs.rig import Rig
 from embodied_rft.runs.tree_file import load
@@ -33,6 +34,7 @@ HOLDS = ("format", "recipe", "path", "finished", "progress", "counters", "record
          "collector", "generators", "logger", "tail", "best")  # fmt: skip
 
 Which = Literal["newest", "best"]
+P = TypeVar("P", bound=Progress)
 
 
 class State(Rig):
@@ -49,13 +51,18 @@ class State(Rig):
         self.counters["incidents"] = {"counts": {}, "latest": []}  # of environments, and the latest texts
         self.records: list[dict[str, Any]] = []  # one for each finished stage
         self.path: tuple[int, ...] = ()  # of the running stage
-        self.progress: dict[str, Any] = {}  # how far the running stage is: what it needs to go on
+        self.progress = Progress()  # how far the running stage is, in its own record
         self.generators: dict[str, np.random.Generator | torch.Generator] = {}
         self.tail: dict[str, Any] | None = None  # of the last stage that can be made longer, until another one learns
         self.best: dict[str, Any] | None = None  # point of the learning curve that the best checkpoint is of
         self.threads = torch.get_num_threads()  # they decide how sums are rounded
         self.collector: Collector | None = None
         self.learner: Learner | None = None
+
+    def progress_as(self, kind: type[P]) -> P:
+        """How far the running stage is, as the record of that stage."""
+        assert isinstance(self.progress, kind), f"{type(self.progress).__name__} is no {kind.__name__}"
+        return self.progress
 
 
 def snapshot(session: State, *, finished: bool) -> dict[str, Any]:
@@ -69,7 +76,7 @@ def snapshot(session: State, *, finished: bool) -> dict[str, Any]:
         "recipe": session.recipe_text,
         "path": list(session.path),
         "finished": finished,
-        "progress": session.progress,
+        "progress": session.progress.plain(),
         **inside,
         "counters": session.counters,
         "records": session.records,
@@ -85,7 +92,7 @@ def snapshot(session: State, *, finished: bool) -> dict[str, Any]:
 def going_on(session: State) -> dict[str, Any]:
     """What the running stage needs to go on."""
     return {
-        "progress": session.progress,
+        "progress": session.progress.plain(),
         "learner": None if session.learner is None else session.learner.state_dict(),
         "collector": None if session.collector is None else session.collector.state_dict(),
         "generators": {name: generator_state(each) for name, each in session.generators.items()},
@@ -162,7 +169,7 @@ def load_weights(session: State, state: dict[str, Any]) -> None:
         raise ValueError(
             f"the checkpoint in {session.folder} holds other networks than this version makes: {error}"
         ) from None
-    session.path, session.progress = target, dict(state["progress"])
+    session.path = target
     session.counters, session.records = dict(state["counters"]), list(state["records"])
 
 

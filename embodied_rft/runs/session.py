@@ -105,6 +105,18 @@ class Session(resume.State):
         assert self._objective is not None
         return self._objective
 
+    @property
+    def running_learner(self) -> Learner:
+        """Of the running stage, which has made it."""
+        assert self.learner is not None
+        return self.learner
+
+    @property
+    def running_collector(self) -> Collector:
+        """Likewise."""
+        assert self.collector is not None
+        return self.collector
+
     def make_learner(self, config: LearnerConfig) -> Learner:
         """The learner of the running stage for the current objective, restored if the stage is being resumed."""
         distributed.equalize(self.agent.state_dict().values())
@@ -163,8 +175,8 @@ class Session(resume.State):
             self.logger.message(
                 f"evaluate {name}: {outcome}; the latest incident: {latest_incident(self.pool('evaluation'))}"
             )
-        slug = "-".join(str(i) for i in self.path) + f"-{self.progress.get('evaluations', 0)}"
-        self.progress["evaluations"] = self.progress.get("evaluations", 0) + 1
+        slug = "-".join(str(i) for i in self.path) + f"-{self.progress.evaluations}"
+        self.progress.evaluations += 1
         self.folder.add_evaluation(
             slug,
             outcome,
@@ -279,11 +291,12 @@ class Session(resume.State):
                 continue
             if resumed is None or path != self.path:  # a fresh stage; else: continue inside it
                 self._resume = None
-                self.path, self.progress, self.generators = path, {}, {}
+                self.path, self.progress, self.generators = path, stage.Progress(), {}
                 self.collector = self.learner = self._objective = None
                 self.tail = self.tail if stage.measures else None
                 stage.prepare(self)
             else:
+                self.progress = stage.Progress.of(resumed["progress"])
                 for name, value in resumed["generators"].items():
                     if (restored := restored_generator(value, self.agent.device)) is not None:
                         self.generators[name] = restored
@@ -291,7 +304,7 @@ class Session(resume.State):
 
     def _run_stage(self, stage: Any) -> None:
         before = {k: self.counters[k] for k in ("decisions", "updates")} | {"seconds": self.seconds()}
-        before = self.progress.setdefault("before", before)
+        before = self.progress.before = self.progress.before or before
         self.stage_name = stage.title
         self.logger.stage_started(self.path, stage.title)
         metrics = stage.run(self) or {}

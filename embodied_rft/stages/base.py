@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from embodied_rft.runs.progress import Progress
 from embodied_rft.runs.session import Session
 
 
@@ -11,6 +12,7 @@ class Stage:
     """A leaf of a recipe. `config` is an instance of the class's own `Config`."""
 
     Config: ClassVar[Any]
+    Progress: ClassVar[type[Progress]] = Progress  # what a checkpoint keeps of how far it is
     word: str = ""  # set when the recipe is read
     measures: ClassVar[bool] = False  # changes neither agent nor buffer
     extendable: ClassVar[tuple[str, ...]] = ()  # options that may grow after it has begun: it goes on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from typing import Annotated, Any, ClassVar
 
@@ -16,7 +17,15 @@ from embodied_rft.options import STRICT, plugin_spec
 from embodied_rft.registry import register
 from embodied_rft.runs.session import Session
 from embodied_rft.stages.base import Stage
-from embodied_rft.stages.finetune import annotate_once, headline, off_policy_plan, say_once
+from embodied_rft.stages.learning import LearningProgress, annotate_once, headline, off_policy_plan, say_once
+
+
+@plain_dataclass(kw_only=True)
+class PretrainProgress(LearningProgress):
+    """How far a `pretrain` is."""
+
+    updates: int = 0  # so far
+    shown: dict[str, Any] = field(default_factory=dict)  # the newest headline
 
 
 @register("stage", "pretrain")
@@ -25,6 +34,8 @@ class Pretrain(Stage):
 
     extendable: ClassVar[tuple[str, ...]] = ("updates",)
     adjustable: ClassVar[tuple[str, ...]] = ("log_every", "evaluate_every", "evaluate_episodes")
+
+    Progress = PretrainProgress
 
     @dataclass(config=STRICT, kw_only=True)
     class Config:
@@ -57,12 +68,12 @@ class Pretrain(Stage):
 
     def run(self, session: Session) -> dict[str, Any]:
         """Annotate once, then update in blocks of `log_every`."""
-        config, progress = self.config, session.progress
+        config, progress = self.config, session.progress_as(PretrainProgress)
         learner = session.make_learner(config.learner)
         annotate_once(session)
         rng, sampler = session.generator("learn"), session.numpy_generator("sample")
         with session.logger.progress(self.title, config.updates) as bar:
-            while (done := progress.setdefault("updates", 0)) < config.updates:
+            while (done := progress.updates) < config.updates:
                 count = min(config.log_every, config.updates - done)
                 learner.anneal(done / config.updates)
                 plan = off_policy_plan(session.objective, count, config.batch_size, config.offline_share)
@@ -73,13 +84,13 @@ class Pretrain(Stage):
                 metrics = learner.metrics()
                 if made < count:
                     metrics["learn/skipped_updates"] = count - made  # there was nothing to learn from
-                progress["updates"] += count
-                progress["shown"] = headline(metrics)
+                progress.updates += count
+                progress.shown = headline(metrics)
                 session.counters["updates"] += made
                 session.log(metrics)
-                bar.update(progress["updates"], **progress["shown"])
-                if config.evaluate_every and progress["updates"] % config.evaluate_every < count:
+                bar.update(progress.updates, **progress.shown)
+                if config.evaluate_every and progress.updates % config.evaluate_every < count:
                     session.evaluate(config.evaluate_episodes, sheet=1, name="curve")
                 session.tick()
         learner.finish()
-        return dict(progress.get("shown", {}))
+        return dict(progress.shown)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from embodied_rft.options import STRICT
 from embodied_rft.pools.making import find_spec, make_single
 from embodied_rft.pools.protocol import flatten_space
 from embodied_rft.registry import register
+from embodied_rft.runs.progress import Progress
 from embodied_rft.runs.session import Session
 from embodied_rft.seeding import training_seed
 from embodied_rft.stages.base import Stage
@@ -30,9 +32,18 @@ from embodied_rft.stages.base import Stage
 GOAL_KEYS = {"observation", "achieved_goal", "desired_goal"}
 
 
+@plain_dataclass(kw_only=True)
+class SB3Progress(Progress):
+    """How far an `sb3` is: it has begun, or not."""
+
+    saved: bool = False  # the state from which a stopped run starts it again
+
+
 @register("stage", "sb3")
 class SB3Stage(Stage):
     """Train a stable-baselines3 model for a number of decisions, or until a time or a success rate is reached."""
+
+    Progress = SB3Progress
 
     @dataclass(config=STRICT, kw_only=True)
     class Config:
@@ -59,8 +70,9 @@ class SB3Stage(Stage):
         from stable_baselines3.common.env_util import make_vec_env
 
         config = self.config
-        if not session.progress.get("saved"):  # where a stopped run takes up again: the start of this stage
-            session.progress["saved"] = True
+        progress = session.progress_as(SB3Progress)
+        if not progress.saved:  # where a stopped run takes up again: the start of this stage
+            progress.saved = True
             session.save()
         spec, options, wrappers = find_spec(session.env.id), dict(session.env.options), session.env.wrappers
         seed = training_seed(session.recipe.seed, 0, 0) % (2**31 - config.num_envs)
