@@ -32,6 +32,7 @@ from embodied_rft.pools.protocol import flatten_space, is_text
 from embodied_rft.pools.spaces import what_suits
 from embodied_rft.pools.text_spaces import ChatText, read_chat, write_chat
 from embodied_rft.registry import register
+from embodied_rft.tokens.log_probs import token_log_probs
 from embodied_rft.tokens.micro_batches import plan_within
 from embodied_rft.tokens.prefix_tree import Usage
 
@@ -174,8 +175,6 @@ class LanguagePolicy(nn.Module):
 
         Scores the ids in the trace; only rows without them (somebody else's decisions) are tokenised, each text once.
         """
-        from embodied_rft.tokens.log_probs import token_log_probs
-
         hidden, replies = self._reply_states(observation, action, trace)
         targets = torch.from_numpy(replies.values).to(hidden.device)
         head = self.lm.head(self.config.temperature)

@@ -36,6 +36,7 @@ from embodied_rft.pools.protocol import flatten_space
 from embodied_rft.pools.spaces import what_suits
 from embodied_rft.pools.text_spaces import ChatText
 from embodied_rft.registry import register
+from embodied_rft.tokens.log_probs import token_log_probs
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -149,8 +150,6 @@ class VisionLanguagePolicy(nn.Module):
 
     def log_prob(self, observation: Tree, action: Any, trace: Tree) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of every reply token, [B, U] each, zero behind the end of a reply."""
-        from embodied_rft.tokens.log_probs import token_log_probs
-
         replies = (trace if "reply" in trace else self.retrace(observation, action))["reply"]
         self.lm.check_ids(replies.values)
         context, kind = self._distinct(observation)

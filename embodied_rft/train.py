@@ -14,6 +14,7 @@ import torch
 
 from embodied_rft import distributed
 from embodied_rft.pools.incidents import EnvironmentFailure
+from embodied_rft.report.page import write_report
 from embodied_rft.runs import inputs
 from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.lock import RunLock
@@ -56,8 +57,6 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False, report: bo
         finally:
             session.close()
     if report:
-        from embodied_rft.report.page import write_report
-
         write_report(run)
     return session
 

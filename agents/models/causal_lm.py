@@ -23,6 +23,7 @@ from embodied_rft.agents.models.pretrained import (
     output_form,
 )
 from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm
+from embodied_rft.data import Ragged
 from embodied_rft.networks.trainable import LoraOptions, Train, add_adapters, is_adapted, linear_layers, merged
 from embodied_rft.tokens.log_probs import Head
 
@@ -111,7 +112,6 @@ class CausalLM:
 
         Such are state-space models and linear attention, encoders, and models that take no positions.
         """
-        from embodied_rft.data import Ragged
         from embodied_rft.tokens.prefix import reply_states
 
         tokens = np.random.default_rng(0).integers(0, len(self.model.get_output_embeddings().weight), (4, 12))

@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 
 from embodied_rft import registry
+from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
-from embodied_rft.data import Decisions, Ragged, Tree
-from embodied_rft.experience.collect import Act, action_field
+from embodied_rft.buffer.trajectories import OUTSIDE, within, write_trajectories
+from embodied_rft.data import Decisions, Ragged, Source, Tree
+from embodied_rft.experience.collect import Act, Collector, action_field
 from embodied_rft.names import nearest
+from embodied_rft.pools.pool import make_pool
 from embodied_rft.pools.protocol import Pool
+from embodied_rft.seeding import spawn_generator
 
 
 def make_demonstrator(env_id: str, id: str = "scripted", **options: Any) -> Any:
@@ -37,13 +41,6 @@ def write_demos(
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run a demonstrator and write its episodes to `out`, atomically. Returns {"episodes", "decisions", "success"}."""
-    from embodied_rft.buffer.buffer import Buffer
-    from embodied_rft.buffer.trajectories import OUTSIDE, within, write_trajectories
-    from embodied_rft.data import Source
-    from embodied_rft.experience.collect import Collector
-    from embodied_rft.pools.pool import make_pool
-    from embodied_rft.seeding import spawn_generator
-
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected at least 1")
     pool = make_pool(env_id, num_envs=min(num_envs, episodes), options=options or {}, purpose="training")

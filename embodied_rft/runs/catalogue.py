@@ -32,6 +32,7 @@ from embodied_rft.learning.learner import LearnerConfig
 from embodied_rft.names import nearest
 from embodied_rft.options import to_key, to_plain
 from embodied_rft.pools.config import EnvConfig
+from embodied_rft.pools.making import find_spec
 from embodied_rft.runs.log import LogConfig
 from embodied_rft.runs.recipe import BufferConfig, Recipe
 
@@ -209,8 +210,6 @@ def of_environment(id: str) -> list[Option]:
     A creator with further options than its own says where they go: `option_sources(**kwargs)` gives callables.
     """
     from gymnasium.envs.registration import load_env_creator
-
-    from embodied_rft.pools.making import find_spec
 
     spec = find_spec(id)
     creators = [c for c in (spec.entry_point, spec.vector_entry_point) if c is not None]

@@ -9,6 +9,8 @@ from typing import Any
 
 from embodied_rft import registry
 from embodied_rft.names import nearest, visible
+from embodied_rft.runs.catalogue import KINDS, TOPICS, Option, of_dataclass, options_of
+from embodied_rft.runs.recipe import describe_recipes
 
 
 def print_known(kinds: Sequence[str]) -> None:
@@ -25,8 +27,6 @@ def print_known(kinds: Sequence[str]) -> None:
 def known_of(kind: str) -> dict[str, str]:
     """{id: one line} of everything of a kind, which is a plural."""
     if kind == "recipes":
-        from embodied_rft.runs.recipe import describe_recipes
-
         return describe_recipes()
     if kind == "envs":
         import gymnasium
@@ -57,8 +57,6 @@ def print_options(kind: str, id: str | None) -> None:
     Raises:
         ValueError: nothing has that name, with the nearest that has.
     """
-    from embodied_rft.runs.catalogue import KINDS, TOPICS, Option, of_dataclass, options_of
-
     singular = kind.removesuffix("s")
     if id is None:
         if kind not in TOPICS:

@@ -26,6 +26,7 @@ from embodied_rft.policy import build_policy
 from embodied_rft.pools.chunks import fit_pool
 from embodied_rft.registry import register
 from embodied_rft.runs.session import Session
+from embodied_rft.runs.trained import opened
 from embodied_rft.stages.base import Stage
 
 
@@ -74,8 +75,6 @@ class LoadPolicy(Stage):
 
     def prepare(self, session: Session) -> None:
         """Take the networks over; both runs must show and take the same."""
-        from embodied_rft.runs.trained import opened
-
         agent, names = session.agent, self.config.parts
         with opened(self.config.run, self.config.checkpoint, device=str(agent.device)) as other:
             theirs, ours = other.step_pool("training"), session.step_pool("training")

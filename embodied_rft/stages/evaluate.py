@@ -9,6 +9,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.evaluation.film import roll_out
+from embodied_rft.evaluation.video import write_video
 from embodied_rft.files import write_json
 from embodied_rft.options import STRICT
 from embodied_rft.registry import register
@@ -60,8 +61,6 @@ class Evaluate(Stage):
 
 def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tries: int = 4) -> str:
     """Film one episode that ends in success (or failure) from one of `seeds`; returns what to tell the user."""
-    from embodied_rft.evaluation.video import write_video
-
     wanted = "success" if success else "failure"
     if not seeds:
         return f"no {wanted} to film"

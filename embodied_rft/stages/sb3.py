@@ -25,7 +25,7 @@ from embodied_rft.pools.making import find_spec, make_single
 from embodied_rft.pools.protocol import flatten_space
 from embodied_rft.registry import register
 from embodied_rft.runs.progress import Progress
-from embodied_rft.runs.session import Session
+from embodied_rft.runs.session import Interrupted, Session
 from embodied_rft.seeding import training_seed
 from embodied_rft.stages.base import Stage
 
@@ -151,8 +151,6 @@ def save_model(model: Any, path: Path) -> None:
 def _make_watch(stage: SB3Stage, session: Session, model: Any) -> Any:
     """SB3's callback: learning curve, progress bar, limits, Ctrl-C. A function, so that SB3 is imported only here."""
     from stable_baselines3.common.callbacks import BaseCallback
-
-    from embodied_rft.runs.session import Interrupted
 
     config = stage.config
     decisions, updates = session.counters["decisions"], session.counters["updates"]
