@@ -196,7 +196,7 @@ def without_spread(returns: Tensor, group: np.ndarray, size: Tensor | None = Non
 class Moments(NamedTuple):
     """What standardising must know of numbers; of parts, `moments_together` makes those of the whole."""
 
-    count: int
+    size: int
     mean: float
     squares: float  # sum of squared distances from the mean
     low: float
@@ -213,10 +213,10 @@ def moments(values: Tensor) -> Moments:
 
 def moments_together(parts: Sequence[Moments]) -> Moments:
     """Those of the numbers of all parts, at least one (Chan et al. 1979, eq. 2.1, for any number of parts)."""
-    counts, means, squares, lows, highs = zip(*parts, strict=True)
-    mean = math.fsum(n * m for n, m in zip(counts, means, strict=True)) / sum(counts)
-    apart = (n * (m - mean) ** 2 for n, m in zip(counts, means, strict=True))
-    return Moments(sum(counts), mean, math.fsum((*squares, *apart)), min(lows), max(highs))
+    sizes, means, squares, lows, highs = zip(*parts, strict=True)
+    mean = math.fsum(n * m for n, m in zip(sizes, means, strict=True)) / sum(sizes)
+    apart = (n * (m - mean) ** 2 for n, m in zip(sizes, means, strict=True))
+    return Moments(sum(sizes), mean, math.fsum((*squares, *apart)), min(lows), max(highs))
 
 
 def standardize(values: Tensor, mask: Tensor, whole: Moments | None = None, *, correction: int = 0) -> Tensor:
@@ -235,7 +235,7 @@ def standardize(values: Tensor, mask: Tensor, whole: Moments | None = None, *, c
     m = moments(values[mask]) if whole is None else whole
     if m.high - m.low <= SAME * max(abs(m.low), abs(m.high)):
         return torch.zeros_like(values)
-    deviation = math.sqrt(m.squares / (m.count - correction))
+    deviation = math.sqrt(m.squares / (m.size - correction))
     return torch.where(mask, (values - m.mean) / (deviation + 1e-8), 0.0)
 
 
