@@ -1,6 +1,7 @@
 """Writes the parts of README.md and docs/ that follow from the code: `make docs`; `--check` only says what is stale.
 
-A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; `<!-- generated: contract
+module.Class -->` is that class as those who use or derive from it meet it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import itertools
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,29 @@ def options_tables() -> str:
     return "\n\n".join(parts)
 
 
+def contract(name: str) -> str:
+    """The public attributes and methods of "package.module.Class", each with the first sentence of what it says."""
+    module, _, owner = name.rpartition(".")
+    source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    found = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == owner)
+    bases = ", ".join(map(ast.unparse, found.bases))
+    lines = [f"class {owner}({bases}):" if bases else f"class {owner}:"]
+    for node in found.body:
+        if isinstance(node, ast.AnnAssign):
+            line = source.splitlines()[node.lineno - 1].strip()
+            lines.append("    " + re.sub(r"# noqa: \S+ +", "# ", line))
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            assert node.returns is not None, f"{name}.{node.name} does not say what it returns"
+            arguments = re.sub(r"(?<=[\w\]])=", " = ", ast.unparse(node.args))
+            head = f"def {node.name}({arguments}) -> {ast.unparse(node.returns)}"
+            if any(ast.unparse(decorator) == "property" for decorator in node.decorator_list):
+                head = f"{node.name}: {ast.unparse(node.returns)}  # property"
+            said = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            lines += textwrap.wrap(head, 116, initial_indent="    ", subsequent_indent=" " * 8)
+            lines += textwrap.wrap(said, 116, initial_indent="        # ", subsequent_indent="        # ")
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
 def _is_ours(id: str) -> bool:
     return id.startswith("embodied_rft/")
 
@@ -131,25 +156,26 @@ def _first_line(target: object) -> str:
     return (getattr(target, "__doc__", None) or "").strip().partition("\n")[0].replace("|", "\\|")
 
 
-PARTS: dict[str, Callable[[], str]] = {
+PARTS: dict[str, Callable[..., str]] = {
     "tree": tree,
     "stages": stage_table,
     "objectives": lambda: plugin_table("objective"),
     "agents": lambda: plugin_table("agent"),
     "envs": env_table,
     "options": options_tables,
+    "contract": contract,
 }
-BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(\n<!-- end -->)", re.S)
+BLOCK = re.compile(r"(<!-- generated: (\w+)(?: (\S+))? -->\n).*?(\n<!-- end -->)", re.S)
 
 
 def pages() -> list[Path]:
     """The pages that may have generated parts."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def generated(text: str) -> str:
     """The page with its generated parts as they should be."""
-    return BLOCK.sub(lambda match: match[1] + PARTS[match[2]]() + match[3], text)
+    return BLOCK.sub(lambda found: found[1] + PARTS[found[2]](*([found[3]] if found[3] else [])) + found[4], text)
 
 
 def main() -> int:

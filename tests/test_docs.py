@@ -17,7 +17,6 @@ from embodied_rft.runs.catalogue import KINDS, TOPICS, of_dataclass, options_of
 from embodied_rft.runs.recipe import Recipe, recipe_names
 from tests.lab import ROOT
 
-PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
 CHECK = """
 import gymnasium, torch, corridor
 from embodied_rft.testing.check_env import check_env; from embodied_rft.testing.check_policy import check_policy
@@ -37,16 +36,47 @@ for reply, reward in (("8,849 m (survey 2020)", 1.0), ("8,849 m", 0.75), ("surve
 """
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, flags=re.S)
+RELATIVES = """
+import awac, gymnasium, torch
+from embodied_rft.learning.agent import build_agent
+from embodied_rft.learning.learner import Learner, LearnerConfig
+from embodied_rft.objectives import build_objective
+from embodied_rft.testing.toys import random_batch
+
+box = gymnasium.spaces.Box(-1, 1, (2,))
+for id in ("awac", "crr", "mcac"):
+    agent = build_agent({"id": "gaussian", "hidden": [16]}, box, box, torch.Generator().manual_seed(0))
+    objective = build_objective(id)
+    objective.setup(agent)
+    batch = random_batch(box, box)
+    batch.notes["mc_return"][::2] = torch.nan
+    learner = Learner(agent, objective, LearnerConfig())
+    before = [p.clone() for part in (agent.policy, agent.parts["critic"]) for p in part.parameters()]
+    learner.update(batch, torch.Generator())
+    after = [p for part in (agent.policy, agent.parts["critic"]) for p in part.parameters()]
+    assert all((old != new).any() for old, new in zip(before, after)), id
+    assert id != "crr" or (objective.config.num_actions, objective.config.largest_weight) == (4, 20)
+target, plain = (f(objective, agent, batch, torch.Generator()) for f in (awac.MCAC.td_target, awac.SAC.td_target))
+seen = batch.notes["mc_return"]
+expected = torch.stack([a if b.isnan() else max(a, b) for a, b in zip(plain, seen)])
+assert torch.equal(target, expected) and (target != plain).any()
+"""
+
+
+def blocks(page, language):
+    """The fenced blocks of a page of docs/, in their order."""
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
+    """A folder with what the pages tell a reader to save."""
     folder = tmp_path_factory.mktemp("corridor")
-    (folder / "corridor.py").write_text("\n\n".join(blocks("python")))
-    (folder / "corridor.yaml").write_text(blocks("yaml")[0])
-    (folder / "problems.jsonl").write_text(blocks("json")[0])
+    for page, name in (("plugins", "corridor"), ("objectives", "awac")):
+        (folder / f"{name}.py").write_text("\n\n".join(blocks(page, "python")))
+        (folder / f"{name}.yaml").write_text(blocks(page, "yaml")[0])
+    (folder / "problems.jsonl").write_text(blocks("plugins", "json")[0])
     return folder
 
 
@@ -63,35 +93,57 @@ def test_the_examples_pass_the_checkers(project):
 def test_the_example_rule_judges_the_example_line(project):
     done = run(project, "-c", "import embodied_rft.envs.text\n" + RULE)
     assert done.returncode == 0, done.stderr
-    line = json.loads(blocks("json")[0])
+    line = json.loads(blocks("plugins", "json")[0])
     (project / "problems.jsonl").write_text(json.dumps({**line, "source": 7}))
     done = run(project, "-c", "import embodied_rft.envs.text\n" + RULE)
     assert "problems.jsonl, line 1: its rule fails on it: TypeError" in done.stderr, done.stderr
 
 
 def test_the_lines_and_the_recipe_of_the_text_page_are_read(tmp_path, monkeypatch):
-    page = (ROOT / "docs" / "text.md").read_text(encoding="utf-8")
-    lines = re.findall(r"```json\n(.*?)```", page, flags=re.S)[0]
-    chat = re.search(r"a chat: `(.*?)`", page)[1]
+    lines = blocks("text", "json")[0]
+    chat = re.search(r"a chat: `(.*?)`", (ROOT / "docs" / "text.md").read_text(encoding="utf-8"))[1]
     (tmp_path / "problems.jsonl").write_text(f'{lines}{{"prompt": {chat}, "answer": "Hello"}}\n', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    tree = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", page, flags=re.S)[0])
+    tree = yaml.safe_load(blocks("text", "yaml")[0])
     recipe = parse(Recipe, tree)
     env = gymnasium.make(recipe.env.id, **recipe.env.options, held_out=0)
     assert len(env.unwrapped.initial_observations()) == lines.count("\n") + 1 > 3
 
 
-def test_the_example_recipe_learns(project):
-    done = run(project, "-m", "embodied_rft.cli", "train", "corridor.yaml", "--run", "run")
+def success(project, *command):
+    """Success before and after a recipe of the project."""
+    done = run(project, "-m", "embodied_rft.cli", "train", *command)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((project / "run" / "summary.json").read_text())
-    assert summary["before"]["success"] < 0.3 and summary["after"]["success"] > 0.9, summary["verdict"]
+    summary = json.loads((project / command[-1] / "summary.json").read_text())
+    return summary["before"]["success"], summary["after"]["success"]
+
+
+def test_the_example_recipe_learns(project):
+    before, after = success(project, "corridor.yaml", "--run", "run")
+    assert before < 0.3 and after > 0.9
+    stage = json.loads((project / "run" / "summary.json").read_text())["stages"][-1]
+    assert stage["word"] == "returns" and stage["metrics"]["episodes"] == 100 and 10 < stage["metrics"]["return"] < 30
 
 
 def test_without_updates_it_does_not(project):
     """The broken twin: the same recipe, nothing learned."""
-    run(project, "-m", "embodied_rft.cli", "train", "corridor.yaml", "stages.2.pretrain.updates=0", "--run", "twin")
-    assert json.loads((project / "twin" / "summary.json").read_text())["after"]["success"] < 0.3
+    assert success(project, "corridor.yaml", "stages.2.pretrain.updates=0", "--run", "twin")[1] < 0.3
+
+
+def test_the_example_with_a_critic_learns(project):
+    before, after = success(project, "awac.yaml", "--run", "critic")
+    assert before < 0.3 and after > 0.9
+
+
+def test_with_equal_weights_it_does_not(project):
+    """The broken twin: a clone of what a coin decided."""
+    equal = "stages.2.pretrain.objective.inverse_temperature=0"
+    assert success(project, "awac.yaml", equal, "--run", "equal")[1] < 0.5
+
+
+def test_the_relatives_of_the_example_are_what_the_page_says(project):
+    done = run(project, "-c", RELATIVES)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_wrong_option_of_a_plugin_is_named(project):
@@ -109,10 +161,15 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relativ
 each_algorithm = pytest.mark.parametrize("page", ALGORITHMS, ids=lambda page: page.stem)
 
 
+def prose(page):
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
 def headings(page):
     """What links may name behind a #, as GitHub makes it."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.M)}
+    heads = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 def section(page, title):
@@ -122,7 +179,7 @@ def section(page, title):
 
 @each_page
 def test_links_lead_somewhere(page):
-    for target, place in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+    for target, place in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", prose(page)):
         assert (page.parent / target).exists(), target
         if place:
             assert place in headings(page.parent / target if target else page), f"{target}#{place}"
