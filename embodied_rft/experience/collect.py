@@ -1,4 +1,4 @@
-"""Runs a policy in a pool of environments and records what happened as rows for the buffer.
+"""Runs a policy in a pool of environments and records what happened.
 
 Knows pools and decisions, not algorithms. A `Recording` is written into the buffer by its owner, so that physics may
 run on one thread while the learner samples on another and the rows arrive between two updates, never during one.
@@ -7,72 +7,20 @@ Legend: N environments of the pool, K of them active.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium
 import numpy as np
 
 from embodied_rft import distributed
-from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.data import Decisions, Field, Ragged, Source, Tree
+from embodied_rft.experience.recording import Ahead, Broken, Last, Recording, Taken
 from embodied_rft.pools.protocol import Pool, StepResult, fields_of
 from embodied_rft.seeding import training_seed
 
 Act = Callable[[Tree], Decisions]
 Say = Callable[[str], None]
-
-
-@dataclass(slots=True)
-class Recording:
-    """Rows in the order they happened, and what became of the episodes that ended.
-
-    After 64 environments ran one 50-step episode each: decisions 3200, successes [64] bool, returns [64].
-    """
-
-    decisions: int = 0
-    successes: list[bool] = field(default_factory=list)  # of each ended episode, in order
-    told: bool = False  # whether the environment said anything about success; if not, `successes` mean nothing
-    returns: list[float] = field(default_factory=list)  # undiscounted sum of the environment's reward
-    lengths: list[int] = field(default_factory=list)
-    invalid: int = 0  # episodes thrown away because their environment failed
-    lost: int = 0  # running episodes that a checkpoint could not hold: they are cut, others begin in their place
-    ended: list[int] = field(default_factory=list)  # numbers that `write` found the buffer gives these episodes
-    cut: int | None = None  # decisions that ran into a length limit; None: the policy has none (trace "cut")
-    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that `write` takes, at most."""
-        return sum(len(arguments["streams"]) for name, arguments in self.calls if name != "invalidate")
-
-    def write(self, buffer: Buffer) -> np.ndarray:
-        """Put the rows into the buffer; returns the row numbers of the decisions [decisions]."""
-        rows = []
-        for name, arguments in self.calls:
-            if name == "add":
-                arguments["reward"] = _asked(arguments, buffer.schema.rewards)
-            result = getattr(buffer, name)(**arguments)
-            if name == "add":
-                rows.append(result)
-            elif name == "close":
-                self.ended += result.tolist()
-        self.calls.clear()
-        return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
-
-    def metrics(self) -> dict[str, float]:
-        """Means over the episodes that ended while recording, those of all processes."""
-        own: dict[str, list[Any]] = {"success": self.successes, "return": self.returns, "length": self.lengths}
-        all_ = distributed.total({name: [float(v) for v in values] for name, values in own.items()})
-        if not distributed.any_of(self.told):
-            del all_["success"]
-        metrics = {f"collect/{name}": float(np.mean(values)) for name, values in all_.items() if values}
-        metrics["collect/episodes"] = float(len(all_["return"]))
-        metrics["collect/invalid_episodes"] = float(sum(distributed.gather(self.invalid)))
-        if self.cut is not None:
-            metrics["collect/cut_decisions"] = float(sum(distributed.gather(self.cut)))
-        return metrics
 
 
 class Collector:
@@ -131,14 +79,14 @@ class Collector:
             self._advance(act, recording, version)
         running = self._running()
         if len(running):  # their newest decisions are learned from now, not when the next ones are known
-            self._observe("peek", recording, running)
+            recording.rows.append(Ahead(running, self._shown(running)))
         return recording
 
     def cut(self) -> Recording:
         """End all running episodes here: their last observation only bootstraps."""
         recording, running = Recording(), self._running()
         if len(running):
-            self._observe("close", recording, running)
+            recording.rows.append(Last(running, self._shown(running)))
         self.episode[:] = -1
         return recording
 
@@ -183,23 +131,20 @@ class Collector:
             chosen = np.flatnonzero(valid)
             observation, kept = take_rows(observation, chosen), take_decisions(taken, chosen)
         span = result.info.get("env_steps", -1)  # of a chunk, how much of it
-        recording.calls.append(
-            (
-                "add",
-                {
-                    "streams": chosen,
-                    "observation": observation,
-                    "decisions": kept,
-                    "reward": take_rows(_streams(result), chosen),
-                    "terminated": result.terminated[chosen],
-                    "truncated": result.truncated[chosen],
-                    "group": self.episode[chosen] // self.group_size,
-                    "seed": self.seed[chosen],
-                    "step": self.step[chosen],
-                    "version": version,
-                    "source": self.source,
-                    "span": span[chosen] if isinstance(span, np.ndarray) else span,
-                },
+        recording.rows.append(
+            Taken(
+                streams=chosen,
+                observation=observation,
+                decisions=kept,
+                reward=take_rows(_streams(result), chosen),
+                terminated=result.terminated[chosen],
+                truncated=result.truncated[chosen],
+                group=self.episode[chosen] // self.group_size,
+                seed=self.seed[chosen],
+                step=self.step[chosen],
+                version=version,
+                source=self.source,
+                span=span[chosen] if isinstance(span, np.ndarray) else span,
             )
         )
         recording.decisions += len(chosen)
@@ -218,14 +163,14 @@ class Collector:
         """Close ended episodes, throw broken ones away."""
         if broken.any():
             failed = np.flatnonzero(broken)
-            recording.calls.append(("invalidate", {"streams": failed}))
+            recording.rows.append(Broken(failed))
             recording.invalid += len(failed)
             if self._last_episode is not None:  # a counted episode that failed is run again, from another state
                 self._last_episode += len(failed)
             self.episode[failed] = -1
         if ended.any():
             done = np.flatnonzero(ended)
-            self._observe("close", recording, done)
+            recording.rows.append(Last(done, self._shown(done)))
             success = info.get("success")
             recording.told |= success is not None
             recording.successes += [False] * len(done) if success is None else [bool(s) for s in success[done]]
@@ -233,10 +178,10 @@ class Collector:
             recording.lengths += self.step[done].tolist()
             self.episode[done] = -1
 
-    def _observe(self, call: str, recording: Recording, streams: np.ndarray) -> None:
-        """Record what these environments show now: to `close` their episodes, or to `peek` into what goes on."""
+    def _shown(self, streams: np.ndarray) -> Tree:
+        """What these environments show now."""
         assert self.observation is not None
-        recording.calls.append((call, {"streams": streams, "observation": take_rows(self.observation, streams)}))
+        return take_rows(self.observation, streams)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly here; without "pool" if the environments cannot be saved."""
@@ -294,19 +239,6 @@ def _streams(result: StepResult) -> dict[str, np.ndarray]:
     if success is None:
         return {"env": result.reward}
     return {"env": result.reward, "success": (success & (result.terminated | result.truncated)).astype(np.float32)}
-
-
-def _asked(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The streams of reward that a buffer keeps. Before an episode's end nobody has succeeded yet, told or not."""
-    reward = dict(arguments["reward"])
-    if "success" in names and "success" not in reward:
-        if (arguments["terminated"] | arguments["truncated"]).any():
-            raise ValueError(
-                "buffer.success asks for success, and an episode ended without a word about it: the environment must "
-                "say at the end of each episode whether it succeeded (info['is_success'] or info['success'])"
-            )
-        reward["success"] = np.zeros(len(reward["env"]), np.float32)
-    return {name: reward[name] for name in names if name in reward}
 
 
 def take_rows(tree: Tree, rows: np.ndarray) -> dict[str, Any]:

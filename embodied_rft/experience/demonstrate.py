@@ -49,8 +49,7 @@ def write_demos(
         collector = Collector(pool, run_seed=seed, source=Source.DEMONSTRATION)
         recording = collector.collect(demonstrator_act(demonstrator, spawn_generator(seed, 1), 1), episodes=episodes)
         metrics = recording.metrics()
-        streams = tuple(recording.calls[0][1]["reward"])  # "success", too, where the environment tells it
-        buffer = Buffer(step_schema(pool, streams), recording.decisions + 2 * episodes)
+        buffer = Buffer(step_schema(pool, recording.rewards), recording.decisions + 2 * episodes)
         recording.write(buffer)
         whose = f"demonstrator {with_!r}"
         inside = within(list(buffer.trajectories()), pool.action_space, outside=OUTSIDE, what=whose)

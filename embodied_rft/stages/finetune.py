@@ -13,7 +13,8 @@ from pydantic.dataclasses import dataclass
 
 from embodied_rft import distributed
 from embodied_rft.buffer.plans import Share
-from embodied_rft.experience.collect import Endless, Recording
+from embodied_rft.experience.collect import Endless
+from embodied_rft.experience.recording import Recording
 from embodied_rft.learning.learner import LearnerConfig
 from embodied_rft.learning.objective import Metrics
 from embodied_rft.objectives import build_objective

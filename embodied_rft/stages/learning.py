@@ -12,7 +12,7 @@ import numpy as np
 from embodied_rft import distributed, registry
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.plans import Fresh, Replay
-from embodied_rft.experience.collect import Recording
+from embodied_rft.experience.recording import Recording, Written
 from embodied_rft.learning.objective import Metrics, Objective
 from embodied_rft.runs.progress import Progress
 from embodied_rft.runs.session import Session
@@ -65,12 +65,12 @@ class FromReplay:
 
     def add(self, recording: Recording) -> np.ndarray:
         """Write, and annotate the episodes that have ended."""
-        session, rows = self.session, write(self.session, recording)
-        if session.progress_as(LearningProgress).annotated and recording.ended:
+        session, written = self.session, write(self.session, recording)
+        if session.progress_as(LearningProgress).annotated and len(written.episodes):
             known = session.buffer.rows()
-            over = known[np.isin(session.buffer.columns(known)["episode"], recording.ended)]
+            over = known[np.isin(session.buffer.columns(known)["episode"], written.episodes)]
             session.objective.annotate(session.agent, session.buffer, over, session.generator("annotate"))
-        return rows
+        return written.rows
 
     def learn(self, decisions: int, rows: np.ndarray | None = None) -> Metrics:
         """Updates for so many decisions of every process."""
@@ -110,7 +110,7 @@ class FromFresh:
 
     def add(self, recording: Recording) -> np.ndarray:
         """Write."""
-        return write(self.session, recording)
+        return write(self.session, recording).rows
 
     def learn(self, decisions: int, rows: np.ndarray) -> Metrics:
         """Updates from the rows just written."""
@@ -164,8 +164,8 @@ def say_once(spec: dict[str, Any], **options: Any) -> None:
             raise ValueError(f"{name} is {value} for the stage and {own} for its objective: say it once")
 
 
-def write(session: Session, recording: Recording) -> np.ndarray:
-    """Put new experience into the buffer, if there is room; its rows [decisions]."""
+def write(session: Session, recording: Recording) -> Written:
+    """Put new experience into the buffer, if there is room."""
     room(session.buffer, recording.num_rows, "this iteration takes")
     return recording.write(session.buffer)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from embodied_rft.data import Decisions, Tree
-from embodied_rft.experience.collect import Recording
+from embodied_rft.experience.recording import Recording
 from embodied_rft.learning.objective import Metrics
 from embodied_rft.runs.session import Session
 from embodied_rft.stages.learning import FromReplay, Learning, LearningProgress

@@ -37,12 +37,23 @@ def check(trajectories, run_seed, group_size=1):
 def test_exactly_the_first_episodes_are_counted_none_favoured_for_being_short(num_envs):
     pool, buffer = make(num_envs)
     recording = Collector(pool, run_seed=5).collect(act, episodes=13)
-    rows = recording.write(buffer)
+    rows = recording.write(buffer).rows
     trajectories = list(buffer.trajectories())
     assert sorted(t.seed for t in trajectories) == sorted(training_seed(5, 0, e) for e in range(13))
     assert len(rows) == recording.decisions == sum(map(len, trajectories))
     assert len(recording.successes) == 13
     check(trajectories, 5)
+
+
+def test_writing_a_recording_changes_nothing_of_it():
+    pool, buffer = make(4)
+    recording = Collector(pool, run_seed=5).collect(act, episodes=6)
+    _, other = make(4)
+    first, second = recording.write(buffer), recording.write(other)
+    assert recording.rewards == ("env", "success") and len(first.rows) == recording.decisions <= recording.num_rows
+    assert np.array_equal(first.rows, second.rows) and len(np.unique(first.episodes)) == 6
+    for a, b in zip(buffer.trajectories(), other.trajectories(), strict=True):
+        assert a.seed == b.seed and np.array_equal(a.observation["observation"], b.observation["observation"])
 
 
 def test_siblings_share_their_initial_state():
@@ -107,7 +118,7 @@ def test_after_every_call_the_newest_decisions_can_be_read_and_no_row_is_stored_
     collector = Collector(pool, run_seed=2)
     recorded = []
     for _ in range(12):
-        recorded += collector.collect(act, decisions=4).write(buffer).tolist()
+        recorded += collector.collect(act, decisions=4).write(buffer).rows.tolist()
         assert sorted(buffer.rows()) == sorted(recorded)
         batch = buffer.batch(buffer.rows())
         now, after = (tree["observation"].numpy() for tree in (batch.observation, batch.next_observation))
