@@ -2,10 +2,38 @@
 
 One rollout buffer and one learner serve small control policies, vision-language-action models, multi-turn agents and
 text. `import embodied_rft.envs` registers the Gymnasium environments; everything else is found by id (`registry`).
+
+What authors of plug-ins need can be imported from here, wherever it lives (`__all__`); each name is loaded when it is
+first asked for, so that importing the package costs nothing.
 """
 
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from embodied_rft.buffer.plans import Fresh as Fresh
+    from embodied_rft.buffer.plans import Replay as Replay
+    from embodied_rft.buffer.trajectories import write_trajectories as write_trajectories
+    from embodied_rft.data import Batch as Batch
+    from embodied_rft.data import Decisions as Decisions
+    from embodied_rft.data import Field as Field
+    from embodied_rft.data import Finding as Finding
+    from embodied_rft.data import Ragged as Ragged
+    from embodied_rft.data import Trajectory as Trajectory
+    from embodied_rft.learning.agent import Agent as Agent
+    from embodied_rft.learning.objective import Losses as Losses
+    from embodied_rft.learning.objective import Objective as Objective
+    from embodied_rft.names import UserError as UserError
+    from embodied_rft.objectives.common import annotate_returns as annotate_returns
+    from embodied_rft.objectives.common import preset as preset
+    from embodied_rft.registry import register as register
+    from embodied_rft.runs.recipe import load_recipe as load_recipe
+    from embodied_rft.runs.trained import load_policy as load_policy
+    from embodied_rft.seeding import held_out_index as held_out_index
+    from embodied_rft.stages.base import Stage as Stage
+    from embodied_rft.testing.check_env import check_env as check_env
+    from embodied_rft.testing.check_policy import check_policy as check_policy
 
 __version__ = "0.1.0"
 
@@ -14,11 +42,40 @@ _here = Path(__file__).parent
 if not (_here / "envs").is_dir():
     __path__.append(str(_here.parent))
 
+_WHERE = {
+    "Agent": "learning.agent",
+    "Batch": "data",
+    "Decisions": "data",
+    "Field": "data",
+    "Finding": "data",
+    "Fresh": "buffer.plans",
+    "Losses": "learning.objective",
+    "Objective": "learning.objective",
+    "Ragged": "data",
+    "Replay": "buffer.plans",
+    "Stage": "stages.base",
+    "Trajectory": "data",
+    "UserError": "names",
+    "annotate_returns": "objectives.common",
+    "check_env": "testing.check_env",
+    "check_policy": "testing.check_policy",
+    "held_out_index": "seeding",
+    "load_policy": "runs.trained",
+    "load_recipe": "runs.recipe",
+    "preset": "objectives.common",
+    "register": "registry",
+    "write_trajectories": "buffer.trajectories",
+}
+__all__ = list(_WHERE)
+
 
 def __getattr__(name: str) -> Any:
-    """`from embodied_rft import load_policy`, without what that needs when only the package is imported."""
-    if name == "load_policy":
-        from embodied_rft.runs.trained import load_policy
+    """The thing of that name, from where it is defined (PEP 562)."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
 
-        return load_policy
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    """Whatever is loaded already, and what can be."""
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""Names and texts as people meet them: the nearest known name, no characters that steer a terminal."""
+"""What people meet: errors that are theirs to mend, the nearest known name, no characters that steer a terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import difflib
 from collections.abc import Iterable
 
 import regex
+
+
+class UserError(ValueError):
+    """What was given is wrong: a recipe, an option, a file, a plug-in. The message says what to do.
+
+    The command shows it as one line; every other error is a fault of some code, and shows where it is.
+    """
+
 
 _STEERING = regex.compile(r"[\p{Cc}\p{Cf}\p{Cs}--[\n\t]]", flags=regex.V1)
 

@@ -19,7 +19,7 @@ from tests.lab import ROOT
 
 CHECK = """
 import gymnasium, torch, corridor
-from embodied_rft.testing.check_env import check_env; from embodied_rft.testing.check_policy import check_policy
+from embodied_rft import check_env, check_policy
 check_env("corridor/Reach-v0")
 env = gymnasium.make("corridor/Reach-v0")
 spaces = dict(observation_space=env.observation_space, action_space=env.action_space)
