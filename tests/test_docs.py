@@ -208,6 +208,14 @@ def test_a_page_of_algorithms_says_what_it_must(page):
     assert commands and set(rows) <= set(commands), "results of recipes that the page does not name"
 
 
+@each_algorithm
+def test_numbers_of_a_page_of_algorithms_are_those_of_the_results(page):
+    """Whoever measures anew changes both."""
+    known = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "results.md", ROOT / "README.md"))
+    for number in re.findall(r"\[\d+\.\d, [\d.]+\]|`[0-9a-f]{7}`", section(page, "Results")):
+        assert number in known, f"{number} is neither in docs/results.md nor in README.md"
+
+
 def test_every_objective_is_on_one_page_of_algorithms():
     tables = [section(page, "Objectives") for page in ALGORITHMS if "\n## Objectives\n" in page.read_text("utf-8")]
     found = collections.Counter(re.findall(r"^\| \[`(\w+)`\]\(\.\./options\.md#\1\) ", "".join(tables), re.M))
