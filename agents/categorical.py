@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from embodied_rft.agents.parts.actor import NetworkConfig, make_encoder
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.names import UserError
 from embodied_rft.networks import critics
 from embodied_rft.options import STRICT
 from embodied_rft.policy import observe, require_rng
@@ -49,13 +50,13 @@ class CategoricalPolicy(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(action_space, DISCRETE):
-            raise ValueError(f"action space {action_space} holds no choices. {what_suits(action_space)}")
+            raise UserError(f"action space {action_space} holds no choices. {what_suits(action_space)}")
         self.config = config
         self.choices = Choices(action_space)
         self.sizes = self.choices.sizes
         self.num_units = len(self.sizes)
         if config.dueling and self.num_units > 1:
-            raise ValueError(f"dueling splits the values of one choice, {action_space} has {self.num_units}")
+            raise UserError(f"dueling splits the values of one choice, {action_space} has {self.num_units}")
         self.encoder = make_encoder(config, observation_space, rng=rng)
         self.net = critics.MLP(
             self.encoder.size,

@@ -17,6 +17,7 @@ from torch import Tensor
 from embodied_rft.agents.parts.chain import ChainPolicy, ChunkConfig, Step
 from embodied_rft.data import Tree
 from embodied_rft.learning.losses import mean_where
+from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.policy import require_rng
 from embodied_rft.registry import register
@@ -50,7 +51,7 @@ class ConsistencyPolicy(ChainPolicy):
         self, config: ConsistencyConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
     ) -> None:
         if not (0 < config.sigma_min < config.sigma_max and config.num_levels > config.num_steps >= 1):
-            raise ValueError(f"0 < sigma_min < sigma_max and 1 <= num_steps < num_levels are expected, given {config}")
+            raise UserError(f"0 < sigma_min < sigma_max and 1 <= num_steps < num_levels are expected, given {config}")
         super().__init__(
             config,
             observation_space=observation_space,

@@ -19,6 +19,7 @@ from torch import Tensor
 from embodied_rft.agents.parts.chain import ChainPolicy, ChunkConfig, Step
 from embodied_rft.data import Tree
 from embodied_rft.learning.losses import mean_where
+from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.policy import require_rng
 from embodied_rft.registry import register
@@ -50,9 +51,9 @@ class DiffusionPolicy(ChainPolicy):
     ) -> None:
         count = config.denoising_steps if config.ddim_steps is None else config.ddim_steps
         if not (1 <= count <= config.denoising_steps and 0 <= config.eta <= 1):
-            raise ValueError(f"1 <= ddim_steps <= denoising_steps and eta in [0, 1] are expected, given {config}")
+            raise UserError(f"1 <= ddim_steps <= denoising_steps and eta in [0, 1] are expected, given {config}")
         if count == 1 and config.prediction == "epsilon":
-            raise ValueError(
+            raise UserError(
                 "a chain of one step starts from pure noise, of which predicted noise leaves nothing: the chunk is "
                 "always clipped, and nothing can be learned. Take two steps or more, or prediction: x0"
             )

@@ -21,6 +21,7 @@ from torch import Tensor
 from embodied_rft.agents.parts.chain import ChainPolicy, ChunkConfig, Step, flow_step, flow_target
 from embodied_rft.data import Tree
 from embodied_rft.learning.losses import mean_where
+from embodied_rft.names import UserError
 from embodied_rft.networks.mlp import MLP
 from embodied_rft.options import STRICT
 from embodied_rft.policy import require_rng
@@ -48,7 +49,7 @@ class FlowPolicy(ChainPolicy):
         self, config: FlowConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
     ) -> None:
         if config.noise == "learned" and config.max_std < config.min_std:
-            raise ValueError(f"max_std {config.max_std} is below min_std {config.min_std}")
+            raise UserError(f"max_std {config.max_std} is below min_std {config.min_std}")
         super().__init__(
             config,
             observation_space=observation_space,

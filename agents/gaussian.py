@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from embodied_rft.agents.parts.actor import ActorConfig, decide, make_actor
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.learning.losses import mean_where
+from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.policy import observe, require_rng
 from embodied_rft.pools.chunks import ChunkBox, step_space
@@ -52,7 +53,7 @@ class GaussianPolicy(nn.Module):
         self.config = config
         self.horizon, self.execute = config.horizon, config.execute or config.horizon
         if not 1 <= self.execute <= self.horizon:
-            raise ValueError(f"execute {config.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
+            raise UserError(f"execute {config.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
         step = step_space(action_space, horizon=self.horizon)
         self.scale = ActionScale(step if self.horizon == 1 else ChunkBox(step, horizon=self.horizon))
         self.action_dim = self.scale.action_dim // self.horizon  # of one step

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from embodied_rft.agents.models.causal_lm import CausalLM, load_model
 from embodied_rft.agents.models.tiny_lm import TinyConfig
 from embodied_rft.data import Batch, Decisions, Field, Ragged, Tree
+from embodied_rft.names import UserError
 from embodied_rft.networks.mlp import linear
 from embodied_rft.networks.trainable import LoraOptions, Train
 from embodied_rft.options import STRICT
@@ -62,16 +63,16 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; expected > 0 (greedy=True takes the likeliest)")
+            raise UserError(f"temperature is {self.temperature}; expected > 0 (greedy=True takes the likeliest)")
         for name in ("max_new_tokens", "top_k", "token_chunk"):
             if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; expected a probability in (0, 1]")
+            raise UserError(f"top_p is {self.top_p}; expected a probability in (0, 1]")
         if "" in self.stop:
-            raise ValueError(f"stop is {self.stop}; an empty text would end every reply: take it out")
+            raise UserError(f"stop is {self.stop}; an empty text would end every reply: take it out")
         if self.system is not None and self.prompt != "chat":
-            raise ValueError('a system message has no effect with prompt "plain": use prompt "chat" or drop it')
+            raise UserError('a system message has no effect with prompt "plain": use prompt "chat" or drop it')
 
 
 @register("agent", "language")
@@ -97,7 +98,7 @@ class LanguagePolicy(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(action_space, gym.spaces.Text):
-            raise ValueError(
+            raise UserError(
                 f"action space {action_space}: this agent answers in text, a Text space is expected. "
                 f"{what_suits(action_space)}"
             )
@@ -108,7 +109,7 @@ class LanguagePolicy(nn.Module):
         self.tokenizer = self.lm.tokenizer
         self._chats = chats = isinstance(flatten_space(observation_space)[self.key], ChatText)
         if chats and config.prompt != "chat":
-            raise ValueError(
+            raise UserError(
                 'prompts are lists of messages here: use prompt "chat", which writes them as the model does'
             )
         self._encode = _make_encoder(self.tokenizer, config.prompt, config.system, chats=chats)
@@ -241,7 +242,7 @@ class LanguagePolicy(nn.Module):
     def prompt_ids(self, observation: Tree) -> Ragged:
         """Token ids of N prompts."""
         if self.key not in observation:
-            raise ValueError(f"the observation has no text {self.key!r}; it has {', '.join(sorted(observation))}")
+            raise UserError(f"the observation has no text {self.key!r}; it has {', '.join(sorted(observation))}")
         return Ragged.of([self._encode(text, True) for text in texts(observation[self.key])], dtype=np.int64)
 
     @property
@@ -265,7 +266,7 @@ class LanguagePolicy(nn.Module):
         limit, total = self.lm.max_tokens, prompt + reply
         if limit is not None and total.max(initial=0) > limit:
             row = int(total.argmax())
-            raise ValueError(
+            raise UserError(
                 f"a prompt of {prompt[row]} tokens and {total[row] - prompt[row]} tokens for its reply exceed the "
                 f"model's context of {limit} tokens: shorten the prompt or lower max_new_tokens"
             )
@@ -330,7 +331,7 @@ def _standardize(states: Tensor) -> Tensor:
 def texts(column: Any) -> list[str]:
     """Strings as they are, or from the UTF-8 bytes that a buffer keeps."""
     if isinstance(column, str):
-        raise ValueError(f"{column!r:.60} is one text; a list of texts, one for each row, is expected")
+        raise UserError(f"{column!r:.60} is one text; a list of texts, one for each row, is expected")
     return [row.tobytes().decode() for row in column] if isinstance(column, Ragged) else list(column)
 
 
@@ -346,14 +347,14 @@ def text_key(space: gym.Space, key: str | None, *, also: Collection[str] = ()) -
     texts = [name for name, leaf in leaves.items() if is_text(leaf)]
     if key is not None:
         if key not in texts:
-            raise ValueError(f"observation key {key!r} is no text; texts: {', '.join(texts) or '(none)'}")
+            raise UserError(f"observation key {key!r} is no text; texts: {', '.join(texts) or '(none)'}")
         return key
     if "prompt" not in texts and len(texts) != 1:
-        raise ValueError(f"the observation has {len(texts)} texts ({', '.join(texts)}): choose one with the option key")
+        raise UserError(f"the observation has {len(texts)} texts ({', '.join(texts)}): choose one with the option key")
     chosen = "prompt" if "prompt" in texts else texts[0]
     unread = [name for name in leaves if name != chosen and name not in also]
     if unread:
-        raise ValueError(
+        raise UserError(
             f"observation key {unread[0]!r} would not be read: this agent reads {', '.join([chosen, *also])}. If that "
             f"is meant, say so with the option key: {chosen}"
         )
@@ -367,12 +368,12 @@ def _make_encoder(tokenizer: Any, prompt: str, system: str | None, *, chats: boo
     before the option `system`.
     """
     if prompt == "chat" and not tokenizer.chat_template:
-        raise ValueError('the tokenizer has no chat template: use prompt "plain", or a checkpoint that has one')
+        raise UserError('the tokenizer has no chat template: use prompt "plain", or a checkpoint that has one')
 
     @functools.lru_cache(maxsize=65_536)
     def encode(text: str, is_prompt: bool) -> np.ndarray:
         if not isinstance(text, str) or text.encode(errors="ignore").decode() != text:
-            raise ValueError(f"{text!r:.60} is no text: a str of valid Unicode is expected")
+            raise UserError(f"{text!r:.60} is no text: a str of valid Unicode is expected")
         if is_prompt and prompt == "chat":
             messages = read_chat(text) if chats else [{"role": "user", "content": text}]
             if system is not None and messages[0]["role"] != "system":
@@ -380,7 +381,7 @@ def _make_encoder(tokenizer: Any, prompt: str, system: str | None, *, chats: boo
             try:
                 text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             except Exception as error:  # templates are programs, and some refuse a system message
-                raise ValueError(
+                raise UserError(
                     f"the tokenizer's chat template refuses {', '.join(m['role'] for m in messages)} messages "
                     f'({error}): {"drop the option system, or " if system else ""}use prompt "plain"'
                 ) from error
@@ -393,7 +394,7 @@ def _make_encoder(tokenizer: Any, prompt: str, system: str | None, *, chats: boo
             )
             ids = ids or [i for i in (tokenizer.bos_token_id,) if i is not None]
         if is_prompt and not ids:
-            raise ValueError("an empty prompt was given to a model without a begin token: there is nothing to continue")
+            raise UserError("an empty prompt was given to a model without a begin token: there is nothing to continue")
         array = np.asarray(ids, dtype=np.int64)
         array.flags.writeable = False
         return array

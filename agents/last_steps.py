@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from embodied_rft.agents.parts.actor import FrozenBase
 from embodied_rft.agents.parts.chain import ChainPolicy, chain_decisions, require_chain
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.names import UserError
 from embodied_rft.networks.encoder import Encoder
 from embodied_rft.options import STRICT
 from embodied_rft.policy import build_policy, observe, require_rng
@@ -47,9 +48,9 @@ class LastStepsPolicy(FrozenBase):
         super().__init__()
         base, tuned = (build_policy(config.base, observation_space, action_space, rng) for _ in range(2))
         if not isinstance(base, ChainPolicy) or not isinstance(tuned, ChainPolicy):
-            raise ValueError(f"last_steps needs a diffusion, flow or consistency base, given {config.base.get('id')!r}")
+            raise UserError(f"last_steps needs a diffusion, flow or consistency base, given {config.base.get('id')!r}")
         if not 1 <= config.num_steps <= base.num_units:
-            raise ValueError(f"num_steps {config.num_steps}: the base's chain has {base.num_units} steps")
+            raise UserError(f"num_steps {config.num_steps}: the base's chain has {base.num_units} steps")
         self.base, self.tuned = base, tuned
         self.num_units, self.random_start, self.unit_size = config.num_steps, base.random_start, base.unit_size
         self.first = base.num_units - config.num_steps  # the first tuned step

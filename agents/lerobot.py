@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from embodied_rft.agents.models.lerobot_processors import Batch, load_processors
 from embodied_rft.agents.parts.actor import freeze
 from embodied_rft.data import Decisions, Field, Tree
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.options import STRICT
 from embodied_rft.policy import observe
 from embodied_rft.pools.chunks import step_space
@@ -79,18 +79,18 @@ class LeRobotPolicy(nn.Module):
         super().__init__()
         space = step_space(action_space, horizon=config.horizon)
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise ValueError(f"action space {space}: a Box of shape (A,) is expected")
+            raise UserError(f"action space {space}: a Box of shape (A,) is expected")
         boxes = flatten_space(observation_space)
         for key in config.keys:
             if key not in boxes:
-                raise ValueError(f"keys of agent 'lerobot': there is no observation {key!r}; {nearest(key, boxes)}")
+                raise UserError(f"keys of agent 'lerobot': there is no observation {key!r}; {nearest(key, boxes)}")
         self.config, self.horizon, self.action_dim = config, config.horizon, space.shape[0]
         self.execute = config.horizon if config.execute is None else config.execute
         if not 1 <= self.execute <= self.horizon:
-            raise ValueError(f"execute {self.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
+            raise UserError(f"execute {self.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
         self.policy: Any = load_policy(config.path, config.policy)
         if self.horizon > 1 and not hasattr(self.policy, "predict_action_chunk"):
-            raise ValueError(f"{type(self.policy).__name__} has no predict_action_chunk: set horizon to 1")
+            raise UserError(f"{type(self.policy).__name__} has no predict_action_chunk: set horizon to 1")
         if isinstance(self.policy, nn.Module):
             freeze(self.policy)
         folder = Path(config.path).expanduser()
@@ -109,7 +109,7 @@ class LeRobotPolicy(nn.Module):
         mapping = getattr(getattr(self.policy, "config", None), "normalization_mapping", None) or {}
         modes = {getattr(mode, "value", mode) for mode in mapping.values()}
         if not folder.is_dir() and modes - {"IDENTITY"}:
-            raise ValueError(
+            raise UserError(
                 f"{self.config.path!r} is no folder here, so the statistics of its data cannot be read: download the "
                 "policy first and give its folder as path"
             )
@@ -120,7 +120,7 @@ class LeRobotPolicy(nn.Module):
         reads = getattr(getattr(self.policy, "config", None), "input_features", None) or {}
         for theirs in reads:
             if theirs not in self.config.keys.values():
-                raise ValueError(
+                raise UserError(
                     f"{type(self.policy).__name__} reads {theirs!r}: say in keys which observation that is, as in "
                     f"keys: {{{next(iter(boxes))}: {theirs}}}; the environment has {', '.join(boxes)}"
                 )
@@ -130,18 +130,16 @@ class LeRobotPolicy(nn.Module):
         for ours in self.config.keys:
             shape = boxes[ours].shape or ()
             if len(shape) < 2 or shape[0] != self.history:
-                raise ValueError(
+                raise UserError(
                     f"{looks}, and {ours!r} has shape {shape}: [{self.history}, ...] is expected. Stack them in the "
                     f"environment, env: {{wrappers: [{{id: FrameStackObservation, stack_size: {self.history}}}]}}"
                 )
         if not hasattr(self.policy, "_queues") or not hasattr(self.policy, "predict_action_chunk"):
-            raise ValueError(
+            raise UserError(
                 f"{looks}, but has no queues that they could be put in; only single observations are supported for it"
             )
         if hasattr(self.policy, "normalize_inputs"):
-            raise ValueError(
-                "policies with a history of LeRobot before 0.4 are not supported: load it with a newer one"
-            )
+            raise UserError("policies with a history of LeRobot before 0.4 are not supported: load it with a newer one")
 
     def translate(self, observation: Mapping[str, Tensor], step: int | None = None) -> Batch:
         """Our tree of tensors [B, ...] as the batch that the policy reads; `step` is one of a history [B, T, ...]."""
@@ -190,7 +188,7 @@ class LeRobotPolicy(nn.Module):
         with lent_generators(seed):
             chunk = self._predict(observation)[:, : self.horizon]
         if tuple(chunk.shape[1:]) != (self.horizon, self.action_dim):
-            raise ValueError(
+            raise UserError(
                 f"{type(self.policy).__name__} predicts {tuple(chunk.shape[1:])} (steps, action dimensions); this "
                 f"agent needs ({self.horizon}, {self.action_dim}). Is horizon too long, or was the policy trained for "
                 "another robot?"
@@ -249,9 +247,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
+        raise UserError(f"{file} is no JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {type(content).__name__}, expected the mapping of a policy's configuration")
+        raise UserError(f"{file} holds {type(content).__name__}, expected the mapping of a policy's configuration")
     return content
 
 
@@ -263,12 +261,12 @@ def load_policy(path: str, policy: str | None) -> Any:
     """
     cls = import_class(policy) if policy is not None else lerobot_class(path)
     if not hasattr(cls, "from_pretrained"):
-        raise ValueError(f"{cls!r} has no from_pretrained: it does not follow LeRobot's policy interface")
+        raise UserError(f"{cls!r} has no from_pretrained: it does not follow LeRobot's policy interface")
     loaded = cls.from_pretrained(path)
     if not hasattr(loaded, "predict_action_chunk") and not (
         hasattr(loaded, "select_action") and hasattr(loaded, "reset")
     ):
-        raise ValueError(f"{cls.__name__} has neither predict_action_chunk nor select_action and reset")
+        raise UserError(f"{cls.__name__} has neither predict_action_chunk nor select_action and reset")
     return loaded
 
 
@@ -278,7 +276,7 @@ def import_class(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"policy {name!r} cannot be imported ({error}); expected 'package.module:Class'") from None
+        raise UserError(f"policy {name!r} cannot be imported ({error}); expected 'package.module:Class'") from None
 
 
 def lerobot_class(path: str) -> Any:
@@ -287,13 +285,13 @@ def lerobot_class(path: str) -> Any:
     try:
         factory = importlib.import_module("lerobot.policies.factory")
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f"the policy {path!r} names no class of its own and LeRobot is not installed: install it as "
             "docs/foreign.md says, or set policy: 'package.module:Class' to any class with LeRobot's interface"
         ) from None
     if not file.is_file():
-        raise ValueError(f"{file} does not exist: give a local folder, or set policy to the class of the hub id")
+        raise UserError(f"{file} does not exist: give a local folder, or set policy to the class of the hub id")
     kind = read_config(file.parent).get("type")
     if kind is None:
-        raise ValueError(f"{file} has no 'type': set policy: 'package.module:Class'")
+        raise UserError(f"{file} has no 'type': set policy: 'package.module:Class'")
     return factory.get_policy_class(kind)

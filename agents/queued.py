@@ -20,6 +20,7 @@ from torch import Tensor
 
 from embodied_rft.agents.parts.actor import FrozenBase, freeze
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.policy import build_policy, observe
 from embodied_rft.pools.chunks import BASE_ACTION, ChunkBox
@@ -59,11 +60,11 @@ class QueuedPolicy(FrozenBase):
             action_space = action_space.step_space
         self.base = build_policy(config.base, observation_space, action_space, rng)
         if not hasattr(self.base, "horizon"):
-            raise ValueError(f"agent {config.base.get('id')!r} plans no chunks; diffusion, flow, gaussian do")
+            raise UserError(f"agent {config.base.get('id')!r} plans no chunks; diffusion, flow, gaussian do")
         self.horizon, self.action_dim = self.base.horizon, self.base.action_dim
         self.execute = self.base.execute if config.execute is None else config.execute
         if not 1 <= self.execute <= self.horizon:
-            raise ValueError(f"execute {self.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
+            raise UserError(f"execute {self.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
         freeze(self.base)
 
     def plan(self, observation: Tree, *, rng: torch.Generator) -> np.ndarray:
@@ -78,7 +79,7 @@ class QueuedPolicy(FrozenBase):
             ValueError: the observation does not come from a QueuedPool.
         """
         if BASE_ACTION not in observation:
-            raise ValueError(
+            raise UserError(
                 f"the observation has no {BASE_ACTION!r}: put chunking.QueuedPool around the environments, it "
                 "keeps the plans"
             )

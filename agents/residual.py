@@ -17,6 +17,7 @@ from torch import Tensor
 from embodied_rft.agents.parts.actor import ActorConfig, FrozenBase, decide, freeze, make_actor
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.learning.losses import mean_where
+from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.policy import build_policy, observe, require_rng
 from embodied_rft.pools.spaces import ActionScale
@@ -46,7 +47,7 @@ class ResidualPolicy(FrozenBase):
     ) -> None:
         super().__init__()
         if not 0 < config.scale <= 2:
-            raise ValueError(f"scale {config.scale} of a residual: in (0, 2] is expected (2 reaches every action)")
+            raise UserError(f"scale {config.scale} of a residual: in (0, 2] is expected (2 reaches every action)")
         self.config = config
         self.scale = ActionScale(action_space)
         self.base = build_policy(config.base, observation_space, action_space, rng)

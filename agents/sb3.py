@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from embodied_rft.agents.models import sb3_files
 from embodied_rft.agents.models.sb3_files import save_normalizer as save_normalizer  # for those who write such files
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.policy import require_rng
 from embodied_rft.registry import register
@@ -99,7 +100,7 @@ class SB3Policy(nn.Module):
             policy.load_state_dict(sb3_files.complete_weights(archive.weights, policy.state_dict()))
         except (RuntimeError, TypeError, AssertionError) as error:
             kwargs.pop("lr_schedule", None)
-            raise ValueError(
+            raise UserError(
                 f"the weights in {archive.path} do not fit a {cls.__name__} with {kwargs} on {space}, "
                 f"{self.action_space}. Give the options policy_kwargs (net_arch), policy, algorithm or keys of the run "
                 f"that wrote it, and its environment. {error}"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from embodied_rft.agents.parts.actor import ActorConfig, FrozenBase, decide, freeze, make_actor
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.policy import build_policy, observe, require_rng
 from embodied_rft.registry import register
@@ -47,11 +48,11 @@ class SteeringPolicy(FrozenBase):
     ) -> None:
         super().__init__()
         if not config.scale > 0:
-            raise ValueError(f"scale {config.scale} of the noise: a positive number is expected")
+            raise UserError(f"scale {config.scale} of the noise: a positive number is expected")
         self.config = config
         self.base = build_policy(config.base, observation_space, action_space, rng)
         if not hasattr(self.base, "from_noise"):
-            raise ValueError(
+            raise UserError(
                 f"agent {config.base.get('id')!r} has no noise to steer; diffusion, flow, consistency do, and a "
                 "vla with a flow head"
             )
@@ -78,7 +79,7 @@ class SteeringPolicy(FrozenBase):
             ValueError: the trace has no `u`; the noise of an action cannot be told from the action.
         """
         if "u" not in trace:
-            raise ValueError("the noise of an action is known only to who took it: the trace needs the key 'u'")
+            raise UserError("the noise of an action is known only to who took it: the trace needs the key 'u'")
         log_prob, entropy = self.head.log_prob(self.encoder(observation), trace["u"])
         return log_prob[:, None], entropy[:, None]
 

@@ -27,7 +27,7 @@ from embodied_rft.agents.models.tiny_vlm import TinyVLMConfig
 from embodied_rft.agents.models.vlm import Context, load_vlm
 from embodied_rft.agents.vla import TrunkEncoder
 from embodied_rft.data import Decisions, Field, Ragged, Tree
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.encoder import cameras
 from embodied_rft.networks.trainable import LoraOptions, Train
 from embodied_rft.options import STRICT
@@ -58,7 +58,7 @@ class VisionLanguageConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         if not 0 < self.temperature < math.inf or self.max_new_tokens < 1:
-            raise ValueError(f"temperature > 0 and max_new_tokens >= 1 are expected, given {self}")
+            raise UserError(f"temperature > 0 and max_new_tokens >= 1 are expected, given {self}")
 
 
 @register("agent", "vision_language")
@@ -83,7 +83,7 @@ class VisionLanguagePolicy(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(action_space, gym.spaces.Text):
-            raise ValueError(
+            raise UserError(
                 f"action space {action_space}: this agent answers in text, a Text space is expected. "
                 f"{what_suits(action_space)}"
             )
@@ -91,14 +91,12 @@ class VisionLanguagePolicy(nn.Module):
         self.image_keys = known if config.images is None else list(config.images)
         for key in self.image_keys:
             if key not in known:
-                raise ValueError(f"the observation has no image {key!r}; {nearest(key, known)}")
+                raise UserError(f"the observation has no image {key!r}; {nearest(key, known)}")
         if not self.image_keys:
-            raise ValueError(
-                "there is no image to see: a uint8 Box of shape [H, W, 3] is expected; else use `language`"
-            )
+            raise UserError("there is no image to see: a uint8 Box of shape [H, W, 3] is expected; else use `language`")
         self.config, self.key = config, text_key(observation_space, config.key, also=self.image_keys)
         if isinstance(flatten_space(observation_space)[self.key], ChatText):
-            raise ValueError("prompts are lists of messages here; this agent reads one text beside its images")
+            raise UserError("prompts are lists of messages here; this agent reads one text beside its images")
         self.vlm = load_vlm(
             config.model, dtype=config.dtype, rng=rng, prompt=config.prompt, cache_bytes=config.cache_bytes
         )
@@ -110,7 +108,7 @@ class VisionLanguagePolicy(nn.Module):
         """Choose what is trained from now on (see `tuning.tune`); the head is the output layer."""
         layer = self.vlm.model.get_output_embeddings()
         if "head" in train and layer.weight is self.vlm.model.get_input_embeddings().weight:
-            raise ValueError(
+            raise UserError(
                 f'train "{train}": the output layer is the input embedding, too; use train "lora" or "full"'
             )
         self.vlm.select(train, freeze_vision=self.config.freeze_vision and train == "full", lora=lora, rng=rng)

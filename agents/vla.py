@@ -27,7 +27,7 @@ from embodied_rft.agents.models.vlm import VLM, Context, load_vlm
 from embodied_rft.agents.parts.chain import ChunkConfig, Codec
 from embodied_rft.agents.parts.vla_heads import HEADS, FlowOptions, ParallelOptions, Size, TokenOptions
 from embodied_rft.data import Decisions, Field, Tree
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.networks import critics
 from embodied_rft.networks.encoder import Encoder, Normalize, cameras, is_image
 from embodied_rft.networks.trainable import LoraOptions, Train
@@ -71,11 +71,11 @@ class VLAConfig:
         """Refuse what cannot work or has no effect."""
         for name in HEADS:
             if name != self.head and getattr(self, name) is not None:
-                raise ValueError(f"options {name!r} have no effect with head {self.head!r}: drop them or choose it")
+                raise UserError(f"options {name!r} have no effect with head {self.head!r}: drop them or choose it")
         if self.freeze_vision and self.train != "full":
-            raise ValueError(f"freeze_vision has no effect with train {self.train!r}, which never trains the tower")
+            raise UserError(f"freeze_vision has no effect with train {self.train!r}, which never trains the tower")
         if self.horizon < 1 or not 1 <= (self.execute or self.horizon) <= self.horizon:
-            raise ValueError(f"horizon {self.horizon}, execute {self.execute}: 1 <= execute <= horizon is expected")
+            raise UserError(f"horizon {self.horizon}, execute {self.execute}: 1 <= execute <= horizon is expected")
 
 
 @register("agent", "vla")
@@ -145,19 +145,19 @@ class VLAPolicy(nn.Module):
         for given, some, what in ((config.images, known, "image"), (config.state, vectors, "state")):
             for key in given or ():
                 if key not in some:
-                    raise ValueError(f"the observation has no {what} {key!r}; {nearest(key, some)}")
+                    raise UserError(f"the observation has no {what} {key!r}; {nearest(key, some)}")
         self.image_keys = known if config.images is None else list(config.images)
         self._image_shapes = {key: leaves[key].shape for key in self.image_keys}
         self.state_keys = vectors if config.state is None else list(config.state)
         if not self.image_keys:
-            raise ValueError("a vla policy needs an image: a uint8 Box of shape [H, W, 3] in the observation space")
+            raise UserError("a vla policy needs an image: a uint8 Box of shape [H, W, 3] in the observation space")
         has_instruction = INSTRUCTION in leaves and is_text(leaves[INSTRUCTION])
         if config.instruction is None and not has_instruction:
-            raise ValueError(f'the observation has no text {INSTRUCTION!r}: set the option instruction: "..."')
+            raise UserError(f'the observation has no text {INSTRUCTION!r}: set the option instruction: "..."')
         for key, leaf in leaves.items():
             said = config.instruction if is_text(leaf) else config.images if is_image(leaf) else config.state
             if said is None and key not in (*self.image_keys, *self.state_keys, INSTRUCTION):
-                raise ValueError(
+                raise UserError(
                     f"observation key {key!r} ({leaf}) would not be read: a vla reads uint8 images [H, W, 3], numbers "
                     f"and the text {INSTRUCTION!r}. If that is meant, say what it reads: the options images, state and "
                     "instruction"
@@ -231,11 +231,11 @@ class VLAPolicy(nn.Module):
         """What the trunk reads, from a tree of tensors [B, ...] and texts."""
         for key in (*self.image_keys, *self.state_keys):
             if key not in observation:
-                raise ValueError(f"the observation has no {key!r}; {nearest(key, observation)}")
+                raise UserError(f"the observation has no {key!r}; {nearest(key, observation)}")
         images = [observation[key] for key in self.image_keys]
         for key, given in zip(self.image_keys, images, strict=True):
             if tuple(given.shape[1:]) != self._image_shapes[key]:
-                raise ValueError(
+                raise UserError(
                     f"images of {key!r} have shape {tuple(given.shape[1:])}, this policy was made for "
                     f"{self._image_shapes[key]}: another size means another number of image tokens"
                 )
@@ -267,7 +267,7 @@ class VLAPolicy(nn.Module):
         rows = buffer.rows() if rows is None else rows
         spread = rows[:: max(1, len(rows) // limit)][:limit]
         if len(spread) == 0:
-            raise ValueError("there is no data to take statistics of: fill the buffer with demonstrations first")
+            raise UserError("there is no data to take statistics of: fill the buffer with demonstrations first")
         batch = buffer.batch(spread, next_observation=False)
         if self.state_keys:
             reader: Any = self.state["reader"]
@@ -309,17 +309,17 @@ class VLAPolicy(nn.Module):
         try:
             saved = load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): save it again, or start with fresh_head: true") from error
+            raise UserError(f"{path} is damaged ({error}): save it again, or start with fresh_head: true") from error
         bad = [name for name, value in saved.items() if value.is_floating_point() and not bool(value.isfinite().all())]
         if bad:
-            raise ValueError(f"{path} has NaN or infinity in {', '.join(bad[:3])}: take an earlier checkpoint")
+            raise UserError(f"{path} has NaN or infinity in {', '.join(bad[:3])}: take an earlier checkpoint")
         for name, part in self.named_children():
             if name != "vlm":
                 own = {k.removeprefix(name + "."): v for k, v in saved.items() if k.startswith(name + ".")}
                 part.load_state_dict(own)
         statistics = self.codec.statistics
         if statistics is not None and not bool(statistics.fitted):
-            raise ValueError(f"{path} was saved without statistics of its data: fit them and save it again")
+            raise UserError(f"{path} was saved without statistics of its data: fit them and save it again")
 
     def _generator(self, rng: torch.Generator) -> torch.Generator:
         if rng.device.type == self.device.type:
@@ -359,14 +359,14 @@ class Identity(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         given = state_dict.get(prefix + "text")
         if given is None:
-            raise ValueError("the checkpoint is not one of a vla policy: it does not say which model it belongs to")
+            raise UserError("the checkpoint is not one of a vla policy: it does not say which model it belongs to")
         try:
             saved = json.loads(bytes(given.cpu().tolist()))
         except ValueError:
-            raise ValueError("the checkpoint does not say which model it belongs to: it is damaged") from None
+            raise UserError("the checkpoint does not say which model it belongs to: it is damaged") from None
         for name, own in self.parts.items():
             if saved.get(name) != own:
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint belongs to another policy: its {name} is {saved.get(name)!r}, this one's is "
                     f"{own!r}. Build the policy with the model and options that it was saved with."
                 )

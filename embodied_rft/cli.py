@@ -1,7 +1,8 @@
 """The command `erft`: train, eval, demos, report, list, doctor. Parses and prints; the work is done elsewhere.
 
-A mistake of the user is one message on stderr and exit code 2; Ctrl-C is a clean stop and 130; anything else is ours to
-mend and shows its traceback. Everything heavy is imported by the verb that needs it, so that help answers at once.
+A mistake of the user (`UserError`) is one message on stderr and exit code 2; Ctrl-C is a clean stop and 130; anything
+else shows its traceback, ends with 1, and says so where it is ours to mend. Everything heavy is imported by the verb that
+needs it, so that help answers at once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 import re
 import shlex
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +23,11 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
+from embodied_rft.files import PACKAGE
+from embodied_rft.names import UserError, nearest, visible
+
 USER, BROKEN, STOPPED = 2, 1, 130  # exit codes
+BUG = "This is a bug of ours, not a mistake of yours: please report it, with these lines and what `erft doctor` prints."
 
 TAKE_VALUE = ("--run", "--seed", "--out", "--episodes", "--noise", "--device")  # options of the verbs below
 TAKE_PAIRS = ("train", "demos")  # verbs that take KEY=VALUE
@@ -194,7 +201,9 @@ def unquittable(verb: Callable[..., Any]) -> Callable[..., int | None]:
         try:
             return verb(*arguments, **options)
         except SystemExit as stop:
-            raise RuntimeError(f"a plug-in, a model or an environment called sys.exit({stop.code!r})") from stop
+            raise UserError(
+                f"a plug-in, a model or an environment called sys.exit({stop.code!r}); --debug shows where"
+            ) from stop
 
     return run
 
@@ -228,8 +237,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(given: list[str], *, debug: bool) -> int:
-    from embodied_rft.names import nearest
-
     if given and not given[0].startswith("-") and given[0] not in VERBS:
         return _fail(f"unknown verb {given[0]!r}; {nearest(given[0], VERBS)}")
     if given and given[0] in TAKE_PAIRS:
@@ -243,9 +250,12 @@ def _run(given: list[str], *, debug: bool) -> int:
         print(f"continue with the same command: {shlex.join(['erft', *given])}", file=sys.stderr)
         return STOPPED
     except Exception as error:
-        if debug or not _is_users(error):
-            raise
-        return _fail(str(error))
+        users = _is_users(error)
+        if users and not debug:
+            return _fail(str(error))
+        if not users and _is_ours(error):
+            error.add_note(BUG)
+        raise
     return code if isinstance(code, int) else 0
 
 
@@ -262,16 +272,24 @@ def _overrides_first(given: list[str]) -> list[str]:
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether the message alone tells the user what to do."""
-    from embodied_rft.pools.incidents import EnvironmentFailure
-    from embodied_rft.runs.tree_file import CheckpointError
+    """Whether the message alone tells the user what to do; of a plug-in every ValueError counts as one that does."""
+    return isinstance(error, (UserError, OSError)) or (isinstance(error, ValueError) and not _is_ours(error))
 
-    return isinstance(error, (ValueError, CheckpointError, EnvironmentFailure, FloatingPointError, OSError))
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the innermost code that is neither a library's nor Python's own is ours, not a plug-in's."""
+    ours = (PACKAGE, *(PACKAGE.parent / room for room in ("envs", "agents")))
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")]
+    for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
+        file = Path(frame.f_code.co_filename)
+        if any(file.resolve().is_relative_to(folder) for folder in ours):
+            return True
+        if file.is_absolute() and not any(file.resolve().is_relative_to(folder) for folder in installed):
+            return False
+    return True
 
 
 def _fail(message: str) -> int:
-    from embodied_rft.names import visible
-
     print(f"erft: {visible(message)}", file=sys.stderr)
     return USER
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from embodied_rft.names import UserError
+
 DEVICE = r"auto|cpu|cuda(:\d+)?"
 
 
@@ -22,14 +24,14 @@ def resolve_device(word: str) -> torch.device:
         ValueError: another word, or a GPU that is not there.
     """
     if not re.fullmatch(DEVICE, word):
-        raise ValueError(f"device is {word!r}; expected auto, cpu, cuda or cuda:NUMBER")
+        raise UserError(f"device is {word!r}; expected auto, cpu, cuda or cuda:NUMBER")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if word == "cpu" or (word == "auto" and not count):
         return torch.device("cpu")
     index = int(word.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
     if index >= count:
         found = f"{count} are here" if count else "PyTorch finds none (erft doctor says more)"
-        raise ValueError(f"device is {word!r}, which needs GPU {index}, but {found}: set device to cpu or auto")
+        raise UserError(f"device is {word!r}, which needs GPU {index}, but {found}: set device to cpu or auto")
     return torch.device("cuda", index)
 
 

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from embodied_rft.names import UserError
+
 T = TypeVar("T")
 BUCKET_ELEMENTS = 2**24  # gradients that are summed in one message: 64 MB
 TIMEOUT_SECONDS = 1800.0  # longest wait for another process; EMBODIED_RFT_TIMEOUT changes it
@@ -81,7 +83,7 @@ def share(count: int, what: str) -> int:
         ValueError: they cannot be shared evenly.
     """
     if count % size():
-        raise ValueError(
+        raise UserError(
             f"{what} is {count}, which {size()} processes cannot share evenly: choose a multiple of {size()}, or start "
             "another number of processes"
         )
@@ -144,7 +146,7 @@ def seed_key(name: str) -> tuple[int, ...]:
 def check_size(before: int, folder: Path) -> None:
     """Raise ValueError when the run in a folder was started with another number of processes."""
     if before != size():
-        raise ValueError(
+        raise UserError(
             f"{folder} holds a run of {before} processes, {size()} were started now: continue it with {before}, or "
             "choose another folder"
         )

@@ -20,10 +20,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, ValidationInfo, W
 from pydantic.dataclasses import is_pydantic_dataclass, rebuild_dataclass
 
 from embodied_rft import registry
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A recipe or an option is wrong; the message says where, what was given and what is known."""
 
 

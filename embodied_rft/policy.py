@@ -12,6 +12,7 @@ from torch import nn
 from embodied_rft import registry
 from embodied_rft.data import Tree
 from embodied_rft.device import device_of
+from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import as_tensors
 from embodied_rft.networks.trainable import retune
 from embodied_rft.options import validate_plugin_config
@@ -23,7 +24,7 @@ Spec = Mapping[str, Any]
 def build_policy(spec: Spec, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator) -> nn.Module:
     """The policy that {"id": ..., **options} describes, with weights drawn from `rng`."""
     if "id" not in spec:
-        raise ValueError(f"agent {dict(spec)!r} has no id; known: {', '.join(registry.known('agent'))}")
+        raise UserError(f"agent {dict(spec)!r} has no id; known: {', '.join(registry.known('agent'))}")
     options = {k: v for k, v in spec.items() if k not in ("id", "tuned")}
     check_action_space(action_space)
     config = validate_plugin_config("agent", spec["id"], options)
@@ -39,7 +40,7 @@ def build_policy(spec: Spec, observation_space: gym.Space, action_space: gym.Spa
 def require_rng(rng: torch.Generator | None) -> torch.Generator:
     """The generator, or a ValueError: randomness never comes from the global one."""
     if rng is None:
-        raise ValueError("a random decision needs rng=torch.Generator(...); pass one, or greedy=True")
+        raise UserError("a random decision needs rng=torch.Generator(...); pass one, or greedy=True")
     return rng
 
 

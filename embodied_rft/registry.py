@@ -19,7 +19,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 
 T = TypeVar("T")
 
@@ -32,12 +32,12 @@ _tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 def register(kind: str, id: str) -> Callable[[T], T]:
     """Decorator of classes and functions: make the target known under `id`. A second target for an id raises."""
     if kind not in _tables:
-        raise ValueError(f"unknown kind of plug-in {kind!r}; {nearest(kind, KINDS)}")
+        raise UserError(f"unknown kind of plug-in {kind!r}; {nearest(kind, KINDS)}")
 
     def add(target: T) -> T:
         known = _tables[kind].get(id)
         if known is not None and _name(known) != _name(target):
-            raise ValueError(f"{kind} {id!r} is registered twice: {known!r} and {target!r}. Choose another id.")
+            raise UserError(f"{kind} {id!r} is registered twice: {known!r} and {target!r}. Choose another id.")
         _tables[kind][id] = target
         return target
 
@@ -54,7 +54,7 @@ def find(kind: str, id: str) -> Any:
     try:
         return _tables[kind][id]
     except KeyError:
-        raise ValueError(f"unknown {kind} {id!r}; {nearest(id, _tables[kind])}") from None
+        raise UserError(f"unknown {kind} {id!r}; {nearest(id, _tables[kind])}") from None
 
 
 def known(kind: str) -> list[str]:
@@ -76,4 +76,4 @@ def load_plugins() -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(f"the plug-in {module} cannot be imported: {error}") from error
+            raise UserError(f"the plug-in {module} cannot be imported: {error}") from error

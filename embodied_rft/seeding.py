@@ -10,13 +10,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from embodied_rft.names import UserError
+
 FIRST_EVALUATION_SEED = 2**31
 
 
 def evaluation_seed(index: int, *, sheet: int = 0) -> int:
     """Seed of episode `index` (0 <= index < 100_000) on evaluation sheet `sheet` (0 <= sheet < 20_000)."""
     if not (0 <= index < 100_000 and 0 <= sheet < 20_000):
-        raise ValueError(f"evaluation episode {index} of sheet {sheet} does not exist: index < 100000, sheet < 20000")
+        raise UserError(f"evaluation episode {index} of sheet {sheet} does not exist: index < 100000, sheet < 20000")
     return FIRST_EVALUATION_SEED + sheet * 100_000 + index
 
 
@@ -26,7 +28,7 @@ def held_out_index(seed: int, num_states: int) -> int:
     `num_states` successive episodes of a sheet meet each state once; sheet 1 begins in the middle of the list.
     """
     if seed < FIRST_EVALUATION_SEED or num_states < 1:
-        raise ValueError(f"seed {seed} and {num_states} states; expected an evaluation seed (>= 2**31) and a state")
+        raise UserError(f"seed {seed} and {num_states} states; expected an evaluation seed (>= 2**31) and a state")
     sheet, index = divmod(seed - FIRST_EVALUATION_SEED, 100_000)
     return (index + sheet * (num_states // 2)) % num_states
 
@@ -46,7 +48,7 @@ def check_training_seeds(seeds: np.ndarray) -> None:
     """Raise ValueError if any seed belongs to evaluation."""
     bad = np.asarray(seeds)[np.asarray(seeds) >= FIRST_EVALUATION_SEED]
     if bad.size:
-        raise ValueError(
+        raise UserError(
             f"seed {int(bad[0])} is reserved for evaluation (>= 2**31): training on an evaluation state would make "
             "every success rate meaningless. Use a seed below 2**31."
         )

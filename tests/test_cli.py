@@ -131,6 +131,27 @@ def test_our_own_errors_show_where_they_are(recipe, session):
         cli.main(["train", "mine.yaml"])
 
 
+def outcome(tmp_path, *, plant="", plugin=""):
+    """`erft list stages` in a process, after a plug-in was imported in which `plant` ran: what it prints, its code."""
+    (tmp_path / "mine.py").write_text(plugin)
+    script = f"import sys, mine; from embodied_rft import cli, registry\n{plant}\ncli.main(['list', 'stages'])"
+    return subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+
+
+def test_a_shape_error_in_our_code_is_a_bug_of_ours(tmp_path):
+    """NumPy raises ValueError too: in our file it is no mistake of the user, in a plug-in's it is as it was raised."""
+    misuse = "import numpy as np\ndef broken(*a):\n    np.zeros(2) + np.zeros(3)\n"
+    ours = Path(cli.__file__).with_name("registry.py")
+    done = outcome(tmp_path, plant=f"exec(compile({misuse!r}, {str(ours)!r}, 'exec')); registry.known = broken")
+    assert done.returncode == cli.BROKEN
+    assert "Traceback" in done.stderr and "could not be broadcast" in done.stderr and cli.BUG in done.stderr
+    done = outcome(tmp_path, plant="registry.known = mine.broken", plugin=misuse)
+    assert done.returncode == cli.USER
+    assert "could not be broadcast" in done.stderr and "Traceback" not in done.stderr
+    done = outcome(tmp_path, plant="registry.known = mine.broken", plugin=misuse.replace("np.zeros(2) +", "{}[1],"))
+    assert done.returncode == cli.BROKEN and "KeyError" in done.stderr and cli.BUG not in done.stderr
+
+
 def test_eval_prints_the_rate_and_renews_the_report(recipe, session, monkeypatch, capsys):
     fake = types.ModuleType("embodied_rft.runs.judge")
     asked = {}

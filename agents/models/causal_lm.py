@@ -24,6 +24,7 @@ from embodied_rft.agents.models.pretrained import (
 )
 from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.data import Ragged
+from embodied_rft.names import UserError
 from embodied_rft.networks.trainable import LoraOptions, Train, add_adapters, is_adapted, linear_layers, merged
 from embodied_rft.tokens.log_probs import Head
 
@@ -95,13 +96,13 @@ class CausalLM:
         size = self.model.get_output_embeddings().weight.shape[0]
         for some in ids:
             if len(some) and (some.min() < 0 or some.max() >= size):
-                raise ValueError(
+                raise UserError(
                     f"token ids from {some.min()} to {some.max()} were given to a model of {size} tokens: these "
                     "decisions were taken with another tokenizer. Collect them again with this model."
                 )
 
     def _refuse(self, reason: str, error: Exception | None = None) -> None:
-        raise ValueError(
+        raise UserError(
             f"{type(self.model).__name__} is refused: {reason}. A decoder is expected whose layers all attend to the "
             "keys and values of the whole prompt (Llama, Qwen 2 and 3, Mistral, Gemma, ...: see docs/text.md)"
         ) from error
@@ -143,7 +144,7 @@ class CausalLM:
         """Freeze everything but what is to be trained (see `tuning.tune`); the head is the output layer."""
         model, layer = self.model, self.model.get_output_embeddings()
         if "head" in train and layer.weight is model.get_input_embeddings().weight:
-            raise ValueError(
+            raise UserError(
                 f'train "{train}": the output layer of this model is also its input embedding, which would change '
                 'with it; use train "lora" or "full"'
             )
@@ -168,7 +169,7 @@ class CausalLM:
         try:
             self._check_states()
         except ValueError as error:  # GPT-2 drops its keys and values then
-            raise ValueError(
+            raise UserError(
                 f"{type(self.model).__name__} does not continue a prompt from keys and values with "
                 "gradient_checkpointing, which computes its layers twice: leave it off"
             ) from error
@@ -189,7 +190,7 @@ def load_model(
     """
     if isinstance(source, dict):
         if list(source) != ["tiny"]:
-            raise ValueError(
+            raise UserError(
                 f'model is {source!r}; expected a folder, a hub id, or {{"tiny": {{...}}}} for random weights'
             )
         model, tokenizer = tiny_causal_lm(source["tiny"], rng=rng)

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from embodied_rft.names import UserError
+
 _ARRAYS = {"_reconstruct", "scalar", "_frombuffer", "ndarray", "dtype"}  # of numpy's modules, whatever they are called
 _CONTAINERS = {
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -95,4 +97,4 @@ def read(data: bytes) -> Any:
     try:
         return _Reader(io.BytesIO(data)).load()
     except Exception as error:  # a damaged pickle may raise anything
-        raise ValueError(f"not a readable pickle ({type(error).__name__}: {error})") from None
+        raise UserError(f"not a readable pickle ({type(error).__name__}: {error})") from None

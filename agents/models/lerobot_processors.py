@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from embodied_rft.names import UserError
+
 Batch = dict[str, Any]
 Step = Callable[[Batch], Batch]  # a batch of observations, or {"action": [..., A]}
 
@@ -56,7 +58,7 @@ def load_processors(folder: str | Path, config: Mapping[str, Any]) -> Processors
         return Processors(**{part: _chain(_read_steps(file)) for part, file in given.items()})
     if given:
         missing = next(name for part, name in NAMES.items() if part not in given)
-        raise ValueError(f"{folder} has only one of its two processors: {missing} is missing. Copy the whole folder.")
+        raise UserError(f"{folder} has only one of its two processors: {missing} is missing. Copy the whole folder.")
     modes = {kind: str(mode) for kind, mode in (config.get("normalization_mapping") or {}).items()}
     if all(mode == "IDENTITY" for mode in modes.values()):
         return None
@@ -77,11 +79,11 @@ def _read_steps(file: Path) -> list[Step]:
         content = json.loads(file.read_text(encoding="utf-8"))
         entries = [(entry.get("registry_name") or entry.get("class"), entry) for entry in content["steps"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no processor of LeRobot: {error}") from None
+        raise UserError(f"{file} is no processor of LeRobot: {error}") from None
     steps = []
     for name, entry in entries:
         if name not in KNOWN:
-            raise ValueError(
+            raise UserError(
                 f"{file.name} of {file.parent} has the step {name!r}, which is not known here ({', '.join(KNOWN)}): "
                 "without it the numbers would be others. Wrap the policy in a class of your own that "
                 "does this step and give that as option policy, with the two JSON files taken out of the folder."
@@ -102,7 +104,7 @@ def _read_tensors(file: Path, prefix: str = "") -> dict[str, Tensor]:
                 if key.startswith(prefix)
             }
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read: {error}. Copy the whole policy folder.") from None
+        raise UserError(f"{file} cannot be read: {error}. Copy the whole policy folder.") from None
 
 
 def _rename(what: str, config: Mapping[str, Any], _: Mapping[str, Tensor]) -> Step | None:
@@ -114,7 +116,7 @@ def _nothing(what: str, config: Mapping[str, Any], _: Mapping[str, Tensor]) -> N
     """A step that is done elsewhere: batches are batches already, and the agent minds the device."""
     dtype = config.get("float_dtype")
     if dtype not in (None, "float32"):
-        raise ValueError(f"{what} casts to {dtype}: only float32 is done here; save the policy with that")
+        raise UserError(f"{what} casts to {dtype}: only float32 is done here; save the policy with that")
 
 
 def _normalise(what: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Step:
@@ -154,16 +156,16 @@ class _Scaling:
             if mode == "IDENTITY" or (chosen is not None and feature["type"] != "ACTION" and key not in chosen):
                 continue
             if mode not in STATISTICS:
-                raise ValueError(
+                raise UserError(
                     f"{what} normalises {key!r} by {mode}, which is not known here: {', '.join(STATISTICS)}"
                 )
             names = [f"{key}.{name}" for name in STATISTICS[mode]]
             missing = [name for name in names if name not in state]
             if missing:
-                raise ValueError(f"{what} has no statistics {missing[0]!r}; the policy's units cannot be known")
+                raise UserError(f"{what} has no statistics {missing[0]!r}; the policy's units cannot be known")
             first, second = (state[name] for name in names)
             if not bool(torch.isfinite(first).all() and torch.isfinite(second).all()):
-                raise ValueError(
+                raise UserError(
                     f"{what} has statistics of {key!r} that are not finite: they were never taken from data"
                 )
             if feature["type"] == "VISUAL" and first.dim() == 1:
@@ -192,7 +194,7 @@ def _from_buffers(folder: Path, config: Mapping[str, Any], modes: Mapping[str, s
     for part, prefix in BUFFERS.items():
         buffers = _read_tensors(file, prefix) if file.is_file() else {}
         if not buffers:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was trained on normalised numbers ({modes}) and holds no statistics of them: neither "
                 f"{NAMES[part]} nor {prefix}* in model.safetensors. Save the processors into it as LeRobot's training "
                 "does (preprocessor.save_pretrained(folder), postprocessor.save_pretrained(folder))."

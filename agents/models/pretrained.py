@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from embodied_rft.names import UserError
 from embodied_rft.tokens.log_probs import Head
 
 logger = logging.getLogger(__name__)
@@ -42,9 +43,9 @@ def load_pretrained(
     if source.startswith((".", "/", "~")):
         source = str(Path(source).expanduser())
         if not Path(source).is_dir():
-            raise ValueError(f"model folder {source!r} does not exist; expected one that save_pretrained has written")
+            raise UserError(f"model folder {source!r} does not exist; expected one that save_pretrained has written")
     if (Path(source) / "adapter_config.json").exists() and not (Path(source) / "config.json").exists():
-        raise ValueError(
+        raise UserError(
             f"{source!r} holds adapters alone: save the whole model, merge_and_unload().save_pretrained(...)"
         )
     try:
@@ -55,7 +56,7 @@ def load_pretrained(
         autos = [getattr(transformers, kind) for kind in kinds]
         auto = next((a for a in autos if type(config) in a._model_mapping), None)
         if auto is None:
-            raise ValueError(f"it is a {config.model_type} model, which is none")
+            raise UserError(f"it is a {config.model_type} model, which is none")
         number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         model, report = auto.from_pretrained(
             source,
@@ -67,7 +68,7 @@ def load_pretrained(
         )
     except Exception as error:  # whatever a library says about a folder that it cannot read
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"model {source!r} cannot be loaded as a {what}: {reason[:300]}") from error
+        raise UserError(f"model {source!r} cannot be loaded as a {what}: {reason[:300]}") from error
     _check_weights(source, model, report)
     return source, model, tokenizer
 
@@ -81,13 +82,13 @@ def _check_weights(source: str, model: Any, report: dict[str, Any]) -> None:
     }
     for what, names in wrong.items():
         if names:
-            raise ValueError(
+            raise UserError(
                 f"model {source!r} {what} of a {type(model).__name__}: {len(names)}, e.g. {names[0]!r}. Its files are "
                 "incomplete, or its config.json belongs to another architecture: save or download it again"
             )
     bad = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if bad:
-        raise ValueError(
+        raise UserError(
             f"model {source!r} has NaN or infinity in {len(bad)} weights, e.g. {bad[0]!r}: take an earlier checkpoint"
         )
 
@@ -122,7 +123,7 @@ def checkpoint_layers(model: Any) -> None:
     try:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
-        raise ValueError(f"{error} Leave gradient_checkpointing off.") from error
+        raise UserError(f"{error} Leave gradient_checkpointing off.") from error
 
 
 def distance(given: Tensor, expected: Tensor) -> float:
@@ -156,7 +157,7 @@ def check_tokenizer(model: Any, tokenizer: Any, *, ends: bool = True) -> frozens
     known = set(tokenizer.get_vocab().values())
     largest = max(token for token in known if token != image)
     if largest >= rows:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has token ids up to {largest}, the model knows {rows} tokens: they do not belong together. "
             "Load the tokenizer that was saved with the model, or resize the model's embeddings."
         )
@@ -166,7 +167,7 @@ def check_tokenizer(model: Any, tokenizer: Any, *, ends: bool = True) -> frozens
         found |= {eos} if isinstance(eos, int) else set(eos or ())
     found &= known  # what the tokenizer does not know is never drawn
     if ends and not found:
-        raise ValueError(
+        raise UserError(
             "neither the tokenizer (eos_token) nor the model's configuration has an end token that the tokenizer "
             "knows: a reply could never end; set tokenizer.eos_token and save it again"
         )
@@ -211,7 +212,7 @@ def output_form(model: Any) -> tuple[Tensor, float, float | None]:
     """
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(layer, nn.Linear):
-        raise ValueError(f"the output layer is a {type(layer).__name__}; a plain linear layer is expected")
+        raise UserError(f"the output layer is a {type(layer).__name__}; a plain linear layer is expected")
     weight, read = layer.weight, []
     ids = torch.arange(min(3, len(weight)), device=weight.device)[None]
     size = (1, ids.shape[1], weight.shape[1])
@@ -222,7 +223,7 @@ def output_form(model: Any) -> tuple[Tensor, float, float | None]:
             with _Instead(layer, states, read):
                 seen.append((states, model(input_ids=ids, use_cache=False).logits))
     except Exception as error:  # a model of another kind fails in its own ways
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} cannot read three tokens ({error}): a causal language model is expected"
         ) from error
     number = {name: getattr(config, name, None) or None for name in (*SCALES, *CAPS)}
@@ -233,7 +234,7 @@ def output_form(model: Any) -> tuple[Tensor, float, float | None]:
     best = min(range(len(forms)), key=errors.__getitem__)  # rounding may let several through
     if errors[best] < PRECISION.get(seen[0][1].dtype, 1e-1):
         return read[0], forms[best].scale, forms[best].softcap
-    raise ValueError(
+    raise UserError(
         f"{type(model).__name__} changes its logits in a way that is not known here (known: {', '.join(number)}): its "
         "log-probabilities would be wrong, so it is refused"
     )

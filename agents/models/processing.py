@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from embodied_rft.names import UserError
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP_FAMILIES = {"qwen2_vl", "qwen2_5_vl", "glm4v", "clip_vision_model", "pixtral"}
 
@@ -87,10 +89,10 @@ class Prompts:
         self.template = layout.prompt if template is None else template
         for part in ("{images}", "{instruction}"):
             if self.template.count(part) != 1:
-                raise ValueError(f"prompt {self.template!r} must hold {part} exactly once")
+                raise UserError(f"prompt {self.template!r} must hold {part} exactly once")
         text = tokenizer.convert_ids_to_tokens(image_token)
         if text is None or tokenizer(text, add_special_tokens=False)["input_ids"] != [image_token]:
-            raise ValueError(
+            raise UserError(
                 f"the model's image token {image_token} is no special token of the tokenizer ({text!r}): they do not "
                 "belong together. Load the tokenizer that was saved with the model."
             )
@@ -121,7 +123,7 @@ class Prompts:
         ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
         places = ids == self.image_token
         if places.sum() != len(tokens_per_image):
-            raise ValueError(
+            raise UserError(
                 f"the prompt for {instruction!r:.80} has {places.sum()} places for images, the observation has "
                 f"{len(tokens_per_image)} images: take {self._image_text!r} out of the instruction and the prompt"
             )
@@ -160,7 +162,7 @@ class Pixels:
                 setattr(processor, option, False)  # one view of a camera, not a mosaic
         foreign = {"image_sizes", "spatial_shapes"} & set(names)
         if processor is None and foreign and getattr(vision, "model_type", "") != "pixtral":
-            raise ValueError(
+            raise UserError(
                 f"a {config.model_type} model needs its own image processor (it wants {', '.join(sorted(foreign))}): "
                 "save it into the model's folder, processor.save_pretrained(folder)"
             )
@@ -169,7 +171,7 @@ class Pixels:
         """Keyword arguments for `get_image_features`, on the device of the images."""
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
             given = f"images of shape {tuple(images.shape)} and {images.dtype}"
-            raise ValueError(f"{given}; [M, H, W, 3] uint8 is expected")
+            raise UserError(f"{given}; [M, H, W, 3] uint8 is expected")
         if self.processor is not None:
             return self._by_processor(images)
         x = images.permute(0, 3, 1, 2).float()
@@ -211,13 +213,13 @@ class Pixels:
         given: Any = [[array] for array in arrays] if self.tiles else arrays
         made = self.processor(images=given, return_tensors="pt", input_data_format="channels_last")
         if "pixel_values" not in made:
-            raise ValueError(
+            raise UserError(
                 f"the image processor makes {', '.join(made)}, but no pixel_values: a processor is expected"
             )
         size = tuple(made["pixel_values"].shape[-1 if self.patches else -2 :])
         expected = (3 * self.frames * self.patch**2,) if self.patches else self.size
         if size != expected and not {"image_sizes", "spatial_shapes", "pixel_attention_mask"} & set(self.names):
-            raise ValueError(
+            raise UserError(
                 f"the image processor makes {'patches' if self.patches else 'images'} of size {size}, the "
                 f"vision tower reads {expected}: load the processor that was saved with the model"
             )

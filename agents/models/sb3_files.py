@@ -28,7 +28,7 @@ from torch import nn
 
 from embodied_rft.agents.models import inert_pickle
 from embodied_rft.agents.models.inert_pickle import Inert
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 
 CONTRIB = ("TQC", "CrossQ", "QRDQN", "TRPO", "ARS")  # of the package sb3-contrib
 ALGORITHMS = ("SAC", "PPO", "A2C", "TD3", "DDPG", "DQN", *CONTRIB)
@@ -79,26 +79,26 @@ def read_archive(path: str) -> Archive:
     file = Path(path) if Path(path).suffix == ".zip" else Path(f"{path}.zip")
     if not file.is_file():
         others = [p.name for p in file.parent.glob("*.zip")]
-        raise ValueError(f"there is no SB3 model {file}; in this folder {nearest(file.name, others)}")
+        raise UserError(f"there is no SB3 model {file}; in this folder {nearest(file.name, others)}")
     what = f"{file} is not a model that stable-baselines3 saved with model.save()"
     try:
         with zipfile.ZipFile(file) as archive:
             text, weights = (_unpack(archive, name, str(file)) for name in MEMBERS)
         data = json.loads(text)
         if not isinstance(data, dict):
-            raise ValueError(f"{what}: 'data' holds {type(data).__name__}, expected a JSON object")
+            raise UserError(f"{what}: 'data' holds {type(data).__name__}, expected a JSON object")
         loaded = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
     except KeyError as error:
-        raise ValueError(f"{what}: {error.args[0]}") from None
+        raise UserError(f"{what}: {error.args[0]}") from None
     except pickle.UnpicklingError:
-        raise ValueError(
+        raise UserError(
             f"{file}: policy.pth holds more than tensors, which is never unpickled. Save the model again with "
             "stable-baselines3 >= 1.0, or keep away from it if it comes from others."
         ) from None
     except (zipfile.BadZipFile, UnicodeDecodeError, json.JSONDecodeError, EOFError, RuntimeError, RecursionError) as e:
-        raise ValueError(f"{what}: {' '.join(str(e).split())[:200]}") from None
+        raise UserError(f"{what}: {' '.join(str(e).split())[:200]}") from None
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise ValueError(f"{what}: policy.pth holds no state_dict")
+        raise UserError(f"{what}: policy.pth holds no state_dict")
     return Archive(str(file), data, dict(loaded), recorded_keys(data), recorded_space(data.get("action_space")))
 
 
@@ -115,7 +115,7 @@ def _unpack(archive: zipfile.ZipFile, name: str, path: str) -> bytes:
 
 def _check_growth(size: int, packed: int, what: str) -> None:
     if size > LARGEST_RATIO * packed + 2**20:
-        raise ValueError(
+        raise UserError(
             f"{what} would grow from {packed / 2**20:.1f} MiB to {size / 2**20:,.1f} MiB when it is unpacked. SB3 "
             "compresses nothing, so this file was not written by it; it is not read."
         )
@@ -127,7 +127,7 @@ def read_trusted(path: str) -> tuple[type, dict[str, Any]]:
 
     data, _, _ = load_from_zip_file(path, device="cpu")
     if not data or "policy_class" not in data:
-        raise ValueError(f"{path}: SB3 cannot unpickle its policy class here; install what it was made with")
+        raise UserError(f"{path}: SB3 cannot unpickle its policy class here; install what it was made with")
     return data["policy_class"], dict(data.get("policy_kwargs") or {})
 
 
@@ -177,7 +177,7 @@ def check_action_space(archive: Archive, space: gym.Space) -> None:
     )
     if not same:
         text = ", ".join(f"{name} {np.asarray(value).tolist()}" for name, value in given.items())
-        raise ValueError(
+        raise UserError(
             f"{archive.path} was trained for the actions {kind}({text}); this environment takes {space}. Give it the "
             "environment that it was trained in, with the same wrappers (rescaling of actions is one)."
         )
@@ -194,7 +194,7 @@ def select_keys(space: gym.Space, keys: tuple[str, ...] | None) -> gym.Space:
         return space
     missing = [key for key in keys if key not in space.spaces]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"the model reads the observation {missing[0]!r}, which this environment does not give; "
             f"{nearest(missing[0], space.spaces)}"
         )
@@ -236,9 +236,9 @@ def find_class(archive: Archive, algorithm: str | None, policy: str | None, spac
     module = recorded.get("__module__")
     if algorithm is None:
         if module in REFUSED:
-            raise ValueError(f"{archive.path}: {REFUSED[module]}.")
+            raise UserError(f"{archive.path}: {REFUSED[module]}.")
         if module not in MODULES:
-            raise ValueError(
+            raise UserError(
                 f"{archive.path} has a policy class from {module!r}, which is not one of SB3's own. Give the option "
                 f"algorithm ({', '.join(ALGORITHMS)}) if its networks are standard, or trust: true if you made this "
                 "file: that unpickles it, which may run any code."
@@ -256,7 +256,7 @@ def find_class(archive: Archive, algorithm: str | None, policy: str | None, spac
     package = _import(algorithm, "sb3_contrib" if algorithm in CONTRIB else "stable_baselines3")
     aliases = getattr(package, algorithm).policy_aliases
     if policy not in aliases:
-        raise ValueError(f"{algorithm} has no policy {policy!r}; {nearest(policy, aliases)}")
+        raise UserError(f"{algorithm} has no policy {policy!r}; {nearest(policy, aliases)}")
     return aliases[policy]
 
 
@@ -264,7 +264,7 @@ def _import(algorithm: str, module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
-        raise ValueError(
+        raise UserError(
             f"models of {algorithm} need the package sb3-contrib, which is not installed: pip install sb3-contrib"
         ) from None
 
@@ -285,7 +285,7 @@ def _readable(key: str, value: Any, path: str) -> Any:
 
         return _by_name(key, value, EXTRACTORS, torch_layers, path)
     if isinstance(value, str) and value.startswith("<"):
-        raise ValueError(
+        raise UserError(
             f"{path} has policy_kwargs[{key!r}] = {value}, which cannot be read without unpickling. Give the option "
             "policy_kwargs in full, or trust: true if you made this file."
         )
@@ -295,7 +295,7 @@ def _readable(key: str, value: Any, path: str) -> Any:
 def _by_name(key: str, text: str, names: tuple[str, ...], home: Any, path: str) -> type:
     name = text.removeprefix("<class '").removesuffix("'>").rpartition(".")[2]
     if name not in names:
-        raise ValueError(
+        raise UserError(
             f"{path}: policy_kwargs[{key!r}] is {text}; {nearest(name, names)}. For a class of your own set "
             "trust: true if you made this file."
         )
@@ -331,9 +331,9 @@ class Normalizer:
         known = leaves(observation_space)
         for key, mean in self.mean.items():
             if key not in known:
-                raise ValueError(f"normalize: {path} has statistics of {key!r}; {nearest(key, known)}")
+                raise UserError(f"normalize: {path} has statistics of {key!r}; {nearest(key, known)}")
             if mean.shape != known[key].shape:
-                raise ValueError(
+                raise UserError(
                     f"normalize: {path} has statistics of {key!r} with shape {mean.shape}; the observation has "
                     f"{known[key].shape}. They belong to another environment."
                 )
@@ -346,7 +346,7 @@ def save_normalizer(vec_normalize: Any, path: str | Path) -> None:
         ValueError: it normalises rewards alone; such a model needs no file.
     """
     if not getattr(vec_normalize, "norm_obs", True):
-        raise ValueError("this VecNormalize has norm_obs=False: observations are not changed, leave `normalize` out")
+        raise UserError("this VecNormalize has norm_obs=False: observations are not changed, leave `normalize` out")
     running = vec_normalize.obs_rms
     running = running if isinstance(running, dict) else {"observation": running}
     arrays = {f"{name}/{key}": getattr(rms, name) for key, rms in running.items() for name in ("mean", "var")}
@@ -363,7 +363,7 @@ def load_normalizer(path: str | None) -> Normalizer:
         return Normalizer()
     file = Path(path)
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"normalize: there is no file {path!r}; expected what vec_normalize.save() or save_normalizer() of "
             "embodied_rft.agents.sb3 has written"
         )
@@ -380,7 +380,7 @@ def _from_npz(file: Path) -> Normalizer:
         }
         return _checked(parts["mean"], parts["var"], arrays["epsilon"], arrays["clip"], file)
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"normalize: {file} is no file of save_normalizer: {error}") from None
+        raise UserError(f"normalize: {file} is no file of save_normalizer: {error}") from None
 
 
 def _from_pickle(file: Path) -> Normalizer:
@@ -388,14 +388,14 @@ def _from_pickle(file: Path) -> Normalizer:
     try:
         saved = inert_pickle.read(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"normalize: {file} is no file of VecNormalize.save: {error}") from None
+        raise UserError(f"normalize: {file} is no file of VecNormalize.save: {error}") from None
     state = saved.state if isinstance(saved, Inert) else {}
     if state.get("norm_obs") is False:
-        raise ValueError(f"normalize: {file} is of a VecNormalize with norm_obs=False: leave `normalize` out")
+        raise UserError(f"normalize: {file} is of a VecNormalize with norm_obs=False: leave `normalize` out")
     running = state.get("obs_rms")
     running = running if isinstance(running, dict) else {"observation": running}
     if not all(isinstance(rms, Inert) and {"mean", "var"} <= set(rms.state) for rms in running.values()):
-        raise ValueError(f"normalize: {file} holds no statistics of observations; expected a file of VecNormalize.save")
+        raise UserError(f"normalize: {file} holds no statistics of observations; expected a file of VecNormalize.save")
     parts = [{key: np.asarray(rms.state[name]) for key, rms in running.items()} for name in ("mean", "var")]
     return _checked(*parts, state.get("epsilon", 1e-8), state.get("clip_obs", 10.0), file)
 
@@ -403,5 +403,5 @@ def _from_pickle(file: Path) -> Normalizer:
 def _checked(mean: dict[str, Any], var: dict[str, Any], epsilon: Any, clip: Any, file: Path) -> Normalizer:
     arrays = [*mean.values(), *var.values(), np.asarray(epsilon), np.asarray(clip)]
     if set(mean) != set(var) or not all(a.dtype.kind in "fiu" and np.isfinite(a).all() for a in arrays):
-        raise ValueError(f"normalize: {file} holds statistics that are no finite numbers")
+        raise UserError(f"normalize: {file} holds statistics that are no finite numbers")
     return Normalizer(mean, var, float(epsilon), float(clip))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic.dataclasses import dataclass
 
+from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 
 PAD, EOS, USER, ASSISTANT = "<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>"
@@ -50,7 +51,7 @@ def tiny_tokenizer(*, merges: int = 0, corpus: Sequence[str] = ()) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     if merges and not corpus:
-        raise ValueError(f"merges is {merges}, but there is no corpus to learn them from; give one, or merges=0")
+        raise UserError(f"merges is {merges}, but there is no corpus to learn them from; give one, or merges=0")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
     tokenizer.decoder = decoders.ByteLevel()
@@ -86,7 +87,7 @@ def tiny_causal_lm(
     tokenizer = tiny_tokenizer(merges=config.merges, corpus=corpus)
     vocab_size = config.vocab_size or len(tokenizer)
     if vocab_size < len(tokenizer):
-        raise ValueError(f"vocab_size is {vocab_size}: smaller than the tokenizer, which has {len(tokenizer)} tokens")
+        raise UserError(f"vocab_size is {vocab_size}: smaller than the tokenizer, which has {len(tokenizer)} tokens")
     shape: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": config.hidden_size,

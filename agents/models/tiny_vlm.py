@@ -11,6 +11,7 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.agents.models.tiny_lm import tiny_tokenizer
+from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 
 IMAGE, VISION_START, VISION_END = "<image>", "<|vision_start|>", "<|vision_end|>"
@@ -45,13 +46,13 @@ def tiny_vlm(config: TinyVLMConfig | None = None, *, rng: torch.Generator) -> tu
     """
     config = config or TinyVLMConfig()
     if config.hidden_size % (2 * config.num_heads):
-        raise ValueError(f"hidden_size {config.hidden_size} must be a multiple of twice num_heads {config.num_heads}")
+        raise UserError(f"hidden_size {config.hidden_size} must be a multiple of twice num_heads {config.num_heads}")
     from transformers import AutoModelForImageTextToText
 
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE, VISION_START, VISION_END, AROUND, GLOBAL]})
     if config.vocab_size is not None and config.vocab_size < len(tokenizer):
-        raise ValueError(f"vocab_size is {config.vocab_size}: smaller than the tokenizer's {len(tokenizer)} tokens")
+        raise UserError(f"vocab_size is {config.vocab_size}: smaller than the tokenizer's {len(tokenizer)} tokens")
     with torch.random.fork_rng(devices=[]):  # transformers draws weights from the global generator
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
         model = AutoModelForImageTextToText.from_config(_hf_config(config, tokenizer), dtype=torch.float32)

@@ -23,6 +23,7 @@ from embodied_rft.agents.models.feature_cache import FeatureCache
 from embodied_rft.agents.models.pretrained import check_tokenizer, checkpoint_layers, close, decoder_of, load_pretrained
 from embodied_rft.agents.models.processing import Pixels, Prompts, layout_of
 from embodied_rft.agents.models.tiny_vlm import TinyVLMConfig, tiny_vlm
+from embodied_rft.names import UserError
 from embodied_rft.networks.trainable import LoraOptions, Train, add_adapters, is_adapted, merged
 
 APART = 2**30  # number of the block of inputs after a prompt
@@ -72,7 +73,7 @@ class VLM(nn.Module):
         self.model, self.tokenizer, self.processor = model.eval(), tokenizer, processor
         needed = (getattr(trunk, "get_image_features", None), getattr(config, "image_token_id", None))
         if None in needed or not hasattr(config, "vision_config") or config.is_encoder_decoder:
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__} does not read images as tokens of a decoder (no get_image_features, image "
                 "token or vision_config, or an encoder of text): a vision-language model like Qwen-VL, LLaVA, "
                 "PaliGemma, Gemma 3, InternVL or SmolVLM is expected; see docs/text.md"
@@ -175,7 +176,7 @@ class VLM(nn.Module):
         """Refuse prompts whose positions, with `count` further ones, go beyond those that the model knows."""
         most, longest = getattr(self.config, "max_position_embeddings", None), int(context.next_position.max())
         if most is not None and longest + count > most:
-            raise ValueError(
+            raise UserError(
                 f"a prompt with images of {longest} positions and {count} more exceed the model's context of {most}: "
                 "shorten the text, give fewer or smaller images, or ask for less"
             )
@@ -183,7 +184,7 @@ class VLM(nn.Module):
     def _read(self, images: Sequence[Tensor], instructions: Sequence[str]) -> Context:
         trunk, device = self.model.base_model, images[0].device
         if len({len(camera) for camera in images}) > 1:
-            raise ValueError(f"cameras have {[len(c) for c in images]} images: one of each camera a row is expected")
+            raise UserError(f"cameras have {[len(c) for c in images]} images: one of each camera a row is expected")
         seen = [self._features(camera) for camera in images]
         features = torch.cat([f for f, _ in seen], 1)
         ids_, mask_ = self.prompts.encode(instructions, [f.shape[1] for f, _ in seen])
@@ -191,13 +192,13 @@ class VLM(nn.Module):
         places = ids == self.prompts.image_token
         wanted = int((ids_ == self.prompts.image_token).sum())
         if wanted != features.shape[0] * features.shape[1]:
-            raise ValueError(
+            raise UserError(
                 f"{len(instructions)} prompts have {wanted} image tokens, {len(features)} rows of images have "
                 f"{features.shape[0] * features.shape[1]} features: one image of each camera a prompt is expected"
             )
         embeddings = trunk.get_input_embeddings()(ids.masked_fill(places, 0))
         if features.shape[-1] % embeddings.shape[-1]:
-            raise ValueError(
+            raise UserError(
                 f"{type(self.model).__name__} is refused: its images have size {features.shape[-1]}, its tokens "
                 f"{embeddings.shape[-1]}. See docs/text.md for families that are known"
             )
@@ -234,7 +235,7 @@ class VLM(nn.Module):
                 parts = [first, *(getattr(made, "deepstack_features", None) or ())]
                 return torch.cat([_of_each(part, len(chosen)) for part in parts], -1)
             except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{type(self.model).__name__} cannot read images of shape {shape} ({error}): give it images of "
                     "another size, and the image processor that was saved with it"
                 ) from error
@@ -263,9 +264,9 @@ class VLM(nn.Module):
             try:
                 theirs = trunk(input_ids=ids, attention_mask=mask.long(), use_cache=False, **given).last_hidden_state
             except Exception as error:  # a model of another kind fails in its own ways
-                raise ValueError(f"{name} is refused: it does not read an image and a text ({error})") from error
+                raise UserError(f"{name} is refused: it does not read an image and a text ({error})") from error
         if own.shape != theirs.shape or not close(own, theirs):
-            raise ValueError(
+            raise UserError(
                 f"{name} is refused: it reads an image and a text in a way that is not known here, so its actions and "
                 "probabilities would be wrong. See docs/text.md for families that are known"
             )
@@ -438,7 +439,7 @@ def load_vlm(
     """
     if isinstance(source, dict):
         if list(source) != ["tiny"]:
-            raise ValueError(f'model is {source!r}; expected a folder, a hub id, or {{"tiny": {{...}}}}')
+            raise UserError(f'model is {source!r}; expected a folder, a hub id, or {{"tiny": {{...}}}}')
         model, tokenizer = tiny_vlm(source["tiny"], rng=rng)
         number = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         return VLM(model.to(number), tokenizer, prompt=prompt, cache_bytes=cache_bytes)
@@ -450,7 +451,7 @@ def load_vlm(
         processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
     except Exception as error:  # whatever a library says about a file that it cannot read
         if (Path(source) / "preprocessor_config.json").exists():
-            raise ValueError(
+            raise UserError(
                 f"the image processor of {source!r} cannot be loaded ({' '.join(str(error).split())[:300]}): images "
                 "would be scaled in another way than in its training. Mend or replace preprocessor_config.json."
             ) from error
@@ -476,5 +477,5 @@ def _block_mask(decoder: Any, embeddings: Tensor, mask: Tensor, blocks: Tensor) 
 
     made = create_masks_for_generate(decoder.config, embeddings, mask, None, block_sequence_ids=blocks)
     if made is mask:
-        raise ValueError(f"{type(decoder).__name__} cannot look ahead: with head parallel, choose attention: causal")
+        raise UserError(f"{type(decoder).__name__} cannot look ahead: with head parallel, choose attention: causal")
     return next(iter(made.values())) if isinstance(made, dict) and len(made) == 1 else made

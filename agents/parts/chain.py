@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from embodied_rft.agents.parts.normalisation import Statistics
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.names import UserError
 from embodied_rft.networks import critics
 from embodied_rft.networks.encoder import Encoder, Normalize
 from embodied_rft.options import STRICT
@@ -71,7 +72,7 @@ class Codec(nn.Module):
     def __init__(self, space: gym.Space, *, config: ChunkConfig, layout: dict[str, Any], unit: bool = False) -> None:
         super().__init__()
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise ValueError(f"action space {space}: a Box of shape (A,) is expected. {what_suits(space)}")
+            raise UserError(f"action space {space}: a Box of shape (A,) is expected. {what_suits(space)}")
         self.action_dim, self.horizon = space.shape[0], config.horizon
         self.bounds = ActionScale(space) if space.is_bounded() else None
         self.statistics: Statistics | None = None
@@ -80,7 +81,7 @@ class Codec(nn.Module):
             layout = layout | {"low": space.low.tolist(), "high": space.high.tolist()}
             self.statistics = Statistics({"action": self.action_dim}, kind=config.statistics, layout=layout)
         elif self.bounds is None:
-            raise ValueError(f"action space {space} is unbounded: set statistics to min_max, quantile or mean_std")
+            raise UserError(f"action space {space} is unbounded: set statistics to min_max, quantile or mean_std")
 
     def encode(self, action: Tensor) -> Tensor:
         """[B, D] in the environment's units -> normalised.
@@ -90,7 +91,7 @@ class Codec(nn.Module):
         """
         size = self.horizon * self.action_dim
         if action.shape[-1] != size:
-            raise ValueError(
+            raise UserError(
                 f"action chunks have {action.shape[-1]} numbers; this policy predicts horizon {self.horizon} x "
                 f"{self.action_dim} = {size}. Cut the data with chunk_trajectories(horizon={self.horizon})."
             )
@@ -218,10 +219,10 @@ class ChainPolicy(nn.Module):
     ) -> None:
         super().__init__()
         if min(config.horizon, num_steps, config.num_blocks) < 1 or config.min_std <= 0:
-            raise ValueError(f"horizon, steps, num_blocks >= 1 and min_std > 0 are expected, given {config}")
+            raise UserError(f"horizon, steps, num_blocks >= 1 and min_std > 0 are expected, given {config}")
         self.config, self.horizon, self.execute = config, config.horizon, config.execute or config.horizon
         if not 1 <= self.execute <= self.horizon:
-            raise ValueError(f"execute {config.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
+            raise UserError(f"execute {config.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
         space = step_space(action_space, horizon=self.horizon)
         self.encoder = Encoder(
             observation_space,
@@ -356,7 +357,7 @@ class ChainPolicy(nn.Module):
         rows = buffer.rows() if rows is None else rows
         spread = rows[:: max(1, len(rows) // limit)][:limit]
         if len(spread) == 0:
-            raise ValueError("there is no data to take statistics of: fill the buffer with demonstrations first")
+            raise UserError("there is no data to take statistics of: fill the buffer with demonstrations first")
         batch = buffer.batch(spread, next_observation=False)
         self.encoder.fit({k: v.to(self.start.device) for k, v in batch.observation.items() if isinstance(v, Tensor)})
         self.codec.fit(buffer, rows, limit=limit)
@@ -407,7 +408,7 @@ def chain_decisions(action: Tensor, chain: Tensor, log_prob: Tensor) -> Decision
 def require_chain(trace: Tree) -> Tensor:
     """The chain of a trace, or a ValueError that says what to do."""
     if "chain" not in trace:
-        raise ValueError(
+        raise UserError(
             "the log-probability of a chunk policy needs its chain: take decisions with act(), and imitate other data "
             "with bc"
         )

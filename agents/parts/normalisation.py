@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 
 Kind = Literal["min_max", "quantile", "mean_std"]
 PARTS = ("center", "scale", "low", "high")
@@ -71,17 +71,17 @@ class Statistics(nn.Module):
             ValueError: they were fitted before, a vector is missing, has another size, or holds NaN or infinity.
         """
         if bool(self.fitted):
-            raise ValueError("the statistics are fitted already; a policy keeps those that it was trained with")
+            raise UserError("the statistics are fitted already; a policy keeps those that it was trained with")
         for name, size in self.sizes.items():
             if name not in data:
-                raise ValueError(f"statistics of {name!r} need its data; {nearest(name, data)}")
+                raise UserError(f"statistics of {name!r} need its data; {nearest(name, data)}")
             values = torch.as_tensor(data[name]).float()
             if values.shape[-1] != size or values.numel() == 0:
-                raise ValueError(
+                raise UserError(
                     f"data of {name!r} has shape {tuple(values.shape)}; expected at least one [..., {size}]"
                 )
             if not bool(torch.isfinite(values).all()):
-                raise ValueError(f"data of {name!r} holds NaN or infinity: clean it before taking statistics")
+                raise UserError(f"data of {name!r} holds NaN or infinity: clean it before taking statistics")
             values = values.reshape(-1, size)
             whole = values if extremes is None else torch.cat([values, torch.as_tensor(extremes[name]).float().cpu()])
             for part, numbers in zip(PARTS, _fit(values, whole.amin(0), whole.amax(0), self.kind), strict=True):
@@ -111,7 +111,7 @@ class Statistics(nn.Module):
 
     def _require_fitted(self) -> None:
         if not self.fitted:
-            raise ValueError(
+            raise UserError(
                 "the policy has no statistics of its data yet: call policy.fit_statistics(buffer) before imitation, or "
                 "load a checkpoint that has them"
             )
@@ -124,26 +124,24 @@ class Statistics(nn.Module):
         own = {name: state_dict.get(prefix + name) for name in dict(self.named_buffers())}
         missing = [name for name, value in own.items() if value is None]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint has no statistics {missing[0]!r}: it was saved by a policy without them. Load the "
                 "statistics it was trained with, or train it again."
             )
         for name, size in self.sizes.items():
             given = tuple(own[f"center/{name}"].shape)
             if given != (size,):
-                raise ValueError(
-                    f"the checkpoint's statistics of {name!r} have shape {given}; this robot has ({size},)"
-                )
+                raise UserError(f"the checkpoint's statistics of {name!r} have shape {given}; this robot has ({size},)")
         if not torch.equal(own["layout"].cpu(), self.layout.cpu()):
-            raise ValueError(
+            raise UserError(
                 "the checkpoint's statistics belong to another robot or data set: observation keys, action bounds or "
                 "the kind of normalisation differ. Use the checkpoint with the environment that it was trained for."
             )
         digest = own["digest"].cpu()
         if bool(own["fitted"]) and not torch.equal(self._compute_digest(own), digest):
-            raise ValueError("the checkpoint's statistics do not match their own hash: the file was changed or damaged")
+            raise UserError("the checkpoint's statistics do not match their own hash: the file was changed or damaged")
         if bool(self.fitted) and not torch.equal(self.digest.cpu(), digest):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's statistics (hash {_hash(digest)}) differ from those that this policy was trained "
                 f"with ({self.hash}): the weights would see other units. Load into a fresh policy."
             )

@@ -23,6 +23,7 @@ from embodied_rft.agents.models.vlm import VLM, Context
 from embodied_rft.agents.parts.chain import Step, entropy_of, flow_step, flow_target, gaussian_log_prob, require_chain
 from embodied_rft.data import Field
 from embodied_rft.learning.losses import mean_where
+from embodied_rft.names import UserError
 from embodied_rft.networks.mlp import MLP, linear
 from embodied_rft.options import STRICT
 from embodied_rft.policy import require_rng
@@ -86,7 +87,7 @@ class TokenHead(nn.Module):
     def __init__(self, vlm: VLM, options: TokenOptions, size: Size, *, rng: torch.Generator) -> None:
         super().__init__()
         if options.bins < 2 or options.temperature <= 0:
-            raise ValueError(f"bins >= 2 and temperature > 0 are expected, given {options}")
+            raise UserError(f"bins >= 2 and temperature > 0 are expected, given {options}")
         self.size, self.temperature, self.bins = size, options.temperature, options.bins
         self.embedding = nn.Parameter(0.02 * torch.randn(options.bins, vlm.hidden_size, generator=rng))
         self.output = linear(vlm.hidden_size, options.bins, rng=rng)
@@ -170,7 +171,7 @@ class ParallelHead(nn.Module):
     def __init__(self, vlm: VLM, options: ParallelOptions, size: Size, *, rng: torch.Generator) -> None:
         super().__init__()
         if not 0 < options.min_std <= options.initial_std:
-            raise ValueError(f"0 < min_std <= initial_std is expected, given {options}")
+            raise UserError(f"0 < min_std <= initial_std is expected, given {options}")
         self.size, self.bidirectional = size, options.attention == "bidirectional"
         self.lowest = math.log(options.min_std)
         self.queries = nn.Parameter(0.02 * torch.randn(size.horizon, vlm.hidden_size, generator=rng))
@@ -226,7 +227,7 @@ class FlowHead(nn.Module):
     def __init__(self, vlm: VLM, options: FlowOptions, size: Size, *, rng: torch.Generator) -> None:
         super().__init__()
         if options.num_steps < 1 or options.min_std <= 0 or options.width % options.num_heads:
-            raise ValueError(f"num_steps >= 1, min_std > 0, width a multiple of num_heads: given {options}")
+            raise UserError(f"num_steps >= 1, min_std > 0, width a multiple of num_heads: given {options}")
         self.options, self.size = options, size
         self.random_start = options.greedy_start == "random"
         self.unit_size = size.execute * size.action_dim  # numbers that are scored: what is executed

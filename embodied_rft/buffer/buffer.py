@@ -19,6 +19,7 @@ from embodied_rft.buffer.intake import check_decisions, check_tree, per_row
 from embodied_rft.buffer.reading import ENDS, TERMINATED, TRUNCATED, Reading, Store, read
 from embodied_rft.buffer.ring import BOTH, OFFLINE, ONLINE, Ring, Streams
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Trajectory, Tree, pick
+from embodied_rft.names import UserError
 
 SIDES = np.array([OFFLINE, OFFLINE, ONLINE, ONLINE], np.int8)  # of each Source
 GROUP, EPISODE, STEP, VERSION, SOURCE, SEED, SPAN = range(7)  # columns of `_book`
@@ -45,7 +46,7 @@ class Buffer:
 
     def __init__(self, schema: Schema, capacity: int, *, image_store: BlobStore | None = None) -> None:
         if capacity < 2:
-            raise ValueError(f"capacity {capacity}: at least 2 rows are expected (a decision and what followed it)")
+            raise UserError(f"capacity {capacity}: at least 2 rows are expected (a decision and what followed it)")
         self.schema, self.capacity = schema, capacity
         self.images = BlobStore() if image_store is None else image_store
         self._fields = schema.columns()
@@ -205,14 +206,14 @@ class Buffer:
         """
         count, schema, room = len(trajectory), self.schema, self.capacity - self.num_pinned
         if not 0 < count < room:
-            raise ValueError(f"an episode of {count} decisions was given: 1 to {room - 1} fit into the rows not pinned")
+            raise UserError(f"an episode of {count} decisions was given: 1 to {room - 1} fit into the rows not pinned")
         trace = trajectory.trace if retrace is None else retrace(trajectory.observation, trajectory.action)
         trace = {key: value for key, value in trace.items() if key in schema.trace}
         streams, head, last = np.full(count, -1), slice(0, count), slice(count, None)
         reward = {**trajectory.rewards, "env": trajectory.reward}
         for name in schema.rewards:
             if name not in reward:
-                raise ValueError(
+                raise UserError(
                     f"this buffer keeps the reward stream {name!r}, and the episode says nothing about it: write it "
                     f"again (`erft demos` tells success), or give the trajectory rewards={{{name!r}: [T numbers]}}"
                 )
@@ -262,9 +263,9 @@ class Buffer:
         if isinstance(values, Ragged):
             column = self._ragged.get("log_prob/")
             if not isinstance(column, RaggedColumn):
-                raise ValueError(f"note {name!r} is ragged, but decisions have {self.schema.units} units each")
+                raise UserError(f"note {name!r} is ragged, but decisions have {self.schema.units} units each")
             if len(values) == len(rows) and (values.lengths != column.lengths[rows]).any():
-                raise ValueError(f"note {name!r} has another number of values than its rows have units")
+                raise UserError(f"note {name!r} has another number of values than its rows have units")
         self._notes.write(name, rows, values)
 
     def note(self, name: str, rows: np.ndarray) -> np.ndarray:
@@ -374,13 +375,13 @@ class Buffer:
             sides = ((offline, OFFLINE), (batch_size - offline, ONLINE))
             rows = np.concatenate([self._ring.draw(rng, count, side) for count, side in sides])
         else:
-            raise ValueError(f"offline_share {offline_share}: a share in [0, 1] is expected")
+            raise UserError(f"offline_share {offline_share}: a share in [0, 1] is expected")
         how = Reading(**reading)
         batch = read(self._store, rows, how)
         if not hindsight:
             return batch
         if self.goals is None:
-            raise ValueError("hindsight: this buffer does not know how goals are paid, set its `goals`")
+            raise UserError("hindsight: this buffer does not know how goals are paid, set its `goals`")
         return self.goals.relabel(self._store, batch, how, rng, hindsight)
 
     def batch(self, rows: np.ndarray, **reading: Any) -> Batch:
@@ -397,7 +398,7 @@ class Buffer:
         bad = rows[(rows < 0) | (rows >= self.capacity)]
         bad = bad if len(bad) else rows[self._ring.side[rows] == 0]
         if len(bad):
-            raise ValueError(
+            raise UserError(
                 f"row {bad[0]} cannot be read: it is empty or a closing row, was invalidated, or nothing follows it "
                 f"yet; or newer ones took its place, because a capacity of {self.capacity} is too small for them all"
             )
@@ -471,7 +472,7 @@ class Buffer:
         """
         for name, mine in (("schema", repr(self.schema)), ("capacity", self.capacity)):
             if state[name] != mine:
-                raise ValueError(f"the saved buffer has {name} {state[name]}, this one {mine}: use the same")
+                raise UserError(f"the saved buffer has {name} {state[name]}, this one {mine}: use the same")
         self._ring.load_state_dict(state["ring"])
         self._streams.table = np.array(state["streams"])
         self._episodes = int(state["episodes"])

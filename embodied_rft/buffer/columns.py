@@ -17,7 +17,7 @@ from torch import Tensor
 
 from embodied_rft.buffer.images import BlobStore, Images
 from embodied_rft.data import Field, Ragged
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 
 # float64 observations (the default of MuJoCo environments) are stored as float32: networks read float32.
 STORED_AS = {name: name for name in ("float16", "float32", "bool", "uint8", "int8", "int16", "int32", "int64")} | {
@@ -48,14 +48,14 @@ class Schema:
 
     def __post_init__(self) -> None:
         if "env" not in self.rewards:
-            raise ValueError(f"reward streams {self.rewards} lack 'env', the environment's own reward")
+            raise UserError(f"reward streams {self.rewards} lack 'env', the environment's own reward")
         for name, column in self.columns().items():
             if column.kind not in KINDS:
-                raise ValueError(f"column {name!r} has kind {column.kind!r}; {nearest(column.kind, KINDS)}")
+                raise UserError(f"column {name!r} has kind {column.kind!r}; {nearest(column.kind, KINDS)}")
             if column.kind == "images" and column.dtype != "uint8":
-                raise ValueError(f"column {name!r} holds images of {column.dtype}; images are stored as uint8")
+                raise UserError(f"column {name!r} holds images of {column.dtype}; images are stored as uint8")
             if column.dtype not in STORED_AS and not (column.dtype == "str" and column.kind == "ragged"):
-                raise ValueError(f"column {name!r} has dtype {column.dtype!r}; {nearest(column.dtype, STORED_AS)}")
+                raise UserError(f"column {name!r} has dtype {column.dtype!r}; {nearest(column.dtype, STORED_AS)}")
 
     @property
     def log_prob(self) -> Field:
@@ -268,10 +268,10 @@ class Notes:
     def write(self, name: str, rows: np.ndarray, values: Any) -> None:
         """Write one value each for rows [B]: [B], [B, k] or a `Ragged`."""
         if len(values) != len(rows):
-            raise ValueError(f"note {name!r} has {len(values)} values for {len(rows)} rows: one each is expected")
+            raise UserError(f"note {name!r} has {len(values)} values for {len(rows)} rows: one each is expected")
         if isinstance(values, Ragged):
             if name in self.dense:
-                raise ValueError(f"note {name!r} is ragged now, but was written with one shape for all rows before")
+                raise UserError(f"note {name!r} is ragged now, but was written with one shape for all rows before")
             if name not in self.ragged:
                 self.ragged[name] = RaggedColumn(Field((), "float32", "ragged"), self.capacity)
             self.ragged[name].write(rows, values)
@@ -281,7 +281,7 @@ class Notes:
             self.dense[name] = np.full((self.capacity, *values.shape[1:]), np.nan, np.float32)
         if name in self.ragged or self.dense[name].shape[1:] != values.shape[1:]:
             before = "ragged" if name in self.ragged else f"of shape [rows, {self.dense[name].shape[1:]}]"
-            raise ValueError(f"note {name!r} is of shape {values.shape} now, but was {before} before")
+            raise UserError(f"note {name!r} is of shape {values.shape} now, but was {before} before")
         self.dense[name][rows] = values
 
     def clear(self, rows: np.ndarray) -> None:

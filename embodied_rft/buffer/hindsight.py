@@ -16,6 +16,7 @@ import torch
 from embodied_rft.buffer.reading import Reading, Store
 from embodied_rft.buffer.ring import Ring
 from embodied_rft.data import Batch
+from embodied_rft.names import UserError
 
 ACHIEVED, DESIRED = "achieved_goal", "desired_goal"
 REMEMBERED = {"u"}  # traces that do not depend on the goal
@@ -40,7 +41,7 @@ class Goals:
         try:
             compute = self._env.get_wrapper_attr("compute_reward")
         except AttributeError:
-            raise ValueError(
+            raise UserError(
                 f"hindsight: environment {self._env.spec.id if self._env.spec else self._env} has no compute_reward"
             ) from None
         return np.asarray(compute(achieved, desired, {}), np.float32).reshape(len(achieved))
@@ -79,11 +80,11 @@ class Goals:
         """Whether rewards can be told again: those of the batch, one step each, are compared, once."""
         missing = sorted({ACHIEVED, DESIRED} - set(batch.observation))
         if missing:
-            raise ValueError(f"hindsight needs the observation keys {ACHIEVED} and {DESIRED}; {missing[0]} is missing")
+            raise UserError(f"hindsight needs the observation keys {ACHIEVED} and {DESIRED}; {missing[0]} is missing")
         if reading.reward_weights is not None:
-            raise ValueError("hindsight knows the environment's reward only: leave reward_weights out")
+            raise UserError("hindsight knows the environment's reward only: leave reward_weights out")
         if remembered := sorted(set(batch.trace) - REMEMBERED):
-            raise ValueError(
+            raise UserError(
                 f"hindsight changes goals, but what this policy keeps of its decisions ({', '.join(remembered)}) is of "
                 "the old ones: use a policy that keeps nothing, such as gaussian"
             )
@@ -94,7 +95,7 @@ class Goals:
         again = self.reward(after, store.dense.column(f"observation/{DESIRED}", batch.rows))
         same = np.isclose(again, store.dense.column("reward/env", batch.rows), rtol=1e-4, atol=1e-5)
         if same.mean() < 0.98:  # a goal at the border of success may round to the other side
-            raise ValueError(
+            raise UserError(
                 f"hindsight: compute_reward repeats {same.mean():.0%} of the stored rewards. It cannot where a wrapper "
                 "changes rewards, a decision holds several steps, or the reward is not of the goal alone"
             )

@@ -13,7 +13,7 @@ import numpy as np
 
 from embodied_rft.buffer.columns import STORED_AS, Schema
 from embodied_rft.data import Decisions, Field, Ragged, Tree
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 
 FINITE = ("observation", "action", "reward")  # not the trace: it may hold masked logits
 
@@ -37,7 +37,7 @@ def per_row(count: int, numbers: Mapping[str, Any]) -> dict[str, np.ndarray]:
     arrays = {name: np.asarray(value) for name, value in numbers.items()}
     for name, array in arrays.items():
         if array.shape not in ((), (count,)):
-            raise ValueError(f"{name} has shape {array.shape}, expected one number or {count}, one for each decision")
+            raise UserError(f"{name} has shape {array.shape}, expected one number or {count}, one for each decision")
     return arrays
 
 
@@ -58,10 +58,10 @@ def check_tree(
     """
     for key in tree:
         if key not in fields:
-            raise ValueError(f"{section} {key!r} is not in the buffer's schema; {nearest(key, fields)}")
+            raise UserError(f"{section} {key!r} is not in the buffer's schema; {nearest(key, fields)}")
     missing = [] if partial else [key for key in fields if key not in tree]
     if missing:
-        raise ValueError(f"{section} {missing[0]!r} is missing; given: {', '.join(tree) or '(none)'}")
+        raise UserError(f"{section} {missing[0]!r} is missing; given: {', '.join(tree) or '(none)'}")
     columns = {}
     for key, given in tree.items():
         name, field = f"{section}/{key}", fields[key]
@@ -78,44 +78,44 @@ def check_column(name: str, column: Field, values: Any, count: int) -> Any:
         ValueError: the wrong number of rows, shape or dtype, with what was given and what is expected.
     """
     if len(values) != count:
-        raise ValueError(f"{name!r} has {len(values)} rows, expected {count}: one for each decision")
+        raise UserError(f"{name!r} has {len(values)} rows, expected {count}: one for each decision")
     if column.kind == "images":
         return _check_images(name, values)
     if column.kind == "ragged":
         return _check_ragged(name, column, values)
     array = np.asarray(values)
     if array.shape[1:] != column.shape:
-        raise ValueError(f"{name!r} has shape {array.shape}, expected {(count, *column.shape)}")
+        raise UserError(f"{name!r} has shape {array.shape}, expected {(count, *column.shape)}")
     _check_dtype(name, column.dtype, array)
     return array.astype(STORED_AS[column.dtype], copy=False)
 
 
 def _check_dtype(name: str, dtype: str, array: np.ndarray) -> None:
     if array.size and array.dtype != dtype and not np.can_cast(array.dtype, dtype, "same_kind"):
-        raise ValueError(f"{name!r} has dtype {array.dtype}, expected {dtype}; convert it before it is stored")
+        raise UserError(f"{name!r} has dtype {array.dtype}, expected {dtype}; convert it before it is stored")
 
 
 def _check_ragged(name: str, column: Field, values: Any) -> Ragged:
     if isinstance(values, Ragged):
         _check_dtype(name, "uint8" if column.dtype == "str" else column.dtype, values.values)
         if values.values.shape[1:] != column.shape:
-            raise ValueError(f"{name!r} has rows of shape {values.values.shape[1:]}, expected {column.shape}")
+            raise UserError(f"{name!r} has rows of shape {values.values.shape[1:]}, expected {column.shape}")
         first, last = values.offsets[[0, -1]]
         if first or last != len(values.values):
-            raise ValueError(f"{name!r} has offsets from {first} to {last} for {len(values.values)} values")
+            raise UserError(f"{name!r} has offsets from {first} to {last} for {len(values.values)} values")
         return values
     if column.dtype == "str" or any(isinstance(value, str) for value in values):
         strange = [type(value).__name__ for value in values if not isinstance(value, str)]
         if strange:
-            raise ValueError(f"{name!r} is text: a list of strings is expected, but it holds a {strange[0]}")
+            raise UserError(f"{name!r} is text: a list of strings is expected, but it holds a {strange[0]}")
         if column.dtype not in ("str", "uint8"):
-            raise ValueError(f"{name!r} was given a string, expected rows of {column.dtype}")
+            raise UserError(f"{name!r} was given a string, expected rows of {column.dtype}")
         return Ragged.of([np.frombuffer(value.encode(), np.uint8) for value in values], dtype=np.uint8)
     for value in values:
         array = np.asarray(value)
         _check_dtype(name, column.dtype, array)
         if array.size and array.shape[1:] != column.shape:
-            raise ValueError(f"{name!r} has a row of shape {array.shape}, expected (any length, *{column.shape})")
+            raise UserError(f"{name!r} has a row of shape {array.shape}, expected (any length, *{column.shape})")
     return Ragged.of(values, dtype=STORED_AS[column.dtype], shape=column.shape)
 
 
@@ -124,7 +124,7 @@ def _check_images(name: str, values: Any) -> Any:
         for image in images:
             if not (isinstance(image, np.ndarray) and image.dtype == np.uint8):
                 given = getattr(image, "dtype", type(image).__name__)
-                raise ValueError(f"{name!r} holds an image of {given}, expected a uint8 array with values in 0..255")
+                raise UserError(f"{name!r} holds an image of {given}, expected a uint8 array with values in 0..255")
     return values
 
 
@@ -138,7 +138,7 @@ def check_finite(name: str, values: Any, streams: np.ndarray) -> None:
         return
     bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(1))[0]
     row = np.searchsorted(values.offsets, bad, side="right") - 1 if isinstance(values, Ragged) else bad
-    raise ValueError(
+    raise UserError(
         f"{name!r} of stream {int(streams[row])} is not finite (NaN or infinity). Nothing was stored; invalidate() the "
         "stream and start its episode again."
     )

@@ -13,6 +13,7 @@ import psutil
 
 from embodied_rft.buffer.columns import BOOKKEEPING_BYTES, STORED_AS, Schema
 from embodied_rft.data import Field
+from embodied_rft.names import UserError
 
 
 def announce(schema: Schema, capacity: int, available: int | None = None) -> str:
@@ -41,7 +42,7 @@ def announce(schema: Schema, capacity: int, available: int | None = None) -> str
     sentence = f"this run needs {_bytes(needed)} of replay ({', '.join(parts)})"
     available = available_memory() if available is None else available
     if needed > available:
-        raise ValueError(
+        raise UserError(
             f"{sentence}, but only {_bytes(available)} are free: at most {capacity * available // needed:,} rows fit. "
             "Lower buffer.capacity."
         )

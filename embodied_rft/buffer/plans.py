@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.data import Batch
+from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 
 Share = Annotated[float, Option(ge=0, le=1)]  # an option in [0, 1], such as a discount
@@ -82,7 +83,7 @@ class Fresh:
         """
         rows = buffer.rows(min_version=version - self.max_lag)
         if not len(rows):
-            raise ValueError(
+            raise UserError(
                 f"the buffer holds no decision of policy version {version - self.max_lag} or newer: collect first, or "
                 "raise max_lag"
             )
@@ -154,4 +155,4 @@ def _together(buffer: Buffer, parts: list[np.ndarray], reading: dict[str, Any]) 
 def _at_least(least: int, **numbers: int) -> None:
     for name, number in numbers.items():
         if number < least:
-            raise ValueError(f"{name} {number}: at least {least} is expected")
+            raise UserError(f"{name} {number}: at least {least} is expected")

@@ -16,7 +16,7 @@ from torch import Tensor
 from embodied_rft.buffer.columns import BOOKKEEPING, DenseColumns, ImageColumn, Notes, RaggedColumn
 from embodied_rft.buffer.ring import Ring
 from embodied_rft.data import Batch, End, Ragged
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 
 ENDS: tuple[End, ...] = ("cut", "terminated", "truncated")  # of the code in `Store.end`, of an episode's last decision
 TERMINATED, TRUNCATED = 1, 2
@@ -112,5 +112,5 @@ def mix(rewards: Mapping[str, Any], weights: Mapping[str, float] | None) -> Any:
         return rewards["env"]
     for name in weights:
         if name not in rewards:
-            raise ValueError(f"there is no reward stream {name!r}; {nearest(name, rewards)}")
+            raise UserError(f"there is no reward stream {name!r}; {nearest(name, rewards)}")
     return sum(weight * rewards[name] for name, weight in weights.items())

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from embodied_rft.names import UserError
+
 ONLINE, OFFLINE, BOTH = 1, 2, 3  # sides of a readable row, as bits
 
 
@@ -48,7 +50,7 @@ class Ring:
             ValueError: more rows than are not pinned.
         """
         if count > self.capacity - self.pinned:
-            raise ValueError(
+            raise UserError(
                 f"{count} rows do not fit: {self.pinned} of the buffer's {self.capacity} are pinned. Enlarge capacity."
             )
         rows = self.head + np.arange(count)
@@ -88,7 +90,7 @@ class Ring:
     def pin(self) -> None:
         """Keep all rows claimed so far. Raises ValueError once one has been claimed twice."""
         if self.written > self.capacity:
-            raise ValueError(
+            raise UserError(
                 f"more than the capacity of {self.capacity} rows has been written: pin() earlier, or enlarge the buffer"
             )
         self.pinned = self.head
@@ -140,7 +142,7 @@ class Ring:
         low, high = 0 if pinned else self.pinned, self.size if ring else self.pinned
         if not pinned + ring:
             what = {ONLINE: "online experience", OFFLINE: "demonstrations or offline data", BOTH: "decisions"}[side]
-            raise ValueError(f"the buffer holds no {what} to sample; collect or load some, or change offline_share")
+            raise UserError(f"the buffer holds no {what} to sample; collect or load some, or change offline_share")
         if 4 * (pinned + ring) < high - low:
             if side not in self._index:
                 self._index[side] = np.flatnonzero(self.side[: self.size] & side)
@@ -190,7 +192,7 @@ class Streams:
             ValueError: a negative or repeated stream number; with `running`, an episode that ended and was not closed.
         """
         if streams.ndim != 1 or streams.dtype.kind not in "iu":
-            raise ValueError(f"streams have shape {streams.shape} and dtype {streams.dtype}: expected [N] integers")
+            raise UserError(f"streams have shape {streams.shape} and dtype {streams.dtype}: expected [N] integers")
         if len(streams) and (streams.min() < 0 or np.bincount(streams).max() > 1):
             raise ValueError(f"streams {streams.tolist()}: different numbers >= 0 are expected")
         needed = int(streams.max(initial=-1)) + 1

@@ -25,6 +25,7 @@ from embodied_rft.buffer.formats import recognise
 from embodied_rft.buffer.images import BlobStore
 from embodied_rft.buffer.intake import check_column
 from embodied_rft.data import Field, Ragged, Source, Trajectory
+from embodied_rft.names import UserError
 
 FORMAT = "embodied_rft.buffer.trajectories.1"
 HELP = "Write it again with `erft demos`, or check the download."
@@ -42,11 +43,11 @@ def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> 
         OSError: the disk is full or refuses; what was there before is untouched.
     """
     if not trajectories:
-        raise ValueError(f"no trajectory was given for {path}: an empty file would be no use")
+        raise UserError(f"no trajectory was given for {path}: an empty file would be no use")
     rows = [_columns(t) for t in trajectories]
     for number, row in enumerate(rows):
         if set(row) != set(rows[0]):
-            raise ValueError(f"trajectory {number} has columns {sorted(row)}, the first has {sorted(rows[0])}")
+            raise UserError(f"trajectory {number} has columns {sorted(row)}, the first has {sorted(rows[0])}")
     arrays: dict[str, np.ndarray] = {}
     columns = {name: _pack(name, [row[name] for row in rows], arrays) for name in rows[0]}
     description = {
@@ -94,14 +95,14 @@ def read_trajectories(
         for name, column in columns.items():
             expected = sum(lengths) + len(lengths) * name.startswith("observation/")
             if len(column) != expected:
-                raise ValueError(f"{name!r} has {len(column)} rows, its episodes have {expected}")
+                raise UserError(f"{name!r} has {len(column)} rows, its episodes have {expected}")
         ends = np.cumsum(lengths)
         trajectories = [
             _trajectory(columns, int(end) - length, int(end), number, scalars)
             for number, (length, end, scalars) in enumerate(zip(lengths, ends, description["episodes"], strict=True))
         ]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"the parts of demonstration file {path} contradict each other: {error}. {HELP}") from None
+        raise UserError(f"the parts of demonstration file {path} contradict each other: {error}. {HELP}") from None
     for number, trajectory in enumerate(trajectories):
         _check_finite(f"episode {number} of {path}", trajectory)
         if schema is not None:
@@ -135,7 +136,7 @@ def within(trajectories: list[Trajectory], space: gym.Space, *, outside: float, 
         example = actions[index][wrong[index]][0].tolist()
         said = f"{what}: {count:,} of {total:,} actions ({count / total:.2%}) lie outside of {space}, such as {example}"
         if count > outside * total or not isinstance(space, gym.spaces.Box):
-            raise ValueError(
+            raise UserError(
                 f"{said}. Are they in other units (degrees, +-100, another controller's scale)? Convert them to the "
                 f"environment's. Up to a share of {outside:g} is clipped; the option `outside` of `load` sets it."
             )
@@ -162,32 +163,32 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if path.is_dir() or (path.is_file() and path.stat().st_size):
         other = recognise(path)
         if other is not None:
-            raise ValueError(
+            raise UserError(
                 f"{path} is {other}. Demonstrations are read from our own files: read it there, make a "
                 "embodied_rft.data.Trajectory of each episode, and write them with embodied_rft.buffer.buffer."
                 "write_trajectories (docs/foreign.md has an example)."
             )
     if not path.is_file():
-        raise ValueError(f"there is no demonstration file {path}. {HELP}")
+        raise UserError(f"there is no demonstration file {path}. {HELP}")
     if not path.stat().st_size:
-        raise ValueError(f"demonstration file {path} is empty (0 bytes). {HELP}")
+        raise UserError(f"demonstration file {path} is empty (0 bytes). {HELP}")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if FORMAT not in metadata:
-                raise ValueError(f"{path} is a safetensors file, but not one of demonstrations. {HELP}")
+                raise UserError(f"{path} is a safetensors file, but not one of demonstrations. {HELP}")
             arrays = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"demonstration file {path} is truncated or damaged ({error}). {HELP}") from None
+        raise UserError(f"demonstration file {path} is truncated or damaged ({error}). {HELP}") from None
     try:
         description = json.loads(metadata[FORMAT])
         told = description.pop("sha256", None)
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"demonstration file {path} is damaged: its description is no mapping ({error})") from None
+        raise UserError(f"demonstration file {path} is damaged: its description is no mapping ({error})") from None
     if told is None:
         logger.warning("%s was written without a checksum, by an older version: changed bits in it go unnoticed", path)
     elif told != _digest(arrays, description):
-        raise ValueError(f"demonstration file {path} was changed or damaged: its checksum is another one. {HELP}")
+        raise UserError(f"demonstration file {path} was changed or damaged: its checksum is another one. {HELP}")
     return arrays, description
 
 
@@ -205,12 +206,12 @@ def _check_lengths(description: Mapping[str, Any], arrays: Mapping[str, np.ndarr
     """The lengths of the episodes; every list of offsets must climb from 0 to the number of its values."""
     lengths = description["lengths"]
     if not lengths or not all(isinstance(length, int) and length > 0 for length in lengths):
-        raise ValueError(f"lengths of episodes must be positive whole numbers, given {str(lengths)[:80]}")
+        raise UserError(f"lengths of episodes must be positive whole numbers, given {str(lengths)[:80]}")
     for name, offsets in arrays.items():
         if name.endswith("#offsets"):
             values = arrays[name.removesuffix("#offsets")]
             if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
-                raise ValueError(f"{name!r} does not climb from 0 to {len(values)}")
+                raise UserError(f"{name!r} does not climb from 0 to {len(values)}")
     return lengths
 
 
@@ -224,7 +225,7 @@ def _check_finite(what: str, trajectory: Trajectory) -> None:
             bad = ~np.isfinite(array).reshape(len(array), -1).all(1)
             if bad.any():
                 where = int(np.flatnonzero(bad)[0])
-                raise ValueError(
+                raise UserError(
                     f"{what} holds NaN or infinity: {name!r} of decision {where} is {array[where].tolist()}"
                 )
 
@@ -240,7 +241,7 @@ def _columns(trajectory: Trajectory) -> dict[str, Any]:
     for name, value in columns.items():
         expected = len(trajectory) + name.startswith("observation/")
         if len(value) != expected:
-            raise ValueError(f"{name!r} has {len(value)} rows, expected {expected} in an episode of {len(trajectory)}")
+            raise UserError(f"{name!r} has {len(value)} rows, expected {expected} in an episode of {len(trajectory)}")
     return columns
 
 
@@ -309,11 +310,11 @@ def _check(what: str, trajectory: Trajectory, schema: Schema) -> None:
         try:
             check_column(name, field, values, count)
         except ValueError as error:
-            raise ValueError(f"{what} does not fit this environment: {error}") from None
+            raise UserError(f"{what} does not fit this environment: {error}") from None
 
     given, expected = set(trajectory.observation), set(schema.observation)
     if given != expected:
-        raise ValueError(f"{what} has the observations {sorted(given)}, this environment {sorted(expected)}")
+        raise UserError(f"{what} has the observations {sorted(given)}, this environment {sorted(expected)}")
     for key, field in schema.observation.items():
         check(f"observation/{key}", field, trajectory.observation[key], len(trajectory) + 1)
     check("action", schema.action, trajectory.action, len(trajectory))

@@ -16,6 +16,7 @@ import numpy as np
 
 from embodied_rft.evaluation.samples import Sample, Samples, summarize
 from embodied_rft.experience.collect import Act, Endless, Say
+from embodied_rft.names import UserError
 from embodied_rft.pools.protocol import Pool, StepResult
 from embodied_rft.pools.states import distinct_seeds, num_held_out_states
 from embodied_rft.seeding import evaluation_seed
@@ -78,7 +79,7 @@ class Evaluation:
     def require_success(self, option: str) -> float:
         """The success rate that `option` waits for; ValueError when the environment says nothing about success."""
         if not self.told:
-            raise ValueError(f"{option} waits for a success rate, but {SILENT}")
+            raise UserError(f"{option} waits for a success rate, but {SILENT}")
         return self.success
 
     def __str__(self) -> str:

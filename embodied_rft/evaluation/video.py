@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from embodied_rft.names import UserError
+
 
 def write_video(path: str | Path, frames: np.ndarray, *, fps: int = 25) -> Path:
     """Write frames as a film; returns where it lies (the suffix becomes .gif if MP4 cannot be made).
@@ -21,7 +23,7 @@ def write_video(path: str | Path, frames: np.ndarray, *, fps: int = 25) -> Path:
     """
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
-        raise ValueError(f"a video needs frames [T, H, W, 3] uint8, T >= 1; got {frames.dtype} {list(frames.shape)}")
+        raise UserError(f"a video needs frames [T, H, W, 3] uint8, T >= 1; got {frames.dtype} {list(frames.shape)}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -16,6 +16,7 @@ import numpy as np
 from embodied_rft import distributed
 from embodied_rft.data import Decisions, Field, Ragged, Source, Tree
 from embodied_rft.experience.recording import Ahead, Broken, Last, Recording, Taken
+from embodied_rft.names import UserError
 from embodied_rft.pools.protocol import Pool, StepResult, fields_of
 from embodied_rft.seeding import training_seed
 
@@ -69,11 +70,11 @@ class Collector:
         short.
         """
         if (decisions is None) == (episodes is None):
-            raise ValueError("give either decisions or episodes")
+            raise UserError("give either decisions or episodes")
         recording = Recording()
         self._last_episode = None if episodes is None else self.next_episode + episodes
         if episodes is not None and (self.episode >= 0).any():
-            raise ValueError("episodes can only be counted from a fresh start; call cut() first")
+            raise UserError("episodes can only be counted from a fresh start; call cut() first")
         self._begin(np.flatnonzero(self.episode < 0))
         while (self.episode >= 0).any() and (decisions is None or recording.decisions < decisions):
             self._advance(act, recording, version)

@@ -13,7 +13,7 @@ from embodied_rft.buffer.columns import Schema
 from embodied_rft.buffer.trajectories import OUTSIDE, within, write_trajectories
 from embodied_rft.data import Decisions, Ragged, Source, Tree
 from embodied_rft.experience.collect import Act, Collector, action_field
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.pool import make_pool
 from embodied_rft.pools.protocol import Pool
 from embodied_rft.seeding import spawn_generator
@@ -24,7 +24,7 @@ def make_demonstrator(env_id: str, id: str = "scripted", **options: Any) -> Any:
     known = registry.known("demonstrator")
     if id == "scripted":
         if env_id not in known:
-            raise ValueError(f"no scripted demonstrator for {env_id!r}; {nearest(env_id, known)}")
+            raise UserError(f"no scripted demonstrator for {env_id!r}; {nearest(env_id, known)}")
         id = env_id
     return registry.find("demonstrator", id)(**options)
 
@@ -42,7 +42,7 @@ def write_demos(
 ) -> dict[str, Any]:
     """Run a demonstrator and write its episodes to `out`, atomically. Returns {"episodes", "decisions", "success"}."""
     if episodes < 1:
-        raise ValueError(f"episodes is {episodes}; expected at least 1")
+        raise UserError(f"episodes is {episodes}; expected at least 1")
     pool = make_pool(env_id, num_envs=min(num_envs, episodes), options=options or {}, purpose="training")
     try:
         demonstrator = make_demonstrator(env_id, with_, noise=noise)

@@ -14,6 +14,7 @@ import numpy as np
 from embodied_rft import distributed
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.data import Decisions, Source, Tree
+from embodied_rft.names import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Taken:
         reward = dict(self.reward)
         if "success" in names and "success" not in reward:
             if (self.terminated | self.truncated).any():
-                raise ValueError(
+                raise UserError(
                     "buffer.success asks for success, and an episode ended without a word about it: the environment "
                     "must say at the end of each episode whether it succeeded (info['is_success'] or info['success'])"
                 )

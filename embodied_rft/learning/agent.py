@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from embodied_rft import registry
 from embodied_rft.data import Decisions, Tree
 from embodied_rft.device import device_of
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.networks import critics
 from embodied_rft.networks.encoder import Encoder
 from embodied_rft.policy import Spec, build_policy
@@ -89,7 +89,7 @@ class Agent(nn.Module):
         """A, the length of an action vector."""
         space = self.spaces.action
         if not isinstance(space, gym.spaces.Box):
-            raise ValueError(f"action space {space}: this objective needs action vectors (a Box). {what_suits(space)}")
+            raise UserError(f"action space {space}: this objective needs action vectors (a Box). {what_suits(space)}")
         return int(np.prod(space.shape or ()))
 
     def decision_space(self, judges: str = "action") -> gym.Space:
@@ -106,7 +106,7 @@ class Agent(nn.Module):
         if name == "policy":
             return self.policy
         if name not in self.parts:
-            raise ValueError(f"the agent has no part {name!r}; {nearest(name, ['policy', *self.parts])}")
+            raise UserError(f"the agent has no part {name!r}; {nearest(name, ['policy', *self.parts])}")
         return self.parts[name]
 
     def trainable(self, name: str) -> list[nn.Parameter]:
@@ -133,12 +133,12 @@ class Agent(nn.Module):
         known = self.part_specs.get(name)
         if known is not None and not fresh:
             if known["kind"] != kind:
-                raise ValueError(
+                raise UserError(
                     f"part {name!r} is a {known['kind']}, the objective needs a {kind}: set warm_start: false"
                 )
             for key, value in options.items():
                 if known.get(key, value) != value:
-                    raise ValueError(
+                    raise UserError(
                         f"part {name!r} was made with {key}={known[key]!r}, but the objective asks for {value!r}. "
                         "Leave the option out to keep the part, or start it anew (warm_start: false)."
                     )
@@ -211,7 +211,7 @@ def _make_part(agent: Agent, kind: str, options: Mapping[str, Any]) -> nn.Module
         "return_scale": critics.ReturnScale,
     }
     if kind not in makers:
-        raise ValueError(f"unknown kind of part {kind!r}; {nearest(kind, makers)}")
+        raise UserError(f"unknown kind of part {kind!r}; {nearest(kind, makers)}")
     return makers[kind](**options)
 
 
@@ -235,7 +235,7 @@ def wrap_policy(id: str, agent: Agent, rng: torch.Generator, **options: Any) -> 
         options: of the adapter, without `base`.
     """
     if not hasattr(registry.find("agent", id), "load_base"):
-        raise ValueError(f"agent {id!r} cannot be put around another policy: it has no load_base (residual has)")
+        raise UserError(f"agent {id!r} cannot be put around another policy: it has no load_base (residual has)")
     spec = {"id": id, "base": agent.policy.spec, **options}
     policy: Any = build_policy(spec, agent.spaces.observation, agent.spaces.action, rng)
     policy.load_base(agent.policy)

@@ -31,13 +31,13 @@ from embodied_rft.data import Batch
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Metrics, Objective
 from embodied_rft.learning.optimizer import AdamW, gradient_norms
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.options import STRICT
 from embodied_rft.tokens.micro_batches import plan_units
 
 
-class NonFiniteLossError(FloatingPointError):
+class NonFiniteLossError(UserError, FloatingPointError):
     """A loss or gradient was NaN or infinite; no weight has been changed by it."""
 
 
@@ -62,17 +62,17 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         if self.micro_batch is not None and self.micro_units is not None:
-            raise ValueError(
+            raise UserError(
                 f"micro_batch {self.micro_batch} counts decisions, micro_units {self.micro_units} their units: give one"
             )
         if self.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
-            raise ValueError("compile: true needs a C++ compiler (g++, or what CXX names): install one or leave it out")
+            raise UserError("compile: true needs a C++ compiler (g++, or what CXX names): install one or leave it out")
         for name, rate in {"learning_rate": self.learning_rate, **self.learning_rates}.items():
             if not 0 <= rate < math.inf:
-                raise ValueError(f"learning rate {name} is {rate}: a number of at least 0 is expected, e.g. 1e-5")
+                raise UserError(f"learning rate {name} is {rate}: a number of at least 0 is expected, e.g. 1e-5")
         for name, number in (("micro_batch", self.micro_batch), ("micro_units", self.micro_units)):
             if number is not None and number < 1:
-                raise ValueError(f"{name} is {number}: at least 1 is expected, or leave it out")
+                raise UserError(f"{name} is {number}: at least 1 is expected, or leave it out")
 
 
 class Learner:
@@ -88,12 +88,12 @@ class Learner:
         self.agent, self.objective, self.config = agent, objective, config or LearnerConfig()
         for name in self.config.learning_rates:
             if name not in objective.losses:
-                raise ValueError(f"learning rate for {name!r}, which is not trained; {nearest(name, objective.losses)}")
+                raise UserError(f"learning rate for {name!r}, which is not trained; {nearest(name, objective.losses)}")
         self.updates = self.iterations = 0
         self.parameters = {name: agent.trainable(name) for name in objective.losses}
         for name, parameters in self.parameters.items():
             if not parameters:
-                raise ValueError(f"part {name!r} has no trainable weights: it is frozen, or cannot be trained")
+                raise UserError(f"part {name!r} has no trainable weights: it is frozen, or cannot be trained")
         self.optimizers = {name: self._optimizer(name) for name in objective.losses}
         self.averaged: nn.Module | None = None  # the EMA of the policy
         if self.config.ema is not None:
@@ -141,7 +141,7 @@ class Learner:
         unknown = set(only or ()) - set(self.parameters)
         if unknown:
             name = min(unknown)
-            raise ValueError(f"there is no loss {name!r}; {nearest(name, self.parameters)}")
+            raise UserError(f"there is no loss {name!r}; {nearest(name, self.parameters)}")
         pieces = self._pieces(batch)
         due = [name for name in self.objective.losses if (self.updates + 1) % self.objective.every.get(name, 1) == 0]
         due = [name for name in due if only is None or name in only]
@@ -273,7 +273,7 @@ class Learner:
         reading = self.objective.reading
         if num_updates is not None:
             if isinstance(reading, Fresh):
-                raise ValueError("num_updates has no effect on an objective that reads fresh data: set its num_epochs")
+                raise UserError("num_updates has no effect on an objective that reads fresh data: set its num_epochs")
             reading = replace(reading, num_updates=num_updates)
         oldest = self.version - reading.max_lag if isinstance(reading, Fresh) else None
         rows = buffer.rows(min_version=oldest)
@@ -339,7 +339,7 @@ class Learner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
         if set(state["optimizers"]) != set(self.optimizers):
-            raise ValueError(
+            raise UserError(
                 f"this state trains {sorted(state['optimizers'])}, the objective trains {sorted(self.optimizers)}: "
                 "continue with the objective that the state was saved from"
             )

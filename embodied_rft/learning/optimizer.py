@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from embodied_rft.names import UserError
+
 
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2).
@@ -76,7 +78,7 @@ class AdamW:
         """Continue exactly where `state_dict` was taken."""
         own = self.state_dict()
         if set(own) != set(state):
-            raise ValueError(f"this optimiser has {len(self.parameters)} weights, the state has {len(state) // 2}")
+            raise UserError(f"this optimiser has {len(self.parameters)} weights, the state has {len(state) // 2}")
         for key, tensor in own.items():
             tensor.copy_(torch.as_tensor(state[key]))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rft.data import Tree
+from embodied_rft.names import UserError
 from embodied_rft.networks.encoder import Encoder
 from embodied_rft.networks.fused import Activation
 from embodied_rft.networks.mlp import MLP, EnsembleMLP
@@ -119,7 +120,7 @@ class Temperature(nn.Module):
     def __init__(self, *, initial: float = 1.0) -> None:
         super().__init__()
         if initial <= 0:
-            raise ValueError(f"initial temperature {initial}: a positive number is expected")
+            raise UserError(f"initial temperature {initial}: a positive number is expected")
         self.log_alpha = nn.Parameter(torch.tensor(math.log(initial)))
 
     @property

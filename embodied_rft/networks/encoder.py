@@ -18,7 +18,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from embodied_rft.data import Tree
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.mlp import fill, linear, unfilled
 from embodied_rft.pools.protocol import flatten_space, is_text
 from embodied_rft.pools.spaces import DISCRETE, ActionBox, ActionScale, Choices
@@ -51,7 +51,7 @@ def select_leaves(space: gym.Space, keys: Sequence[str] | None) -> dict[str, gym
     for key in keys:
         found = [leaf for leaf in leaves if leaf == key or leaf.startswith(f"{key}/")]
         if not found:
-            raise ValueError(f"observation key {key!r} does not exist; {nearest(key, leaves)}")
+            raise UserError(f"observation key {key!r} does not exist; {nearest(key, leaves)}")
         chosen |= {leaf: leaves[leaf] for leaf in found}
     return chosen
 
@@ -110,7 +110,7 @@ class Numbers(nn.Module):
             self.choices = Choices(space)
             self.size = sum(self.choices.sizes)
             if self.size > MOST_CHOICES:
-                raise ValueError(
+                raise UserError(
                     f"observation key {key!r} has {self.size} values, a one-hot vector of at most {MOST_CHOICES} is "
                     f"expected. Wrap the environment so that it tells {key!r} as numbers, or leave it out with `keys`"
                 )
@@ -121,7 +121,7 @@ class Numbers(nn.Module):
             self._read_box(space)
         else:
             what = "text" if is_text(space) else f"a {type(space).__name__}"
-            raise ValueError(
+            raise UserError(
                 f"observation key {key!r} is {what}, which this network cannot read. Name the keys that it reads with "
                 "the option `keys`"
                 + ("; agents that read text are language, vision_language and vla" if is_text(space) else "")
@@ -250,7 +250,7 @@ class Encoder(nn.Module):
         state_size = sum(each.size for each in readers)
         self.size = state_size + num_image_features * len(self.image_keys)
         if not self.size:
-            raise ValueError(f"nothing to read in the observation space {space}: vectors or images are expected")
+            raise UserError(f"nothing to read in the observation space {space}: vectors or images are expected")
         self.frozen = False  # a frozen base keeps the statistics that it was trained with
         if normalize:
             self._make_statistics(state_size, running=normalize == "running")
@@ -259,7 +259,7 @@ class Encoder(nn.Module):
         measured = [torch.full((each.size,), each.measured, dtype=torch.bool) for each in self.numbers]
         self.register_buffer("measured", torch.cat([torch.zeros(0).bool(), *measured]), persistent=False)
         if not bool(self.measured.any()):
-            raise ValueError(
+            raise UserError(
                 f"normalize has no effect: of {', '.join([*self.state_keys, *self.image_keys])} none is a vector of "
                 "floats (images, bounded integers and choices have scales of their own); leave the option out"
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from embodied_rft.names import UserError
 from embodied_rft.networks.fused import Activation, GaussianLogProb, GaussianSample
 from embodied_rft.networks.mlp import MLP, Init
 
@@ -55,9 +56,9 @@ class ActorHead(nn.Module):
     ) -> None:
         super().__init__()
         if noise is not None and noise <= 0:
-            raise ValueError(f"exploration noise {noise} of a deterministic actor: a positive number is expected")
+            raise UserError(f"exploration noise {noise} of a deterministic actor: a positive number is expected")
         if noise is not None and squash != "action":
-            raise ValueError(f"squash: {squash} has no effect on a deterministic actor: leave it out")
+            raise UserError(f"squash: {squash} has no effect on a deterministic actor: leave it out")
         self.noise, self.std, self.log_std_range = noise, std, log_std_range
         self.squashed = noise is None and squash == "action"  # whether a value goes through tanh, or is clipped
         two_outputs = noise is None and std == "state"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from embodied_rft.names import UserError
 from embodied_rft.networks.fused import Activation, Dense, run_layers
 
 Init = Literal["uniform", "orthogonal"]
@@ -47,7 +48,7 @@ def linear(
 ) -> nn.Linear:
     """A linear layer with generator-drawn weights and a zero bias."""
     if in_features < 1 or out_features < 1:
-        raise ValueError(f"a layer from {in_features} to {out_features} numbers: widths of at least 1 are expected")
+        raise UserError(f"a layer from {in_features} to {out_features} numbers: widths of at least 1 are expected")
     layer = unfilled(nn.Linear, in_features, out_features)
     fill(layer.weight, fan_in=in_features, gain=gain, init=init, rng=rng)
     nn.init.zeros_(layer.bias)

@@ -16,7 +16,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.options import STRICT
 
 Train = Literal["full", "lora", "lora+head", "head", "frozen"]
@@ -34,7 +34,7 @@ class LoraOptions:
     def __post_init__(self) -> None:
         """Refuse what is no size."""
         if self.rank < 1 or self.alpha < 1:
-            raise ValueError(f"rank and alpha of adapters are at least 1, given rank {self.rank}, alpha {self.alpha}")
+            raise UserError(f"rank and alpha of adapters are at least 1, given rank {self.rank}, alpha {self.alpha}")
 
 
 def tune(policy: Any, train: Train, *, rng: torch.Generator, lora: LoraOptions | None = None) -> None:
@@ -54,12 +54,12 @@ def tune(policy: Any, train: Train, *, rng: torch.Generator, lora: LoraOptions |
         ValueError: the policy cannot be trained so, or its adapters have other options.
     """
     if train not in WORDS:
-        raise ValueError(f"a policy cannot be trained {train!r}; {nearest(train, WORDS)}")
+        raise UserError(f"a policy cannot be trained {train!r}; {nearest(train, WORDS)}")
     made = policy.spec.get("tuned", {}).get("lora")
     own = getattr(getattr(policy, "config", None), "lora", None)
     known = LoraOptions(**made) if made else own if _adapters(policy) else None
     if lora is not None and known is not None and lora != known:
-        raise ValueError(f"the policy has adapters with {known} already: leave the options out, or give the same")
+        raise UserError(f"the policy has adapters with {known} already: leave the options out, or give the same")
     lora = known or lora or own or LoraOptions()
     (getattr(policy, "select", None) or _Default(policy).select)(train, lora=lora, rng=rng)
     kept = dataclasses.asdict(lora) if _adapters(policy) else None  # type: ignore[call-overload]
@@ -87,7 +87,7 @@ class _Default:
     def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
         policy, name = self.policy, self.policy.spec.get("id")
         if train not in ("full", "lora", "frozen"):
-            raise ValueError(
+            raise UserError(
                 f"agent {name!r} has no head that could be trained by {train!r}; possible: full, lora, frozen"
             )
         if train == "lora" and not _adapters(policy):
@@ -125,17 +125,17 @@ def add_adapters(module: nn.Module, lora: LoraOptions, rng: torch.Generator, *, 
     try:
         import peft
     except ImportError:
-        raise ValueError('adapters need the package peft: pip install "embodied-rft[lora]"') from None
+        raise UserError('adapters need the package peft: pip install "embodied-rft[lora]"') from None
     names = sorted(linear_layers(module) if layers is None else layers)
     if not names:
-        raise ValueError(f"{type(module).__name__} has no linear layer that could get an adapter")
+        raise UserError(f"{type(module).__name__} has no linear layer that could get an adapter")
     chosen = names
     if lora.targets != "all-linear":
         wanted = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
         chosen = [n for n in names if any(n == t or n.endswith(f".{t}") for t in wanted)]
         for target in wanted:
             if not any(n == target or n.endswith(f".{target}") for n in names):
-                raise ValueError(
+                raise UserError(
                     f"no linear layer is named {target!r}; {nearest(target, {n.split('.')[-1] for n in names})}"
                 )
     pattern = "|".join(re.escape(f"of.{n}") for n in chosen)  # a whole name: an equal ending elsewhere is not meant

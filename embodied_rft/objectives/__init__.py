@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from embodied_rft.learning.objective import Objective
+from embodied_rft.names import UserError
 from embodied_rft.options import validate_plugin_config
 from embodied_rft.registry import find
 
@@ -28,7 +29,7 @@ def build_objective(spec: str | Mapping[str, Any]) -> Objective:
     config = validate_plugin_config("objective", id, options)
     made = find("objective", id)(config)
     if not isinstance(made, Objective):
-        raise ValueError(
+        raise UserError(
             f"objective {id!r} is a {type(made).__name__}, which is none: derive the class from "
             "embodied_rft.learning.objective.Objective"
         )

@@ -17,7 +17,7 @@ from embodied_rft.data import Batch, Ragged
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.learner import to_device
 from embodied_rft.learning.returns import monte_carlo, pad_segments
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.options import STRICT
 from embodied_rft.registry import register
 
@@ -35,7 +35,7 @@ def preset(id: str, **defaults: Any) -> Callable[[T], T]:
         hints = get_type_hints(base, include_extras=True)
         for name in defaults:
             if name not in hints:
-                raise ValueError(f"{base.__name__} has no option {name!r}; {nearest(name, hints)}")
+                raise UserError(f"{base.__name__} has no option {name!r}; {nearest(name, hints)}")
         fields = [(name, hints[name], value) for name, value in defaults.items()]
         made = make_dataclass(f"{cls.__name__}Config", fields, bases=(base,), kw_only=True)
         made.__doc__ = f"Options of `{id}`."

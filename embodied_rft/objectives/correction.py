@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.learning import losses
+from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 
 
@@ -32,7 +33,7 @@ class Correction:
 
     def __post_init__(self) -> None:
         if self.limit < 1:
-            raise ValueError(f"correction limit {self.limit}: a ratio of at least 1 is expected")
+            raise UserError(f"correction limit {self.limit}: a ratio of at least 1 is expected")
 
 
 def correct(

@@ -24,6 +24,7 @@ from torch import Tensor
 from embodied_rft.data import Batch
 from embodied_rft.learning import returns
 from embodied_rft.learning.agent import Agent
+from embodied_rft.names import UserError
 from embodied_rft.registry import register
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -79,7 +80,7 @@ def bi_level_gae_credit(agent: Agent, batch: Batch, lengths: list[int], config: 
     outer = _gae(batch, lengths, config, extra=inside)
     value = batch.notes.get("unit_value")
     if value is None:
-        raise ValueError("bi_level_gae needs a policy that has unit_values(observation, action, trace) -> [B, U]")
+        raise UserError("bi_level_gae needs a policy that has unit_values(observation, action, trace) -> [B, U]")
     advantage = returns.unit_advantages(
         outer + batch.notes["value"] - inside,
         value,
@@ -127,7 +128,7 @@ def _group_credit(batch: Batch, lengths: list[int], baseline: Literal["grpo", "d
     advantage = returns.group_advantages(total, group, baseline=baseline, size=size).repeat_interleave(repeats)
     dead = returns.without_spread(total, group, size)
     if len(dead) and np.unique(group).size == len(group):
-        raise ValueError(
+        raise UserError(
             f"credit {baseline!r} compares siblings, but no episode has one: set group_size to at least 2 where "
             "experience is collected"
         )

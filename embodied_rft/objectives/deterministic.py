@@ -10,6 +10,7 @@ from torch import Tensor
 
 from embodied_rft.data import Batch, Tree
 from embodied_rft.learning.agent import Agent
+from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.soft_actor_critic import SAC, is_stochastic, sample
@@ -31,7 +32,7 @@ class TD3(SAC):
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """As SAC, for deterministic policies only, and the target actor."""
         if is_stochastic(agent.policy):
-            raise ValueError(
+            raise UserError(
                 f"objective {self.id!r} trains deterministic policies, this one is stochastic: set "
                 "deterministic: true in the agent, or use sac"
             )

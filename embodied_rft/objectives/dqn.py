@@ -19,6 +19,7 @@ from embodied_rft.data import Batch, Decisions, Tree
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
+from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.options import STRICT
 from embodied_rft.policy import observe
@@ -59,7 +60,7 @@ class DQN(Objective):
         """The target network; the policy must have a value for each option."""
         self.choices = one_choice(agent.spaces.action, "objective 'dqn'").to(agent.device)
         if not hasattr(agent.policy, "logits"):
-            raise ValueError(
+            raise UserError(
                 f"objective 'dqn' needs a value for each option, {type(agent.policy).__name__} has none: use the agent "
                 "categorical"
             )

@@ -20,6 +20,7 @@ from embodied_rft.buffer.plans import Replay
 from embodied_rft.data import Batch
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
+from embodied_rft.names import UserError
 from embodied_rft.objectives.common import imitation, segment_returns
 from embodied_rft.options import STRICT
 from embodied_rft.registry import register
@@ -58,7 +59,7 @@ def select(buffer: Buffer, selection: Selection, reward_weights: dict[str, float
         keep &= returned >= selection.min_return
     if selection.successes:
         if "success" not in buffer.schema.rewards:
-            raise ValueError("the buffer has no reward stream 'success': set buffer.success, or select by min_return")
+            raise UserError("the buffer has no reward stream 'success': set buffer.success, or select by min_return")
         keep &= segment_returns(buffer, segments, reward_weights={"success": 1.0}) > 0
     if selection.best_of is not None and segments:
         group = buffer.columns(np.array([s[0] for s in segments]))["group"]
@@ -68,7 +69,7 @@ def select(buffer: Buffer, selection: Selection, reward_weights: dict[str, float
         rank = np.arange(len(order)) - np.repeat(first, np.diff(np.append(first, len(order))))
         keep[order[rank >= selection.best_of]] = False
     if not keep.any():
-        raise ValueError(f"none of {len(segments)} episodes is selected by {selection}: collect more, or ask for less")
+        raise UserError(f"none of {len(segments)} episodes is selected by {selection}: collect more, or ask for less")
     return np.concatenate([s for s, kept in zip(segments, keep, strict=True) if kept])
 
 
@@ -81,7 +82,7 @@ class SelectedReplay(Replay):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.offline_share is not None and not self.selection.everything:
-            raise ValueError("offline_share has no effect on selected episodes: leave it out, or the selection")
+            raise UserError("offline_share has no effect on selected episodes: leave it out, or the selection")
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
         """`num_updates` batches; what is selected is decided when the first one is asked for."""
@@ -124,7 +125,7 @@ class BehaviorCloning(Objective):
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """Check that the policy can imitate."""
         if not hasattr(agent.policy, "imitation_loss"):
-            raise ValueError(f"policy {type(agent.policy).__name__} has no imitation_loss: bc cannot train it")
+            raise UserError(f"policy {type(agent.policy).__name__} has no imitation_loss: bc cannot train it")
 
     def policy_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean imitation loss."""

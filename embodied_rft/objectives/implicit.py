@@ -13,6 +13,7 @@ from embodied_rft.data import Batch
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
+from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import imitation
 from embodied_rft.options import STRICT
@@ -57,12 +58,12 @@ class IQL(Objective):
         c, name = self.config, type(agent.policy).__name__
         known = hasattr(agent.policy, "retrace") or not agent.policy.trace_fields  # of actions of others
         if c.extraction == "likelihood" and not known:
-            raise ValueError(
+            raise UserError(
                 f"{name} does not know how likely actions of others are: set extraction: imitation, which weighs its "
                 "own imitation_loss instead"
             )
         if c.extraction == "imitation" and not hasattr(agent.policy, "imitation_loss"):
-            raise ValueError(f"{name} has no imitation_loss: set extraction: likelihood")
+            raise UserError(f"{name} has no imitation_loss: set extraction: likelihood")
         fresh = not c.warm_start
         options: dict[str, Any] = {"layer_norm": c.critic_layer_norm, "fresh": fresh}
         options["hidden"] = None if c.critic_hidden is None else list(c.critic_hidden)

@@ -18,6 +18,7 @@ from embodied_rft.buffer.plans import Share
 from embodied_rft.data import Batch, Tree
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
+from embodied_rft.names import UserError
 from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig
 from embodied_rft.options import STRICT
@@ -47,7 +48,7 @@ class DSRLSAC(SAC):
         """
         noise = batch.trace["noise"]
         if not noise.isfinite().all():
-            raise ValueError(
+            raise UserError(
                 "dsrl_sac cannot learn from decisions of others (demonstrations): nobody knows the noise that leads to "
                 "their actions. Set offline_share: 0, or use dsrl_na, whose critic judges actions."
             )
@@ -123,7 +124,7 @@ class DSRLNA(SAC):
 def require_steering(agent: Agent, objective: str) -> None:
     """Raise ValueError unless the policy chooses the noise of a frozen base."""
     if not all(hasattr(agent.policy, name) for name in ("choose", "from_noise", "draw_noise")):
-        raise ValueError(
+        raise UserError(
             f"objective {objective!r} trains the noise of a frozen policy, {type(agent.policy).__name__} has none: put "
             "`adapt: {with: steering}` before it"
         )

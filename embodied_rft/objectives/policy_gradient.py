@@ -29,6 +29,7 @@ from embodied_rft.data import Batch
 from embodied_rft.learning import losses, returns
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
+from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import readable, score_in_chunks, units_of, whole_groups
 from embodied_rft.objectives.correction import Correction, correct
@@ -93,29 +94,27 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         if self.kl_weight < 0:
-            raise ValueError(f"kl_weight {self.kl_weight}: at least 0 is expected; it pulls towards the reference")
+            raise UserError(f"kl_weight {self.kl_weight}: at least 0 is expected; it pulls towards the reference")
         shared = SHARED.get(self.ratio)
         if shared is not None and self.normalizer != shared:
-            raise ValueError(
+            raise UserError(
                 f"ratio {self.ratio!r} is one number for all units it covers, with normalizer {self.normalizer!r} the "
                 f"longer ones would count more: set normalizer to {shared!r}"
             )
         if self.normalizer in ("episodes", "constant") and not self.whole_groups:
-            raise ValueError(
-                f"normalizer {self.normalizer!r} needs whole episodes in a batch: set whole_groups to true"
-            )
+            raise UserError(f"normalizer {self.normalizer!r} needs whole episodes in a batch: set whole_groups to true")
         if self.min_groups and not self.drop_even_groups:
-            raise ValueError("min_groups counts groups with spread: set drop_even_groups to true, too")
+            raise UserError("min_groups counts groups with spread: set drop_even_groups to true, too")
         if self.clip_first is not None and None in (self.clip_low, self.clip_high):
-            raise ValueError(
+            raise UserError(
                 "clip_first is where the clip range begins; clip_low and clip_high, where it ends, are null"
             )
         if self.normalizer_units != 1.0 and self.normalizer != "constant":
-            raise ValueError(f'normalizer_units has no effect with normalizer {self.normalizer!r}: use "constant"')
+            raise UserError(f'normalizer_units has no effect with normalizer {self.normalizer!r}: use "constant"')
         if self.ratio == "none" and (self.clip_low is not None or self.clip_high is not None):
-            raise ValueError('ratio "none" is always 1, clipping has no effect: set clip_low and clip_high to null')
+            raise UserError('ratio "none" is always 1, clipping has no effect: set clip_low and clip_high to null')
         if self.overlong is not None and not 0 <= self.overlong[1] <= self.overlong[0]:
-            raise ValueError(f"overlong {self.overlong}: (limit, margin) with 0 <= margin <= limit is expected")
+            raise UserError(f"overlong {self.overlong}: (limit, margin) with 0 <= margin <= limit is expected")
 
 
 @register("objective", "ppo")
@@ -133,9 +132,9 @@ class PPO(Objective):
         self.needs_groups = getattr(self.credit, "needs_groups", False)
         self.prefix = "unit_" if self.per_unit else ""  # of the notes that credit writes
         if config.critic_warm_up and not self.uses_value:
-            raise ValueError(f"critic_warm_up has no effect: credit {config.credit!r} has no value that could learn")
+            raise UserError(f"critic_warm_up has no effect: credit {config.credit!r} has no value that could learn")
         if config.normalize_advantage == "minibatch" and config.batch_size == 1 and not self.per_unit:
-            raise ValueError(
+            raise UserError(
                 'normalize_advantage "minibatch" leaves nothing of the advantage of a single decision: set batch_size '
                 "to at least 2"
             )
@@ -167,9 +166,7 @@ class PPO(Objective):
         self.joint = hasattr(agent.policy, "value")
         if self.joint:
             if c.critic_warm_up:
-                raise ValueError(
-                    "critic_warm_up has no effect: this policy's value shares its trunk, they learn as one"
-                )
+                raise UserError("critic_warm_up has no effect: this policy's value shares its trunk, they learn as one")
             self.losses = {"policy": self.policy_loss}
         else:
             hidden = None if c.value_hidden is None else list(c.value_hidden)
@@ -178,12 +175,12 @@ class PPO(Objective):
     def _check(self, policy: Any) -> None:
         """Refuse options that this policy cannot serve."""
         if self.config.per_dimension and not hasattr(policy, "unit_size"):
-            raise ValueError(
+            raise UserError(
                 f"per_dimension needs to know how many action numbers a unit has, {type(policy).__name__} does not say "
                 "(unit_size): leave it out"
             )
         if self.config.clip_first is not None and policy.num_units is None:
-            raise ValueError("clip_first needs a fixed number of units in a decision (a chain's steps): leave it out")
+            raise UserError("clip_first needs a fixed number of units in a decision (a chain's steps): leave it out")
 
     def due(self, iteration: int) -> list[str] | None:
         """Names of the losses that learn in an iteration (from 0) of a stage; None: all."""

@@ -23,6 +23,7 @@ from embodied_rft.data import Batch
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
+from embodied_rft.names import UserError
 from embodied_rft.objectives.common import score_in_chunks, segment_returns
 from embodied_rft.options import STRICT
 from embodied_rft.registry import register
@@ -53,7 +54,7 @@ class PairPlan(Replay):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.offline_share is not None:
-            raise ValueError("offline_share has no effect on pairs: leave it out")
+            raise UserError("offline_share has no effect on pairs: leave it out")
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
         """`num_updates` batches; none if all that can be compared is equally good: then there is nothing to learn.
@@ -77,7 +78,7 @@ class PairPlan(Replay):
         if (length := self.segment) is not None:
             pieces = [p[i : i + length] for p in pieces for i in range(0, len(p) - length + 1, length)]
         if not pieces:
-            raise ValueError("the buffer holds no episode (of the segment's length) to compare: collect or load some")
+            raise UserError("the buffer holds no episode (of the segment's length) to compare: collect or load some")
         score = segment_returns(buffer, pieces, reward_weights=self.reward_weights)
         book = buffer.columns(np.array([p[0] for p in pieces]))
         kind = np.zeros(len(pieces), np.int64) if self.within == "all" else book[self.within]
@@ -90,7 +91,7 @@ class PairPlan(Replay):
         first = np.append(0, last[:-1] + 1)
         worst, best = order[first], order[last]
         if len(last) == len(order):
-            raise ValueError(
+            raise UserError(
                 f"there is no pair: each of {len(order)} pieces is alone in its {self.within}. Collect with a "
                 "group_size of at least 2, or compare within seed or all."
             )
@@ -158,9 +159,9 @@ class DPOConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 0.5 or (self.smoothing and self.loss != "sigmoid"):
-            raise ValueError(f'smoothing {self.smoothing}: expected in [0, 0.5), and only with loss "sigmoid"')
+            raise UserError(f'smoothing {self.smoothing}: expected in [0, 0.5), and only with loss "sigmoid"')
         if self.beta <= 0:
-            raise ValueError(f"beta {self.beta}: a positive number is expected")
+            raise UserError(f"beta {self.beta}: a positive number is expected")
 
 
 @register("objective", "dpo")

@@ -21,6 +21,7 @@ from embodied_rft.data import Batch, Decisions, Ragged, Source, Tree
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
+from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import as_tensors, polyak
 from embodied_rft.objectives.common import imitation, preset
 from embodied_rft.options import STRICT
@@ -109,10 +110,10 @@ class SAC(Objective):
         """Refuse a policy that the options do not suit."""
         c = self.config
         if c.bc_weight and not hasattr(agent.policy, "imitation_loss"):
-            raise ValueError(f"bc_weight {c.bc_weight}: {type(agent.policy).__name__} cannot imitate; set it to 0")
+            raise UserError(f"bc_weight {c.bc_weight}: {type(agent.policy).__name__} cannot imitate; set it to 0")
         without = not is_stochastic(agent.policy)
         if without and self.needs_entropy:
-            raise ValueError(
+            raise UserError(
                 f"objective {self.id!r} trains policies with an entropy, this one has none: use td3, or a policy "
                 "without deterministic: true"
             )
@@ -120,7 +121,7 @@ class SAC(Objective):
         for name in (*self.unused, *(OF_ENTROPY if without else ())):
             if getattr(c, name) != usual[name]:
                 why = "on a policy without entropy" if name in OF_ENTROPY else f"in {self.id!r}, see td3"
-                raise ValueError(f"{name} has no effect {why}: leave it out")
+                raise UserError(f"{name} has no effect {why}: leave it out")
 
     # --- losses, in update order ---------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from embodied_rft.buffer.plans import Replay
 from embodied_rft.data import Batch
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
+from embodied_rft.names import UserError
 from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.deterministic import TD3
 from embodied_rft.objectives.soft_actor_critic import SACConfig
@@ -78,7 +79,7 @@ class SPOT(TD3):
         """As TD3; the density must exist."""
         super().setup(agent, rng)
         if "density" not in agent.parts:
-            raise ValueError(
+            raise UserError(
                 "spot needs a density of the data: put the stage `pretrain: {objective: density}` before it"
             )
         agent.parts["density"].weight.fill_(self.config.support_weight)

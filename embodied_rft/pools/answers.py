@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from embodied_rft.names import UserError
 from embodied_rft.pools.protocol import is_text
 
 
-class Unfit(ValueError):
+class Unfit(UserError):
     """An answer that an environment of these spaces must not give."""
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from embodied_rft.names import UserError
 from embodied_rft.pools.answers import Unfit, as_success, leaves_of
 from embodied_rft.pools.incidents import describe_error
 from embodied_rft.pools.promises import Seeding, find_seeding, narrow_seed
@@ -46,7 +47,7 @@ class Batch:
     ) -> None:
         mode = vector_env.metadata.get("autoreset_mode")
         if mode != AutoresetMode.DISABLED:
-            raise ValueError(
+            raise UserError(
                 f"the vector environment resets by itself (autoreset_mode {mode}); a pool needs episodes that are "
                 "reset from outside. Make it with autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED."
             )
@@ -202,7 +203,7 @@ class Batch:
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from `get_state`."""
         if not self.can_save:
-            raise ValueError(f"{self.vector_env} offers no set_state: it cannot continue inside an episode")
+            raise UserError(f"{self.vector_env} offers no set_state: it cannot continue inside an episode")
         if not self._started:
             self.vector_env.reset(seed=cast(Any, [0] * self.num_envs))  # fills what no state holds
             self._started = True

@@ -19,6 +19,7 @@ import torch
 from gymnasium import spaces
 
 from embodied_rft.data import Field, Tree
+from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import Incidents
 from embodied_rft.pools.protocol import Pool, StepResult, merge
 from embodied_rft.pools.spaces import ActionBox, what_suits
@@ -36,7 +37,7 @@ class ChunkBox(spaces.Box):
 
     def __init__(self, step_space: spaces.Space, *, horizon: int) -> None:
         if not isinstance(step_space, spaces.Box) or len(step_space.shape) != 1:
-            raise ValueError(f"action space {step_space}: chunks need a Box of shape (A,). {what_suits(step_space)}")
+            raise UserError(f"action space {step_space}: chunks need a Box of shape (A,). {what_suits(step_space)}")
         super().__init__(
             np.tile(step_space.low, horizon), np.tile(step_space.high, horizon), dtype=step_space.dtype.type
         )
@@ -52,7 +53,7 @@ def step_space(space: spaces.Space, *, horizon: int) -> spaces.Space:
     if not isinstance(space, ChunkBox):
         return space
     if space.horizon != horizon:
-        raise ValueError(f"the environments take chunks of {space.horizon} steps; the policy gives {horizon}")
+        raise UserError(f"the environments take chunks of {space.horizon} steps; the policy gives {horizon}")
     return space.step_space
 
 
@@ -73,7 +74,7 @@ class ChunkPool:
     def __init__(self, pool: Pool, *, horizon: int, execute: int | None = None, gamma: float = 1.0) -> None:
         self.execute = check_execute(horizon, execute)
         if not 0 < gamma <= 1:
-            raise ValueError(f"gamma {gamma} inside a chunk: in (0, 1] is expected")
+            raise UserError(f"gamma {gamma} inside a chunk: in (0, 1] is expected")
         self.pool, self.horizon, self.gamma = pool, horizon, gamma
         self.num_envs = pool.num_envs
         self.observation_space, self.fields = pool.observation_space, pool.fields
@@ -102,7 +103,7 @@ class ChunkPool:
         """Execute `action` [N, H * A] (or [N, H, A])."""
         action = np.asarray(action)
         if action.shape[:1] != (self.num_envs,) or action.size != self.num_envs * self._size:
-            raise ValueError(f"chunks have shape {action.shape}; expected {(self.num_envs, self._size)}")
+            raise UserError(f"chunks have shape {action.shape}; expected {(self.num_envs, self._size)}")
         steps = action.reshape(self.num_envs, self.horizon, -1)
         total: StepResult | None = None
         try:
@@ -172,9 +173,9 @@ class QueuedPool:
 
     def __init__(self, pool: Pool, planner: Planner, *, seed: int = 0) -> None:
         if BASE_ACTION in pool.fields:
-            raise ValueError(f"the observation has a key {BASE_ACTION!r} already: the pool is queued twice")
+            raise UserError(f"the observation has a key {BASE_ACTION!r} already: the pool is queued twice")
         if not isinstance(pool.action_space, spaces.Box) or len(pool.action_space.shape) != 1:
-            raise ValueError(f"action space {pool.action_space}: a queued plan needs a Box of shape (A,)")
+            raise UserError(f"action space {pool.action_space}: a queued plan needs a Box of shape (A,)")
         self.pool, self.planner = pool, planner
         self.action_space: spaces.Space = pool.action_space
         self.num_envs, self.action_field = pool.num_envs, pool.action_field
@@ -240,7 +241,7 @@ class QueuedPool:
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue bit for bit from what `get_state` gave."""
         if state["queue/plan"].shape != self._queue.shape:
-            raise ValueError(f"the saved plans have shape {state['queue/plan'].shape}; this pool's {self._queue.shape}")
+            raise UserError(f"the saved plans have shape {state['queue/plan'].shape}; this pool's {self._queue.shape}")
         self.pool.set_state({k: v for k, v in state.items() if not k.startswith("queue/")})
         self._queue, self._position = state["queue/plan"].copy(), state["queue/position"].copy()
         before = torch.from_numpy(np.array(state["queue/rng"]))
@@ -256,7 +257,7 @@ def check_execute(horizon: int, execute: int | None) -> int:
     """How many steps of a chunk are executed; None: all."""
     execute = horizon if execute is None else execute
     if not 1 <= execute <= horizon:
-        raise ValueError(f"execute {execute} of a chunk of {horizon} steps: 1 <= execute <= horizon is expected")
+        raise UserError(f"execute {execute} of a chunk of {horizon} steps: 1 <= execute <= horizon is expected")
     return execute
 
 

@@ -11,13 +11,15 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from embodied_rft.names import UserError
+
 MAX_INCIDENTS = 0.9  # share of the latest episodes
 WINDOW = 100  # so many episodes are the latest ones; at least ROUNDS for each environment
 NEVER = 20  # so many failed episodes, and none ever that ended well, are enough; at least ROUNDS for each environment
 ROUNDS = 4  # failures come before the first episodes can end, and a process that dies takes many with it
 
 
-class EnvironmentFailure(RuntimeError):
+class EnvironmentFailure(UserError, RuntimeError):
     """The environments fail too often to go on; the message has the latest incident."""
 
 

@@ -17,7 +17,7 @@ import gymnasium
 from gymnasium import wrappers as gymnasium_wrappers
 from gymnasium.envs.registration import EnvSpec
 
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.incidents import describe_error
 from embodied_rft.registry import load_plugins
 
@@ -70,11 +70,11 @@ def find_spec(id: str | EnvSpec) -> EnvSpec:
     if name not in gymnasium.registry and (known := _package_of(name)) is not None:
         module, package = known
         if importlib.util.find_spec(module) is None:
-            raise ValueError(f"environment {name!r} comes with the package {package}: pip install '{package}'")
+            raise UserError(f"environment {name!r} comes with the package {package}: pip install '{package}'")
         importlib.import_module(module)
     if name not in gymnasium.registry:
         hint = nearest(name, gymnasium.registry)
-        raise ValueError(
+        raise UserError(
             f"unknown environment {name!r}{f'; {hint}' if hint.startswith('did') else '.'} One of another package is "
             "known once its module is imported: write the id as 'module:Id', or list the module under plugins."
         )
@@ -90,8 +90,8 @@ def _import_module(module: str, id: str) -> None:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
-            raise ValueError(f"{id!r} needs the module {error.name!r}, which is not installed") from error
-        raise ValueError(f"environment {id!r}: no module {module!r} is installed or in the current folder") from error
+            raise UserError(f"{id!r} needs the module {error.name!r}, which is not installed") from error
+        raise UserError(f"environment {id!r}: no module {module!r} is installed or in the current folder") from error
 
 
 def make_single(
@@ -122,11 +122,11 @@ def make_single(
     try:
         env = gymnasium.make(spec, **given)
     except TypeError as error:
-        raise ValueError(f"environment {spec.id!r} refused its options {dict(options or {})}: {error}") from error
+        raise UserError(f"environment {spec.id!r} refused its options {dict(options or {})}: {error}") from error
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
-        raise ValueError(f"environment {spec.id!r} needs a package that is not installed: {error}") from error
+        raise UserError(f"environment {spec.id!r} needs a package that is not installed: {error}") from error
     except SystemExit as error:
-        raise ValueError(f"environment {spec.id!r} could not be made: {describe_error(error)}") from error
+        raise UserError(f"environment {spec.id!r} could not be made: {describe_error(error)}") from error
     for wrapper in wrappers:
         env = _wrap(env, wrapper)
     return env
@@ -138,7 +138,7 @@ def make_single(
 def find_wrapper(id: str) -> type[gymnasium.Wrapper]:
     """Gymnasium's wrapper of that name, or a third party's as "module:Class"; ValueError with the nearest name."""
     if id in REFUSED_WRAPPERS:
-        raise ValueError(f"the wrapper {id!r} cannot be used in a recipe: {REFUSED_WRAPPERS[id]}")
+        raise UserError(f"the wrapper {id!r} cannot be used in a recipe: {REFUSED_WRAPPERS[id]}")
     module, _, name = id.rpartition(":")
     if module:
         _import_module(module, id)
@@ -148,7 +148,7 @@ def find_wrapper(id: str) -> type[gymnasium.Wrapper]:
         names = [n for n in gymnasium_wrappers.__all__ if n not in REFUSED_WRAPPERS]
         found = getattr(gymnasium_wrappers, name) if name in names else None
     if not _is_wrapper(found):
-        raise ValueError(
+        raise UserError(
             f"unknown wrapper {id!r}; {nearest(name, names)} One of your own is written 'module:Class', a subclass of "
             "gymnasium.Wrapper."
         )
@@ -162,16 +162,16 @@ def _is_wrapper(value: Any) -> bool:
 def check_wrapper(wrapper: Mapping[str, Any]) -> None:
     """Whether the wrapper exists and takes these options; ValueError with the nearest option."""
     if not isinstance(wrapper, Mapping) or not isinstance(wrapper.get("id"), str):
-        raise ValueError(f"a wrapper is written {{id: TimeLimit, max_episode_steps: 200}}; got {wrapper!r}")
+        raise UserError(f"a wrapper is written {{id: TimeLimit, max_episode_steps: 200}}; got {wrapper!r}")
     parameters = list(inspect.signature(find_wrapper(wrapper["id"])).parameters.values())[1:]  # the first is env
     named = {p.name: p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     options = {key: value for key, value in wrapper.items() if key != "id"}
     for key in options:
         if key not in named and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            raise ValueError(f"the wrapper {wrapper['id']} has no option {key!r}; {nearest(key, named)}")
+            raise UserError(f"the wrapper {wrapper['id']} has no option {key!r}; {nearest(key, named)}")
     missing = [name for name, p in named.items() if p.default is p.empty and name not in options]
     if missing:
-        raise ValueError(f"the wrapper {wrapper['id']} needs the option {missing[0]!r}")
+        raise UserError(f"the wrapper {wrapper['id']} needs the option {missing[0]!r}")
 
 
 def check_wrappers(wrappers: Sequence[Mapping[str, Any]]) -> None:
@@ -180,7 +180,7 @@ def check_wrappers(wrappers: Sequence[Mapping[str, Any]]) -> None:
         try:
             check_wrapper(wrapper)
         except ValueError as error:
-            raise ValueError(f"wrappers.{index}: {error}") from None
+            raise UserError(f"wrappers.{index}: {error}") from None
 
 
 def _wrap(env: gymnasium.Env, wrapper: Mapping[str, Any]) -> gymnasium.Env:
@@ -189,7 +189,7 @@ def _wrap(env: gymnasium.Env, wrapper: Mapping[str, Any]) -> gymnasium.Env:
     try:
         return find_wrapper(wrapper["id"])(env, **options)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"the wrapper {wrapper['id']} with {options} does not fit the environment (observations "
             f"{env.observation_space}, actions {env.action_space}): {describe_error(error)}"
         ) from error

@@ -21,7 +21,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from embodied_rft.data import Ragged, Tree
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.batches import Batch
 from embodied_rft.pools.config import EnvConfig
 from embodied_rft.pools.incidents import MAX_INCIDENTS, Incidents
@@ -101,7 +101,7 @@ class VectorPool:
         time_limit: TimeLimitIs = "truncated",
     ) -> None:
         if purpose not in ("training", "evaluation"):
-            raise ValueError(f"purpose is {purpose!r}; expected 'training' or 'evaluation'")
+            raise UserError(f"purpose is {purpose!r}; expected 'training' or 'evaluation'")
         self.host: Host = Batch(envs) if isinstance(envs, VectorEnv) else envs
         self.purpose: Purpose = purpose
         self.time_limit: TimeLimitIs = time_limit
@@ -235,7 +235,7 @@ class VectorPool:
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue bit for bit from `get_state` of a pool of the same environments."""
         if len(state["pool/idle"]) != self.num_envs:
-            raise ValueError(
+            raise UserError(
                 f"the state is of {len(state['pool/idle'])} environments; this pool has {self.num_envs}. "
                 "Use the same num_envs as the run that wrote it."
             )
@@ -336,11 +336,11 @@ def make_pool(
         ValueError: unknown id or kind, options that the environment refuses, a native form that does not exist.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown kind of pool {kind!r}; {nearest(kind, KINDS)}")
+        raise UserError(f"unknown kind of pool {kind!r}; {nearest(kind, KINDS)}")
     if num_envs < 1:
-        raise ValueError(f"num_envs is {num_envs}; expected at least 1")
+        raise UserError(f"num_envs is {num_envs}; expected at least 1")
     if num_workers and kind != "workers":
-        raise ValueError(f"num_workers={num_workers} has no effect with kind {kind!r}: use kind 'workers' or drop it")
+        raise UserError(f"num_workers={num_workers} has no effect with kind {kind!r}: use kind 'workers' or drop it")
     spec = find_spec(id)
     same: dict[str, Any] = {"purpose": purpose, "max_incidents": max_incidents, "time_limit": time_limit}
     if kind == "workers":
@@ -378,7 +378,7 @@ def _make_native(
                 make().close()
             except Exception:
                 if isinstance(error, TypeError):
-                    raise ValueError(f"environment {spec.id!r} refused its options {dict(options)}: {error}") from error
+                    raise UserError(f"environment {spec.id!r} refused its options {dict(options)}: {error}") from error
                 raise error from None
             why = f"has a native vector form that cannot leave resets to others ({error})"
         else:
@@ -387,5 +387,5 @@ def _make_native(
             env.close()
             why = "has a native vector form that resets by itself"
     if must:
-        raise ValueError(f"{spec.id!r} {why}; use kind 'sync' or 'workers' for it")
+        raise UserError(f"{spec.id!r} {why}; use kind 'sync' or 'workers' for it")
     return None

@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium import spaces
 
 from embodied_rft.data import Field, Ragged, Tree
+from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import Incidents as Incidents
 from embodied_rft.seeding import FIRST_EVALUATION_SEED, check_training_seeds
 
@@ -126,7 +127,7 @@ def field_of(key: str, space: spaces.Space) -> Field:
         assert space.dtype is not None and space.shape is not None
         dtype = "float32" if np.issubdtype(space.dtype, np.floating) else np.dtype(space.dtype).name
         return Field(tuple(space.shape), dtype)
-    raise ValueError(
+    raise UserError(
         f"{key!r} has the space {type(space).__name__}; expected Box, Discrete, MultiDiscrete, MultiBinary, Text or a "
         "Dict of them. Wrap the environment so that it gives one of these."
     )
@@ -146,24 +147,24 @@ def check_action(action: Any, space: spaces.Space, *, num_envs: int) -> Any:
     """`action` for `num_envs` environments in the dtype of `space`; ValueError on a wrong shape, kind or value."""
     if is_text(space):
         if isinstance(action, str) or len(action) != num_envs or not all(isinstance(a, str) for a in action):
-            raise ValueError(f"expected a list of {num_envs} strings, one action per environment, given {action!r:.80}")
+            raise UserError(f"expected a list of {num_envs} strings, one action per environment, given {action!r:.80}")
         return list(action)
     array = np.asarray(action)
     expected = (num_envs, *(space.shape or ()))
     if array.shape != expected:
-        raise ValueError(f"action has shape {array.shape}; expected {expected}: one row for each environment")
+        raise UserError(f"action has shape {array.shape}; expected {expected}: one row for each environment")
     if isinstance(space, spaces.Box):
         finite = np.isfinite(array)
         if not finite.all():
             bad = int(np.argmin(finite.reshape(num_envs, -1).all(axis=1)))
-            raise ValueError(
+            raise UserError(
                 f"action of environment {bad} is not finite: {array[bad]}. The policy produced NaN or infinity: "
                 "look at its learning rate, its inputs and the gradient norm."
             )
     elif not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"action has dtype {array.dtype}; expected integers for the action space {space}")
+        raise UserError(f"action has dtype {array.dtype}; expected integers for the action space {space}")
     if isinstance(space, spaces.Discrete) and ((array < space.start) | (array >= space.start + space.n)).any():
-        raise ValueError(f"actions {array.tolist()} are not all in {space}")
+        raise UserError(f"actions {array.tolist()} are not all in {space}")
     return array.astype(space.dtype, copy=False)
 
 
@@ -171,18 +172,18 @@ def check_seeds(seeds: Any, mask: np.ndarray, *, purpose: Purpose) -> np.ndarray
     """`seeds` [N] as int64; those under `mask` must belong to `purpose` (see `seeding`)."""
     array = np.asarray(seeds)
     if array.shape != mask.shape or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"seeds are {array.dtype} {array.shape}; expected integers {mask.shape}: one per environment")
+        raise UserError(f"seeds are {array.dtype} {array.shape}; expected integers {mask.shape}: one per environment")
     used = array[mask]
     if purpose == "training":
         check_training_seeds(used)
     elif (used < FIRST_EVALUATION_SEED).any():
         bad = int(used[used < FIRST_EVALUATION_SEED][0])
-        raise ValueError(
+        raise UserError(
             f"seed {bad} is a training seed (< 2**31): evaluation must start from states that training never saw. Use "
             "seeding.evaluation_seed(index)."
         )
     if (used < 0).any():
-        raise ValueError(f"seed {int(used.min())} is negative; expected 0 <= seed < 2**32")
+        raise UserError(f"seed {int(used.min())} is negative; expected 0 <= seed < 2**32")
     return array.astype(np.int64)
 
 
@@ -192,7 +193,7 @@ def check_mask(mask: np.ndarray | None, *, num_envs: int) -> np.ndarray:
         return np.ones(num_envs, dtype=np.bool_)
     mask = np.asarray(mask)
     if mask.shape != (num_envs,) or mask.dtype != np.bool_ or not mask.any():
-        raise ValueError(f"mask is {mask.dtype} {mask.shape}; expected bool ({num_envs},) with at least one True")
+        raise UserError(f"mask is {mask.dtype} {mask.shape}; expected bool ({num_envs},) with at least one True")
     return mask
 
 

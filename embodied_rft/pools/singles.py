@@ -16,6 +16,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from embodied_rft.names import UserError
 from embodied_rft.pools.answers import Unfit, as_end, as_reward, leaves_of, success_of
 from embodied_rft.pools.incidents import describe_error
 from embodied_rft.pools.promises import (
@@ -88,7 +89,7 @@ class Singles:
                     with self._watched(index, FIRST_TIME * deadline):
                         self.slots.append(_Slot(make()))
         except Hang as hang:
-            raise ValueError(f"environment {len(self.slots)} could not be made: {hang}") from None
+            raise UserError(f"environment {len(self.slots)} could not be made: {hang}") from None
         finally:
             if len(self.slots) < num_envs:
                 self.close()

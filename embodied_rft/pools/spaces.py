@@ -14,6 +14,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from embodied_rft.names import UserError
+
 LARGEST_BOUND = 1e9  # beyond it, finite bounds are a way to say that there are none (3.4e38 is float32's largest)
 DISCRETE = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
@@ -27,7 +29,7 @@ def check_action_space(space: gym.Space) -> None:
     if not isinstance(space, spaces.Box):
         return
     if not np.issubdtype(space.dtype, np.floating):
-        raise ValueError(
+        raise UserError(
             f"action space {space}: a Box of {space.dtype} is no space of action vectors, floats are expected. If the "
             "integers are choices, let the environment offer a MultiDiscrete; else put "
             "gymnasium.wrappers.TransformAction with a float Box around it"
@@ -38,12 +40,12 @@ def check_action_space(space: gym.Space) -> None:
     for index in np.flatnonzero(bounded):
         where = f"action space {space}: dimension {index} goes from {low[index]:g} to {high[index]:g}"
         if size[index] > LARGEST_BOUND:
-            raise ValueError(
+            raise UserError(
                 f"{where}: bounds this large stand for none, and nothing can be scaled to them. State the range that "
                 "makes sense: gymnasium.wrappers.TransformAction(env, lambda action: action, Box(low, high))"
             )
         if not high[index] - low[index] > 1e-5 * size[index]:
-            raise ValueError(
+            raise UserError(
                 f"{where}: it cannot move. Leave it out: gymnasium.wrappers.TransformAction(env, lambda action: "
                 f"np.insert(action, {index}, {low[index]:g}), a Box without it)"
             )
@@ -68,7 +70,7 @@ class ActionScale(nn.Module):
     def __init__(self, space: gym.Space) -> None:
         super().__init__()
         if not isinstance(space, spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
-            raise ValueError(f"action space {space}: a bounded Box of shape (A,) is expected. {what_suits(space)}")
+            raise UserError(f"action space {space}: a bounded Box of shape (A,) is expected. {what_suits(space)}")
         check_action_space(space)
         low, high = torch.from_numpy(space.low).double(), torch.from_numpy(space.high).double()
         for name, value in {
@@ -133,7 +135,7 @@ class Choices(nn.Module):
             sizes = np.full(int(np.prod(space.shape)), 2)
             start = np.zeros_like(sizes)
         else:
-            raise ValueError(f"space {space}: a Discrete, MultiDiscrete or MultiBinary is expected")
+            raise UserError(f"space {space}: a Discrete, MultiDiscrete or MultiBinary is expected")
         self.shape: tuple[int, ...] = tuple(space.shape or ())
         self.dtype = np.dtype(space.dtype)
         self.sizes = tuple(int(size) for size in sizes)
@@ -160,10 +162,10 @@ def one_choice(space: gym.Space, who: str) -> Choices:
         ValueError: there is none, or there are several, whose combinations `who` would have to tell apart.
     """
     if not isinstance(space, DISCRETE):
-        raise ValueError(f"action space {space}: {who} needs a Discrete one. {what_suits(space)}")
+        raise UserError(f"action space {space}: {who} needs a Discrete one. {what_suits(space)}")
     choices = Choices(space)
     if len(choices.sizes) > 1:
-        raise ValueError(
+        raise UserError(
             f"action space {space}: {who} needs one choice, here are {len(choices.sizes)} at a time. Use ppo, or wrap "
             "the environment so that a Discrete numbers the combinations"
         )

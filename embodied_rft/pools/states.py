@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from embodied_rft.names import UserError
 from embodied_rft.seeding import held_out_index
 
 SHOWN = 5  # names in a message
@@ -31,7 +32,7 @@ def num_held_out_states(pool: Any) -> int | None:
     """How many distinct states evaluation can show; None: more than anybody counts, or unknown."""
     count = ask(pool, "num_held_out_states")
     if count is not None and (isinstance(count, bool) or int(count) != count or count < 0):
-        raise ValueError(
+        raise UserError(
             f"the environment says num_held_out_states = {count!r}; expected how many states evaluation can show"
         )
     return None if count is None else int(count)
@@ -60,7 +61,7 @@ def unreadable(pool: Any, policy: Any) -> list[str]:
     found = "; ".join(f"{names[row]}: {reasons[row]}" for row in sorted(reasons)[:SHOWN])
     more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
     if len(reasons) == len(names) or not getattr(policy, "leaves_out", False):
-        raise ValueError(
+        raise UserError(
             f"{len(reasons)} of {len(names)} prompts cannot be answered by this policy: {found}{more}. Mend them, give "
             "the model more room, or leave them out with agent.long_prompts: skip"
         )

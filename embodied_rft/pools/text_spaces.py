@@ -12,6 +12,8 @@ from typing import Any
 
 from gymnasium import spaces
 
+from embodied_rft.names import UserError
+
 LONGEST_SAMPLE = 32  # characters: short enough for any model, of a space that allows whole books
 Message = dict[str, str]
 
@@ -54,14 +56,14 @@ def check_messages(messages: Any) -> list[Message]:
         ValueError: it is no list of messages with a role and a content, or the model's own message comes last.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f'{messages!r:.60} is no chat: a list like [{{"role": "user", "content": "Hi"}}] is expected')
+        raise UserError(f'{messages!r:.60} is no chat: a list like [{{"role": "user", "content": "Hi"}}] is expected')
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise ValueError(f"message {number} is {message!r:.60}; expected an object with role and content, no more")
+            raise UserError(f"message {number} is {message!r:.60}; expected an object with role and content, no more")
         if not all(isinstance(part, str) for part in message.values()) or not message["role"]:
-            raise ValueError(f"message {number} is {message!r:.60}; role and content must be texts, the role not empty")
+            raise UserError(f"message {number} is {message!r:.60}; role and content must be texts, the role not empty")
     if messages[-1]["role"] == "assistant":
-        raise ValueError("the last message is the assistant's, so there is nothing to reply to: end with another one")
+        raise UserError("the last message is the assistant's, so there is nothing to reply to: end with another one")
     return [dict(message) for message in messages]
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from gymnasium import spaces
 
 from embodied_rft.data import Tree
+from embodied_rft.names import UserError
 from embodied_rft.pools.promises import Seeding
 from embodied_rft.pools.protocol import Pool, flatten_space, is_text
 from embodied_rft.pools.watch import Note
@@ -72,7 +73,7 @@ def _reserve(memory: SharedMemory, size: int) -> None:
         memory.close()
         memory.unlink()
         room = os.statvfs(path.parent)
-        raise ValueError(
+        raise UserError(
             f"worker processes need {size / 2**20:.1f} MiB of shared memory, and {path.parent} has "
             f"{room.f_bavail * room.f_frsize / 2**20:.1f} MiB left. Make it larger (docker run --shm-size=2g), "
             "take fewer environments or smaller images, or use the pool kind 'sync'."

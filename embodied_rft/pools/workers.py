@@ -31,6 +31,7 @@ import numpy as np
 from gymnasium import spaces
 
 from embodied_rft.data import Tree
+from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import MAX_INCIDENTS, EnvironmentFailure, Incidents
 from embodied_rft.pools.promises import Seeding
 from embodied_rft.pools.protocol import (
@@ -227,7 +228,7 @@ class WorkerPool:
         Episodes belong to the slices in which they run: this pool takes the number of workers of the state.
         """
         if len(state["pool/idle"]) != self.num_envs:
-            raise ValueError(
+            raise UserError(
                 f"the state is of {len(state['pool/idle'])} environments, this pool has {self.num_envs}: continue with "
                 "the num_envs of the run that wrote it"
             )
@@ -366,7 +367,7 @@ def _pickled(make_slice: Callable[..., Pool]) -> bytes:
     try:
         return cloudpickle.dumps(make_slice)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"this environment cannot be sent to worker processes ({type(error).__name__}: {error}). Register it as "
             "'module:Class', with options that are plain data, or use the pool kind 'sync'."
         ) from error

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from embodied_rft.names import UserError
 from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.log import read_records
 
@@ -36,7 +37,7 @@ class Run:
     def read(cls, folder: RunFolder) -> Run:
         """Everything that is there and whole; ValueError if the folder is not a run's."""
         if not folder.holds_run():
-            raise ValueError(
+            raise UserError(
                 f"{folder} is not a run folder: it has no {folder.recipe.name}. "
                 "Give the folder that `erft train` named."
             )

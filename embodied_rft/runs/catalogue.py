@@ -29,7 +29,7 @@ from pydantic.fields import FieldInfo
 
 from embodied_rft import registry
 from embodied_rft.learning.learner import LearnerConfig
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.options import to_key, to_plain
 from embodied_rft.pools.config import EnvConfig
 from embodied_rft.pools.making import find_spec
@@ -65,7 +65,7 @@ def options_of(kind: str, id: str) -> list[Option]:
         ValueError: an unknown kind or id, with the nearest known one.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}; {nearest(kind, KINDS)}")
+        raise UserError(f"unknown kind {kind!r}; {nearest(kind, KINDS)}")
     if kind == "env":
         return of_environment(id)
     target = registry.find(kind, id)

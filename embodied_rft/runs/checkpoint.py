@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embodied_rft.distributed import gather
+from embodied_rft.names import UserError
 from embodied_rft.runs.tree_file import CheckpointError, cannot_write, load, remove, save
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class Checkpoints:
 
     def __init__(self, root: str | Path, *, keep: int = 2, holds: Iterable[str] = ()) -> None:
         if keep < 1:
-            raise ValueError(f"keep={keep}: at least one checkpoint must be kept")
+            raise UserError(f"keep={keep}: at least one checkpoint must be kept")
         self.root, self.keep, self.holds = Path(root), keep, tuple(holds)
         self._mark = self.root.with_name(f".{self.root.name}-began")  # there once was one
 

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from embodied_rft.evaluation.samples import write_samples
 from embodied_rft.files import write_json
+from embodied_rft.names import UserError
 
 if TYPE_CHECKING:
     from embodied_rft.evaluation.evaluate import Evaluation
@@ -102,7 +103,7 @@ class RunFolder(os.PathLike[str]):
         inside = (path for folder in (self.evaluations, self.videos, self.models) for path in folder.glob("*"))
         for path in (*self.path.iterdir(), *inside):
             if path.is_symlink() and not path.is_dir():
-                raise ValueError(f"{path} is a symbolic link: a run writes its own files only. Remove it.")
+                raise UserError(f"{path} is a symbolic link: a run writes its own files only. Remove it.")
 
     def add_evaluation(
         self,

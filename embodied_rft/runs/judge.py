@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium
 
 from embodied_rft.evaluation.evaluate import Evaluation, evaluate, evaluation_seeds
+from embodied_rft.names import UserError
 from embodied_rft.pools.making import find_spec
 from embodied_rft.pools.pool import num_envs_for, open_pool
 from embodied_rft.pools.promises import held_out
@@ -47,14 +48,14 @@ def evaluate_run(
         ValueError: no checkpoint in the folder, an edited recipe.yaml, other spaces, or no official environment.
     """
     if episodes < 1:
-        raise ValueError(f"episodes is {episodes}; expected at least 1")
+        raise UserError(f"episodes is {episodes}; expected at least 1")
     with opened(folder, checkpoint, device=device, trust=trust) as session:
         own = session.env
         count = num_envs or min(num_envs_for(own, "evaluation"), episodes)
         changed = replace(own, num_workers=own.num_workers and min(own.num_workers, count))
         if official:
             if env is not None:
-                raise ValueError(f"--official and --env {env} exclude each other")
+                raise UserError(f"--official and --env {env} exclude each other")
             changed = replace(changed, id=official_id(own.id, own.options), options={})
         elif env is not None:
             changed = replace(changed, id=env)
@@ -63,7 +64,7 @@ def evaluate_run(
         pool = open_pool(changed, purpose="evaluation", num_envs=count)
         try:
             if pool.fields != session.step_pool("training").fields:
-                raise ValueError(f"{changed.id} has other observations than {own.id}: {pool.observation_space}")
+                raise UserError(f"{changed.id} has other observations than {own.id}: {pool.observation_space}")
             act = session.actor(greedy=True, rng=evaluation_generator(sheet=sheet))
             name = "policy, evaluated again" if changed.id == own.id else f"policy in {changed.id}"
             name = name if checkpoint == "newest" else f"{checkpoint} {name}"
@@ -93,5 +94,5 @@ def official_id(id: str, options: dict[str, Any]) -> str:
     finally:
         single.close()
     if official is None:
-        raise ValueError(f"{id} reproduces no official environment")
+        raise UserError(f"{id} reproduces no official environment")
     return str(official)

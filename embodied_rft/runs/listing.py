@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from embodied_rft import registry
-from embodied_rft.names import nearest, visible
+from embodied_rft.names import UserError, nearest, visible
 from embodied_rft.runs.catalogue import KINDS, TOPICS, Option, of_dataclass, options_of
 from embodied_rft.runs.recipe import describe_recipes
 
@@ -61,11 +61,11 @@ def print_options(kind: str, id: str | None) -> None:
     if id is None:
         if kind not in TOPICS:
             names = [*TOPICS, *(f"{name}s" for name in KINDS)]
-            raise ValueError(f"erft list {kind}: unknown kind; {nearest(kind, names)}")
+            raise UserError(f"erft list {kind}: unknown kind; {nearest(kind, names)}")
         rows, about = of_dataclass(TOPICS[kind]), first_line(TOPICS[kind])
     else:
         if singular not in KINDS:
-            raise ValueError(f"erft list {kind} {id}: unknown kind; {nearest(singular, KINDS)}")
+            raise UserError(f"erft list {kind} {id}: unknown kind; {nearest(singular, KINDS)}")
         rows = options_of(singular, id)
         about = known_of("envs").get(id, "") if singular == "env" else first_line(registry.find(singular, id))
     print(visible(f"{id or kind}: {about}".rstrip(": ")))

@@ -7,6 +7,7 @@ import fcntl
 import os
 from os import PathLike
 
+from embodied_rft.names import UserError
 from embodied_rft.runs.folder import RunFolder
 
 _held_locks: set[int] = set()  # descriptors; forked children close them, or they would keep a dead run's lock
@@ -28,14 +29,14 @@ class RunLock:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             if error.errno == errno.ELOOP:
-                raise ValueError(f"{self.path} is a symbolic link, whose target would be overwritten") from None
+                raise UserError(f"{self.path} is a symbolic link, whose target would be overwritten") from None
             raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
-            raise ValueError(
+            raise UserError(
                 f"run folder {self.path.parent} is in use by process {owner}: two runs would overwrite each other. "
                 "Wait for it, stop it, or choose another folder."
             ) from error

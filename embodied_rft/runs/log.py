@@ -22,7 +22,7 @@ from pydantic import BeforeValidator
 
 from embodied_rft.evaluation.samples import Sample
 from embodied_rft.files import plain_number, write_atomically
-from embodied_rft.names import visible
+from embodied_rft.names import UserError, visible
 from embodied_rft.runs.console import Bar, Console, describe
 from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.sinks import Sink, Table, TensorBoardSink, WandbSink, make_plugin_sink
@@ -237,7 +237,7 @@ class Logger:
 def _open_to_append(path: Path) -> BinaryIO:
     """Unbuffered, so that a full disk is seen where a line is written; never through a link that leads elsewhere."""
     if path.is_symlink():
-        raise ValueError(f"{path} is a symbolic link: the file that it leads to would be changed. Remove the link.")
+        raise UserError(f"{path} is a symbolic link: the file that it leads to would be changed. Remove the link.")
     return open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644), "ab", buffering=0)
 
 

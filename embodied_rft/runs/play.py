@@ -8,6 +8,7 @@ from pathlib import Path
 
 from embodied_rft.evaluation.film import roll_out
 from embodied_rft.evaluation.video import write_video
+from embodied_rft.names import UserError
 from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.resume import Which
 from embodied_rft.runs.trained import opened
@@ -39,7 +40,7 @@ def play(
         say: called with one line for each episode.
     """
     if episodes < 1:
-        raise ValueError(f"episodes is {episodes}; expected at least 1")
+        raise UserError(f"episodes is {episodes}; expected at least 1")
     returns: list[float] = []
     with opened(folder, checkpoint, device=device, trust=trust) as session:
         act = session.actor(greedy=True, rng=evaluation_generator(sheet=sheet))

@@ -18,6 +18,7 @@ from embodied_rft import distributed
 from embodied_rft.device import generator_state
 from embodied_rft.experience.collect import Collector
 from embodied_rft.learning.learner import Learner
+from embodied_rft.names import UserError
 from embodied_rft.options import parse_stages, to_plain
 from embodied_rft.pools.described import Description
 from embodied_rft.runs.checkpoint import Checkpoints
@@ -119,20 +120,20 @@ def read_state(folder: RunFolder, which: Which = "newest") -> dict[str, Any]:
         ValueError: there is no run, or no such checkpoint, in the folder; or its recipe.yaml is another one.
     """
     if not folder.checkpoints.is_dir():
-        raise ValueError(f"{folder} holds no run: there are no checkpoints in it. Give the folder of `erft train`.")
+        raise UserError(f"{folder} holds no run: there are no checkpoints in it. Give the folder of `erft train`.")
     if which == "best":
         if not folder.best.is_dir():
-            raise ValueError(f"{folder} has no best checkpoint: its recipe draws no learning curve (evaluate_every)")
+            raise UserError(f"{folder} has no best checkpoint: its recipe draws no learning curve (evaluate_every)")
         state = load(folder.best)
     else:
         newest = Checkpoints(folder.checkpoints, holds=HOLDS).newest()
         if newest is None:
-            raise ValueError(f"{folder} holds no checkpoint yet; train it first")
+            raise UserError(f"{folder} holds no checkpoint yet; train it first")
         state = newest[1]
     if folder.recipe.is_file():
         difference = recipe_difference(state["recipe"], folder.recipe.read_text(encoding="utf-8", errors="replace"))
         if difference:
-            raise ValueError(
+            raise UserError(
                 f"{folder.recipe} is not the recipe that was trained ({'; '.join(difference[:6])}): undo the change, "
                 "or remove the file; the checkpoint holds the right one"
             )
@@ -166,7 +167,7 @@ def load_weights(session: State, state: dict[str, Any]) -> None:
     try:
         session.agent.load_state_dict(state["agent"])
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint in {session.folder} holds other networks than this version makes: {error}"
         ) from None
     session.path = target
@@ -208,7 +209,7 @@ def continuation(state: dict[str, Any], session: State) -> dict[str, Any]:
         if first < len(new) and _longer(after[0], new[first]) and (going_on or state["tail"] is not None):
             return state if going_on else _rewound(state, after[0].path, finished=False) | state["tail"]
     difference = difference or recipe_difference(state["recipe"], session.recipe_text)
-    raise ValueError(
+    raise UserError(
         f"{session.folder} holds a run of another recipe ({'; '.join(difference[:6])}). Continue it with its own "
         "recipe or choose another folder. Of a run that has begun only what is still to come may be changed, and its "
         "last stage that learns may be made longer."

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 from embodied_rft import registry
 from embodied_rft.evaluation.samples import Sample, as_markdown, pick, rows_of
 from embodied_rft.files import write_atomically
+from embodied_rft.names import UserError
 from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.yaml_tree import dump_plain
 
@@ -113,7 +114,7 @@ class TensorBoardSink:
 
         place = folder.tensorboard
         if place.is_symlink():
-            raise ValueError(f"{place} is a symbolic link: what lies there would be replaced. Remove the link.")
+            raise UserError(f"{place} is a symbolic link: what lies there would be replaced. Remove the link.")
         shutil.rmtree(place, ignore_errors=True)
         self.writer, self.axis, self._stage = SummaryWriter(str(place)), Axis(), None
         if recipe is not None:

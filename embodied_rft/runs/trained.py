@@ -18,6 +18,7 @@ import torch
 
 from embodied_rft.device import seeded
 from embodied_rft.learning.agent import Agent
+from embodied_rft.names import UserError
 from embodied_rft.pools.chunks import BASE_ACTION, chunk_of, find_planner
 from embodied_rft.pools.protocol import is_text
 from embodied_rft.runs import inputs, resume
@@ -52,7 +53,7 @@ def opened(
     say(read_yaml(state["recipe"]), run.path, environments=not described)
     for path, digest in recipe.inputs.items():
         if Path(path).exists() and inputs.hash_of(Path(path)) != digest:
-            raise ValueError(f"{path} is not what it was when the run in {run} read it")
+            raise UserError(f"{path} is not what it was when the run in {run} read it")
     env = replace(recipe.env, num_envs=1, num_workers=None, evaluation_envs=None)
     silent = LogConfig(console=False, csv=False)
     with tempfile.TemporaryDirectory(prefix="erft-") as scratch:
@@ -157,12 +158,12 @@ class TrainedPolicy:
                 value, shape = np.asarray(value), tuple(space.shape or ())
                 single = value.ndim == len(shape)
                 if value.shape[value.ndim - len(shape) :] != shape or value.ndim > len(shape) + 1:
-                    raise ValueError(f"{key!r} has shape {value.shape}; expected {shape}, or N of them")
+                    raise UserError(f"{key!r} has shape {value.shape}; expected {shape}, or N of them")
                 value = value.astype(np.float32) if np.issubdtype(value.dtype, np.floating) else value
                 tree[key] = value[None] if single else value
             singles.add(single)
         if len(singles) > 1:
-            raise ValueError("some parts of the observation are of one environment and some of several")
+            raise UserError("some parts of the observation are of one environment and some of several")
         return tree, singles.pop()
 
 
@@ -173,6 +174,6 @@ def _leaves(space: gym.Space, value: Any, prefix: str = "") -> dict[str, tuple[g
     leaves: dict[str, tuple[gym.Space, Any]] = {}
     for key, child in space.spaces.items():
         if not isinstance(value, Mapping) or key not in value:
-            raise ValueError(f"the observation has no {key!r}; it should have {', '.join(map(repr, space.spaces))}")
+            raise UserError(f"the observation has no {key!r}; it should have {', '.join(map(repr, space.spaces))}")
         leaves |= _leaves(child, value[key], f"{prefix}/{key}" if prefix else str(key))
     return leaves

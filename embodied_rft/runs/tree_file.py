@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from embodied_rft.data import Ragged
+from embodied_rft.names import UserError
 
 FORMAT = 1
 
@@ -49,7 +50,7 @@ _ARRAY_OF = {name: code for code, name in _ARRAY_TYPES.items()}
 _TENSOR_OF = {name: dtype for dtype, name in _TENSOR_TYPES.items()}
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint is damaged, or could not be written; the message says which and what to do."""
 
 
@@ -140,7 +141,7 @@ class _Encoder:
             return {"$bytes": self._add("U8", (len(value),), np.frombuffer(value, np.uint8))}
         if isinstance(value, Ragged):
             return {"$ragged": [self.encode(part, path) for part in (value.values, value.offsets)]}
-        raise ValueError(
+        raise UserError(
             f"cannot save {path.lstrip('.') or 'the state'}: a {type(value).__name__} is neither tensor, array, "
             "number, text, bytes, list nor dict. Return plain data from state_dict()."
         )
@@ -155,14 +156,14 @@ class _Encoder:
             return {"$text": array.reshape(-1).tolist(), "shape": list(array.shape), "dtype": array.dtype.str}
         name = _ARRAY_TYPES.get(array.dtype.str)
         if name is None:
-            raise ValueError(f"cannot save {path.lstrip('.')}: no exact form on disk for arrays of dtype {array.dtype}")
+            raise UserError(f"cannot save {path.lstrip('.')}: no exact form on disk for arrays of dtype {array.dtype}")
         return {tag: self._add(name, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))}
 
     def _add_tensor(self, tensor: torch.Tensor, path: str) -> str:
         name = _TENSOR_TYPES.get(tensor.dtype)
         if name is None or tensor.layout is not torch.strided:
             kind = f"{tensor.layout} tensors of dtype {tensor.dtype}"
-            raise ValueError(f"cannot save {path.lstrip('.')}: no exact form on disk for {kind}")
+            raise UserError(f"cannot save {path.lstrip('.')}: no exact form on disk for {kind}")
         flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
         return self._add(name, tuple(tensor.shape), flat.view(torch.uint8).numpy())
 

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from embodied_rft import registry
 from embodied_rft.learning.agent import wrap_policy
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.networks import trainable
 from embodied_rft.options import STRICT, parse, plugin_spec, validate_plugin_config
 from embodied_rft.policy import build_policy
@@ -79,14 +79,14 @@ class LoadPolicy(Stage):
         with opened(self.config.run, self.config.checkpoint, device=str(agent.device)) as other:
             theirs, ours = other.step_pool("training"), session.step_pool("training")
             if (theirs.fields, theirs.action_space) != (ours.fields, ours.action_space):
-                raise ValueError(
+                raise UserError(
                     f"load_policy: the run in {self.config.run} sees {theirs.observation_space} and takes "
                     f"{theirs.action_space}, this one {ours.observation_space} and {ours.action_space}"
                 )
             found = {"policy": other.agent.policy, **other.agent.parts}
             for name in names:
                 if name not in found:
-                    raise ValueError(f"load_policy.parts: the run has no {name!r}; {nearest(name, found)}")
+                    raise UserError(f"load_policy.parts: the run has no {name!r}; {nearest(name, found)}")
             if "policy" in names:
                 agent.parts.clear()
                 agent.part_specs.clear()
@@ -145,12 +145,12 @@ class Adapt(Stage):
         def __post_init__(self) -> None:
             if self.with_ in trainable.WORDS:
                 if self.options and not self.with_.startswith("lora"):
-                    raise ValueError(f"adapt.options have no effect with {self.with_!r}: leave them out")
+                    raise UserError(f"adapt.options have no effect with {self.with_!r}: leave them out")
                 parse(trainable.LoraOptions, self.options, "adapt.options")
                 return
             around = [id for id in registry.known("agent") if hasattr(registry.find("agent", id), "load_base")]
             if self.with_ not in around:
-                raise ValueError(f"adapt.with is {self.with_!r}; {nearest(self.with_, [*trainable.WORDS, *around])}")
+                raise UserError(f"adapt.with is {self.with_!r}; {nearest(self.with_, [*trainable.WORDS, *around])}")
             options = {"base": {"id": "gaussian"}, **self.options}
             validate_plugin_config("agent", self.with_, options, path="adapt.options")
 

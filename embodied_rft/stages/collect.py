@@ -15,6 +15,7 @@ from embodied_rft.buffer.plans import Share
 from embodied_rft.buffer.trajectories import OUTSIDE, read_trajectories
 from embodied_rft.data import Source
 from embodied_rft.experience.demonstrate import demonstrator_act, make_demonstrator, step_schema
+from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.pools.chunks import chunk_of
 from embodied_rft.registry import register
@@ -137,7 +138,7 @@ def whole_groups(option: str, episodes: int | None, group_size: int) -> None:
     if episodes is not None and episodes % group_size:
         below = episodes - episodes % group_size
         near = f"{below} or {below + group_size}" if below else f"{group_size}"
-        raise ValueError(f"{option} {episodes} tears a group of {group_size}: set it to a multiple, such as {near}")
+        raise UserError(f"{option} {episodes} tears a group of {group_size}: set it to a multiple, such as {near}")
 
 
 @register("stage", "collect")
@@ -154,7 +155,7 @@ class Collect(Stage):
 
         def __post_init__(self) -> None:
             if self.episodes < 1 or self.group_size < 1:
-                raise ValueError(f"episodes {self.episodes}, group_size {self.group_size}: at least 1 is expected")
+                raise UserError(f"episodes {self.episodes}, group_size {self.group_size}: at least 1 is expected")
             whole_groups("episodes", self.episodes, self.group_size)
 
     @property

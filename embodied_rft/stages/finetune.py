@@ -17,6 +17,7 @@ from embodied_rft.experience.collect import Endless
 from embodied_rft.experience.recording import Recording
 from embodied_rft.learning.learner import LearnerConfig
 from embodied_rft.learning.objective import Metrics
+from embodied_rft.names import UserError
 from embodied_rft.objectives import build_objective
 from embodied_rft.options import STRICT, plugin_spec
 from embodied_rft.registry import register
@@ -87,21 +88,19 @@ class Finetune(Stage):
             learning_of(objective).check(objective, self.objective, vars(self))
             self._check_iteration(objective.needs_groups)
             if self.until is not None and self.until.success is not None and self.evaluate_every is None:
-                raise ValueError("until.success reads the learning curve, and there is none: set evaluate_every")
+                raise UserError("until.success reads the learning curve, and there is none: set evaluate_every")
 
         def _check_iteration(self, needs_groups: bool) -> None:
             """Refuse iterations that nothing would come of."""
             episodes, id = self.episodes_per_iteration, self.objective["id"]
             if self.overlap and episodes is not None:
-                raise ValueError("episodes_per_iteration has no effect with overlap: give decisions_per_iteration")
+                raise UserError("episodes_per_iteration has no effect with overlap: give decisions_per_iteration")
             if episodes is not None and self.decisions_per_iteration is not None:
-                raise ValueError(
-                    "decisions_per_iteration has no effect beside episodes_per_iteration: give one of them"
-                )
+                raise UserError("decisions_per_iteration has no effect beside episodes_per_iteration: give one of them")
             if needs_groups and self.group_size < 2:
-                raise ValueError(f"objective {id!r} compares siblings of a group: set group_size, such as 8")
+                raise UserError(f"objective {id!r} compares siblings of a group: set group_size, such as 8")
             if needs_groups and episodes is None:
-                raise ValueError(
+                raise UserError(
                     f"objective {id!r} compares whole episodes: set episodes_per_iteration, such as "
                     f"{8 * self.group_size}, in place of decisions_per_iteration"
                 )

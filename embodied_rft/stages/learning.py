@@ -14,6 +14,7 @@ from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.plans import Fresh, Replay
 from embodied_rft.experience.recording import Recording, Written
 from embodied_rft.learning.objective import Metrics, Objective
+from embodied_rft.names import UserError
 from embodied_rft.runs.progress import Progress
 from embodied_rft.runs.session import Session
 
@@ -99,7 +100,7 @@ class FromFresh:
         """Refuse options that are those of replay."""
         for name, instead in FRESH.items():
             if options[name] not in (None, False):
-                raise ValueError(
+                raise UserError(
                     f"{name} has no effect with objective {spec['id']!r}, which learns from fresh experience, not from "
                     f"replay: {instead}"
                 )
@@ -142,7 +143,7 @@ def annotate_once(session: Session) -> None:
 def off_policy_plan(objective: Objective, updates: int, batch_size: int | None, offline_share: float | None) -> Replay:
     """The objective's reading plan with the stage's numbers; a plan for fresh data is refused."""
     if not isinstance(objective.reading, Replay):
-        raise ValueError(
+        raise UserError(
             f"objective {type(objective).__name__} learns from fresh experience only: use finetune, not pretrain"
         )
     share = objective.reading.offline_share if offline_share is None else offline_share
@@ -154,14 +155,14 @@ def say_once(spec: dict[str, Any], **options: Any) -> None:
     """Refuse options of a replayed objective {"id": ..., options} that its stage decides, or decides otherwise."""
     defaults = {f.name: f.default for f in fields(registry.find("objective", spec["id"]).Config)}
     if spec.get("num_updates") != defaults.get("num_updates"):
-        raise ValueError(
+        raise UserError(
             f"objective.num_updates {spec['num_updates']} has no effect in a recipe: how much is learned says the "
             "stage, pretrain by `updates`, finetune by `updates_per_decision`"
         )
     for name, value in options.items():
         own = spec.get(name)
         if value is not None and own not in (value, defaults.get(name)):
-            raise ValueError(f"{name} is {value} for the stage and {own} for its objective: say it once")
+            raise UserError(f"{name} is {value} for the stage and {own} for its objective: say it once")
 
 
 def write(session: Session, recording: Recording) -> Written:
@@ -174,7 +175,7 @@ def room(buffer: Buffer, rows: int, what: str) -> None:
     """ValueError if so many rows are more than the buffer has place for."""
     free = buffer.capacity - buffer.num_pinned
     if rows > free:
-        raise ValueError(
+        raise UserError(
             f"{what} {rows:,} rows (decisions, and one for each episode that ends), but the buffer has {free:,} that "
             f"are not pinned: set buffer.capacity to at least {rows + buffer.num_pinned:,}"
         )

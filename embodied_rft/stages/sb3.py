@@ -20,6 +20,7 @@ from gymnasium import spaces
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.data import Decisions, Tree
+from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.pools.making import find_spec, make_single
 from embodied_rft.pools.protocol import flatten_space
@@ -80,7 +81,7 @@ class SB3Stage(Stage):
             single = functools.partial(make_single, spec, options=options, wrappers=wrappers)
             env = make_vec_env(single, n_envs=config.num_envs, seed=seed)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"the stage sb3 runs single environments, and {spec.id!r} as a single one refused {options}: {error}"
             ) from error
         try:
@@ -99,7 +100,7 @@ def uses_hindsight(config: SB3Stage.Config, env: Any) -> bool:
     """Whether HER relabels this run: asked for, or an off-policy algorithm on a goal environment."""
     goals = isinstance(env.observation_space, spaces.Dict) and set(env.observation_space.spaces) >= GOAL_KEYS
     if config.hindsight and (not goals or config.algorithm == "PPO"):
-        raise ValueError(
+        raise UserError(
             f"hindsight: true needs SAC or TD3 and an observation with {sorted(GOAL_KEYS)}; given {config.algorithm} "
             f"and {env.observation_space}"
         )
@@ -112,7 +113,7 @@ def make_model(config: SB3Stage.Config, env: Any, *, seed: int, max_episode_step
 
     leaves = flatten_space(env.observation_space)
     if any(isinstance(leaf, spaces.Text) for leaf in leaves.values()):
-        raise ValueError(f"stable-baselines3 reads no text, but this environment observes {sorted(leaves)}")
+        raise UserError(f"stable-baselines3 reads no text, but this environment observes {sorted(leaves)}")
     options: dict[str, Any] = {"seed": seed, "device": "cpu", "verbose": 0}
     if config.algorithm != "PPO":
         # As many updates as decisions with any num_envs; HER needs whole episodes before the first of them.
@@ -126,7 +127,7 @@ def make_model(config: SB3Stage.Config, env: Any, *, seed: int, max_episode_step
     try:
         return getattr(stable_baselines3, config.algorithm)(policy, env, **{**options, **config.options})
     except TypeError as error:
-        raise ValueError(f"SB3's {config.algorithm} refused the options {config.options}: {error}") from error
+        raise UserError(f"SB3's {config.algorithm} refused the options {config.options}: {error}") from error
 
 
 def greedy_act(model: Any) -> Any:

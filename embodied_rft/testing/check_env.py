@@ -15,6 +15,7 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 
 from embodied_rft import registry
 from embodied_rft.learning.agent import build_agent
+from embodied_rft.names import UserError
 from embodied_rft.pools.answers import Unfit, as_end, as_reward, leaves_of, success_of
 from embodied_rft.pools.incidents import describe_error
 from embodied_rft.pools.making import find_spec, make_single
@@ -94,7 +95,7 @@ def _check_agents(env: gymnasium.Env, name: str) -> None:
         except ValueError as error:
             refused[id] = str(error)
     said = "; ".join(f"{id}: {refused[id]}" for id in ("gaussian", "categorical") if id in refused)
-    raise ValueError(f"{name}: no agent can act here ({said})")
+    raise UserError(f"{name}: no agent can act here ({said})")
 
 
 def _check_with_sb3(env: gymnasium.Env) -> None:
@@ -131,16 +132,16 @@ def _record(env: gymnasium.Env, name: str, *, seed: int, num_steps: int = NUM_ST
                 break
     except (Exception, SystemExit) as error:
         told = str(error) if isinstance(error, Unfit) else describe_error(error)
-        raise ValueError(f"{name}: after {len(said)} of the steps of an episode: {told}") from error
+        raise UserError(f"{name}: after {len(said)} of the steps of an episode: {told}") from error
     return said
 
 
 def _require_equal(first: list[Any], second: list[Any], what: str, advice: str) -> None:
     for step, (a, b) in enumerate(zip(first, second, strict=False)):
         if not same(a, b):
-            raise ValueError(f"{what} differ at step {step}; expected bit-equal results: {advice}")
+            raise UserError(f"{what} differ at step {step}; expected bit-equal results: {advice}")
     if len(first) != len(second):
-        raise ValueError(f"{what} last {len(first) - 1} and {len(second) - 1} steps; expected the same: {advice}")
+        raise UserError(f"{what} last {len(first) - 1} and {len(second) - 1} steps; expected the same: {advice}")
 
 
 def _check_finite(said: list[Any], name: str) -> None:
@@ -149,7 +150,7 @@ def _check_finite(said: list[Any], name: str) -> None:
         leaves |= entry[0] if isinstance(entry[0], Mapping) else {"observation": entry[0]}
         for key, value in leaves.items():
             if isinstance(value, np.ndarray | float | np.floating) and not (np.abs(value) <= LARGEST).all():
-                raise ValueError(f"{name}: {key!r} is NaN or infinite at step {step}; expected finite numbers")
+                raise UserError(f"{name}: {key!r} is NaN or infinite at step {step}; expected finite numbers")
 
 
 def _check_success(said: list[Any], name: str) -> None:
@@ -158,7 +159,7 @@ def _check_success(said: list[Any], name: str) -> None:
     if not ended or all(value is None for value in reported):
         return  # no success to report, or it may still come at the end
     if reported[-1] is None:
-        raise ValueError(
+        raise UserError(
             f"{name}: info has a success key during the episode but not on its last step; expected 'is_success' (or "
             "'success') there, because the last step decides"
         )
@@ -218,13 +219,13 @@ def _compare_pools(pool: Pool, reference: Pool, name: str, tolerance: float) -> 
 
 def _require_close(ours: Mapping[str, Any], theirs: Mapping[str, Any], place: str, tolerance: float) -> None:
     if ours.keys() != theirs.keys():
-        raise ValueError(f"{place} have the keys {sorted(ours)} and {sorted(theirs)}; expected the same")
+        raise UserError(f"{place} have the keys {sorted(ours)} and {sorted(theirs)}; expected the same")
     for key, value in ours.items():
         other = theirs[key]
         if isinstance(value, list):
             equal = value == other
         elif value.dtype != other.dtype or value.shape != other.shape:
-            raise ValueError(
+            raise UserError(
                 f"{place}: {key!r} is {value.dtype} {value.shape} and {other.dtype} {other.shape}; expected the same"
             )
         elif np.issubdtype(value.dtype, np.floating):
@@ -232,4 +233,4 @@ def _require_close(ours: Mapping[str, Any], theirs: Mapping[str, Any], place: st
         else:
             equal = bool((value == other).all())
         if not equal:
-            raise ValueError(f"{place}: {key!r} differs; expected equal numbers (floats within {tolerance:g})")
+            raise UserError(f"{place}: {key!r} differs; expected equal numbers (floats within {tolerance:g})")

@@ -10,6 +10,7 @@ import torch
 from gymnasium import spaces
 
 from embodied_rft.data import Decisions, Ragged
+from embodied_rft.names import UserError
 from embodied_rft.pools.protocol import flatten_space
 from embodied_rft.testing.compare import generator, random_actions, same
 
@@ -29,7 +30,7 @@ def check_policy(policy: Any, observation_space: spaces.Space, action_space: spa
     name = type(policy).__name__
     for attribute in ("act", "log_prob", "trace_fields", "num_units", "state_dict"):
         if not hasattr(policy, attribute):
-            raise ValueError(f"{name} has no {attribute!r}; see the policy contract in docs/architecture.md")
+            raise UserError(f"{name} has no {attribute!r}; see the policy contract in docs/architecture.md")
     observation = _readable(policy, observation_space, _observations(observation_space, count))
     before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
     decisions = policy.act(observation, rng=generator(0))
@@ -41,7 +42,7 @@ def check_policy(policy: Any, observation_space: spaces.Space, action_space: spa
     _check_weights(name, policy, observation)
     after = torch.random.get_rng_state(), np.random.get_state()[1]  # type: ignore[index]
     if not (torch.equal(before[0], after[0]) and np.array_equal(before[1], after[1])):
-        raise ValueError(f"{name} drew from the global generator of torch or NumPy; draw from the `rng` passed to it")
+        raise UserError(f"{name} drew from the global generator of torch or NumPy; draw from the `rng` passed to it")
 
 
 def _observations(space: spaces.Space, count: int) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def _readable(policy: Any, space: spaces.Space, observation: dict[str, Any]) -> 
             if row not in check(observation):
                 break
         else:
-            raise ValueError(f"{type(policy).__name__} can answer no text of this space, however short: {reason}")
+            raise UserError(f"{type(policy).__name__} can answer no text of this space, however short: {reason}")
     return observation
 
 
@@ -81,7 +82,7 @@ def _tensors(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_decisions(name: str, policy: Any, decisions: Decisions, action_space: spaces.Space, count: int) -> None:
     if not isinstance(decisions, Decisions):
-        raise ValueError(f"{name}.act returned {type(decisions).__name__}; expected embodied_rft.data.Decisions")
+        raise UserError(f"{name}.act returned {type(decisions).__name__}; expected embodied_rft.data.Decisions")
     if isinstance(action_space, spaces.Text):
         ok = len(decisions.action) == count and all(isinstance(a, str) for a in decisions.action)
         expected = f"a list of {count} strings"
@@ -92,19 +93,19 @@ def _check_decisions(name: str, policy: Any, decisions: Decisions, action_space:
         ok = ok and all(action_space.contains(a.astype(action_space.dtype)) for a in action)
         expected = f"finite {kind.__name__} values {shape} inside {action_space}"
     if not ok:
-        raise ValueError(f"{name}.act gave the action {decisions.action!r:.200}; expected {expected}")
+        raise UserError(f"{name}.act gave the action {decisions.action!r:.200}; expected {expected}")
     if policy.num_units is not None:
         units = None if isinstance(decisions.log_prob, Ragged) else decisions.log_prob.shape
         if units != (count, policy.num_units):
-            raise ValueError(f"{name}.act gave log_prob {units}; expected (N, num_units) = {(count, policy.num_units)}")
+            raise UserError(f"{name}.act gave log_prob {units}; expected (N, num_units) = {(count, policy.num_units)}")
     if set(decisions.trace) != set(policy.trace_fields):
-        raise ValueError(
+        raise UserError(
             f"{name}.act gave the trace {sorted(decisions.trace)}; trace_fields promises {sorted(policy.trace_fields)}"
         )
     for key, each in policy.trace_fields.items():
         value = decisions.trace[key]
         if each.kind == "dense" and (np.shape(value) != (count, *each.shape) or value.dtype != np.dtype(each.dtype)):
-            raise ValueError(
+            raise UserError(
                 f"{name}: trace {key!r} is {value.dtype} {np.shape(value)}; trace_fields promises {each.dtype} "
                 f"{(count, *each.shape)}"
             )
@@ -118,13 +119,13 @@ def _check_agreement(name: str, policy: Any, observation: dict[str, Any], decisi
     with torch.no_grad():
         log_prob, entropy = policy.log_prob(_tensors(observation), action, _tensors(decisions.trace))
     if tuple(log_prob.shape) != decisions.log_prob.shape or tuple(entropy.shape) != decisions.log_prob.shape:
-        raise ValueError(
+        raise UserError(
             f"{name}.log_prob gave {tuple(log_prob.shape)} and entropy {tuple(entropy.shape)}; expected "
             f"{decisions.log_prob.shape} as act did"
         )
     gap = float(np.abs(log_prob.cpu().numpy() - decisions.log_prob).max(initial=0.0))
     if not gap <= 1e-5:
-        raise ValueError(
+        raise UserError(
             f"{name}: act and log_prob disagree by {gap:.3g} on the same decisions; expected at most 1e-5. Put into "
             "the trace what act computed the log-probability from (e.g. the value before squashing)."
         )
@@ -133,10 +134,10 @@ def _check_agreement(name: str, policy: Any, observation: dict[str, Any], decisi
 def _check_determinism(name: str, policy: Any, observation: dict[str, Any], decisions: Decisions) -> None:
     again = policy.act(observation, rng=generator(0))
     if not same(_plain(decisions), _plain(again)):
-        raise ValueError(f"{name}.act gave two answers from equal rng; expected bit-equal decisions")
+        raise UserError(f"{name}.act gave two answers from equal rng; expected bit-equal decisions")
     greedy = [_plain(policy.act(observation, greedy=True)) for _ in range(2)]
     if not same(greedy[0], greedy[1]):
-        raise ValueError(f"{name}.act(greedy=True) gave two answers to one observation; expected no randomness")
+        raise UserError(f"{name}.act(greedy=True) gave two answers to one observation; expected no randomness")
 
 
 def _plain(decisions: Decisions) -> list[Any]:
@@ -154,7 +155,7 @@ def _check_rows(name: str, policy: Any, observation: dict[str, Any], count: int)
         else:
             equal = part.shape == whole[rows].shape and np.allclose(part, whole[rows], rtol=1e-5, atol=1e-5)
         if not equal:
-            raise ValueError(
+            raise UserError(
                 f"{name}: greedy actions of rows {rows.start} to {rows.stop} change when the other rows are left out; "
                 "expected rows to be independent (is batch normalisation in training mode?)"
             )
@@ -166,7 +167,7 @@ def _check_mode(name: str, policy: Any, observation: dict[str, Any], action_spac
     mode = policy.mode(_tensors(observation)).detach().cpu().numpy()
     greedy = np.asarray(policy.act(observation, greedy=True).action)
     if mode.shape != greedy.shape or not np.allclose(mode, greedy, atol=1e-5):
-        raise ValueError(f"{name}.mode and act(greedy=True) differ; expected the same action {greedy.shape}")
+        raise UserError(f"{name}.mode and act(greedy=True) differ; expected the same action {greedy.shape}")
 
 
 def _check_weights(name: str, policy: Any, observation: dict[str, Any]) -> None:
@@ -178,7 +179,7 @@ def _check_weights(name: str, policy: Any, observation: dict[str, Any]) -> None:
             parameter.add_(0.5)
     policy.load_state_dict(saved)
     if not same(expected, _plain(policy.act(observation, greedy=True))):
-        raise ValueError(
+        raise UserError(
             f"{name}: load_state_dict(state_dict()) does not bring its greedy answers back; register every weight and "
             "every statistic as a parameter or a persistent buffer"
         )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from embodied_rft.data import Batch, Field, Tree
+from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import Incidents
 from embodied_rft.pools.protocol import StepResult, flatten_space
 from embodied_rft.pools.spaces import DISCRETE, Choices
@@ -117,7 +118,7 @@ class PointReach:
         """Start and goal of each environment under `mask` from its seed alone."""
         for i in range(self.num_envs) if mask is None else np.flatnonzero(mask):
             if (int(seeds[i]) >= FIRST_EVALUATION_SEED) != (self.purpose == "evaluation"):
-                raise ValueError(f"seed {int(seeds[i])} is not for {self.purpose}; evaluation seeds are >= 2**31")
+                raise UserError(f"seed {int(seeds[i])} is not for {self.purpose}; evaluation seeds are >= 2**31")
             self.position[i], self.goal[i] = self._start(np.random.default_rng(int(seeds[i])))
             self.elapsed[i] = 0
         return self._observe()

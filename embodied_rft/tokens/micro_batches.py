@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embodied_rft.data import Ragged
+from embodied_rft.names import UserError
 from embodied_rft.tokens.prefix_tree import computed, count_tokens, in_order, shared_with_previous
 
 PASS = 256.0  # what a further micro-batch costs, in tokens
@@ -82,7 +83,7 @@ def plan_micro_batches(
         share: whether shared beginnings will be computed once.
     """
     if budget < 1:
-        raise ValueError(f"budget is {budget}; expected the number of tokens that fit into one micro-batch, e.g. 8192")
+        raise UserError(f"budget is {budget}; expected the number of tokens that fit into one micro-batch, e.g. 8192")
     if not len(prompts):
         return []
     cost, sequences = cost or Cost(), computed(prompts, replies)

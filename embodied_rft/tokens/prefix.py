@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from embodied_rft.data import Ragged
+from embodied_rft.names import UserError
 from embodied_rft.tokens.micro_batches import distinct_rows
 from embodied_rft.tokens.prefix_tree import (
     OVERHEAD,
@@ -101,7 +102,7 @@ class Prompts:
         device = next(decoder.parameters()).device
         lengths = prompts.lengths
         if not lengths.all():
-            raise ValueError("an empty prompt has no state to predict the first token from; begin it with a bos token")
+            raise UserError("an empty prompt has no state to predict the first token from; begin it with a bos token")
         ids, mask = (torch.from_numpy(a).to(device) for a in prompts.pad(0, "left"))
         new = cls(decoder, torch.from_numpy(lengths).to(device))
         new.mask = None if bool((lengths == lengths[0]).all()) else mask
@@ -227,7 +228,7 @@ def reply_states(
         usage: counts the tokens.
     """
     if not prompts.lengths.all():
-        raise ValueError("an empty prompt has no state to predict the first token from; begin it with a bos token")
+        raise UserError("an empty prompt has no state to predict the first token from; begin it with a bos token")
     answered = np.flatnonzero(replies.lengths > 0)
     device = next(decoder.parameters()).device
     if not len(answered):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from embodied_rft import registry
+from embodied_rft.names import UserError
 
 TABLE_HEIGHT = 0.42  # of the gripper when its fingers nearly touch the table
 DECISION = 0.04  # seconds; observed velocities are displacements in one decision
@@ -31,7 +32,7 @@ class FetchDemonstrator:
 
     def __init__(self, *, noise: float = 0.0) -> None:
         if not noise >= 0.0:
-            raise ValueError(f"noise is {noise}, expected a standard deviation >= 0 (0.4 makes most episodes fail)")
+            raise UserError(f"noise is {noise}, expected a standard deviation >= 0 (0.4 makes most episodes fail)")
         self.noise = noise
 
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:

@@ -24,7 +24,7 @@ from gymnasium import spaces
 from embodied_rft.envs.manipulation import physics as engines
 from embodied_rft.envs.manipulation.serve import ManipulationEnv, ManipulationVectorEnv
 from embodied_rft.envs.manipulation.task import Camera, Observation, Task
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 
 NUM_SUBSTEPS = 20
 STEP = 0.04  # seconds in one decision: 20 substeps of 2 ms; velocities are observed as displacement in one decision
@@ -113,7 +113,7 @@ def _scene(name: str) -> _Scene:
     variant = VARIANTS[name]
     package = find_spec("gymnasium_robotics")  # only its files: importing it registers and prints what nobody asked for
     if package is None or package.origin is None:
-        raise ValueError("the model files of Fetch come with gymnasium-robotics: pip install gymnasium-robotics")
+        raise UserError("the model files of Fetch come with gymnasium-robotics: pip install gymnasium-robotics")
     spec = mujoco.MjSpec.from_file(str(Path(package.origin).parent / "envs" / "assets" / "fetch" / variant.model))
     _add_sensors(spec, variant.has_object)
     _add_wrist_camera(spec)
@@ -198,9 +198,9 @@ class FetchTask(Task):
 
     def __init__(self, name: str, *, reward_type: str = "sparse") -> None:
         if name not in VARIANTS:
-            raise ValueError(f"unknown Fetch task {name!r}; {nearest(name, VARIANTS)}")
+            raise UserError(f"unknown Fetch task {name!r}; {nearest(name, VARIANTS)}")
         if reward_type not in ("sparse", "dense"):
-            raise ValueError(f"unknown reward_type {reward_type!r}; {nearest(reward_type, ('sparse', 'dense'))}")
+            raise UserError(f"unknown reward_type {reward_type!r}; {nearest(reward_type, ('sparse', 'dense'))}")
         self.variant, self.scene, self.reward_type = VARIANTS[name], _scene(name), reward_type
         self.model, self.instruction = self.scene.model, self.variant.instruction
         self.settles = self.variant.block_gripper

@@ -24,7 +24,7 @@ from gymnasium.spaces import Box, Dict
 from embodied_rft import registry
 from embodied_rft.envs.manipulation.serve import ManipulationEnv, ManipulationVectorEnv
 from embodied_rft.envs.manipulation.task import Camera, Observation, Task
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 
 ENV_ID = "embodied_rft/PegInsert-v0"
 MODEL_PATH = Path(__file__).parent / "assets" / "peg_insert.xml"
@@ -137,14 +137,14 @@ class PegInsertTask(Task):
         robot_state: bool = False,
     ) -> None:
         if not 0.0005 <= clearance <= 0.005:
-            raise ValueError(
+            raise UserError(
                 f"clearance is {clearance!r}; expected metres in [0.0005, 0.005]: 0.001 is hard, 0.003 forgiving"
             )
         if reward_type not in ("sparse", "dense"):
             hint = nearest(str(reward_type), ("sparse", "dense"))
-            raise ValueError(f"unknown reward_type {reward_type!r}; {hint}")
+            raise UserError(f"unknown reward_type {reward_type!r}; {hint}")
         if not 0 <= action_noise <= 1:
-            raise ValueError(f"action_noise is {action_noise!r}; expected a standard deviation in [0, 1], 0.2 is a lot")
+            raise UserError(f"action_noise is {action_noise!r}; expected a standard deviation in [0, 1], 0.2 is a lot")
         self.clearance, self.reward_type = clearance, reward_type
         self.action_noise, self.robot_state = action_noise, robot_state
         self.model = build_model(clearance)
@@ -268,7 +268,7 @@ class PegInsertDemonstrator:
         self, *, noise: float = 0.0, gain: float = 2.0, tolerance: float = 0.0006, funnel: float = 1.0
     ) -> None:
         if not noise >= 0:
-            raise ValueError(f"noise is {noise!r}; expected a standard deviation >= 0, for example 0.4")
+            raise UserError(f"noise is {noise!r}; expected a standard deviation >= 0, for example 0.4")
         self.noise, self.gain, self.tolerance, self.funnel = noise, gain, tolerance, funnel
 
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:

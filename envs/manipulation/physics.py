@@ -27,7 +27,7 @@ import mujoco
 import numpy as np
 from mujoco import rollout
 
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 
 PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
 ENGINES = ("rollout", "exact")
@@ -135,7 +135,7 @@ class ExactEngine(Engine):
     def set_warmstart(self, warmstart: np.ndarray | None) -> None:
         """Continue from `warmstart` [N, V]."""
         if warmstart is None:
-            raise ValueError(
+            raise UserError(
                 "this state has no 'warmstart': it was saved by engine='rollout', and engine='exact' cannot continue "
                 "from it exactly. Make the environment with engine='rollout'."
             )
@@ -221,7 +221,7 @@ class RolloutEngine(Engine):
 def make_engine(name: str, model: mujoco.MjModel, **options: object) -> ExactEngine | RolloutEngine:
     """The engine called `name` ("rollout" or "exact"). Raises ValueError with the nearest name."""
     if name not in ENGINES:
-        raise ValueError(f"unknown engine {name!r}; {nearest(str(name), ENGINES)}")
+        raise UserError(f"unknown engine {name!r}; {nearest(str(name), ENGINES)}")
     return (RolloutEngine if name == "rollout" else ExactEngine)(model, **options)  # type: ignore[arg-type]
 
 

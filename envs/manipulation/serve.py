@@ -28,7 +28,7 @@ from embodied_rft.envs.manipulation import physics as engines
 from embodied_rft.envs.manipulation import rendering
 from embodied_rft.envs.manipulation.task import Observation, Task
 from embodied_rft.envs.serving import check_mask, check_render_mode, spread_seeds
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.seeding import pack_generator, unpack_generator
 
 State = dict[str, np.ndarray]
@@ -97,14 +97,14 @@ class Simulation:
         array, space = np.asarray(action), self.task.action_space
         expected = (self.num_envs, *space.shape)
         if array.dtype.kind not in "fiu":
-            raise ValueError(f"actions are {array.dtype}; expected {space.dtype} numbers of shape {expected}")
+            raise UserError(f"actions are {array.dtype}; expected {space.dtype} numbers of shape {expected}")
         if array.shape != expected:
-            raise ValueError(f"actions have shape {array.shape}; expected {expected} (environments, action dimensions)")
+            raise UserError(f"actions have shape {array.shape}; expected {expected} (environments, action dimensions)")
         if array.dtype not in (np.float32, np.float64):
             array = array.astype(np.float64)
         if not np.isfinite(array).all():
             row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
-            raise ValueError(
+            raise UserError(
                 f"action of environment {row} is not finite: {array[row].tolist()}. No environment was stepped. "
                 "Look for a diverged policy or a division by zero before the action."
             )
@@ -128,7 +128,7 @@ class Simulation:
             target = getattr(self, name)
             if name not in state or np.shape(state[name]) != target.shape:
                 given = np.shape(state[name]) if name in state else "nothing"
-                raise ValueError(f"state[{name!r}] has shape {given}, expected {target.shape}: of another environment?")
+                raise UserError(f"state[{name!r}] has shape {given}, expected {target.shape}: of another environment?")
         self.engine.set_warmstart(state.get("warmstart"))
         for name in ("physics", "sensors", "goal", "elapsed"):
             getattr(self, name)[:] = state[name]
@@ -140,11 +140,11 @@ class Simulation:
         arrays = {}
         for name, value in options.items():
             if name not in self.task.reset_options:
-                raise ValueError(f"unknown reset option {name!r}; {nearest(name, self.task.reset_options)}")
+                raise UserError(f"unknown reset option {name!r}; {nearest(name, self.task.reset_options)}")
             shape = self.task.reset_options[name]
             array = np.asarray(value, dtype=np.float64)
             if array.shape not in (shape, (self.num_envs, *shape)) or not np.isfinite(array).all():
-                raise ValueError(
+                raise UserError(
                     f"reset option {name!r} has shape {array.shape}; expected finite numbers of shape {shape}, or "
                     f"one row for each of {self.num_envs} environments"
                 )
@@ -169,7 +169,7 @@ class _View:
         self.renderer = rendering.Renderer(task.model, height=height, width=width, fast=fast)
         for name in self.cameras:
             if name not in task.cameras:
-                raise ValueError(f"unknown camera {name!r}; {nearest(name, task.cameras)}")
+                raise UserError(f"unknown camera {name!r}; {nearest(name, task.cameras)}")
         spaces: dict[str, gymnasium.Space] = dict(task.observation_space.spaces)
         for name in self.cameras:
             spaces[f"image/{name}"] = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
@@ -239,10 +239,10 @@ class ManipulationVectorEnv(gymnasium.vector.VectorEnv):
         render_mode: str | None = None,
     ) -> None:
         if num_envs < 1:
-            raise ValueError(f"num_envs is {num_envs}, expected at least 1")
+            raise UserError(f"num_envs is {num_envs}, expected at least 1")
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
-            raise ValueError("autoreset_mode SAME_STEP is not supported; use NEXT_STEP or DISABLED")
+            raise UserError("autoreset_mode SAME_STEP is not supported; use NEXT_STEP or DISABLED")
         self.task, self.num_envs, self.max_episode_steps = task, num_envs, max_episode_steps
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = check_render_mode(render_mode)
@@ -379,7 +379,7 @@ class ManipulationEnv(gymnasium.Env):
             raise gymnasium.error.ResetNeeded("call reset() before step()")
         array = np.asarray(action)
         if array.shape != self.action_space.shape:
-            raise ValueError(f"action has shape {array.shape}; expected {self.action_space.shape}")
+            raise UserError(f"action has shape {array.shape}; expected {self.action_space.shape}")
         simulation = self.simulation
         simulation.step(simulation.all_rows, simulation.check_action(array[None]))
         observation = simulation.observe()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from embodied_rft.names import UserError
 from embodied_rft.registry import register
 
 
@@ -27,7 +28,7 @@ class SumDemonstrator:
 
     def __init__(self, *, noise: float = 0.0) -> None:
         if not 0 <= noise <= 1:
-            raise ValueError(f"noise is {noise}: the share of wrong replies, in [0, 1], is expected")
+            raise UserError(f"noise is {noise}: the share of wrong replies, in [0, 1], is expected")
         self.noise = noise
 
     def act(self, observation: Mapping[str, Any], rng: np.random.Generator) -> list[str]:

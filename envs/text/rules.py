@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import regex as bounded
 
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.registry import find, register
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,13 @@ def make_rule(spec: str | Mapping[str, Any]) -> Judge:
     options = {"id": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
     id = options.pop("id", None)
     if not isinstance(id, str):
-        raise ValueError(f'checker {spec!r} names no rule; expected "exact" or {{"id": "numeric", "tolerance": 0.01}}')
+        raise UserError(f'checker {spec!r} names no rule; expected "exact" or {{"id": "numeric", "tolerance": 0.01}}')
     rule: Rule = find("reward", id)
     parameters = list(inspect.signature(rule).parameters)
     wanted, known = [n for n in SEEN if n in parameters], [n for n in parameters[2:] if n not in SEEN]
     for name in options:
         if name not in known:
-            raise ValueError(f"rule {id!r} has no option {name!r}; {nearest(name, known)}")
+            raise UserError(f"rule {id!r} has no option {name!r}; {nearest(name, known)}")
 
     def judge(reply: str, answer: str, *, prompt: Any = "", columns: Mapping[str, Any] | None = None) -> float:
         seen = {"prompt": prompt, "columns": dict(columns or {})}
@@ -68,7 +68,7 @@ def make_rule(spec: str | Mapping[str, Any]) -> Judge:
         except (TypeError, ValueError):
             reward = math.nan
         if not math.isfinite(reward):
-            raise ValueError(f"rule {id!r} gave the reward {given!r:.60}; expected a finite number")
+            raise UserError(f"rule {id!r} gave the reward {given!r:.60}; expected a finite number")
         return reward
 
     return judge
@@ -101,7 +101,7 @@ def numeric(reply: str, answer: str, *, tolerance: float = 0.0, relative: bool =
     """
     expected, given = last_number(answer), last_number(reply)
     if expected is None:
-        raise ValueError(f"the answer {answer!r} is no number: rule 'numeric' cannot judge it; use 'exact'")
+        raise UserError(f"the answer {answer!r} is no number: rule 'numeric' cannot judge it; use 'exact'")
     if given is None:
         return 0.0
     slack = Fraction(tolerance) * (abs(expected) if relative else 1)
@@ -117,7 +117,7 @@ def regex(reply: str, answer: str) -> float:
     try:
         pattern = bounded.compile(answer, flags=bounded.DOTALL)
     except bounded.error as error:
-        raise ValueError(f"the answer {answer!r} is no pattern: {error}") from None
+        raise UserError(f"the answer {answer!r} is no pattern: {error}") from None
     try:
         return float(pattern.fullmatch(reply.strip(), timeout=MATCH_SECONDS) is not None)
     except TimeoutError:
@@ -177,7 +177,7 @@ def json_keys(reply: str, answer: str) -> float:
     """Whether the reply is a JSON object with every key and value of the JSON object `answer`."""
     given, expected = _read_json(reply), _read_json(answer)
     if not isinstance(expected, dict):
-        raise ValueError(f"the answer {answer!r} is no JSON object: rule 'json' cannot judge it")
+        raise UserError(f"the answer {answer!r} is no JSON object: rule 'json' cannot judge it")
     missing = object()
     return float(isinstance(given, dict) and all(_same(given.get(k, missing), v) for k, v in expected.items()))
 
@@ -212,7 +212,7 @@ def countdown(reply: str, answer: str) -> float:
         case {"numbers": [*numbers], "target": int(target)} if all(isinstance(number, int) for number in numbers):
             pass
         case _:
-            raise ValueError(f'the answer {answer!r} is no problem: {{"numbers": [3, 7, 2], "target": 13}} is expected')
+            raise UserError(f'the answer {answer!r} is no problem: {{"numbers": [3, 7, 2], "target": 13}} is expected')
     result = evaluate_expression(reply.split("=")[0].strip())
     if result is None:
         return 0.0
@@ -275,5 +275,5 @@ def overlong_penalty(lengths: Any, *, limit: int, margin: int) -> np.ndarray:
         margin: how far before it the punishment begins.
     """
     if not 0 < margin <= limit:
-        raise ValueError(f"margin is {margin}; expected 0 < margin <= limit, which is {limit}")
+        raise UserError(f"margin is {margin}; expected 0 < margin <= limit, which is {limit}")
     return np.clip((limit - margin - np.asarray(lengths, dtype=np.float64)) / margin, -1.0, 0.0)

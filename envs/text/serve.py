@@ -19,6 +19,7 @@ from gymnasium.vector.utils import batch_space
 from embodied_rft.envs.serving import check_mask, spread_seeds
 from embodied_rft.envs.text.rules import overlong_penalty
 from embodied_rft.envs.text.tasks import TASKS, Listed, Problem, TextTask, is_held_out, space_of
+from embodied_rft.names import UserError
 from embodied_rft.pools.text_spaces import AnyText
 from embodied_rft.seeding import FIRST_EVALUATION_SEED, held_out_index, pack_generator, unpack_generator
 
@@ -49,10 +50,10 @@ class TextBatch:
         exclude: Sequence[str] = (),
     ) -> None:
         if num_envs < 1:
-            raise ValueError(f"num_envs is {num_envs}, expected at least 1")
+            raise UserError(f"num_envs is {num_envs}, expected at least 1")
         self.held_out: float = getattr(task, "held_out", 0.0) if held_out is None else held_out
         if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out is {held_out}, expected a share of the prompts: at least 0 and below 1")
+            raise UserError(f"held_out is {held_out}, expected a share of the prompts: at least 0 and below 1")
         self.task, self.overlong = task, overlong
         self.listed = Listed(task, held_out=self.held_out, exclude=exclude)
         self.evaluates = np.zeros(num_envs, dtype=bool)
@@ -96,7 +97,7 @@ class TextBatch:
             if fits and problem.label not in self.listed.exclude:
                 self.problems[row] = problem
                 return
-        raise ValueError(
+        raise UserError(
             f"no prompt {'is held out' if self.evaluates[row] else 'is left for training'} with held_out "
             f"{self.held_out} (10,000 were drawn): add problems, change the share, or set held_out: 0 to show the same "
             "ones in training and evaluation"
@@ -108,7 +109,7 @@ class TextBatch:
         if problem is None:
             raise gymnasium.error.ResetNeeded("call reset() before step()")
         if not isinstance(reply, str):
-            raise ValueError(f"the action of environment {row} is {reply!r:.60}; expected a text")
+            raise UserError(f"the action of environment {row} is {reply!r:.60}; expected a text")
         reward = problem.score(reply)
         extra = 0.0
         if self.overlong is not None:
@@ -131,7 +132,7 @@ class TextBatch:
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue exactly from `get_state`."""
         if len(state["rng"]) != len(self.generators):
-            raise ValueError(f"the state is of {len(state['rng'])} environments, expected {len(self.generators)}")
+            raise UserError(f"the state is of {len(state['rng'])} environments, expected {len(self.generators)}")
         self.evaluates = np.array(state["evaluates"], dtype=bool)
         for row, generator in enumerate(self.generators):
             self.problems[row] = None
@@ -218,7 +219,7 @@ class TextVectorEnv(gymnasium.vector.VectorEnv):
     ) -> None:
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
-            raise ValueError("autoreset_mode SAME_STEP is not supported; use NEXT_STEP or DISABLED")
+            raise UserError("autoreset_mode SAME_STEP is not supported; use NEXT_STEP or DISABLED")
         self.batch = TextBatch(task, num_envs=num_envs, **options)
         self.num_envs, self.render_mode = num_envs, render_mode
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
@@ -243,7 +244,7 @@ class TextVectorEnv(gymnasium.vector.VectorEnv):
     def step(self, actions: Any) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Judge N replies; info["is_success"] is float32 [N]."""
         if len(actions) != self.num_envs:
-            raise ValueError(f"{len(actions)} actions were given for {self.num_envs} environments")
+            raise UserError(f"{len(actions)} actions were given for {self.num_envs} environments")
         if self._done.any() and self.autoreset_mode == AutoresetMode.DISABLED:
             raise gymnasium.error.ResetNeeded(
                 f"environments {np.flatnonzero(self._done).tolist()} have ended and autoreset is disabled: call "

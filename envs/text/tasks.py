@@ -18,6 +18,7 @@ import numpy as np
 
 from embodied_rft.envs.text.rules import Judge, make_rule
 from embodied_rft.files import given_stem
+from embodied_rft.names import UserError
 from embodied_rft.pools.text_spaces import AnyText, ChatText, check_messages, read_chat, write_chat
 
 MOST_LISTED = 10_000  # problems of a generated task that are written down; of more, the same is hardly drawn twice
@@ -74,7 +75,7 @@ class SumTask:
         rule: str | Mapping[str, Any] = "numeric",
     ) -> None:
         if digits < 1 or num_terms < 2:
-            raise ValueError(f"digits is {digits} and num_terms {num_terms}; expected at least 1 and 2")
+            raise UserError(f"digits is {digits} and num_terms {num_terms}; expected at least 1 and 2")
         self.high, self.num_terms, self.template, self.judge = 10**digits, num_terms, template, make_rule(rule)
         self.problems = None
         if self.high**num_terms <= MOST_LISTED:
@@ -98,7 +99,7 @@ class CountdownTask:
 
     def __init__(self, *, num_numbers: int = 3, largest: int = 20) -> None:
         if num_numbers < 2 or largest < 2:
-            raise ValueError(f"num_numbers is {num_numbers} and largest {largest}; expected at least 2 each")
+            raise UserError(f"num_numbers is {num_numbers} and largest {largest}; expected at least 2 each")
         self.num_numbers, self.largest, self.judge = num_numbers, largest, make_rule("countdown")
 
     def draw(self, rng: np.random.Generator) -> Problem:
@@ -127,7 +128,7 @@ class FormatTask:
 
     def __init__(self, *, largest: int = 4) -> None:
         if largest < 1:
-            raise ValueError(f"largest is {largest}; expected at least 1 item")
+            raise UserError(f"largest is {largest}; expected at least 1 item")
         self.largest, self.judge = largest, make_rule("regex")
         every = itertools.product(range(3), range(3), range(1, largest + 1))
         self.problems = [self._of(*which) for which in every] if 9 * largest <= MOST_LISTED else None
@@ -162,22 +163,22 @@ class JsonlTask:
     def __init__(self, *, path: str | Path, checker: str | Mapping[str, Any] = "exact") -> None:
         file = Path(path)
         if not file.is_file():
-            raise ValueError(f"the problem file {str(path)!r} does not exist")
+            raise UserError(f"the problem file {str(path)!r} does not exist")
         self.problems: list[Problem] = []
         given = f"{given_stem(file.stem)}{file.suffix}"  # as the user knows it: runs keep copies
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a text
         except UnicodeDecodeError as error:
-            raise ValueError(f"{given} is no UTF-8 text ({error}): save it so, one JSON object a line") from None
+            raise UserError(f"{given} is no UTF-8 text ({error}): save it so, one JSON object a line") from None
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 place = f"{given}, line {number}"
                 try:
                     self.problems.append(_problem(line, checker, place))
                 except ValueError as error:
-                    raise ValueError(f"{place}: {error}") from error
+                    raise UserError(f"{place}: {error}") from error
         if not self.problems:
-            raise ValueError(f'{given} holds no problem; expected lines like {{"prompt": "3+4=", "answer": "7"}}')
+            raise UserError(f'{given} holds no problem; expected lines like {{"prompt": "3+4=", "answer": "7"}}')
         self.chat = any(problem.is_chat for problem in self.problems)
         if self.chat:  # one space for all
             self.problems = [
@@ -194,25 +195,25 @@ def _problem(line: str, checker: str | Mapping[str, Any], name: str) -> Problem:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"this is not JSON ({error}): {line[:60]!r}") from None
+        raise UserError(f"this is not JSON ({error}): {line[:60]!r}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"expected an object with a prompt and an answer, found {line[:60]!r}")
+        raise UserError(f"expected an object with a prompt and an answer, found {line[:60]!r}")
     known = ("prompt", "answer", "checker")
     for wanted in known:
         meant = [] if wanted in content else difflib.get_close_matches(wanted, content, n=1, cutoff=0.8)
         if meant:
-            raise ValueError(f"unknown key {meant[0]!r}; did you mean {wanted!r}?")
+            raise UserError(f"unknown key {meant[0]!r}; did you mean {wanted!r}?")
     for wanted in known[:2]:
         if wanted not in content:
-            raise ValueError(f'no key {wanted!r}; expected "prompt", "answer" and, if you like, "checker" and columns')
+            raise UserError(f'no key {wanted!r}; expected "prompt", "answer" and, if you like, "checker" and columns')
     prompt, answer, columns = content["prompt"], content["answer"], {k: content[k] for k in content if k not in known}
     is_chat = isinstance(prompt, list)
     if is_chat:
         prompt = write_chat(check_messages(prompt))
     if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f"the prompt is {prompt!r}; expected a text that is not empty, or a list of messages")
+        raise UserError(f"the prompt is {prompt!r}; expected a text that is not empty, or a list of messages")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise ValueError(f"the answer is {answer!r}; expected a text or a number")
+        raise UserError(f"the answer is {answer!r}; expected a text or a number")
     judge = make_rule(content.get("checker", checker))
     problem = Problem(prompt, str(answer), judge, columns, name, is_chat)
     try:
@@ -220,7 +221,7 @@ def _problem(line: str, checker: str | Mapping[str, Any], name: str) -> Problem:
     except ValueError:
         raise
     except Exception as error:  # whatever a rule of somebody else may raise
-        raise ValueError(f"its rule fails on it: {type(error).__name__}: {error}") from error
+        raise UserError(f"its rule fails on it: {type(error).__name__}: {error}") from error
     return problem
 
 
@@ -242,10 +243,10 @@ class Listed:
         listed: Sequence[Problem] | None = getattr(task, "problems", None)
         self.exclude = frozenset(exclude)
         if self.exclude and listed is None:
-            raise ValueError("exclude names problems, but this task makes them up as it goes: take it out")
+            raise UserError("exclude names problems, but this task makes them up as it goes: take it out")
         unknown = self.exclude - {problem.label for problem in listed or ()}
         if unknown:
-            raise ValueError(f"exclude names {min(unknown)!r}, which is no problem of this task")
+            raise UserError(f"exclude names {min(unknown)!r}, which is no problem of this task")
         self.all: list[Problem] | None = None
         self.held_out: list[Problem] | None = None
         if listed is not None:
