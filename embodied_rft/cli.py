@@ -1,8 +1,8 @@
 """The command `erft`: train, eval, demos, report, list, doctor. Parses and prints; the work is done elsewhere.
 
 A mistake of the user (`UserError`) is one message on stderr and exit code 2; Ctrl-C is a clean stop and 130; anything
-else shows its traceback, ends with 1, and says so where it is ours to mend. Everything heavy is imported by the verb that
-needs it, so that help answers at once.
+else shows its traceback, ends with 1, and says so where it is ours to mend. Everything heavy is imported by the verb
+that needs it, so that help answers at once.
 """
 
 from __future__ import annotations
