@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from embodied_rft.learning.objective import Losses as Losses
     from embodied_rft.learning.objective import Objective as Objective
     from embodied_rft.names import UserError as UserError
+    from embodied_rft.networks.tensors import polyak as polyak
     from embodied_rft.objectives.common import annotate_returns as annotate_returns
     from embodied_rft.objectives.common import preset as preset
+    from embodied_rft.objectives.common import segment_returns as segment_returns
+    from embodied_rft.objectives.soft_actor_critic import SAC as SAC
     from embodied_rft.registry import register as register
     from embodied_rft.runs.recipe import load_recipe as load_recipe
     from embodied_rft.runs.trained import load_policy as load_policy
@@ -53,6 +56,7 @@ _WHERE = {
     "Objective": "learning.objective",
     "Ragged": "data",
     "Replay": "buffer.plans",
+    "SAC": "objectives.soft_actor_critic",
     "Stage": "stages.base",
     "Trajectory": "data",
     "UserError": "names",
@@ -62,8 +66,10 @@ _WHERE = {
     "held_out_index": "seeding",
     "load_policy": "runs.trained",
     "load_recipe": "runs.recipe",
+    "polyak": "networks.tensors",
     "preset": "objectives.common",
     "register": "registry",
+    "segment_returns": "objectives.common",
     "write_trajectories": "buffer.trajectories",
 }
 __all__ = list(_WHERE)
