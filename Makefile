@@ -44,12 +44,14 @@ demo: setup
 	@$(BIN)/erft train demo --run $(RUN)
 
 test: export OMP_NUM_THREADS = 1
-test: $(DEV_READY)
+test: $(DEV_READY) $(if $(ARGS),,lint)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --timeout 600 $(ARGS)
 
 lint: $(DEV_READY)
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted as agreed: make format" >&2; exit 1; }
 	@$(BIN)/mypy
+	@$(BIN)/python docs/generate.py --check
 
 format: $(DEV_READY)
 	@$(BIN)/ruff check --fix --quiet .

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import itertools
 import re
 import sys
 import textwrap
@@ -20,42 +19,33 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
     "embodied_rft": "the engine; it never imports the three folders below, it finds them by id",
     "envs": "Gymnasium environments, imported as `embodied_rft.envs`",
-    "agents": "policies, imported as `embodied_rft.agents`",
+    "agents": "policies, one a file, imported as `embodied_rft.agents`",
     "configs": "recipes, found by name",
 }
 
 
-def files_of(folder: str) -> list[str]:
-    """Files of a top-level folder that a reader may open, relative to it, sorted; no assets."""
-    paths = (path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*") if path.is_file())
-    shown = (p for p in paths if p.suffix in (".py", ".yaml", ".html") and p.name != "__init__.py")
-    return sorted(path.as_posix() for path in shown)
+def rooms_of(folder: str) -> list[str]:
+    """What the tree shows of a top-level folder: its packages, and of the engine the files that lie in none."""
+    packages = sorted(f"{path.parent.name}/" for path in (ROOT / folder).glob("*/__init__.py"))
+    files = sorted(path.name for path in (ROOT / "embodied_rft").glob("*.py") if path.name != "__init__.py")
+    return packages + (files if folder == "embodied_rft" else [])
 
 
 def first_sentence(path: Path) -> str:
-    """What a file says about itself: the first sentence of its docstring or first comment; a recipe's description."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".py":
-        text = ast.get_docstring(ast.parse(text)) or ""
-        text = " ".join(text.split("\n\n")[0].split())
-    elif path.suffix == ".html":
-        return "the page that `report` fills"
-    elif description := re.search(r"^description: (.+)$", text, re.M):
-        return description[1].strip("\"' .")
-    else:
-        comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
-        text = " ".join(line.lstrip("# ") for line in comment)
+    """What a package or a file says about itself: the first sentence of its docstring."""
+    text = (path / "__init__.py" if path.is_dir() else path).read_text(encoding="utf-8")
+    text = " ".join((ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].split())
     return re.split(r"(?<=[a-z0-9)`])(?<!et al)\.(?:\s|$)", text, maxsplit=1)[0].rstrip(".")
 
 
 def tree() -> str:
-    """The tree of the README."""
+    """The tree of the README: one line a room."""
+    rooms = {folder: rooms_of(folder) for folder in FOLDERS}
+    width = max(len(name) for names in rooms.values() for name in names)
     lines = []
     for folder, purpose in FOLDERS.items():
-        names = files_of(folder)
-        width = max((len(name) for name in names), default=0)
         lines.append(f"{folder}/".ljust(width + 4) + purpose)
-        lines += [f"  {name:<{width}}  {first_sentence(ROOT / folder / name)}" for name in names]
+        lines += [f"  {name:<{width}}  {first_sentence(ROOT / folder / name)}" for name in rooms[folder]]
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
