@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from embodied_rft.agents.parts.actor import NetworkConfig, make_encoder
@@ -21,7 +21,7 @@ from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.names import UserError
 from embodied_rft.networks import critics
 from embodied_rft.options import STRICT
-from embodied_rft.policy import observe, require_rng
+from embodied_rft.policy import Policy, observe, require_rng
 from embodied_rft.pools.spaces import DISCRETE, Choices, what_suits
 from embodied_rft.registry import register
 
@@ -34,7 +34,7 @@ class CategoricalConfig(NetworkConfig):
 
 
 @register("agent", "categorical")
-class CategoricalPolicy(nn.Module):
+class CategoricalPolicy(Policy):
     """One unit for each choice of a decision: U is 1 for Discrete, K for MultiDiscrete and MultiBinary.
 
     Choices are independent given the observation. The importance ratio of PPO is then that of each choice;
@@ -108,7 +108,15 @@ class CategoricalPolicy(nn.Module):
         parts = self.logits(observation).split(self.sizes, -1)
         return self.choices.action(torch.stack([part.argmax(-1) for part in parts], -1))
 
-    def imitation_loss(self, observation: Tree, action: Tensor, *, rng: torch.Generator | None = None) -> Tensor:
+    def imitation_loss(
+        self,
+        observation: Tree,
+        action: Tensor,
+        *,
+        rng: torch.Generator | None = None,
+        trace: Tree | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """[B]: negative log-likelihood of `action`."""
         return -_chosen(self.log_probs(observation), self.choices.index(action)).sum(-1)
 

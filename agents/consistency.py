@@ -90,6 +90,7 @@ class ConsistencyPolicy(ChainPolicy):
         action: Tensor,
         *,
         rng: torch.Generator | None = None,
+        trace: Tree | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """[B]: what f says at one noise level agrees with what it says at the one below.

@@ -93,6 +93,7 @@ class DiffusionPolicy(ChainPolicy):
         action: Tensor,
         *,
         rng: torch.Generator | None = None,
+        trace: Tree | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """[B]: squared error of the predicted noise (or chunk) at a random time (DDPM, eq. 14)."""

@@ -85,6 +85,7 @@ class FlowPolicy(ChainPolicy):
         action: Tensor,
         *,
         rng: torch.Generator | None = None,
+        trace: Tree | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """[B]: squared error of the velocity on the straight line from noise to data (Liu et al. 2022, eq. 1)."""

@@ -12,14 +12,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from embodied_rft.agents.parts.actor import ActorConfig, decide, make_actor
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.learning.losses import mean_where
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
-from embodied_rft.policy import observe, require_rng
+from embodied_rft.policy import Policy, observe, require_rng
 from embodied_rft.pools.chunks import ChunkBox, step_space
 from embodied_rft.pools.spaces import ActionScale
 from embodied_rft.registry import register
@@ -35,7 +35,7 @@ class GaussianConfig(ActorConfig):
 
 
 @register("agent", "gaussian")
-class GaussianPolicy(nn.Module):
+class GaussianPolicy(Policy):
     """One unit a decision; see docs/architecture.md for the methods.
 
     The trace holds `u`, the value before squashing: the log-probability is computed from it exactly, also where the
@@ -104,6 +104,7 @@ class GaussianPolicy(nn.Module):
         action: Tensor,
         *,
         rng: torch.Generator | None = None,
+        trace: Tree | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """[B]: mean squared error of the mode in [-1, 1] units, or the negative log-likelihood of `action`."""

@@ -28,7 +28,7 @@ from embodied_rft.names import UserError
 from embodied_rft.networks.mlp import linear
 from embodied_rft.networks.trainable import LoraOptions, Train
 from embodied_rft.options import STRICT
-from embodied_rft.policy import require_rng
+from embodied_rft.policy import Policy, UnitValues, Values, require_rng
 from embodied_rft.pools.protocol import flatten_space, is_text
 from embodied_rft.pools.spaces import what_suits
 from embodied_rft.pools.text_spaces import ChatText, read_chat, write_chat
@@ -76,7 +76,7 @@ class LanguageConfig:
 
 
 @register("agent", "language")
-class LanguagePolicy(nn.Module):
+class LanguagePolicy(Policy):
     """See docs/architecture.md for the methods.
 
     Trace: "prompt" and "reply" are token ids, "cut" says that the reply ran into `max_new_tokens`. A cut reply is a
@@ -118,7 +118,9 @@ class LanguagePolicy(nn.Module):
         self.usage = Usage()  # of the decoder when it scores
         if config.value_head:
             self.head = linear(self.lm.hidden_size, 1, gain=0.0, rng=rng)
-            self.value, self.unit_values = self._value, self._unit_values  # objectives look whether there are any
+        else:
+            self.lacks = frozenset({Values, UnitValues})
+        self.lora = config.lora
         self.select(config.train, lora=config.lora, rng=rng)
         if config.gradient_checkpointing:
             self.lm.checkpoint_layers()
@@ -202,7 +204,13 @@ class LanguagePolicy(nn.Module):
         return plan_within(trace["prompt"], trace["reply"], most=most, share=share, atoms=batch.atoms)
 
     def imitation_loss(
-        self, observation: Tree, action: Any, *, rng: torch.Generator | None = None, trace: Tree | None = None
+        self,
+        observation: Tree,
+        action: Any,
+        *,
+        rng: torch.Generator | None = None,
+        trace: Tree | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """[B]: mean negative log-likelihood of the trace's reply; without a trace, of the text and an end token."""
         trace = self._complete(observation, action, {} if trace is None else trace)
@@ -273,14 +281,14 @@ class LanguagePolicy(nn.Module):
 
     # --- values and files ----------------------------------------------------------------------------------------
 
-    def _value(self, observation: Tree, trace: Tree) -> Tensor:
+    def value(self, observation: Tree, trace: Tree) -> Tensor:
         """[B]: what reward to expect after each prompt, from the state of its last token."""
         from embodied_rft.tokens.prefix import prompt_states
 
         states = prompt_states(self.lm.decoder, self.prompt_ids(observation))
         return self.head(_standardize(states)).squeeze(-1)
 
-    def _unit_values(self, observation: Tree, action: Any, trace: Tree) -> Tensor:
+    def unit_values(self, observation: Tree, action: Any, trace: Tree) -> Tensor:
         """[B, U]: the same before each token of the replies, 0 behind their ends; the first is that of the prompt."""
         states, replies = self._reply_states(observation, action, trace)
         mask = torch.from_numpy(replies.pad()[1]).to(states.device)

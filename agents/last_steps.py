@@ -63,10 +63,9 @@ class LastStepsPolicy(FrozenBase):
         super().load_base(policy)
         self.tuned.load_state_dict(policy.state_dict())
 
-    @property
-    def encoder(self) -> Encoder:
+    def make_encoder(self, *, rng: torch.Generator) -> Encoder:
         """What further parts of the agent read as the policy does."""
-        return self.tuned.encoder
+        return self.tuned.encoder.like(rng)
 
     def _chain(self, observation: Tree, rng: torch.Generator | None, *, greedy: bool = False) -> tuple[Tensor, Tensor]:
         """(chain [B, k + 1, D], log_prob [B, k]) of the tuned steps."""
@@ -100,6 +99,7 @@ class LastStepsPolicy(FrozenBase):
         action: Tensor,
         *,
         rng: torch.Generator | None = None,
+        trace: Tree | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """[B]: the tuned copy's imitation loss, which keeps it near data beside reinforcement learning."""

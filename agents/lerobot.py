@@ -30,7 +30,7 @@ from embodied_rft.agents.parts.actor import freeze
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.names import UserError, nearest
 from embodied_rft.options import STRICT
-from embodied_rft.policy import observe
+from embodied_rft.policy import Policy, observe
 from embodied_rft.pools.chunks import step_space
 from embodied_rft.pools.protocol import flatten_space
 from embodied_rft.registry import register
@@ -56,7 +56,7 @@ class LeRobotConfig:
 
 
 @register("agent", "lerobot")
-class LeRobotPolicy(nn.Module):
+class LeRobotPolicy(Policy):
     """Acts as the wrapped policy does, without gradients; its log-probability is 0, because nothing is known of it.
 
     Observations pass the folder's preprocessor, actions its postprocessor. A chunk is predicted for every decision, and

@@ -19,7 +19,7 @@ from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.learning.losses import mean_where
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
-from embodied_rft.policy import build_policy, observe, require_rng
+from embodied_rft.policy import HasMode, able, build_policy, observe, require_rng
 from embodied_rft.pools.spaces import ActionScale
 from embodied_rft.registry import register
 
@@ -62,9 +62,9 @@ class ResidualPolicy(FrozenBase):
     @torch.no_grad()
     def base_action(self, observation: Tree, *, rng: torch.Generator | None = None) -> Tensor:
         """The base's greedy action [B, A] in [-1, 1] units; a base whose chain starts from noise draws it from rng."""
-        draws = rng is not None and getattr(self.base, "random_start", False)
-        if hasattr(self.base, "mode") and not draws:
-            action = self.base.mode(observation)
+        draws = rng is not None and self.base.random_start
+        if not draws and (base := able(self.base, HasMode)):
+            action = base.mode(observation)
         else:
             arrays = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in observation.items()}
             taken = self.base.act(arrays, greedy=True, rng=rng).action
@@ -124,6 +124,7 @@ class ResidualPolicy(FrozenBase):
         action: Tensor,
         *,
         rng: torch.Generator | None = None,
+        trace: Tree | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """[B]: mean squared error of the corrected action in [-1, 1] units."""

@@ -17,14 +17,14 @@ import gymnasium as gym
 import torch
 from gymnasium import spaces
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from embodied_rft.agents.models import sb3_files
 from embodied_rft.agents.models.sb3_files import save_normalizer as save_normalizer  # for those who write such files
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
-from embodied_rft.policy import require_rng
+from embodied_rft.policy import Policy, require_rng
 from embodied_rft.registry import register
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class SB3Config:
 
 
 @register("agent", "sb3")
-class SB3Policy(nn.Module):
+class SB3Policy(Policy):
     """One unit a decision; a deterministic model (TD3, DDPG, DQN, any with gSDE noise) has log-probability 0.
 
     The trace of a stochastic model with action vectors holds `u`: the action before squashing (SAC) or clipping (PPO).

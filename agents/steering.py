@@ -21,7 +21,7 @@ from embodied_rft.agents.parts.actor import ActorConfig, FrozenBase, decide, fre
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
-from embodied_rft.policy import build_policy, observe, require_rng
+from embodied_rft.policy import FromNoise, able, build_policy, observe, require_rng
 from embodied_rft.registry import register
 
 
@@ -51,7 +51,7 @@ class SteeringPolicy(FrozenBase):
             raise UserError(f"scale {config.scale} of the noise: a positive number is expected")
         self.config = config
         self.base = build_policy(config.base, observation_space, action_space, rng)
-        if not hasattr(self.base, "from_noise"):
+        if able(self.base, FromNoise) is None:
             raise UserError(
                 f"agent {config.base.get('id')!r} has no noise to steer; diffusion, flow, consistency do, and a "
                 "vla with a flow head"

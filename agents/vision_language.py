@@ -31,7 +31,7 @@ from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.encoder import cameras
 from embodied_rft.networks.trainable import LoraOptions, Train
 from embodied_rft.options import STRICT
-from embodied_rft.policy import observe, require_rng
+from embodied_rft.policy import Policy, observe, require_rng
 from embodied_rft.pools.protocol import flatten_space
 from embodied_rft.pools.spaces import what_suits
 from embodied_rft.pools.text_spaces import ChatText
@@ -62,7 +62,7 @@ class VisionLanguageConfig:
 
 
 @register("agent", "vision_language")
-class VisionLanguagePolicy(nn.Module):
+class VisionLanguagePolicy(Policy):
     """See docs/architecture.md for the methods.
 
     Trace: "reply" are token ids, "cut" says that the reply ran into `max_new_tokens`.
@@ -102,6 +102,7 @@ class VisionLanguagePolicy(nn.Module):
         )
         self.lm = CausalLM(self.vlm.model, self.vlm.tokenizer, continues=False)  # the trunk does, with its images
         self._end = self.lm.end_of("chat")
+        self.lora = config.lora
         self.select(config.train, lora=config.lora, rng=rng)
 
     def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
@@ -160,7 +161,15 @@ class VisionLanguagePolicy(nn.Module):
         log_prob, entropy = (torch.zeros(mask.shape, device=device).masked_scatter(mask, part) for part in flat)
         return log_prob, entropy
 
-    def imitation_loss(self, observation: Tree, action: Any, *, rng: torch.Generator | None = None) -> Tensor:
+    def imitation_loss(
+        self,
+        observation: Tree,
+        action: Any,
+        *,
+        rng: torch.Generator | None = None,
+        trace: Tree | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """[B]: mean cross-entropy of the tokens of given replies."""
         replies = self.retrace(observation, action)["reply"]
         log_prob, _ = self.log_prob(observation, action, {"reply": replies})

@@ -32,13 +32,18 @@ from embodied_rft.networks import critics
 from embodied_rft.networks.encoder import Encoder, Normalize, cameras, is_image
 from embodied_rft.networks.trainable import LoraOptions, Train
 from embodied_rft.options import STRICT
-from embodied_rft.policy import observe, require_rng
+from embodied_rft.policy import FromNoise, HasMode, Policy, Reparametrised, Retraces, Values, able, observe, require_rng
 from embodied_rft.pools.chunks import step_space
 from embodied_rft.pools.protocol import flatten_space, is_text
 from embodied_rft.registry import register
 
 HEAD_FILE = "vla_head.safetensors"
 INSTRUCTION = "instruction"  # the observation key of the text
+LACKS: dict[str, frozenset[type]] = {  # what a policy with this head cannot do
+    "tokens": frozenset({HasMode, Reparametrised, FromNoise}),  # they have no gradient
+    "parallel": frozenset({FromNoise}),
+    "flow": frozenset({Retraces}),  # it cannot tell how a given chunk would have come about
+}
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -79,7 +84,7 @@ class VLAConfig:
 
 
 @register("agent", "vla")
-class VLAPolicy(nn.Module):
+class VLAPolicy(Policy):
     """See docs/architecture.md for the methods.
 
     Example: {"id": "vla", "model": {"tiny": {}}, "head": "flow", "horizon": 4, "instruction": "reach the red dot"}.
@@ -120,17 +125,13 @@ class VLAPolicy(nn.Module):
         self.value_head = nn.ModuleDict()
         if config.value == "shared":
             self.value_head["last"] = critics.MLP(vlm.hidden_size, (256,), 1, rng=rng, last_gain=0.1)
-            self.value = self._value  # objectives look for the method: with it, the value's loss joins the policy's
         self.action_dim, self.size = codec.action_dim, codec.action_dim * self.horizon
         self.num_units: int = head.num_units
-        self.unit_size, self.random_start = head.unit_size, getattr(head, "random_start", False)
+        self.unit_size, self.random_start = head.unit_size, head.random_start
         self.trace_fields: dict[str, Field] = head.trace_fields
-        if hasattr(head, "retrace"):
-            self.retrace = self._retrace  # a flow cannot tell how a given chunk would have come about
-        if config.head != "tokens":  # tokens have no gradient
-            self.mode, self.rsample = self._mode, self._rsample
-        if config.head == "flow":
-            self.from_noise, self.stochastic = self._from_noise, False  # the entropy of a chain is none of its chunk
+        self.stochastic = config.head != "flow"  # the entropy of a chain is none of its chunk
+        self.lacks = LACKS[config.head] | (frozenset() if config.value == "shared" else {Values})
+        self.lora = config.lora
         if isinstance(config.model, str) and not config.fresh_head:
             self._load_head(Path(config.model).expanduser() / HEAD_FILE)
         self.select(config.train, lora=config.lora, rng=rng)
@@ -194,7 +195,7 @@ class VLAPolicy(nn.Module):
         Without a trace (demonstrations) that of the action itself, where the head has one.
         """
         known = dict(trace)
-        if not set(self.trace_fields) <= set(known) and hasattr(self.head, "retrace"):
+        if not set(self.trace_fields) <= set(known) and able(self, Retraces):
             known = self.head.retrace(self.codec.encode(action))
         return self.head.score(self.vlm, self.context(observation), known)
 
@@ -204,25 +205,26 @@ class VLAPolicy(nn.Module):
         action: Tensor,
         *,
         rng: torch.Generator | None = None,
+        trace: Tree | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """[B]: cross-entropy of the tokens, absolute error, or flow-matching error of chunks [B, D]."""
         return self.head.loss(self.vlm, self.context(observation), self.codec.encode(action), rng, mask)
 
-    def _mode(self, observation: Tree) -> Tensor:
+    def mode(self, observation: Tree) -> Tensor:
         """The greedy chunk [B, D], differentiable; that of a flow from zero noise."""
         return self.codec.decode(self.head.act(self.vlm, self.context(observation), None).chunk)
 
-    def _rsample(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def rsample(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """A reparametrised chunk [B, D] and the log-probability [B] of how it came about."""
         acted = self.head.act(self.vlm, self.context(observation), self._generator(require_rng(rng)))
         return self.codec.decode(acted.chunk), acted.log_prob.sum(-1)
 
-    def _from_noise(self, observation: Tree, noise: Tensor) -> Tensor:
+    def from_noise(self, observation: Tree, noise: Tensor) -> Tensor:
         """The chunk [B, D] that noise [B, D] becomes without further noise; differentiable in the noise."""
         return self.codec.decode(self.head.walk(self.vlm, self.context(observation), noise, None).chunk)
 
-    def _retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
+    def retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
         """The trace of given chunks [B, D], as arrays."""
         chunk = self.codec.encode(torch.as_tensor(action, dtype=torch.float32, device=self.device))
         return {name: value.cpu().numpy() for name, value in self.head.retrace(chunk).items()}
@@ -252,7 +254,7 @@ class VLAPolicy(nn.Module):
         last = self.vlm.states(self.context(observation))[:, -1].float()
         return nn.functional.layer_norm(last, last.shape[-1:])
 
-    def _value(self, observation: Tree, trace: Tree | None = None) -> Tensor:
+    def value(self, observation: Tree, trace: Tree | None = None) -> Tensor:
         """Values [B] by a head on the policy's trunk, gradients included (RL4VLA: Liu et al. 2025, section 4.1)."""
         return self.value_head["last"](self.features(observation)).squeeze(-1).float()
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from embodied_rft.objectives.common import preset as preset
     from embodied_rft.objectives.common import segment_returns as segment_returns
     from embodied_rft.objectives.soft_actor_critic import SAC as SAC
+    from embodied_rft.policy import Policy as Policy
     from embodied_rft.registry import register as register
     from embodied_rft.runs.recipe import load_recipe as load_recipe
     from embodied_rft.runs.trained import load_policy as load_policy
@@ -54,6 +55,7 @@ _WHERE = {
     "Fresh": "buffer.plans",
     "Losses": "learning.objective",
     "Objective": "learning.objective",
+    "Policy": "policy",
     "Ragged": "data",
     "Replay": "buffer.plans",
     "SAC": "objectives.soft_actor_critic",

@@ -1,36 +1,225 @@
-"""What a policy is, and how one is made by id."""
+"""What a policy is: the contract, what some can do beside it, and how one is made by id.
+
+What not every policy can do is a capability, a protocol below; `able(policy, Reparametrised)` asks for one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import gymnasium as gym
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from embodied_rft import registry
-from embodied_rft.data import Tree
+from embodied_rft.data import Batch, Decisions, Field, Tree
 from embodied_rft.device import device_of
 from embodied_rft.names import UserError
+from embodied_rft.networks.encoder import Encoder
 from embodied_rft.networks.tensors import as_tensors
-from embodied_rft.networks.trainable import retune
+from embodied_rft.networks.trainable import LoraOptions, Train, retune, select_own
 from embodied_rft.options import validate_plugin_config
 from embodied_rft.pools.spaces import check_action_space
+from embodied_rft.tokens.prefix_tree import Usage
 
 Spec = Mapping[str, Any]
+C = TypeVar("C")
 
 
-def build_policy(spec: Spec, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator) -> nn.Module:
+class Policy(nn.Module):
+    """Observations to decisions, and their log-probabilities. A class registered as an "agent" derives from it.
+
+    It has a `Config` dataclass and is made as `cls(config, observation_space=..., action_space=..., rng=...)`. Actions
+    have the environment's units wherever they pass from one part to another. Legend: N environments, B rows, U units.
+    """
+
+    Config: type
+    spec: dict[str, Any]  # {"id": ..., **options}: `build_policy` makes it again from this
+    trace_fields: Mapping[str, Field] = {}
+    num_units: int | None = 1  # U; None where it differs from decision to decision
+
+    lacks: frozenset[type] = frozenset()  # capabilities that its class has, but its options take away
+    stochastic: bool = True  # whether `rsample` tells the entropy of the action itself (that of a chain does not)
+    random_start: bool = False  # greedy decisions draw where they start from, if they are given an rng
+    unit_size: int | None = None  # action numbers of a unit; None: there is no such number
+    takes_base: bool = False  # an adapter: `load_base(policy)` puts it around a trained policy
+    leaves_out: bool = False  # initial states that it cannot read are left out, not refused
+    lora: LoraOptions | None = None  # of its own options
+    usage: Usage | None = None  # of a decoder while it scored: how much of what was computed had to be
+    own_weights: list[nn.Parameter] | None = None  # those that could be trained when it was made, see `select_own`
+
+    def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
+        """N decisions for observation arrays [N, ...], without gradient, as arrays.
+
+        A greedy answer is repeatable: it needs no rng, and where it takes one, equal generators give equal answers.
+        """
+        raise NotImplementedError
+
+    def decide(
+        self,
+        observation: Tree,
+        parts: nn.ModuleDict,
+        *,
+        greedy: bool = False,
+        rng: torch.Generator | None = None,
+    ) -> Decisions:
+        """How the agent acts that has this policy: as `act` says, unless overridden to consult `parts` (a critic)."""
+        return self.act(observation, greedy=greedy, rng=rng)
+
+    def log_prob(self, observation: Tree, action: Any, trace: Tree) -> tuple[Tensor, Tensor]:
+        """The log-probability of decisions taken earlier and their entropy, [B, U] each, with gradient."""
+        raise NotImplementedError
+
+    def make_encoder(self, *, rng: torch.Generator) -> nn.Module | None:
+        """What a new part of the agent reads the observation by; by default like the policy's own `encoder`, if any."""
+        own = self._modules.get("encoder")
+        return own.like(rng) if isinstance(own, Encoder) else None
+
+    def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
+        """Choose what is trained from now on; by default its own weights, or adapters on its own linear layers."""
+        select_own(self, train, lora=lora, rng=rng)
+
+
+# --- what some policies can do -------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Values(Protocol):
+    """A value on the policy's trunk: its loss joins the policy's."""
+
+    def value(self, observation: Tree, trace: Tree) -> Tensor:
+        """[B]."""
+
+
+@runtime_checkable
+class UnitValues(Protocol):
+    """Likewise, one before each unit."""
+
+    def unit_values(self, observation: Tree, action: Any, trace: Tree) -> Tensor:
+        """[B, U]."""
+
+
+@runtime_checkable
+class Reparametrised(Protocol):
+    """A random action that gradients pass through."""
+
+    def rsample(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Action [B, A] and its log-probability [B]."""
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """Likewise of a policy without entropy."""
+
+    def draw(self, observation: Tree, *, rng: torch.Generator | None = None) -> Tensor:
+        """Action [B, A]."""
+
+
+@runtime_checkable
+class HasMode(Protocol):
+    """A deterministic action."""
+
+    def mode(self, observation: Tree) -> Tensor:
+        """Action [B, A], differentiable."""
+
+
+@runtime_checkable
+class Imitates(Protocol):
+    """It can be fitted to given actions."""
+
+    def imitation_loss(
+        self,
+        observation: Tree,
+        action: Any,
+        *,
+        rng: torch.Generator | None = None,
+        trace: Tree | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """[B]; `trace` is what was sampled, `mask` [B, A] what of a chunk was carried out (None: all of it)."""
+
+
+@runtime_checkable
+class Retraces(Protocol):
+    """It knows which trace it would have left on somebody else's decisions."""
+
+    def retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
+        """Trace arrays [T, ...] of actions [T], given T + 1 observations."""
+
+
+@runtime_checkable
+class Chooses(Protocol):
+    """It has a number for each option of a choice."""
+
+    def logits(self, observation: Tree) -> Tensor:
+        """[B, n], or action values."""
+
+    def log_probs(self, observation: Tree) -> list[Tensor]:
+        """Of all options of each choice, K times [B, n]."""
+
+    def decisions(self, index: Tensor, log_prob: Tensor) -> Decisions:
+        """Of indices and their log-probabilities, [N, K] each."""
+
+
+@runtime_checkable
+class FromNoise(Protocol):
+    """Noise decides its action: `steering` can be put around it."""
+
+    def from_noise(self, observation: Tree, noise: Tensor) -> Tensor:
+        """Action [B, A] that noise [B, A] becomes, differentiable in the noise."""
+
+
+@runtime_checkable
+class Steered(FromNoise, Protocol):
+    """It chooses the noise of a frozen base."""
+
+    def choose(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """Noise [B, A] and its log-probability [B], None without entropy."""
+
+    def draw_noise(self, count: int, *, rng: torch.Generator) -> Tensor:
+        """The base's own noise [count, A]."""
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """It knows what its rows cost together."""
+
+    def micro_batches(self, batch: Batch, most: int) -> list[np.ndarray]:
+        """Rows of micro-batches of at most `most` computed units each."""
+
+
+@runtime_checkable
+class Refuses(Protocol):
+    """It cannot read every observation."""
+
+    def unreadable(self, observation: Tree) -> dict[int, str]:
+        """Rows that it cannot answer, and why."""
+
+
+def able(policy: Any, what: type[C]) -> C | None:
+    """The policy as something that can do `what`, one of the protocols above; None if it cannot."""
+    return None if not isinstance(policy, what) or what in policy.lacks else policy  # type: ignore[attr-defined]
+
+
+def require_policy(policy: Any, what: str) -> Policy:
+    """The policy, or a ValueError: its class does not derive from `Policy`."""
+    if not isinstance(policy, Policy):
+        raise UserError(f"{what} is a {type(policy).__name__}: derive the class from embodied_rft.policy.Policy")
+    return policy
+
+
+def build_policy(spec: Spec, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator) -> Policy:
     """The policy that {"id": ..., **options} describes, with weights drawn from `rng`."""
     if "id" not in spec:
         raise UserError(f"agent {dict(spec)!r} has no id; known: {', '.join(registry.known('agent'))}")
     options = {k: v for k, v in spec.items() if k not in ("id", "tuned")}
     check_action_space(action_space)
     config = validate_plugin_config("agent", spec["id"], options)
-    policy = registry.find("agent", spec["id"])(
-        config, observation_space=observation_space, action_space=action_space, rng=rng
-    )
+    cls = registry.find("agent", spec["id"])
+    made = cls(config, observation_space=observation_space, action_space=action_space, rng=rng)
+    policy = require_policy(made, f"agent {spec['id']!r}")
     policy.spec = {k: v for k, v in spec.items() if k != "tuned"}
     if "tuned" in spec:
         retune(policy, spec["tuned"], rng=rng)

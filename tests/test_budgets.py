@@ -10,7 +10,7 @@ from tests.lab import ROOT
 FOLDERS = ("embodied_rft", "envs", "agents", "configs")
 MAX_FILE, MAX_FUNCTION, MAX_CHAIN = 500, 60, 2
 ABSTRACT = {"object", "Protocol", "Generic", "ABC", "NamedTuple", "TypedDict"}  # say nothing about behaviour
-ABSTRACT |= {"Objective"}  # a contract, whose defaults do nothing
+ABSTRACT |= {"Objective", "Policy"}  # contracts, whose defaults do next to nothing
 
 
 LIBRARY = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

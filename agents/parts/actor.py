@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from embodied_rft.networks.encoder import Encoder, Normalize
 from embodied_rft.networks.heads import ActorHead
 from embodied_rft.options import STRICT
-from embodied_rft.policy import require_rng
+from embodied_rft.policy import Policy, require_rng
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -104,9 +104,10 @@ def decide(
     return head.squash(u), head.log_prob(features, u)[0], u
 
 
-class FrozenBase(nn.Module):
+class FrozenBase(Policy):
     """A module around a frozen `base`; `load_base` gives it the weights of a policy that an earlier stage trained."""
 
+    takes_base = True
     base: Any  # a policy
 
     def load_base(self, policy: nn.Module) -> None:

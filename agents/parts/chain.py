@@ -27,7 +27,7 @@ from embodied_rft.names import UserError
 from embodied_rft.networks import critics
 from embodied_rft.networks.encoder import Encoder, Normalize
 from embodied_rft.options import STRICT
-from embodied_rft.policy import observe, require_rng
+from embodied_rft.policy import Policy, observe, require_rng
 from embodied_rft.pools.chunks import step_space
 from embodied_rft.pools.spaces import ActionScale, what_suits
 
@@ -191,7 +191,7 @@ class ChunkNetwork(nn.Module):
         return self.last(F.silu(hidden)).float()
 
 
-class ChainPolicy(nn.Module):
+class ChainPolicy(Policy):
     """A policy whose decision is a chain of S Gaussian steps; see docs/architecture.md for the methods.
 
     The trace holds the chain [S + 1, D] in normalised units, from noise to chunk; given it, the log-probability of
@@ -261,6 +261,7 @@ class ChainPolicy(nn.Module):
         action: Tensor,
         *,
         rng: torch.Generator | None = None,
+        trace: Tree | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """[B]: the loss that fits the chain to chunks [B, D] of data, where `mask` [B, D] (None: everywhere)."""

@@ -84,6 +84,8 @@ class TokenHead(nn.Module):
     V - 1 - b), where there are that many.
     """
 
+    random_start = False
+
     def __init__(self, vlm: VLM, options: TokenOptions, size: Size, *, rng: torch.Generator) -> None:
         super().__init__()
         if options.bins < 2 or options.temperature <= 0:
@@ -167,6 +169,8 @@ class ParallelHead(nn.Module):
     Imitation is an L1 regression; for reinforcement learning there is a Gaussian around it: a unit is the action vector
     of an executed step, U = E.
     """
+
+    random_start = False
 
     def __init__(self, vlm: VLM, options: ParallelOptions, size: Size, *, rng: torch.Generator) -> None:
         super().__init__()

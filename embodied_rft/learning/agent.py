@@ -82,7 +82,7 @@ class Agent(nn.Module):
             rng: what is drawn from.
             policy: acts in place of the agent's own, such as its average.
         """
-        return (self.policy if policy is None else policy).act(observation, greedy=greedy, rng=rng)
+        return (self.policy if policy is None else policy).decide(observation, self.parts, greedy=greedy, rng=rng)
 
     @property
     def action_dim(self) -> int:
@@ -181,13 +181,8 @@ class Agent(nn.Module):
 
     def encoder(self) -> Any:
         """A fresh encoder that reads what the policy reads, for a new part; a policy's own way is `make_encoder`."""
-        make = getattr(self.policy, "make_encoder", None)
-        if make is not None:
-            return make(rng=self.rng)
-        own = getattr(self.policy, "encoder", None)
-        if isinstance(own, Encoder):
-            return own.like(self.rng)
-        return Encoder(self.spaces.observation, rng=self.rng)
+        own = self.policy.make_encoder(rng=self.rng)
+        return Encoder(self.spaces.observation, rng=self.rng) if own is None else own
 
     def normalizers(self) -> list[Encoder]:
         """Encoders that would take statistics of further data."""
@@ -234,8 +229,8 @@ def wrap_policy(id: str, agent: Agent, rng: torch.Generator, **options: Any) -> 
         rng: draws the adapter's new weights.
         options: of the adapter, without `base`.
     """
-    if not hasattr(registry.find("agent", id), "load_base"):
-        raise UserError(f"agent {id!r} cannot be put around another policy: it has no load_base (residual has)")
+    if not registry.find("agent", id).takes_base:
+        raise UserError(f"agent {id!r} cannot be put around another policy: it takes no base (residual does)")
     spec = {"id": id, "base": agent.policy.spec, **options}
     policy: Any = build_policy(spec, agent.spaces.observation, agent.spaces.action, rng)
     policy.load_base(agent.policy)

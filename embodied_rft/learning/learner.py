@@ -34,6 +34,7 @@ from embodied_rft.learning.optimizer import AdamW, gradient_norms
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.options import STRICT
+from embodied_rft.policy import Batches, able
 from embodied_rft.tokens.micro_batches import plan_units
 
 
@@ -173,9 +174,9 @@ class Learner:
             return batch.split(size)
         if (most := self.config.micro_units) is None:
             return [batch]
-        own = getattr(self.agent.policy, "micro_batches", None)
+        own = able(self.agent.policy, Batches)
         units = batch.mask.sum(1).cpu().numpy()
-        rows = plan_units(units, most=most, atoms=batch.atoms) if own is None else own(batch, most)
+        rows = plan_units(units, most=most, atoms=batch.atoms) if own is None else own.micro_batches(batch, most)
         return [batch.take(part) for part in rows]
 
     def _step(self, names: Sequence[str], pieces: list[Batch], rng: torch.Generator) -> bool:
@@ -313,7 +314,7 @@ class Learner:
         means = {key: float(torch.stack(numbers).float().mean()) for key, numbers in self._metrics.items()}
         counts = {key: len(numbers) for key, numbers in self._metrics.items()}
         self._metrics = {}
-        usage = getattr(self.agent.policy, "usage", None)
+        usage = self.agent.policy.usage
         if usage is not None and usage.computed:
             means["learn/useful_share"] = usage.useful / usage.computed
             usage.useful = usage.computed = 0

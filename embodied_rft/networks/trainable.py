@@ -56,12 +56,12 @@ def tune(policy: Any, train: Train, *, rng: torch.Generator, lora: LoraOptions |
     if train not in WORDS:
         raise UserError(f"a policy cannot be trained {train!r}; {nearest(train, WORDS)}")
     made = policy.spec.get("tuned", {}).get("lora")
-    own = getattr(getattr(policy, "config", None), "lora", None)
+    own = policy.lora
     known = LoraOptions(**made) if made else own if _adapters(policy) else None
     if lora is not None and known is not None and lora != known:
         raise UserError(f"the policy has adapters with {known} already: leave the options out, or give the same")
     lora = known or lora or own or LoraOptions()
-    (getattr(policy, "select", None) or _Default(policy).select)(train, lora=lora, rng=rng)
+    policy.select(train, lora=lora, rng=rng)
     kept = dataclasses.asdict(lora) if _adapters(policy) else None  # type: ignore[call-overload]
     policy.spec = {**policy.spec, "tuned": {"train": train, "lora": kept}}
 
@@ -73,30 +73,23 @@ def retune(policy: Any, tuned: Mapping[str, Any], *, rng: torch.Generator) -> No
     tune(policy, tuned["train"], rng=rng)
 
 
-class _Default:
-    """How a policy without `select` is trained: its own weights, or adapters on its own linear layers.
+def select_own(policy: Any, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
+    """Train a policy without a choice of its own: its weights, or adapters on its linear layers.
 
-    Its own are those that could be trained when it was made.
+    Its own weights are those that could be trained when it was made (`own_weights`).
     """
-
-    def __init__(self, policy: Any) -> None:
-        self.policy = policy
-        if not hasattr(policy, "own_weights"):
-            policy.own_weights = [p for p in policy.parameters() if p.requires_grad]
-
-    def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
-        policy, name = self.policy, self.policy.spec.get("id")
-        if train not in ("full", "lora", "frozen"):
-            raise UserError(
-                f"agent {name!r} has no head that could be trained by {train!r}; possible: full, lora, frozen"
-            )
-        if train == "lora" and not _adapters(policy):
-            own = {id(p) for p in policy.own_weights}
-            add_adapters(policy, lora, rng, layers={n for n, m in linear_layers(policy).items() if id(m.weight) in own})
-        policy.requires_grad_(False)
-        trained = {"full": [*policy.own_weights, *_adapters(policy)], "lora": _adapters(policy), "frozen": []}[train]
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    name = policy.spec.get("id")
+    if policy.own_weights is None:
+        policy.own_weights = [p for p in policy.parameters() if p.requires_grad]
+    if train not in ("full", "lora", "frozen"):
+        raise UserError(f"agent {name!r} has no head that could be trained by {train!r}; possible: full, lora, frozen")
+    if train == "lora" and not _adapters(policy):
+        own = {id(p) for p in policy.own_weights}
+        add_adapters(policy, lora, rng, layers={n for n, m in linear_layers(policy).items() if id(m.weight) in own})
+    policy.requires_grad_(False)
+    trained = {"full": [*policy.own_weights, *_adapters(policy)], "lora": _adapters(policy), "frozen": []}[train]
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def linear_layers(module: nn.Module) -> dict[str, Any]:
@@ -166,5 +159,5 @@ def merged(module: nn.Module) -> Any:
 
 def _adapters(policy: Any) -> list[nn.Parameter]:
     """The weights of the policy's adapters, without those of a frozen base."""
-    skipped = {id(p) for p in policy.base.parameters()} if hasattr(policy, "load_base") else set()
+    skipped = {id(p) for p in policy.base.parameters()} if policy.takes_base else set()
     return [p for name, p in policy.named_parameters() if "lora_" in name and id(p) not in skipped]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import make_dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -19,6 +18,7 @@ from embodied_rft.learning.learner import to_device
 from embodied_rft.learning.returns import monte_carlo, pad_segments
 from embodied_rft.names import UserError, nearest
 from embodied_rft.options import STRICT
+from embodied_rft.pools.chunks import ChunkBox
 from embodied_rft.registry import register
 
 T = TypeVar("T", bound=type)
@@ -49,17 +49,12 @@ def preset(id: str, **defaults: Any) -> Callable[[T], T]:
 def imitation(agent: Agent, batch: Batch, rng: torch.Generator) -> Tensor:
     """[B]: the policy's `imitation_loss`.
 
-    It gets the stored trace if it takes one (what was sampled is trained), and if it takes a `mask` [B, D], what of a
-    chunk was carried out.
+    It gets the stored trace (what was sampled is trained), and what of a chunk was carried out.
     """
-    loss = agent.policy.imitation_loss
-    takes = inspect.signature(loss).parameters
-    more: dict[str, Any] = {}
-    if "trace" in takes:
-        more["trace"] = batch.trace
-    if "mask" in takes and (mask := carried_out(batch, getattr(agent.spaces.action, "horizon", 1))) is not None:
-        more["mask"] = mask.to(agent.device)
-    return loss(batch.observation, batch.action, rng=rng, **more)
+    space = agent.spaces.action
+    mask = carried_out(batch, space.horizon) if isinstance(space, ChunkBox) else None
+    mask = None if mask is None else mask.to(agent.device)
+    return agent.policy.imitation_loss(batch.observation, batch.action, rng=rng, trace=batch.trace, mask=mask)
 
 
 def carried_out(batch: Batch, horizon: int) -> Tensor | None:

@@ -21,6 +21,7 @@ from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.options import STRICT
+from embodied_rft.policy import Chooses, able
 from embodied_rft.pools.spaces import one_choice
 from embodied_rft.registry import register
 
@@ -62,7 +63,7 @@ class DiscreteSAC(Objective):
         c = self.config
         fresh = not c.warm_start
         self.choices = one_choice(agent.spaces.action, "objective 'discrete_sac'").to(agent.device)
-        if not hasattr(agent.policy, "log_probs"):
+        if able(agent.policy, Chooses) is None:
             raise UserError(
                 f"objective 'discrete_sac' needs a probability of each option, {type(agent.policy).__name__} has none: "
                 "use the agent categorical"

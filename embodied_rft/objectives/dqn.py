@@ -22,7 +22,7 @@ from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
 from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.options import STRICT
-from embodied_rft.policy import observe
+from embodied_rft.policy import Chooses, able, observe
 from embodied_rft.pools.spaces import one_choice
 from embodied_rft.registry import register
 
@@ -59,7 +59,7 @@ class DQN(Objective):
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """The target network; the policy must have a value for each option."""
         self.choices = one_choice(agent.spaces.action, "objective 'dqn'").to(agent.device)
-        if not hasattr(agent.policy, "logits"):
+        if able(agent.policy, Chooses) is None:
             raise UserError(
                 f"objective 'dqn' needs a value for each option, {type(agent.policy).__name__} has none: use the agent "
                 "categorical"

@@ -23,6 +23,7 @@ from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
 from embodied_rft.objectives.common import imitation, segment_returns
 from embodied_rft.options import STRICT
+from embodied_rft.policy import Imitates, able
 from embodied_rft.registry import register
 
 
@@ -124,7 +125,7 @@ class BehaviorCloning(Objective):
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """Check that the policy can imitate."""
-        if not hasattr(agent.policy, "imitation_loss"):
+        if able(agent.policy, Imitates) is None:
             raise UserError(f"policy {type(agent.policy).__name__} has no imitation_loss: bc cannot train it")
 
     def policy_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

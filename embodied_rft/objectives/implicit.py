@@ -17,6 +17,7 @@ from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import imitation
 from embodied_rft.options import STRICT
+from embodied_rft.policy import Imitates, Retraces, able
 from embodied_rft.registry import register
 
 
@@ -56,13 +57,13 @@ class IQL(Objective):
             ValueError: the policy does not know how likely the actions of others are, or cannot imitate.
         """
         c, name = self.config, type(agent.policy).__name__
-        known = hasattr(agent.policy, "retrace") or not agent.policy.trace_fields  # of actions of others
+        known = able(agent.policy, Retraces) is not None or not agent.policy.trace_fields  # of actions of others
         if c.extraction == "likelihood" and not known:
             raise UserError(
                 f"{name} does not know how likely actions of others are: set extraction: imitation, which weighs its "
                 "own imitation_loss instead"
             )
-        if c.extraction == "imitation" and not hasattr(agent.policy, "imitation_loss"):
+        if c.extraction == "imitation" and able(agent.policy, Imitates) is None:
             raise UserError(f"{name} has no imitation_loss: set extraction: likelihood")
         fresh = not c.warm_start
         options: dict[str, Any] = {"layer_norm": c.critic_layer_norm, "fresh": fresh}

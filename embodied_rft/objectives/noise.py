@@ -22,6 +22,7 @@ from embodied_rft.names import UserError
 from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig
 from embodied_rft.options import STRICT
+from embodied_rft.policy import Steered, able
 
 
 @preset("dsrl_sac", target_entropy=0.0, critic_layer_norm=True)
@@ -123,7 +124,7 @@ class DSRLNA(SAC):
 
 def require_steering(agent: Agent, objective: str) -> None:
     """Raise ValueError unless the policy chooses the noise of a frozen base."""
-    if not all(hasattr(agent.policy, name) for name in ("choose", "from_noise", "draw_noise")):
+    if able(agent.policy, Steered) is None:
         raise UserError(
             f"objective {objective!r} trains the noise of a frozen policy, {type(agent.policy).__name__} has none: put "
             "`adapt: {with: steering}` before it"

@@ -35,6 +35,7 @@ from embodied_rft.objectives.common import readable, score_in_chunks, units_of, 
 from embodied_rft.objectives.correction import Correction, correct
 from embodied_rft.objectives.credit import Credit
 from embodied_rft.options import STRICT
+from embodied_rft.policy import UnitValues, Values, able
 from embodied_rft.registry import find, register
 
 SHARED = {"decision": "decisions", "mean": "decisions", "episode": "episodes", "episode_mean": "episodes"}
@@ -163,7 +164,7 @@ class PPO(Objective):
         self._check(agent.policy)
         if not self.uses_value:
             return
-        self.joint = hasattr(agent.policy, "value")
+        self.joint = able(agent.policy, Values) is not None
         if self.joint:
             if c.critic_warm_up:
                 raise UserError("critic_warm_up has no effect: this policy's value shares its trunk, they learn as one")
@@ -174,7 +175,7 @@ class PPO(Objective):
 
     def _check(self, policy: Any) -> None:
         """Refuse options that this policy cannot serve."""
-        if self.config.per_dimension and not hasattr(policy, "unit_size"):
+        if self.config.per_dimension and policy.unit_size is None:
             raise UserError(
                 f"per_dimension needs to know how many action numbers a unit has, {type(policy).__name__} does not say "
                 "(unit_size): leave it out"
@@ -336,7 +337,7 @@ class PPO(Objective):
             scorers["old_log_prob"] = lambda b: _log_prob(agent.policy, b)
         if self.uses_value:
             scorers["value"] = lambda b: _values(agent, b)
-        if self.uses_value and self.per_unit and hasattr(agent.policy, "unit_values"):
+        if self.uses_value and self.per_unit and able(agent.policy, UnitValues):
             scorers["unit_value"] = lambda b: _unit_values(agent, b)
         for name, scorer in scorers.items():
             batch.notes[name] = score_in_chunks(scorer, batch, agent.device)
@@ -422,8 +423,8 @@ def _log_prob(policy: Any, batch: Batch) -> Tensor:
 
 def _values(agent: Agent, batch: Batch) -> Tensor:
     """[B], from the policy's own head or the part "value"."""
-    own = getattr(agent.policy, "value", None)
-    return agent.parts["value"](batch.observation) if own is None else own(batch.observation, batch.trace)
+    own = able(agent.policy, Values)
+    return agent.parts["value"](batch.observation) if own is None else own.value(batch.observation, batch.trace)
 
 
 def _unit_values(agent: Agent, batch: Batch) -> Tensor:

@@ -25,6 +25,7 @@ from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import as_tensors, polyak
 from embodied_rft.objectives.common import imitation, preset
 from embodied_rft.options import STRICT
+from embodied_rft.policy import Draws, Imitates, Reparametrised, able
 from embodied_rft.pools.spaces import ActionScale
 from embodied_rft.registry import register
 
@@ -109,7 +110,7 @@ class SAC(Objective):
     def _check(self, agent: Agent) -> None:
         """Refuse a policy that the options do not suit."""
         c = self.config
-        if c.bc_weight and not hasattr(agent.policy, "imitation_loss"):
+        if c.bc_weight and able(agent.policy, Imitates) is None:
             raise UserError(f"bc_weight {c.bc_weight}: {type(agent.policy).__name__} cannot imitate; set it to 0")
         without = not is_stochastic(agent.policy)
         if without and self.needs_entropy:
@@ -317,7 +318,7 @@ class E2O(SAC):
 
 def is_stochastic(policy: Any) -> bool:
     """Whether the policy exposes an entropy; one that does not is trained as in TD3."""
-    return bool(getattr(policy, "stochastic", hasattr(policy, "rsample")))
+    return policy.stochastic and able(policy, Reparametrised) is not None
 
 
 def sample(policy: Any, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
@@ -327,8 +328,8 @@ def sample(policy: Any, observation: Tree, rng: torch.Generator) -> tuple[Tensor
     """
     if is_stochastic(policy):
         return policy.rsample(observation, rng=rng)
-    if hasattr(policy, "draw"):
-        return policy.draw(observation, rng=rng), None
+    if drawn := able(policy, Draws):
+        return drawn.draw(observation, rng=rng), None
     return policy.mode(observation), None
 
 

@@ -19,6 +19,7 @@ from embodied_rft.data import Trajectory
 from embodied_rft.experience.collect import action_field
 from embodied_rft.experience.recut import chunk_trajectories
 from embodied_rft.learning.agent import Agent, Spaces
+from embodied_rft.policy import Retraces, able
 from embodied_rft.pools.chunks import QueuedPool, chunk_of, find_planner, fit_pool
 from embodied_rft.pools.described import DescribedPool, Description, describe_pool
 from embodied_rft.pools.making import make_single
@@ -169,9 +170,10 @@ class Rig:
             trajectories: of decisions, or of single steps.
             chunk: (horizon, execute) of the chunks that single steps are to be cut into.
         """
+        retrace = able(self.agent.policy, Retraces)
         for one in trajectories:
             for each in [one] if chunk is None else chunk_trajectories([one], horizon=chunk[0], execute=chunk[1]):
-                self.buffer.add_trajectory(each, retrace=getattr(self.agent.policy, "retrace", None))
+                self.buffer.add_trajectory(each, retrace=None if retrace is None else retrace.retrace)
 
     def buffer_state(self) -> dict[str, Any] | None:
         """Of the buffer; None before a stage needs one."""

@@ -148,7 +148,7 @@ class Adapt(Stage):
                     raise UserError(f"adapt.options have no effect with {self.with_!r}: leave them out")
                 parse(trainable.LoraOptions, self.options, "adapt.options")
                 return
-            around = [id for id in registry.known("agent") if hasattr(registry.find("agent", id), "load_base")]
+            around = [id for id in registry.known("agent") if registry.find("agent", id).takes_base]
             if self.with_ not in around:
                 raise UserError(f"adapt.with is {self.with_!r}; {nearest(self.with_, [*trainable.WORDS, *around])}")
             options = {"base": {"id": "gaussian"}, **self.options}

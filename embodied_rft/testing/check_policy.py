@@ -11,6 +11,7 @@ from gymnasium import spaces
 
 from embodied_rft.data import Decisions, Ragged
 from embodied_rft.names import UserError
+from embodied_rft.policy import HasMode, Refuses, able, require_policy
 from embodied_rft.pools.protocol import flatten_space
 from embodied_rft.testing.compare import generator, random_actions, same
 
@@ -19,7 +20,7 @@ def check_policy(policy: Any, observation_space: spaces.Space, action_space: spa
     """Check a policy: shapes, act and log_prob agree, randomness from `rng` alone, independent rows, full state_dict.
 
     Args:
-        policy: an nn.Module with `act`, `log_prob`, `trace_fields`, `num_units` (docs/architecture.md).
+        policy: to be checked.
         observation_space: of a single environment.
         action_space: of a single environment.
         count: N of the batches that are tried, at least 2.
@@ -28,9 +29,7 @@ def check_policy(policy: Any, observation_space: spaces.Space, action_space: spa
         ValueError: names the first rule that is broken.
     """
     name = type(policy).__name__
-    for attribute in ("act", "log_prob", "trace_fields", "num_units", "state_dict"):
-        if not hasattr(policy, attribute):
-            raise UserError(f"{name} has no {attribute!r}; see the policy contract in docs/architecture.md")
+    require_policy(policy, "the policy")
     observation = _readable(policy, observation_space, _observations(observation_space, count))
     before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
     decisions = policy.act(observation, rng=generator(0))
@@ -56,7 +55,8 @@ def _observations(space: spaces.Space, count: int) -> dict[str, Any]:
 
 def _readable(policy: Any, space: spaces.Space, observation: dict[str, Any]) -> dict[str, Any]:
     """The observations with texts so short that the policy has room for a reply."""
-    check: Any = getattr(policy, "unreadable", lambda _: {})
+    reader = able(policy, Refuses)
+    check: Any = (lambda _: {}) if reader is None else reader.unreadable
     leaves = flatten_space(space)
     for row, reason in check(observation).items():
         for _ in range(32):
@@ -162,7 +162,7 @@ def _check_rows(name: str, policy: Any, observation: dict[str, Any], count: int)
 
 
 def _check_mode(name: str, policy: Any, observation: dict[str, Any], action_space: spaces.Space) -> None:
-    if not hasattr(policy, "mode") or isinstance(action_space, spaces.Text):
+    if able(policy, HasMode) is None or isinstance(action_space, spaces.Text):
         return
     mode = policy.mode(_tensors(observation)).detach().cpu().numpy()
     greedy = np.asarray(policy.act(observation, greedy=True).action)

@@ -18,6 +18,7 @@ from embodied_rft.learning.agent import Agent, Spaces
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.networks.mlp import MLP
 from embodied_rft.objectives import build_objective
+from embodied_rft.policy import Policy, UnitValues, Values
 from embodied_rft.pools.incidents import Incidents
 from embodied_rft.pools.protocol import StepResult
 
@@ -71,7 +72,7 @@ class Spelling:
         pass
 
 
-class Speller(nn.Module):
+class Speller(Policy):
     """A policy that writes token by token; with `values`, its trunk also has a value before every token."""
 
     num_units = None
@@ -81,9 +82,9 @@ class Speller(nn.Module):
     def __init__(self, *, rng, values=False, hidden=32):
         super().__init__()
         self.net = MLP(CLASSES + LONGEST + VOCABULARY + 1, (hidden, hidden), VOCABULARY, rng=rng, last_gain=0.1)
+        self.lacks = frozenset() if values else frozenset({Values, UnitValues})
         if values:
             self.head = MLP(hidden, (), 1, rng=rng)
-            self.value, self.unit_values = self._value, self._unit_values
 
     def _inputs(self, observation, place, previous):
         place = nn.functional.one_hot(place, LONGEST).float()
@@ -121,15 +122,15 @@ class Speller(nn.Module):
         log_prob, entropy = (torch.zeros(mask.shape).masked_scatter(mask, f) for f in flat)
         return log_prob, entropy
 
-    def imitation_loss(self, observation, action, *, rng=None):
+    def imitation_loss(self, observation, action, *, rng=None, trace=None, mask=None):
         return -self.log_prob(observation, action, {})[0].sum(1)
 
-    def _value(self, observation, trace=None):
+    def value(self, observation, trace=None):
         shown = observation["observation"]
         start = torch.zeros(len(shown), dtype=torch.int64)
         return self.head(self.net.hidden(self._inputs(shown, start, start + VOCABULARY))).squeeze(-1)
 
-    def _unit_values(self, observation, action, trace):
+    def unit_values(self, observation, action, trace):
         inputs, _ = self._flat(observation, action)
         mask = torch.from_numpy(action.pad()[1])
         return torch.zeros(mask.shape).masked_scatter(mask, self.head(self.net.hidden(inputs)).squeeze(-1))

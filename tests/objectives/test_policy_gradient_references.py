@@ -21,6 +21,7 @@ from embodied_rft.learning.agent import Agent, Spaces
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
 from embodied_rft.objectives.credit import bi_level_gae_credit
+from embodied_rft.policy import Policy
 from tests.lab.spelling import CLASSES, END, LONGEST, Lab
 from tests.objectives.test_policy_gradient import gradients, moved
 
@@ -344,7 +345,7 @@ class Drift(gym.Env):
         return self.x, float(-np.abs(self.x).sum()), end < 0.08, 0.08 < end < 0.16, {}
 
 
-class Peer(nn.Module):
+class Peer(Policy):
     """An SB3 actor-critic as a policy of ours."""
 
     num_units, trace_fields, spec = 1, {}, {"id": "peer"}  # noqa: RUF012

@@ -12,7 +12,7 @@ from torch import nn
 import embodied_rft.envs  # noqa: F401
 from embodied_rft import registry
 from embodied_rft.data import Decisions, Field
-from embodied_rft.policy import build_policy
+from embodied_rft.policy import Policy, build_policy
 from embodied_rft.pools.chunks import find_planner
 from embodied_rft.testing.check_env import check_env
 from embodied_rft.testing.check_policy import check_policy
@@ -215,7 +215,7 @@ def test_deterministic_actors_pass(id):
     check_policy(make_policy(id, deterministic=True, hidden=[8], **options), VECTORS, BOX)
 
 
-class Uniform(nn.Module):
+class Uniform(Policy):
     """A correct little policy: a Gaussian around a linear map, clipped by nobody because it is squashed."""
 
     num_units = 1
@@ -335,8 +335,8 @@ def test_broken_policies_are_caught(broken, message):
 
 
 def test_text_policy():
-    class Parrot(nn.Module):
-        num_units, trace_fields = 1, {}
+    class Parrot(Policy):
+        """Says the beginning of what it hears."""
 
         def act(self, observation, *, greedy=False, rng=None):
             replies = [text[:3] for text in observation["observation"]]
