@@ -108,10 +108,13 @@ def options_tables() -> str:
 
 
 def contract(name: str) -> str:
-    """The public attributes and methods of "package.module.Class", each with the first sentence of what it says."""
+    """What "package.module.Class" offers, or how "package.module.function" is called, with what each says of itself."""
     module, _, owner = name.rpartition(".")
     source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-    found = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == owner)
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    found = next(n for n in ast.parse(source).body if isinstance(n, kinds) and n.name == owner)
+    if isinstance(found, ast.FunctionDef):
+        return "```python\n" + "\n".join(_signature(found)) + "\n```"
     bases = ", ".join(map(ast.unparse, found.bases))
     lines = [f"class {owner}({bases}):" if bases else f"class {owner}:"]
     for node in found.body:
@@ -119,15 +122,20 @@ def contract(name: str) -> str:
             line = source.splitlines()[node.lineno - 1].strip()
             lines.append("    " + re.sub(r"# noqa: \S+ +", "# ", line))
         elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            assert node.returns is not None, f"{name}.{node.name} does not say what it returns"
-            arguments = re.sub(r"(?<=[\w\]])=", " = ", ast.unparse(node.args))
-            head = f"def {node.name}({arguments}) -> {ast.unparse(node.returns)}"
-            if any(ast.unparse(decorator) == "property" for decorator in node.decorator_list):
-                head = f"{node.name}: {ast.unparse(node.returns)}  # property"
-            said = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-            lines += textwrap.wrap(head, 116, initial_indent="    ", subsequent_indent=" " * 8)
-            lines += textwrap.wrap(said, 116, initial_indent="        # ", subsequent_indent="        # ")
+            lines += [f"    {line}" for line in _signature(node)]
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _signature(node: ast.FunctionDef) -> list[str]:
+    """How a function is called, or what a property is, and below it the first paragraph of its docstring."""
+    assert node.returns is not None, f"{node.name} does not say what it returns"
+    arguments = re.sub(r"(?<=[\w\]])=", " = ", ast.unparse(node.args))
+    head = f"def {node.name}({arguments}) -> {ast.unparse(node.returns)}"
+    if any(ast.unparse(decorator) == "property" for decorator in node.decorator_list):
+        head = f"{node.name}: {ast.unparse(node.returns)}  # property"
+    said = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+    lines = textwrap.wrap(head, 112, subsequent_indent="    ")
+    return lines + textwrap.wrap(said, 112, initial_indent="    # ", subsequent_indent="    # ")
 
 
 def _is_ours(id: str) -> bool:

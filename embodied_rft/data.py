@@ -45,7 +45,7 @@ class Field:
     """What one row of a column holds.
 
     Field((25,), "float32") is a dense vector, Field((), "int64", "ragged") a list of token ids of any length,
-    Field((), "uint8", "images") a list of images of any number and size, stored once each (see `blobs`).
+    Field((), "uint8", "images") a list of images of any number and size, stored once each (see `images`).
     """
 
     shape: tuple[int, ...] = ()

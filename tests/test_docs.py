@@ -241,6 +241,15 @@ def test_options_of_a_page_of_algorithms_exist(page, words):
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
+def test_files_that_the_pages_name_exist():
+    """`embodied_rft/pools/pool.py` as it lies, `pool.py` somewhere; what a page has its reader save aside."""
+    files = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    named = {name for page in pages for name in re.findall(r"`([\w/]+\.py)`", page.read_text(encoding="utf-8"))}
+    gone = {name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)}
+    assert len(named) > 10 and gone <= {"corridor.py", "awac.py"}, gone
+
+
 @pytest.mark.parametrize("kind", ["agent", "objective", "stage"])
 def test_the_options_of_every_plugin_survive_the_dump(kind):
     """A run's recipe.yaml holds all defaults, and reading it gives the same run."""
