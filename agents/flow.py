@@ -23,7 +23,7 @@ from embodied_rft.data import Tree
 from embodied_rft.learning.losses import mean_where
 from embodied_rft.names import UserError
 from embodied_rft.networks.mlp import MLP
-from embodied_rft.options import STRICT
+from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import require_rng
 from embodied_rft.registry import register
 
@@ -37,6 +37,10 @@ class FlowConfig(ChunkConfig):
     noise_level: float = 1.0  # "sde": width of the noise is noise_level * (1 - t) / sqrt(S), at least min_std
     max_std: float = 0.3  # "learned": widths lie in [min_std, max_std]
     noise_hidden: tuple[int, ...] = (64, 64)  # "learned": hidden layers of the network of widths
+
+    def __post_init__(self) -> None:
+        idle = ["max_std", "noise_hidden"] if self.noise == "sde" else ["noise_level"]
+        refuse_idle(self, idle, f"with noise {self.noise!r}")
 
 
 @register("agent", "flow")

@@ -36,6 +36,8 @@ def shrink(tree: Any) -> Any:
     """The recipe with every amount cut down."""
     if isinstance(tree, dict):
         small = {k: min(v, SMALL[k]) for k, v in tree.items() if k in SMALL and isinstance(v, int | float)}
+        if not tree.get("evaluate_every"):  # then nothing is evaluated, and how much is not asked
+            small.pop("evaluate_episodes", None)
         return {k: small.get(k, shrink(v)) for k, v in tree.items()}
     return [shrink(item) for item in tree] if isinstance(tree, list) else tree
 

@@ -8,6 +8,7 @@ tuning, policy updated every time. The bound is the time that the matrix product
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import gymnasium as gym
@@ -46,7 +47,7 @@ def ours(precision: Any) -> Any:
     """A function that makes CHUNK updates."""
     rng, numbers = torch.Generator().manual_seed(0), np.random.default_rng(0)
     agent = build_agent({"id": "gaussian"}, OBSERVATION, ACTION, rng)
-    objective = build_objective({"id": "sac", "batch_size": BATCH, "num_updates": CHUNK})
+    objective = build_objective({"id": "sac", "batch_size": BATCH})
     objective.setup(agent, rng)
     learner = Learner(agent, objective, LearnerConfig(precision=precision))
     schema = Schema(observation={"observation": Field((28,))}, action=Field((4,)), trace={"u": Field((4,))}, units=1)
@@ -64,7 +65,7 @@ def ours(precision: Any) -> Any:
         )
 
     def work() -> float:
-        for batch in objective.reading.batches(buffer, numbers, learner.version):
+        for batch in itertools.islice(objective.reading.batches(buffer, numbers, learner.version), CHUNK):
             learner.update(batch, rng)
         learner.metrics()
         return CHUNK

@@ -12,12 +12,13 @@ import keyword
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, ValidationInfo, WrapValidator
 from pydantic.dataclasses import is_pydantic_dataclass, rebuild_dataclass
+from pydantic.fields import FieldInfo
 
 from embodied_rft import registry
 from embodied_rft.names import UserError, nearest
@@ -146,6 +147,28 @@ def parse(cls: type[T], mapping: Any, path: str = "") -> T:
         raise ConfigError("\n".join(_describe(cls, problem, path) for problem in error.errors())) from None
     _check_depth(made, path)
     return made
+
+
+def refuse_idle(config: Any, names: Iterable[str], why: str) -> None:
+    """Refuse options that nothing would read: those of `names` that do not have their default.
+
+    Args:
+        config: an instance of a `Config` dataclass.
+        names: of its fields.
+        why: how the message goes on behind "NAME has no effect": "with credit 'grpo'".
+
+    Raises:
+        UserError: names the first one.
+    """
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    for name in names:
+        value, default = getattr(config, name), fields[name].default
+        if isinstance(default, FieldInfo):
+            default = default.get_default(call_default_factory=True)
+        elif fields[name].default_factory is not dataclasses.MISSING:
+            default = fields[name].default_factory()
+        if value != default:
+            raise UserError(f"{to_key(name)} {to_plain(value)} has no effect {why}: leave it out")
 
 
 def _check_depth(config: Any, path: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from embodied_rft.networks.encoder import Encoder, Normalize
 from embodied_rft.networks.heads import ActorHead
-from embodied_rft.options import STRICT
+from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import Policy, require_rng
 
 
@@ -43,6 +43,12 @@ class ActorConfig(NetworkConfig):
     squash: Literal["action", "mean"] = "action"  # tanh of what is drawn, or of its mean alone, then clipped (IQL)
     initial_log_std: float = 0.0  # in [-1, 1] units before tanh
     log_std_range: tuple[float, float] = (-5.0, 2.0)  # of the width, natural logarithm
+
+    def __post_init__(self) -> None:
+        if self.deterministic:
+            refuse_idle(self, ["std", "squash", "initial_log_std", "log_std_range"], "on a deterministic actor")
+        else:
+            refuse_idle(self, ["exploration_noise"], "on an actor that draws its actions, see deterministic")
 
 
 def make_encoder(config: NetworkConfig, observation_space: gym.Space, *, rng: torch.Generator) -> Encoder:

@@ -1,6 +1,7 @@
 """How a learner reads the buffer: `Replay` for off-policy objectives, `Fresh` for on-policy ones.
 
-A plan is a small config that yields batches. It holds no state: a run resumes from the buffer and the generator alone.
+A plan is a small config that yields batches, of replay without end: whoever learns says how many it takes. It holds no
+state: a run resumes from the buffer and the generator alone.
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ Share = Annotated[float, Option(ge=0, le=1)]  # an option in [0, 1], such as a d
 class Replay:
     """Batches drawn from everything, with replacement.
 
-    RLPD (Ball et al. 2023) is Replay(num_updates=20, offline_share=0.5).
+    RLPD (Ball et al. 2023) is Replay(offline_share=0.5).
     """
 
-    num_updates: int = 1_000  # per learn call
     batch_size: int = 256  # decisions of one update
     offline_share: Share | None = None  # of demonstrations and offline data; None: uniform; 0.5: RLPD; 0: WSRL online
     num_steps: int = 1  # n of the n-step return
@@ -37,11 +37,11 @@ class Replay:
 
     def __post_init__(self) -> None:
         _at_least(1, batch_size=self.batch_size, num_steps=self.num_steps)
-        _at_least(0, num_updates=self.num_updates, hindsight=self.hindsight)
+        _at_least(0, hindsight=self.hindsight)
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
-        """`num_updates` batches, each drawn when it is asked for. `version` does not matter."""
-        for _ in range(self.num_updates):
+        """Batches without end, each drawn when it is asked for. `version` does not matter."""
+        while True:
             yield buffer.sample(
                 rng,
                 self.batch_size,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import os
 import shutil
@@ -265,20 +266,22 @@ class Learner:
         Args:
             buffer: the experience.
             rng: draws the rows; a torch generator for the losses is seeded from it.
-            num_updates: overrides the plan's number (replayed objectives).
+            num_updates: how many batches of replay, whose plans have no end; fresh data is read to its end.
 
         Returns:
             Mean of each metric, and what `annotate` found in the data.
         """
         generator = torch.Generator(self.agent.device).manual_seed(int(rng.integers(2**62)))
         reading = self.objective.reading
-        if num_updates is not None:
-            if isinstance(reading, Fresh):
+        if isinstance(reading, Replay):
+            if num_updates is None:
+                raise UserError("replay has no end: say how much is learned, num_updates")
+            rows = buffer.rows()
+        else:
+            if num_updates is not None:
                 raise UserError("num_updates has no effect on an objective that reads fresh data: set its num_epochs")
-            reading = replace(reading, num_updates=num_updates)
-        oldest = self.version - reading.max_lag if isinstance(reading, Fresh) else None
-        rows = buffer.rows(min_version=oldest)
-        noted = self.read(buffer, rows, reading, sampler=rng, rng=generator)
+            rows = buffer.rows(min_version=self.version - reading.max_lag)
+        noted = self.read(buffer, rows, reading, sampler=rng, rng=generator, num_updates=num_updates)
         return noted | self.metrics()
 
     def read(
@@ -289,8 +292,9 @@ class Learner:
         *,
         sampler: np.random.Generator,
         rng: torch.Generator,
+        num_updates: int | None = None,
     ) -> Metrics:
-        """Annotate `rows`, then update from every batch of the plan `reading`; what `annotate` found in the data.
+        """Annotate `rows`, then update from the batches of the plan `reading`; what `annotate` found in the data.
 
         An objective may end it early (`enough`), let some losses wait for so many iterations (`due`), and change what
         must stay as it was when the data was collected once all has been read (`after_reading`).
@@ -298,7 +302,8 @@ class Learner:
         noted = self.objective.annotate(self.agent, buffer, rows, rng)
         distributed.equalize(self.agent.buffers())  # statistics of the data
         due = self.objective.due(self.iterations)
-        for batch in distributed.in_step(reading.batches(buffer, sampler, self.version)):
+        batches = itertools.islice(reading.batches(buffer, sampler, self.version), num_updates)
+        for batch in distributed.in_step(batches):
             if not self.update(batch, rng, only=due):
                 noted = noted | {"learn/stopped_early": 1.0}
                 break

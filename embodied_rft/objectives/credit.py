@@ -4,11 +4,11 @@
     def centred(agent, batch, lengths, config):
         return {"advantage": batch.reward - batch.reward.mean()}
 
-A function may carry three attributes. `needs_groups`: it compares siblings; it sees whole episodes of whole groups
+A function may carry four attributes. `needs_groups`: it compares siblings; it sees whole episodes of whole groups
 only, and `finetune` insists on those. `uses_value`: values are wanted; they come as the notes "value" [B], "next_value"
 [B] and, where the policy has one for each unit, "unit_value" [B, U]. `per_unit`: the credit is one number a unit,
 and rewards of single units (a KL penalty) come as the note "unit_reward" [B, U]; otherwise they are already part of
-`batch.reward`, and the credit is [B].
+`batch.reward`, and the credit is [B]. `reads`: those of `OPTIONS` that it reads; others are refused beside it.
 Legend: B decisions, S segments (runs of consecutive decisions of one episode), T decisions of a segment, U units.
 """
 
@@ -28,6 +28,7 @@ from embodied_rft.names import UserError
 from embodied_rft.registry import register
 
 F = TypeVar("F", bound=Callable[..., Any])
+OPTIONS = ("gamma", "trace_decay", "unit_gamma", "unit_trace_decay")  # of `ppo`, for some credits
 
 
 class Credit(Protocol):
@@ -48,7 +49,7 @@ class Credit(Protocol):
         """
 
 
-def _wants(**attributes: bool) -> Callable[[F], F]:
+def _wants(**attributes: Any) -> Callable[[F], F]:
     def mark(function: F) -> F:
         for name, value in attributes.items():
             setattr(function, name, value)
@@ -61,7 +62,7 @@ def _wants(**attributes: bool) -> Callable[[F], F]:
 
 
 @register("credit", "gae")
-@_wants(uses_value=True)
+@_wants(uses_value=True, reads=("gamma", "trace_decay"))
 def gae_credit(agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
     """Generalised advantage estimation over decisions; see `returns.gae`."""
     advantage = _gae(batch, lengths, config)
@@ -69,7 +70,7 @@ def gae_credit(agent: Agent, batch: Batch, lengths: list[int], config: Any) -> d
 
 
 @register("credit", "bi_level_gae")
-@_wants(uses_value=True, per_unit=True)
+@_wants(uses_value=True, per_unit=True, reads=OPTIONS)
 def bi_level_gae_credit(agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
     """GAE over decisions (turns), then inside each over its units (Wang et al. 2025, VAGEN, section 3).
 
@@ -104,7 +105,7 @@ def _gae(batch: Batch, lengths: list[int], config: Any, extra: Tensor | None = N
 
 
 @register("credit", "return")
-@_wants(per_unit=True)
+@_wants(per_unit=True, reads=("gamma",))
 def return_credit(agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
     """The discounted return from each unit on: its own decision's unit rewards, then all that follows.
 
@@ -136,21 +137,21 @@ def _group_credit(batch: Batch, lengths: list[int], baseline: Literal["grpo", "d
 
 
 @register("credit", "grpo")
-@_wants(needs_groups=True)
+@_wants(needs_groups=True, reads=())
 def grpo_credit(agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
     """(R - mean) / std of the group (Shao et al. 2024, section 4.1.2)."""
     return _group_credit(batch, lengths, "grpo")
 
 
 @register("credit", "dr_grpo")
-@_wants(needs_groups=True)
+@_wants(needs_groups=True, reads=())
 def dr_grpo_credit(agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
     """R - mean of the group (Liu et al. 2025, section 3.2)."""
     return _group_credit(batch, lengths, "dr_grpo")
 
 
 @register("credit", "rloo")
-@_wants(needs_groups=True)
+@_wants(needs_groups=True, reads=())
 def rloo_credit(agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
     """R - mean of the siblings (Ahmadian et al. 2024, eq. 7)."""
     return _group_credit(batch, lengths, "rloo")

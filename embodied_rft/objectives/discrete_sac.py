@@ -20,7 +20,7 @@ from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import polyak
-from embodied_rft.options import STRICT
+from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import Chooses, able
 from embodied_rft.pools.spaces import one_choice
 from embodied_rft.registry import register
@@ -39,6 +39,11 @@ class DiscreteSACConfig(Replay):
     initial_temperature: float = 1.0  # of entropy
     train_temperature: bool = True  # towards target_entropy
     target_entropy: float | None = None  # None: 0.98 log n
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.train_temperature:
+            refuse_idle(self, ["target_entropy"], "with train_temperature: false")
 
 
 @register("objective", "discrete_sac")

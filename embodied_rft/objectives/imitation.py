@@ -22,7 +22,7 @@ from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
 from embodied_rft.objectives.common import imitation, segment_returns
-from embodied_rft.options import STRICT
+from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import Imitates, able
 from embodied_rft.registry import register
 
@@ -86,12 +86,12 @@ class SelectedReplay(Replay):
             raise UserError("offline_share has no effect on selected episodes: leave it out, or the selection")
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
-        """`num_updates` batches; what is selected is decided when the first one is asked for."""
+        """Batches without end; what is selected is decided when the first one is asked for."""
         if self.selection.everything:
             yield from Replay.batches(self, buffer, rng, version)
             return
         rows = select(buffer, self.selection, self.reward_weights)
-        for _ in range(self.num_updates):
+        while True:
             yield buffer.batch(rows[rng.integers(len(rows), size=self.batch_size)], next_observation=False)
 
 
@@ -100,10 +100,13 @@ class BehaviorCloningConfig:
     """Options of `bc`."""
 
     batch_size: int = 256  # decisions of one update
-    num_updates: int = 1_000  # per learn call
     offline_share: float | None = None  # 1.0: demonstrations and offline data only; without a selection
     selection: Selection = field(default_factory=Selection)
     reward_weights: dict[str, float] | None = None  # what returns are made of; None: the environment's reward
+
+    def __post_init__(self) -> None:
+        if self.selection.min_return is None and self.selection.best_of is None:
+            refuse_idle(self, ["reward_weights"], "where no selection looks at returns")
 
 
 @register("objective", "bc")
@@ -116,7 +119,6 @@ class BehaviorCloning(Objective):
         self.config = config
         self.losses: Losses = {"policy": self.policy_loss}
         self.reading = SelectedReplay(
-            num_updates=config.num_updates,
             batch_size=config.batch_size,
             offline_share=config.offline_share,
             selection=config.selection,

@@ -33,12 +33,14 @@ from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import readable, score_in_chunks, units_of, whole_groups
 from embodied_rft.objectives.correction import Correction, correct
-from embodied_rft.objectives.credit import Credit
-from embodied_rft.options import STRICT
+from embodied_rft.objectives.credit import OPTIONS, Credit
+from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import UnitValues, Values, able
 from embodied_rft.registry import find, register
 
 SHARED = {"decision": "decisions", "mean": "decisions", "episode": "episodes", "episode_mean": "episodes"}
+OF_OWN_VALUE = ("value_hidden", "value_activation")  # options of a value that is a network of its own
+OF_VALUE = (*OF_OWN_VALUE, "value_clip", "value_weight")
 CLIP_GROWTH = 3.0  # rate at which the clip range grows from the first unit to the last (DPPO)
 
 
@@ -114,6 +116,16 @@ class PPOConfig:
             raise UserError(f'normalizer_units has no effect with normalizer {self.normalizer!r}: use "constant"')
         if self.ratio == "none" and (self.clip_low is not None or self.clip_high is not None):
             raise UserError('ratio "none" is always 1, clipping has no effect: set clip_low and clip_high to null')
+        if self.ratio in SHARED or self.ratio == "none":
+            refuse_idle(self, ["clip_first"], f"with ratio {self.ratio!r}: there is no first unit")
+        if self.ratio == "none":
+            refuse_idle(self, ["target_kl", "dual_clip"], "with ratio 'none', which is always 1")
+        if self.ratio in SHARED:
+            refuse_idle(self, ["unit_discount"], f"with ratio {self.ratio!r}, which is one number for all units")
+        if not self.kl_weight:
+            refuse_idle(self, ["kl_in", "kl_estimator", "reference"], "without kl_weight")
+        if not self.kl_weight or self.reference != "moving":
+            refuse_idle(self, ["reference_decay"], "without a reference that is moving, and kl_weight")
         if self.overlong is not None and not 0 <= self.overlong[1] <= self.overlong[0]:
             raise UserError(f"overlong {self.overlong}: (limit, margin) with 0 <= margin <= limit is expected")
 
@@ -132,8 +144,7 @@ class PPO(Objective):
         self.per_unit = getattr(self.credit, "per_unit", False)
         self.needs_groups = getattr(self.credit, "needs_groups", False)
         self.prefix = "unit_" if self.per_unit else ""  # of the notes that credit writes
-        if config.critic_warm_up and not self.uses_value:
-            raise UserError(f"critic_warm_up has no effect: credit {config.credit!r} has no value that could learn")
+        self._check_credit()
         if config.normalize_advantage == "minibatch" and config.batch_size == 1 and not self.per_unit:
             raise UserError(
                 'normalize_advantage "minibatch" leaves nothing of the advantage of a single decision: set batch_size '
@@ -154,6 +165,22 @@ class PPO(Objective):
             reward_weights=config.reward_weights,
         )
 
+    def _check_credit(self) -> None:
+        """Refuse options that this credit does not read."""
+        c, why = self.config, f"with credit {self.config.credit!r}"
+        reads = getattr(self.credit, "reads", OPTIONS)
+        idle = [name for name in OPTIONS if name not in reads and (name != "gamma" or not c.scale_reward)]
+        refuse_idle(c, idle, why)
+        if not self.uses_value:
+            self._refuse_warm_up(f"{why}, which has no value")
+            refuse_idle(c, OF_VALUE, f"{why}, which has no value")
+        if not self.needs_groups:
+            refuse_idle(c, ["drop_even_groups"], f"{why}, which compares no siblings")
+
+    def _refuse_warm_up(self, why: str) -> None:
+        if self.config.critic_warm_up:  # also where a preset has it as its default
+            raise UserError(f"critic_warm_up {self.config.critic_warm_up} has no effect {why}: set it to 0")
+
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """The value, where the credit needs one; the reference, where there is a KL term."""
         c = self.config
@@ -166,10 +193,11 @@ class PPO(Objective):
             return
         self.joint = able(agent.policy, Values) is not None
         if self.joint:
-            if c.critic_warm_up:
-                raise UserError("critic_warm_up has no effect: this policy's value shares its trunk, they learn as one")
+            self._refuse_warm_up("on this policy, whose value shares its trunk: they learn as one")
+            refuse_idle(c, OF_OWN_VALUE, "on this policy, whose value shares its trunk")
             self.losses = {"policy": self.policy_loss}
         else:
+            refuse_idle(c, ["value_weight"], "on this policy, whose value is a network with a loss of its own")
             hidden = None if c.value_hidden is None else list(c.value_hidden)
             agent.ensure("value", "value", hidden=hidden, activation=c.value_activation)
 

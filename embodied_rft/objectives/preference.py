@@ -57,14 +57,14 @@ class PairPlan(Replay):
             raise UserError("offline_share has no effect on pairs: leave it out")
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
-        """`num_updates` batches; none if all that can be compared is equally good: then there is nothing to learn.
+        """Batches without end; none if all that can be compared is equally good: then there is nothing to learn.
 
         Raises:
             ValueError: no two pieces can be compared.
         """
         pieces, score, kind = self._pieces(buffer)
         best, worst = self._extremes(score, kind)
-        for _ in range(self.num_updates if len(best) else 0):
+        while len(best):
             if self.pairing == "extremes":
                 drawn = rng.integers(len(best), size=self.batch_size)
                 chosen, rejected = best[drawn], worst[drawn]
@@ -140,7 +140,6 @@ def pair_batch(buffer: Buffer, chosen: list[np.ndarray], rejected: list[np.ndarr
 class DPOConfig:
     """Options of `dpo` and its kin."""
 
-    num_updates: int = 1_000  # per learn call
     batch_size: int = 64  # pairs
     within: Literal["group", "seed", "all"] = "group"  # what the two of a pair share
     pairing: Literal["random", "extremes"] = "random"  # any two that differ, or the best and the worst
@@ -173,7 +172,7 @@ class DPO(Objective):
     def __init__(self, config: Any) -> None:
         self.config = config
         self.losses: Losses = {"policy": self.policy_loss}
-        names = ("num_updates", "batch_size", "within", "pairing", "segment", "min_gap", "reward_weights")
+        names = ("batch_size", "within", "pairing", "segment", "min_gap", "reward_weights")
         self.reading = PairPlan(**{name: getattr(config, name) for name in names})
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:

@@ -6,7 +6,6 @@ of an ensemble is a sum over members where some papers take the mean: Adam's ste
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +23,7 @@ from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import as_tensors, polyak
 from embodied_rft.objectives.common import imitation, preset
-from embodied_rft.options import STRICT
+from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import Draws, Imitates, Reparametrised, able
 from embodied_rft.pools.spaces import ActionScale
 from embodied_rft.registry import register
@@ -59,6 +58,15 @@ class SACConfig(Replay):
     train_temperature: bool = True  # towards target_entropy
     target_entropy: float | None = None  # None: -A (`rlpd`, `wsrl`: -A / 2)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target != "random_subset":
+            refuse_idle(self, ["subset_size"], f"with target {self.target!r}, which takes all critics")
+        if not self.target_noise:
+            refuse_idle(self, ["target_noise_clip"], "without target_noise")
+        if not self.train_temperature:
+            refuse_idle(self, ["target_entropy"], "with train_temperature: false")
+
 
 @register("objective", "sac")
 class SAC(Objective):
@@ -77,6 +85,7 @@ class SAC(Objective):
     entropy_per_number = -1.0  # target entropy for each number of a decision, where the options give none
 
     def __init__(self, config: Any) -> None:
+        refuse_idle(config, self.unused, f"in {self.id!r}, see td3")
         self.config = config
         self.losses: Losses = {}  # filled by setup: whether there is a temperature depends on the policy
         self.every = {"policy": config.policy_delay, "temperature": config.policy_delay}
@@ -118,11 +127,8 @@ class SAC(Objective):
                 f"objective {self.id!r} trains policies with an entropy, this one has none: use td3, or a policy "
                 "without deterministic: true"
             )
-        usual = {f.name: f.default for f in fields(self.Config)}
-        for name in (*self.unused, *(OF_ENTROPY if without else ())):
-            if getattr(c, name) != usual[name]:
-                why = "on a policy without entropy" if name in OF_ENTROPY else f"in {self.id!r}, see td3"
-                raise UserError(f"{name} has no effect {why}: leave it out")
+        if without:
+            refuse_idle(c, OF_ENTROPY, "on a policy without entropy")
 
     # --- losses, in update order ---------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from embodied_rft.names import UserError
 from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.deterministic import TD3
 from embodied_rft.objectives.soft_actor_critic import SACConfig
-from embodied_rft.options import STRICT
+from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.registry import register
 
 
@@ -27,7 +27,6 @@ from embodied_rft.registry import register
 class DensityConfig:
     """Options of `density`."""
 
-    num_updates: int = 1_000  # per learn call
     batch_size: int = 256  # decisions of one update
     offline_share: float | None = None  # share of each batch from demonstrations and offline data; null: uniform
     hidden: tuple[int, ...] = (750, 750)  # layers of the network
@@ -44,9 +43,7 @@ class DensityObjective(Objective):
     def __init__(self, config: DensityConfig) -> None:
         self.config = config
         self.losses: Losses = {"density": self.density_loss}
-        self.reading = Replay(
-            num_updates=config.num_updates, batch_size=config.batch_size, offline_share=config.offline_share
-        )
+        self.reading = Replay(batch_size=config.batch_size, offline_share=config.offline_share)
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """The density."""
@@ -67,6 +64,11 @@ class SPOTConfig(SACConfig):
     final_support_weight: NonNegativeFloat | None = None  # None: lambda stays; else it cools to this
     cooling_updates: PositiveInt = 10_000  # linearly over this many updates
     beta: PositiveFloat = 0.5  # as in `density`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.final_support_weight is None:
+            refuse_idle(self, ["cooling_updates"], "without final_support_weight")
 
 
 @preset("spot", policy_delay=2, policy_value="first", target_noise=0.2)

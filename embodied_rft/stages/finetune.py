@@ -19,7 +19,7 @@ from embodied_rft.learning.learner import LearnerConfig
 from embodied_rft.learning.objective import Metrics
 from embodied_rft.names import UserError
 from embodied_rft.objectives import build_objective
-from embodied_rft.options import STRICT, plugin_spec
+from embodied_rft.options import STRICT, plugin_spec, refuse_idle
 from embodied_rft.registry import register
 from embodied_rft.runs.session import Session
 from embodied_rft.stages.base import Stage
@@ -87,6 +87,8 @@ class Finetune(Stage):
             objective = build_objective(self.objective)
             learning_of(objective).check(objective, self.objective, vars(self))
             self._check_iteration(objective.needs_groups)
+            if self.evaluate_every is None:
+                refuse_idle(self, ["evaluate_episodes"], "without evaluate_every")
             if self.until is not None and self.until.success is not None and self.evaluate_every is None:
                 raise UserError("until.success reads the learning curve, and there is none: set evaluate_every")
 

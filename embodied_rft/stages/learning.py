@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -57,7 +58,7 @@ class FromReplay:
     @staticmethod
     def check(objective: Objective, spec: dict[str, Any], options: Mapping[str, Any]) -> None:
         """Refuse what the stage and the objective do not agree on."""
-        off_policy_plan(objective, 0, options["batch_size"], options["offline_share"])
+        off_policy_plan(objective, options["batch_size"], options["offline_share"])
         say_once(spec, batch_size=options["batch_size"], offline_share=options["offline_share"])
 
     def iteration(self, num_envs: int) -> int:
@@ -81,9 +82,10 @@ class FromReplay:
         ratio = session.objective.updates_per_decision if ratio is None else ratio
         owed = progress.owed + sum(distributed.gather(decisions)) * ratio
         progress.owed = owed - int(owed)
-        plan = off_policy_plan(session.objective, int(owed), options["batch_size"], options["offline_share"])
+        plan = off_policy_plan(session.objective, options["batch_size"], options["offline_share"])
         learner, rng = session.running_learner, session.generator("learn")
-        for batch in plan.batches(session.buffer, session.numpy_generator("sample"), learner.version):
+        batches = plan.batches(session.buffer, session.numpy_generator("sample"), learner.version)
+        for batch in itertools.islice(batches, int(owed)):
             learner.update(batch, rng)
         session.counters["updates"] += int(owed)
         return {}
@@ -140,7 +142,7 @@ def annotate_once(session: Session) -> None:
         progress.annotated = True
 
 
-def off_policy_plan(objective: Objective, updates: int, batch_size: int | None, offline_share: float | None) -> Replay:
+def off_policy_plan(objective: Objective, batch_size: int | None, offline_share: float | None) -> Replay:
     """The objective's reading plan with the stage's numbers; a plan for fresh data is refused."""
     if not isinstance(objective.reading, Replay):
         raise UserError(
@@ -148,17 +150,12 @@ def off_policy_plan(objective: Objective, updates: int, batch_size: int | None, 
         )
     share = objective.reading.offline_share if offline_share is None else offline_share
     batch_size = distributed.share(batch_size or objective.reading.batch_size, "batch_size")
-    return replace(objective.reading, num_updates=updates, batch_size=batch_size, offline_share=share)
+    return replace(objective.reading, batch_size=batch_size, offline_share=share)
 
 
 def say_once(spec: dict[str, Any], **options: Any) -> None:
-    """Refuse options of a replayed objective {"id": ..., options} that its stage decides, or decides otherwise."""
+    """Refuse options of a replayed objective {"id": ..., options} that its stage decides otherwise."""
     defaults = {f.name: f.default for f in fields(registry.find("objective", spec["id"]).Config)}
-    if spec.get("num_updates") != defaults.get("num_updates"):
-        raise UserError(
-            f"objective.num_updates {spec['num_updates']} has no effect in a recipe: how much is learned says the "
-            "stage, pretrain by `updates`, finetune by `updates_per_decision`"
-        )
     for name, value in options.items():
         own = spec.get(name)
         if value is not None and own not in (value, defaults.get(name)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from typing import Annotated, Any, ClassVar
@@ -13,7 +14,7 @@ from embodied_rft import distributed
 from embodied_rft.buffer.plans import Share
 from embodied_rft.learning.learner import LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.options import STRICT, plugin_spec
+from embodied_rft.options import STRICT, plugin_spec, refuse_idle
 from embodied_rft.registry import register
 from embodied_rft.runs.session import Session
 from embodied_rft.stages.base import Stage
@@ -53,8 +54,10 @@ class Pretrain(Stage):
 
         def __post_init__(self) -> None:
             objective = build_objective(self.objective)
-            off_policy_plan(objective, self.updates, self.batch_size, self.offline_share)
+            off_policy_plan(objective, self.batch_size, self.offline_share)
             say_once(self.objective, batch_size=self.batch_size, offline_share=self.offline_share)
+            if self.evaluate_every is None:
+                refuse_idle(self, ["evaluate_episodes"], "without evaluate_every")
 
     @property
     def title(self) -> str:
@@ -76,9 +79,9 @@ class Pretrain(Stage):
             while (done := progress.updates) < config.updates:
                 count = min(config.log_every, config.updates - done)
                 learner.anneal(done / config.updates)
-                plan = off_policy_plan(session.objective, count, config.batch_size, config.offline_share)
-                made = 0
-                for batch in distributed.in_step(plan.batches(session.buffer, sampler, learner.version)):
+                plan = off_policy_plan(session.objective, config.batch_size, config.offline_share)
+                made, batches = 0, plan.batches(session.buffer, sampler, learner.version)
+                for batch in distributed.in_step(itertools.islice(batches, count)):
                     learner.update(batch, rng, only=config.only)
                     made += 1
                 metrics = learner.metrics()

@@ -13,6 +13,7 @@ from embodied_rft.agents.models.causal_lm import CausalLM, load_model
 from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm, tiny_tokenizer
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
+from embodied_rft.buffer.plans import Replay
 from embodied_rft.data import Decisions, Ragged, Source, Trajectory
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
@@ -101,9 +102,9 @@ def test_what_was_sampled_is_scored_not_its_text():
 
 
 OBJECTIVES = {
-    "bc": {"batch_size": 8, "num_updates": 2},
-    "raft": {"batch_size": 8, "num_updates": 2},
-    "dpo": {"batch_size": 8, "num_updates": 2},
+    "bc": {"batch_size": 8},
+    "raft": {"batch_size": 8},
+    "dpo": {"batch_size": 8},
     "grpo": {"num_epochs": 2, "kl_weight": 0.1},
     "ppo": {"num_epochs": 2, "correction": {}},
 }
@@ -127,7 +128,8 @@ def test_no_objective_tokenises_a_reply_again(id):
     objective = build_objective({"id": id, **OBJECTIVES[id]})
     objective.setup(agent, rng())
     before = [p.detach().clone() for p in policy.parameters()]
-    Learner(agent, objective).learn(buffer, np.random.default_rng(0))
+    updates = {"num_updates": 2} if isinstance(objective.reading, Replay) else {}
+    Learner(agent, objective).learn(buffer, np.random.default_rng(0), **updates)
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
@@ -348,10 +350,10 @@ def test_imitation_lowers_its_loss_and_demonstrations_get_traces():
         buffer.add_trajectory(end, retrace=policy.retrace)
     batch = buffer.batch(buffer.rows())
     assert [policy.reply_text(row) for row in batch.trace["reply"]] == ["2", "4", ""]
-    objective = build_objective({"id": "bc", "batch_size": 3, "num_updates": 60})
+    objective = build_objective({"id": "bc", "batch_size": 3})
     objective.setup(agent, rng())
     learner = Learner(agent, objective, LearnerConfig(learning_rate=1e-2))
-    learner.learn(buffer, np.random.default_rng(0))
+    learner.learn(buffer, np.random.default_rng(0), num_updates=60)
     assert policy.imitation_loss(batch.observation, batch.action).max() < 0.1
     assert policy.act({"prompt": ["1+1=", "2+2=", "e"]}, greedy=True).action == ["2", "4", ""]
 

@@ -1,5 +1,7 @@
 """Reading plans: what is read, how often, in which batches."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -38,10 +40,8 @@ def filled(groups, *, version=0, source=Source.ONLINE, buffer=None):
 def test_replay_draws_what_sample_draws():
     buffer = filled([-1] * 20, source=Source.DEMONSTRATION)
     filled([-1] * 60, buffer=buffer)
-    plan = Replay(
-        num_updates=3, batch_size=10, offline_share=0.5, num_steps=2, gamma=0.9, reward_weights={"style": 2.0}
-    )
-    read = list(plan.batches(buffer, np.random.default_rng(0), version=0))
+    plan = Replay(batch_size=10, offline_share=0.5, num_steps=2, gamma=0.9, reward_weights={"style": 2.0})
+    read = list(itertools.islice(plan.batches(buffer, np.random.default_rng(0), version=0), 3))
     rng = np.random.default_rng(0)
     for batch in read:
         expected = buffer.sample(rng, 10, offline_share=0.5)
@@ -54,7 +54,7 @@ def test_replay_draws_what_sample_draws():
 
 def test_replay_sees_what_is_added_between_two_updates():
     buffer = filled([-1])
-    batches = Replay(num_updates=2, batch_size=200).batches(buffer, np.random.default_rng(0), 0)
+    batches = itertools.islice(Replay(batch_size=200).batches(buffer, np.random.default_rng(0), 0), 2)
     assert set(next(batches).rows) == {0}
     filled([-1], buffer=buffer)
     assert set(next(batches).rows) == {0, 2}
@@ -136,8 +136,8 @@ def test_reward_streams_are_mixed():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Replay(num_updates=1, batch_size=0), "batch_size 0: at least 1"),
-        (lambda: Replay(num_updates=-1), "num_updates -1: at least 0"),
+        (lambda: Replay(batch_size=0), "batch_size 0: at least 1"),
+        (lambda: Replay(hindsight=-1), "hindsight -1: at least 0"),
         (lambda: Fresh(num_epochs=0), "num_epochs 0"),
         (lambda: Fresh(max_lag=-1), "max_lag -1"),
         (lambda: Fresh(batchsize=3), "batchsize"),

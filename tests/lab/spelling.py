@@ -12,6 +12,7 @@ from torch import nn
 
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
+from embodied_rft.buffer.plans import Replay
 from embodied_rft.data import Decisions, Field, Ragged
 from embodied_rft.experience.collect import Collector
 from embodied_rft.learning.agent import Agent, Spaces
@@ -185,7 +186,8 @@ class Lab:
         """Collect and learn in turns, until the mean reward in training is enough; what the last round reported."""
         for _ in range(rounds):
             self.collect()
-            metrics = self.learner.learn(self.buffer, self.numbers)
+            updates = 30 if isinstance(self.learner.objective.reading, Replay) else None
+            metrics = self.learner.learn(self.buffer, self.numbers, num_updates=updates)
             if metrics.get("data/reward", 0.0) > enough:
                 break
         return metrics

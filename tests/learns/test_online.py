@@ -91,7 +91,8 @@ def on_a_lame_base(*, scale, deterministic=False):
     lab.demonstrate(PointDemonstrator(lab.pool, axes=(0,), noise=0.2), episodes=100)
     lab.pretrain({"id": "bc", "batch_size": 128}, updates=400)
     require(lab.success() <= 0.4, "the base must be lame")
-    lab.wrap("residual", scale=scale, deterministic=deterministic, hidden=[64, 64], exploration_noise=0.4)
+    explores = {"deterministic": True, "exploration_noise": 0.4} if deterministic else {}
+    lab.wrap("residual", scale=scale, hidden=[64, 64], **explores)
     objective = {"id": "td3", "tau": 0.04} if deterministic else {"id": "sac"}  # td3 moves targets half as often
     lab.objective({**CRITIC, **objective, "offline_share": 0.3})
     lab.collect(500)

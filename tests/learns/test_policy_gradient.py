@@ -125,7 +125,7 @@ def test_clipping_the_wrong_side_does_not(monkeypatch):
 
 def copies_the_best(*, sign, **selection):
     lab = Lab()
-    spec = {"id": "raft", "num_updates": 30, "batch_size": 64, "reward_weights": {"env": sign}, "selection": selection}
+    spec = {"id": "raft", "batch_size": 64, "reward_weights": {"env": sign}, "selection": selection}
     lab.objective(spec, learning_rate=1e-2)
     lab.finetune(12)
     assert lab.grade() >= 0.8
@@ -154,12 +154,12 @@ PREFERENCES = {
 def prefers(spec):
     """Pairs of its own replies, in four rounds."""
     lab = Lab()
-    lab.objective({"num_updates": 40, "batch_size": 64, **spec}, learning_rate=3e-3)
+    lab.objective({"batch_size": 64, **spec}, learning_rate=3e-3)
     before = lab.grade()
     for _ in range(4):
-        lab.objective({"num_updates": 40, "batch_size": 64, **spec}, learning_rate=3e-3)
+        lab.objective({"batch_size": 64, **spec}, learning_rate=3e-3)
         lab.collect(512)
-        lab.learner.learn(lab.buffer, lab.numbers)
+        lab.learner.learn(lab.buffer, lab.numbers, num_updates=40)
     assert lab.grade() >= before + 0.2
 
 

@@ -13,6 +13,7 @@ import torch
 import embodied_rft.envs.text.serve  # noqa: F401
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
+from embodied_rft.buffer.plans import Replay
 from embodied_rft.data import Source, Trajectory
 from embodied_rft.envs.text.demonstrators import SumDemonstrator
 from embodied_rft.evaluation.evaluate import evaluate, evaluation_seeds
@@ -51,8 +52,8 @@ class Lab:
             said = teacher.act({"prompt": shown["prompt"][:1]}, self.numbers)
             one = Trajectory(shown, said, np.ones(1, np.float32), "terminated", source=Source.DEMONSTRATION)
             buffer.add_trajectory(one, retrace=self.agent.policy.retrace)
-        learner = self.learner({"id": "bc", "batch_size": 32, "num_updates": 400}, learning_rate=3e-3)
-        learner.learn(buffer, self.numbers)
+        learner = self.learner({"id": "bc", "batch_size": 32}, learning_rate=3e-3)
+        learner.learn(buffer, self.numbers, num_updates=400)
         return self
 
     def learner(self, spec, *, learning_rate):
@@ -69,7 +70,8 @@ class Lab:
         act = functools.partial(self.agent.policy.act, rng=self.rng)
         for _ in range(rounds):
             self.collector.collect(act, episodes=ROWS, version=learner.version).write(buffer)
-            learner.learn(buffer, self.numbers)
+            updates = 8 if isinstance(learner.objective.reading, Replay) else None
+            learner.learn(buffer, self.numbers, num_updates=updates)
 
     def success(self):
         """Of sampled replies on held-out seeds: it is the policy that acts that should become reliable."""
@@ -116,8 +118,8 @@ def swapped(batch, numbers):
 
 FRESH = {"num_epochs": 1, "batch_size": 64}
 GROUP_CREDIT = [{"id": "grpo", **FRESH}, {"id": "rloo", **FRESH}, {"id": "dapo", **FRESH, "min_groups": 8}]
-DPO = {"id": "dpo", "num_updates": 8, "batch_size": 64, "chosen_weight": 1.0}
-RAFT = {"id": "raft", "num_updates": 8, "batch_size": 64}
+DPO = {"id": "dpo", "batch_size": 64, "chosen_weight": 1.0}
+RAFT = {"id": "raft", "batch_size": 64}
 
 
 @pytest.mark.parametrize("spec", GROUP_CREDIT, ids=lambda spec: spec["id"])

@@ -44,7 +44,7 @@ class SeenReach(PointReach):
 AGENT = {"id": "vla", "model": {"tiny": {}}, "prompt": "{images}{instruction}", "instruction": "go", "value": "own"}
 TOKENS = AGENT | {"head": "tokens", "tokens": {"bins": 9}}
 FLOW = AGENT | {"head": "flow", "flow": {"width": 64, "num_blocks": 1, "noise_level": 0.7}}
-ON_POLICY = {"num_epochs": 3, "batch_size": 128, "gamma": 0.95}
+ON_POLICY = {"num_epochs": 3, "batch_size": 128}
 
 
 class SeenLab(Lab):
@@ -89,7 +89,9 @@ def improve(agent, objective, *, rate, rounds, imitation=150, group_size=1, seed
     before = lab.success(episodes=200, sheet=SHEET)
     require(before < 0.8, f"imitation alone reached {before}")
     rates = {"value": 1e-3} if objective["id"] == "ppo" else {}
-    lab.objective(ON_POLICY | objective, LearnerConfig(learning_rate=rate, clip_norm=1.0, learning_rates=rates))
+    discount = {} if objective["id"] == "grpo" else {"gamma": 0.95}  # credit of groups knows no discount
+    objective = ON_POLICY | discount | objective
+    lab.objective(objective, LearnerConfig(learning_rate=rate, clip_norm=1.0, learning_rates=rates))
     for _ in range(rounds):
         if group_size > 1:
             lab.episodes(128, group_size=group_size)

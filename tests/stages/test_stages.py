@@ -367,7 +367,10 @@ def test_iterations_of_whole_episodes_make_updates_for_what_they_collected(tmp_p
             finetune("ppo", decisions_per_iteration=8, episodes_per_iteration=8),
             "no effect beside episodes_per_iteration",
         ),
-        (finetune("sac", objective_options={"num_updates": 3}), "objective.num_updates 3 has no effect in a recipe"),
+        (finetune("sac", objective_options={"subset_size": 3}), "subset_size 3 has no effect with target 'min'"),
+        (finetune("td3", objective_options={"target_noise": 0, "target_noise_clip": 0.1}), "without target_noise"),
+        (finetune("ppo", objective_options={"kl_estimator": "k1"}), "kl_estimator k1 has no effect without kl_weight"),
+        (finetune("grpo", **GROUPS, objective_options={"trace_decay": 0.9}), "has no effect with credit 'grpo'"),
         (finetune("sac", batch_size=8, objective_options={"batch_size": 9}), "batch_size is 8 for the stage and 9 for"),
         (finetune("rlpd", offline_share=0.1, objective_options={"offline_share": 0.2}), "say it once"),
         (

@@ -22,7 +22,7 @@ def test_micro_units_add_up_to_the_batch(most, seed, name):
     agent = make(max_new_tokens=9)
     buffer, _ = filled_buffer(agent.policy, count=12, seed=seed)
     options = {"grpo": {"num_epochs": 1, "batch_size": 12}, "gspo": {"num_epochs": 1, "batch_size": 12}}
-    options |= {"dpo": {"num_updates": 1, "batch_size": 6}}
+    options |= {"dpo": {"batch_size": 6}}
     objective = build_objective({"id": name, **options.get(name, {})})
     objective.setup(agent, rng())
     objective.annotate(agent, buffer, buffer.rows(), rng())
