@@ -118,6 +118,11 @@ def pick(value: Any, index: slice | np.ndarray) -> Any:
     return value[index]
 
 
+def pick_tree(tree: Tree, index: slice | np.ndarray) -> dict[str, Any]:
+    """`pick` of every leaf."""
+    return {key: pick(value, index) for key, value in tree.items()}
+
+
 @dataclass(slots=True)
 class Decisions:
     """N decisions as they were taken: one call of the policy.
@@ -130,6 +135,10 @@ class Decisions:
     action: Any  # what env.step receives: [N, A] array, [N] int array, or a list of N strings
     log_prob: np.ndarray | Ragged  # behaviour log-probability of each unit, [N, U] or ragged
     trace: dict[str, Any] = field(default_factory=dict)  # what is needed to score the same decision again
+
+    def take(self, index: slice | np.ndarray) -> Decisions:
+        """Some of them."""
+        return Decisions(pick(self.action, index), pick(self.log_prob, index), pick_tree(self.trace, index))
 
 
 End = Literal["terminated", "truncated", "cut"]

@@ -121,7 +121,8 @@ def success(project, *command):
 def test_the_example_recipe_learns(project):
     before, after = success(project, "corridor.yaml", "--run", "run")
     assert before < 0.3 and after > 0.9
-    stage = json.loads((project / "run" / "summary.json").read_text())["stages"][-1]
+    *_, stage, calm = json.loads((project / "run" / "summary.json").read_text())["stages"]
+    assert calm["word"] == "calm" and calm["metrics"]["calm"] < 0 < calm["metrics"]["labelled"]
     assert stage["word"] == "returns" and stage["metrics"]["episodes"] == 100 and 10 < stage["metrics"]["return"] < 30
 
 

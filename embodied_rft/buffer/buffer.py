@@ -15,14 +15,14 @@ import numpy as np
 from embodied_rft.buffer.columns import BOOKKEEPING, DenseColumns, ImageColumn, Notes, RaggedColumn, Schema
 from embodied_rft.buffer.hindsight import Goals
 from embodied_rft.buffer.images import BlobStore
-from embodied_rft.buffer.intake import check_decisions, check_tree, per_row
-from embodied_rft.buffer.reading import ENDS, TERMINATED, TRUNCATED, Reading, Store, read
+from embodied_rft.buffer.intake import check_decisions, check_label, check_tree, per_row
+from embodied_rft.buffer.reading import ENDS, TERMINATED, TRUNCATED, Reading, Store, episode, read
 from embodied_rft.buffer.ring import BOTH, OFFLINE, ONLINE, Ring, Streams
-from embodied_rft.data import Batch, Decisions, Ragged, Source, Trajectory, Tree, pick
+from embodied_rft.data import Batch, Decisions, Ragged, Source, Trajectory, Tree, pick, pick_tree
 from embodied_rft.names import UserError
 
 SIDES = np.array([OFFLINE, OFFLINE, ONLINE, ONLINE], np.int8)  # of each Source
-GROUP, EPISODE, STEP, VERSION, SOURCE, SEED, SPAN = range(7)  # columns of `_book`
+EPISODE, VERSION, SOURCE = (BOOKKEEPING.index(name) for name in ("episode", "version", "source"))  # of `_book`
 Retrace = Callable[[Tree, Any], Tree]
 
 
@@ -58,9 +58,9 @@ class Buffer:
         }
         self._book = np.zeros((capacity, len(BOOKKEEPING)), np.int64)
         self._end = np.zeros(capacity, np.int8)  # index into ENDS
-        self._notes = Notes(capacity)
+        self._notes, self._labels = Notes(capacity), Notes(capacity)
         self._ring, self._streams = Ring(capacity), Streams()
-        self._store = Store(self._dense, self._ragged, self._notes, self._ring, self._book, self._end)
+        self._store = Store(self._dense, self._ragged, self._notes, self._labels, self._ring, self._book, self._end)
         self._episodes = 0  # episodes ever begun
         self.goals: Goals | None = None  # how they are paid, for hindsight
 
@@ -86,7 +86,12 @@ class Buffer:
     @property
     def nbytes(self) -> int:
         """Allocated bytes of all columns, images and links."""
-        columns = self._dense.nbytes + self._notes.nbytes + sum(column.nbytes for column in self._ragged.values())
+        columns = (
+            self._dense.nbytes
+            + self._notes.nbytes
+            + self._labels.nbytes
+            + sum(column.nbytes for column in self._ragged.values())
+        )
         links = (self._ring.next, self._ring.side, self._end, self._book)
         return columns + sum(a.nbytes for a in links) + self.images.nbytes
 
@@ -114,7 +119,8 @@ class Buffer:
             streams: [N] different stream numbers (environments).
             observation: what the policy saw, each [N, ...].
             decisions: what it decided. Keys missing in `trace` are stored as unknown: NaN, -1 or empty.
-            reward: [N], or one array a stream of reward: {"env": [N], "success": [N]}.
+            reward: [N], or one array a stream of reward: {"env": [N], "success": [N]}. Of streams other than "env"
+                what is missing, or NaN, is unknown: it may be told later (`label`), and is refused when it is read.
             terminated: [N] bool, the episode ended and is worth nothing more.
             truncated: [N] bool, the episode was stopped (a time limit); close() it all the same.
             group: [N] or one number for all: siblings share it; -1 is no group. Likewise:
@@ -211,19 +217,14 @@ class Buffer:
         trace = {key: value for key, value in trace.items() if key in schema.trace}
         streams, head, last = np.full(count, -1), slice(0, count), slice(count, None)
         reward = {**trajectory.rewards, "env": trajectory.reward}
-        for name in schema.rewards:
-            if name not in reward:
-                raise UserError(
-                    f"this buffer keeps the reward stream {name!r}, and the episode says nothing about it: write it "
-                    f"again (`erft demos` tells success), or give the trajectory rewards={{{name!r}: [T numbers]}}"
-                )
-        reward = {name: reward[name] for name in schema.rewards}
+        labels = {name: reward[name] for name in self._labels.dense.keys() & reward.keys()}
+        reward = {name: reward[name] for name in schema.rewards if name in reward}
         log_prob = trajectory.log_prob
         if log_prob is None:
             log_prob = Ragged.of([[]] * count) if schema.units is None else np.zeros((count, schema.units), np.float32)
-        decisions = Decisions(trajectory.action, log_prob, _pick_tree(trace, head))
-        values = check_decisions(self.schema, streams, _pick_tree(trajectory.observation, head), decisions, reward)
-        final = _pick_tree(trajectory.observation, last)
+        decisions = Decisions(trajectory.action, log_prob, pick_tree(trace, head))
+        values = check_decisions(self.schema, streams, pick_tree(trajectory.observation, head), decisions, reward)
+        final = pick_tree(trajectory.observation, last)
         closing = check_tree("observation", final, schema.observation, streams[:1])
         final = {key: pick(value, last) for key, value in trace.items() if len(value) == count + 1}
         closing |= check_tree("trace", final, schema.trace, streams[:1], partial=True)
@@ -239,6 +240,8 @@ class Buffer:
         self._fill(close, closing, (-1, self._episodes, count, -1, -1, -1, -1), 0, unknown=0)
         self._ring.link(rows, np.concatenate([rows[1:], close]), SIDES[self._book[rows, SOURCE]])
         self._episodes += 1
+        for name, values in labels.items():
+            self.label(name, rows, values)
         return rows
 
     def pin(self) -> None:
@@ -268,6 +271,27 @@ class Buffer:
                 raise UserError(f"note {name!r} has another number of values than its rows have units")
         self._notes.write(name, rows, values)
 
+    def label(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
+        """Say afterwards what rows are paid in a stream of reward: by a model, a judge, a person.
+
+        Objectives read it with reward_weights={name: weight}. A new name begins a stream that is unknown elsewhere.
+
+        Args:
+            name: of the stream; "env" is what happened and stays.
+            rows: [B].
+            values: [B] numbers, NaN where it is not known; what is written again is replaced.
+        """
+        rows, values = np.asarray(rows, np.int64), check_label(name, rows, values, self.capacity)
+        if name in self.schema.rewards:
+            self._dense.write(f"reward/{name}", rows, values)
+        else:
+            self._labels.write(name, rows, values)
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """Names of all streams of reward: those of the schema, then those that were labelled."""
+        return self._store.streams
+
     def note(self, name: str, rows: np.ndarray) -> np.ndarray:
         """A note of one number a row, of rows [B]; NaN where it was never written."""
         column = self._notes.dense.get(name)
@@ -288,6 +312,7 @@ class Buffer:
         rows, reused = self._ring.claim(count)
         if reused:
             self._notes.clear(rows)
+            self._labels.clear(rows)
             for ragged in self._ragged.values():
                 ragged.clear(rows)
         return rows
@@ -415,35 +440,11 @@ class Buffer:
     def trajectories(self, rows: np.ndarray | None = None) -> Iterator[Trajectory]:
         """Readable decisions (all, or these) as trajectories: copies, for people, files and tests."""
         for run in self.segments(self.rows() if rows is None else rows):
-            yield self._trajectory(run)
+            yield episode(self._store, self.schema, run)
 
     def column(self, name: str, rows: np.ndarray) -> Any:
         """One column of rows [B]: "action/", "observation/KEY", "reward/env"."""
-        column = self._ragged.get(name)
-        if column is None:
-            return self._dense.column(name, rows)
-        return list(column.read(rows)) if isinstance(column, ImageColumn) else column.read(rows)
-
-    def _trajectory(self, run: np.ndarray) -> Trajectory:
-        whole = np.append(run, self._ring.next[run[-1]])
-        rewards = {name: self.column(f"reward/{name}", run) for name in self.schema.rewards}
-        group, _, _, version, source, seed, _ = self._book[run[0]].tolist()
-        span = self._book[run, SPAN]
-        return Trajectory(
-            observation={key: self.column(f"observation/{key}", whole) for key in self.schema.observation},
-            action=self.column("action/", run),
-            reward=rewards.pop("env"),
-            end=ENDS[self._end[run[-1]]],
-            log_prob=self.column("log_prob/", run),
-            trace={key: self.column(f"trace/{key}", run) for key in self.schema.trace},
-            rewards=rewards,
-            source=Source(source),
-            version=version,
-            group=group,
-            seed=seed,
-            span=None if (span < 0).all() else span,
-            success=bool((rewards["success"] > 0).any()) if "success" in rewards else None,
-        )
+        return self._store.column(name, rows)
 
     # --- saving ---------------------------------------------------------------------------------------------------
 
@@ -462,6 +463,7 @@ class Buffer:
             "book": self._book[:size],
             "end": self._end[:size],
             "notes": self._notes.state_dict(size),
+            "labels": self._labels.state_dict(size),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -484,7 +486,4 @@ class Buffer:
             column.load_state_dict(state["ragged"][name])
         self._book[:size], self._end[:size] = state["book"], state["end"]
         self._notes.load_state_dict(state["notes"])
-
-
-def _pick_tree(tree: Tree, index: slice | np.ndarray) -> dict[str, Any]:
-    return {key: pick(value, index) for key, value in tree.items()}
+        self._labels.load_state_dict(state.get("labels", Notes(0).state_dict(0)))

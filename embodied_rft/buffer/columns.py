@@ -44,7 +44,7 @@ class Schema:
     action: Field
     trace: dict[str, Field] = field(default_factory=dict)  # what a policy keeps to score its decision again
     units: int | None = 1  # U: log-probabilities of a decision; None: ragged
-    rewards: tuple[str, ...] = ("env",)  # reward streams, each a column of its own
+    rewards: tuple[str, ...] = ("env",)  # reward streams, each a column; what nobody says of the others is NaN
 
     def __post_init__(self) -> None:
         if "env" not in self.rewards:

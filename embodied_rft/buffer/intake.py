@@ -22,7 +22,9 @@ def check_decisions(
     schema: Schema, streams: np.ndarray, observation: Tree, decisions: Decisions, reward: Any
 ) -> dict[str, Any]:
     """All columns of N new decisions, in the form that is stored, or ValueError. `reward`: [N], or one a stream."""
-    rewards = reward if isinstance(reward, Mapping) else {"env": reward}
+    unknown = np.full(len(streams), np.nan, np.float32)
+    told = reward if isinstance(reward, Mapping) else {"env": reward}
+    rewards = {name: unknown for name in schema.rewards if name != "env"} | dict(told)
     return {
         **check_tree("observation", observation, schema.observation, streams),
         **check_tree("trace", decisions.trace, schema.trace, streams, partial=True),
@@ -67,8 +69,30 @@ def check_tree(
         name, field = f"{section}/{key}", fields[key]
         columns[name] = check_column(name.rstrip("/"), field, given, len(streams))
         if section in FINITE and field.kind != "images":
-            check_finite(name.rstrip("/"), columns[name], streams)
+            known = np.nan_to_num(columns[name], nan=0) if section == "reward" and key != "env" else columns[name]
+            check_finite(name.rstrip("/"), known, streams)
     return columns
+
+
+def check_label(name: str, rows: np.ndarray, values: Any, capacity: int) -> np.ndarray:
+    """What a stream of reward is labelled with [B], for rows [B] of a buffer: numbers, or NaN where it is unknown.
+
+    Raises:
+        ValueError: it is the environment's own stream; another shape; a row that does not exist; infinity.
+    """
+    values = np.asarray(values, np.float32)
+    if name == "env":
+        raise UserError(
+            "the stream 'env' is what the environment paid: label a stream of another name, and let the objective read "
+            "it with reward_weights"
+        )
+    if values.shape != rows.shape or rows.ndim != 1:
+        raise UserError(f"labels of {name!r} have shape {values.shape}; expected one number for each of {rows.shape}")
+    if len(rows) and not 0 <= rows.min() <= rows.max() < capacity:
+        raise UserError(f"rows {rows.min()} to {rows.max()} are labelled; this buffer has rows 0 to {capacity - 1}")
+    if np.isinf(values).any():
+        raise UserError(f"label {name!r} of row {rows[np.isinf(values)][0]} is infinite; NaN means unknown")
+    return values
 
 
 def check_column(name: str, column: Field, values: Any, count: int) -> Any:

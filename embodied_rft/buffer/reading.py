@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embodied_rft.buffer.columns import BOOKKEEPING, DenseColumns, ImageColumn, Notes, RaggedColumn
+from embodied_rft.buffer.columns import BOOKKEEPING, DenseColumns, ImageColumn, Notes, RaggedColumn, Schema
 from embodied_rft.buffer.ring import Ring
-from embodied_rft.data import Batch, End, Ragged
+from embodied_rft.data import Batch, End, Ragged, Source, Trajectory
 from embodied_rft.names import UserError, nearest
 
 ENDS: tuple[End, ...] = ("cut", "terminated", "truncated")  # of the code in `Store.end`, of an episode's last decision
@@ -42,6 +42,7 @@ class Store:
     dense: DenseColumns
     ragged: dict[str, RaggedColumn | ImageColumn]
     notes: Notes
+    labels: Notes  # streams of reward that are no column of the schema
     ring: Ring
     book: np.ndarray  # [C, len(BOOKKEEPING)]
     end: np.ndarray  # [C] index into ENDS
@@ -51,15 +52,64 @@ class Store:
         book = self.book.take(rows, 0)
         return {name: book[:, i] for i, name in enumerate(BOOKKEEPING)} | {"end": self.end[rows]}
 
+    def column(self, name: str, rows: np.ndarray) -> Any:
+        """One column of rows [B]: "action/", "observation/KEY", "reward/env"."""
+        column = self.ragged.get(name)
+        if column is None:
+            return self.dense.column(name, rows)
+        return list(column.read(rows)) if isinstance(column, ImageColumn) else column.read(rows)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of all streams of reward: those of the schema, then those that were labelled."""
+        sections = (name.split("/", 1) for name in self.dense.places)
+        return (*(key for section, key in sections if section == "reward"), *self.labels.dense)
+
+    def stream(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """One stream of reward, of rows [B]; NaN where it is unknown.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if name not in self.streams:
+            raise UserError(f"there is no reward stream {name!r}; {nearest(name, self.streams)}")
+        labels = self.labels.dense.get(name)
+        return self.dense.column(f"reward/{name}", rows) if labels is None else labels[rows]
+
+
+def episode(store: Store, schema: Schema, run: np.ndarray) -> Trajectory:
+    """Consecutive decisions [T] of one episode, copied."""
+    whole, last = np.append(run, store.ring.next[run[-1]]), run[-1]
+    rewards = {name: store.stream(name, run) for name in store.streams}
+    numbers, success = store.columns(run), rewards.get("success")
+    first = {name: int(numbers[name][0]) for name in ("version", "group", "seed")}
+    won = None if success is None else True if (success > 0).any() else None if np.isnan(success).any() else False
+    return Trajectory(
+        observation={key: store.column(f"observation/{key}", whole) for key in schema.observation},
+        action=store.column("action/", run),
+        reward=rewards.pop("env"),
+        end=ENDS[store.end[last]],
+        log_prob=store.column("log_prob/", run),
+        trace={key: store.column(f"trace/{key}", run) for key in schema.trace},
+        rewards=rewards,
+        source=Source(int(numbers["source"][0])),
+        span=None if (numbers["span"] < 0).all() else numbers["span"],
+        success=won,
+        **first,
+    )
+
 
 def read(store: Store, rows: np.ndarray, reading: Reading) -> Batch:
     """Readable rows [B] as tensors."""
     now: dict[str, dict[str, Any]] = store.dense.read(rows)
     if reading.num_steps == 1:
         last, discount = rows, now["continues"][""] * reading.gamma
-        reward = mix(now["reward"], reading.reward_weights)
+        weights = reading.reward_weights
+        reward = now["reward"]["env"] if weights is None else torch.from_numpy(mix(store, rows, weights))
     else:
-        reward, discount, last = _window(store, rows, reading, list(now["reward"]))
+        reward, discount, last = _window(store, rows, reading)
+    if reward.isnan().any():
+        _refuse_unknown(store, rows, reading)
     if any((reading.reward_weights or {}).get(name) for name in FINAL):
         discount = torch.where(torch.from_numpy(store.end[last] == TRUNCATED), 0.0, discount)
     after = store.ring.next[last]
@@ -95,22 +145,32 @@ def read(store: Store, rows: np.ndarray, reading: Reading) -> Batch:
     )
 
 
-def _window(store: Store, rows: np.ndarray, reading: Reading, names: list[str]) -> tuple[Tensor, Tensor, np.ndarray]:
+def _window(store: Store, rows: np.ndarray, reading: Reading) -> tuple[Tensor, Tensor, np.ndarray]:
     """Of windows of k <= n decisions: sum of gamma^i r_i [B]; gamma^k, or 0 after termination [B]; last row [B]."""
     gamma, n = reading.gamma, reading.num_steps
     steps, valid = store.ring.windows(rows, n)
-    streams = {name: store.dense.column(f"reward/{name}", steps.ravel()) for name in names}
     powers = gamma ** np.arange(n)[:, None]
-    reward = np.where(valid, powers * mix(streams, reading.reward_weights).reshape(steps.shape), 0).sum(0)
+    reward = np.where(valid, powers * mix(store, steps.ravel(), reading.reward_weights).reshape(steps.shape), 0).sum(0)
     discount = gamma ** valid.sum(0) * store.dense.column("continues/", steps[-1])
     return torch.from_numpy(reward.astype(np.float32)), torch.from_numpy(discount.astype(np.float32)), steps[-1]
 
 
-def mix(rewards: Mapping[str, Any], weights: Mapping[str, float] | None) -> Any:
-    """The environment's reward [B], or the weighted sum of reward streams, each [B]."""
+def mix(store: Store, rows: np.ndarray, weights: Mapping[str, float] | None) -> Any:
+    """The environment's reward [B], or the weighted sum of streams of reward; NaN where one of them is unknown."""
     if weights is None:
-        return rewards["env"]
-    for name in weights:
-        if name not in rewards:
-            raise UserError(f"there is no reward stream {name!r}; {nearest(name, rewards)}")
-    return sum(weight * rewards[name] for name, weight in weights.items())
+        return store.stream("env", rows)
+    return sum(weight * store.stream(name, rows) for name, weight in weights.items())
+
+
+def _refuse_unknown(store: Store, rows: np.ndarray, reading: Reading) -> None:
+    """Raise ValueError for the first unknown number of a stream that is read."""
+    steps, valid = store.ring.windows(rows, reading.num_steps)
+    for name in reading.reward_weights or ("env",):
+        asked = np.unique(steps[valid])
+        unknown = asked[np.isnan(store.stream(name, asked))]
+        if len(unknown):
+            raise UserError(
+                f"reward stream {name!r} is unknown for {len(unknown)} of {len(asked)} decisions, row {unknown[0]} "
+                "first: nobody said what they are paid. Record it (`erft demos` tells success, trajectories have "
+                "`rewards`), label them (Buffer.label), or leave it out of reward_weights"
+            )

@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 
 from embodied_rft import distributed
-from embodied_rft.data import Decisions, Field, Ragged, Source, Tree
+from embodied_rft.data import Decisions, Field, Source, Tree, pick_tree
 from embodied_rft.experience.recording import Ahead, Broken, Last, Recording, Taken
 from embodied_rft.names import UserError
 from embodied_rft.pools.protocol import Pool, StepResult, fields_of
@@ -130,14 +130,14 @@ class Collector:
         chosen, observation, kept = np.arange(self.pool.num_envs), self.observation, taken
         if not valid.all():
             chosen = np.flatnonzero(valid)
-            observation, kept = take_rows(observation, chosen), take_decisions(taken, chosen)
+            observation, kept = pick_tree(observation, chosen), taken.take(chosen)
         span = result.info.get("env_steps", -1)  # of a chunk, how much of it
         recording.rows.append(
             Taken(
                 streams=chosen,
                 observation=observation,
                 decisions=kept,
-                reward=take_rows(_streams(result), chosen),
+                reward=pick_tree(_streams(result), chosen),
                 terminated=result.terminated[chosen],
                 truncated=result.truncated[chosen],
                 group=self.episode[chosen] // self.group_size,
@@ -182,7 +182,7 @@ class Collector:
     def _shown(self, streams: np.ndarray) -> Tree:
         """What these environments show now."""
         assert self.observation is not None
-        return take_rows(self.observation, streams)
+        return pick_tree(self.observation, streams)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly here; without "pool" if the environments cannot be saved."""
@@ -240,24 +240,6 @@ def _streams(result: StepResult) -> dict[str, np.ndarray]:
     if success is None:
         return {"env": result.reward}
     return {"env": result.reward, "success": (success & (result.terminated | result.truncated)).astype(np.float32)}
-
-
-def take_rows(tree: Tree, rows: np.ndarray) -> dict[str, Any]:
-    """Some rows of every leaf: arrays, ragged values or lists."""
-    return {key: _take(value, rows) for key, value in tree.items()}
-
-
-def take_decisions(decisions: Decisions, rows: np.ndarray) -> Decisions:
-    """The decisions of some environments."""
-    return Decisions(_take(decisions.action, rows), _take(decisions.log_prob, rows), take_rows(decisions.trace, rows))
-
-
-def _take(value: Any, rows: np.ndarray) -> Any:
-    if isinstance(value, Ragged):
-        return value.take(rows)
-    if isinstance(value, (list, tuple)):
-        return [value[i] for i in rows]
-    return value[rows]
 
 
 def action_field(space: gymnasium.Space) -> Field:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from embodied_rft.data import Trajectory, pick
+from embodied_rft.data import Trajectory, pick_tree
 from embodied_rft.pools.chunks import check_execute
 
 
@@ -35,7 +35,7 @@ def chunk_trajectories(
             chunked.append(
                 replace(
                     each,
-                    observation={k: pick(v, rows) for k, v in each.observation.items()},
+                    observation=pick_tree(each.observation, rows),
                     action=windows[starts],
                     reward=_summed(each.reward, starts, execute, gamma),
                     rewards={k: _summed(v, starts, execute, gamma) for k, v in each.rewards.items()},

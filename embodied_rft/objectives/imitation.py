@@ -59,7 +59,7 @@ def select(buffer: Buffer, selection: Selection, reward_weights: dict[str, float
     if selection.min_return is not None:
         keep &= returned >= selection.min_return
     if selection.successes:
-        if "success" not in buffer.schema.rewards:
+        if "success" not in buffer.rewards:
             raise UserError("the buffer has no reward stream 'success': set buffer.success, or select by min_return")
         keep &= segment_returns(buffer, segments, reward_weights={"success": 1.0}) > 0
     if selection.best_of is not None and segments:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from embodied_rft.data import Field, Tree
+from embodied_rft.data import Field, Tree, pick_tree
 from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import Incidents
 from embodied_rft.pools.protocol import Pool, StepResult, merge
@@ -222,9 +222,8 @@ class QueuedPool:
     def _plan(self, observation: Tree, mask: np.ndarray) -> None:
         rows = np.flatnonzero(mask)
         if len(rows):
-            chosen = {k: [v[i] for i in rows] if isinstance(v, list) else v[rows] for k, v in observation.items()}
             self._queue = self._queue.copy()
-            self._queue[rows] = self.planner.plan(chosen, rng=self.rng)
+            self._queue[rows] = self.planner.plan(pick_tree(observation, rows), rng=self.rng)
             self._position = np.where(mask, 0, self._position)
 
     def _observe(self, observation: Tree) -> Tree:

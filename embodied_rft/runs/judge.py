@@ -10,6 +10,7 @@ import gymnasium
 
 from embodied_rft.evaluation.evaluate import Evaluation, evaluate, evaluation_seeds
 from embodied_rft.names import UserError
+from embodied_rft.pools.config import EnvConfig
 from embodied_rft.pools.making import find_spec
 from embodied_rft.pools.pool import num_envs_for, open_pool
 from embodied_rft.pools.promises import held_out
@@ -52,15 +53,8 @@ def evaluate_run(
     with opened(folder, checkpoint, device=device, trust=trust) as session:
         own = session.env
         count = num_envs or min(num_envs_for(own, "evaluation"), episodes)
-        changed = replace(own, num_workers=own.num_workers and min(own.num_workers, count))
-        if official:
-            if env is not None:
-                raise UserError(f"--official and --env {env} exclude each other")
-            changed = replace(changed, id=official_id(own.id, own.options), options={})
-        elif env is not None:
-            changed = replace(changed, id=env)
-        if changed.id != own.id and own.pool == "native":
-            changed = replace(changed, pool="auto")  # another one may have no native form
+        changed = _asked(own, env, official=official)
+        changed = replace(changed, num_workers=own.num_workers and min(own.num_workers, count))
         pool = open_pool(changed, purpose="evaluation", num_envs=count)
         try:
             if pool.fields != session.step_pool("training").fields:
@@ -84,6 +78,19 @@ def evaluate_run(
             **held_out(pool),
         )
     return outcome
+
+
+def _asked(own: EnvConfig, env: str | None, *, official: bool) -> EnvConfig:
+    """The environments to evaluate in: the run's own ones, others, or the official ones."""
+    if official:
+        if env is not None:
+            raise UserError(f"--official and --env {env} exclude each other")
+        changed = replace(own, id=official_id(own.id, own.options), options={})
+    else:
+        changed = own if env is None else replace(own, id=env)
+    if changed.id != own.id and own.pool == "native":
+        changed = replace(changed, pool="auto")  # another one may have no native form
+    return changed
 
 
 def official_id(id: str, options: dict[str, Any]) -> str:

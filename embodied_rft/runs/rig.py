@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from embodied_rft import distributed
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
@@ -136,6 +138,8 @@ class Rig:
         if not recorded or (old_chunk is not None and schema.action != old_schema.action):
             self.logger.message("decisions are different now: the experience so far is dropped")
             return
+        for name in [name for name in old.rewards if name not in schema.rewards]:
+            self.buffer.label(name, np.zeros(0, np.int64), np.zeros(0))  # what was labelled comes along
         keys, cut = schema.observation.keys(), None if old_chunk is not None else chunk_of(policy.spec)
         for each in old.trajectories():
             log_prob = each.log_prob if schema.units == old_schema.units else None  # else unknown now

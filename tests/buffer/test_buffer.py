@@ -13,7 +13,7 @@ from embodied_rft.buffer.columns import RaggedColumn, Schema
 from embodied_rft.buffer.images import BlobStore
 from embodied_rft.buffer.memory import announce
 from embodied_rft.buffer.ring import Ring
-from embodied_rft.data import Decisions, Field, Ragged, Source, Trajectory
+from embodied_rft.data import Decisions, Field, Ragged, Source
 from tests.lab.buffer_model import DENSE, RICH, Model, run_history
 
 
@@ -133,13 +133,6 @@ def test_a_stream_that_is_paid_at_the_end_ends_with_the_episode_whatever_ended_i
     close(buffer, [0])
     batch = buffer.batch(buffer.rows(), gamma=0.5, reward_weights=weights, num_steps=num_steps)
     assert batch.discount.tolist() == [0.5 if num_steps == 1 else 0.5 * discount, discount]
-
-
-def test_a_reward_stream_that_an_episode_does_not_have_is_named_never_silently_zero():
-    buffer = simple(rewards=("env", "success"))
-    trajectory = Trajectory({"state": np.zeros((3, 2))}, np.zeros((2, 1)), np.zeros(2, np.float32), "terminated")
-    with pytest.raises(ValueError, match="keeps the reward stream 'success', and the episode says nothing about it"):
-        buffer.add_trajectory(trajectory)
 
 
 def test_the_next_decision_fills_the_row_that_was_looked_ahead_into():
