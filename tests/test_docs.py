@@ -126,6 +126,30 @@ def test_the_example_recipe_learns(project):
     assert stage["word"] == "returns" and stage["metrics"]["episodes"] == 100 and 10 < stage["metrics"]["return"] < 30
 
 
+def test_the_example_agent_asks_its_critic(project):
+    """Best of sixteen under the critic of IQL beats the first proposal of the same policy."""
+    recipe = {
+        "plugins": ["corridor"],
+        "env": {"id": "corridor/Reach-v0", "num_envs": 16},
+        "agent": {"id": "best_of", "proposals": 16, "hidden": [32, 32]},
+        "buffer": {"capacity": 10_000},
+        "stages": [
+            {"demonstrate": {"episodes": 100, "noise": 1.0}},
+            {"pretrain": {"objective": {"id": "iql", "gamma": 0.9}, "updates": 400}},
+            {"evaluate": {"episodes": 100}},
+        ],
+    }
+    (project / "best.yaml").write_text(yaml.safe_dump(recipe))
+    returns = []
+    for proposals in (16, 1):
+        options = (f"agent.proposals={proposals}", "--run", f"best-{proposals}")
+        done = run(project, "-m", "embodied_rft.cli", "train", "best.yaml", *options)
+        assert done.returncode == 0, done.stderr
+        (file,) = (project / f"best-{proposals}" / "evaluations").glob("*.json")
+        returns.append(json.loads(file.read_text())["mean_return"])
+    assert returns[0] > 1.2 * returns[1], returns
+
+
 def test_without_updates_it_does_not(project):
     """The broken twin: the same recipe, nothing learned."""
     assert success(project, "corridor.yaml", "stages.2.pretrain.updates=0", "--run", "twin")[1] < 0.3
