@@ -107,6 +107,8 @@ class BehaviorCloningConfig:
     def __post_init__(self) -> None:
         if self.selection.min_return is None and self.selection.best_of is None:
             refuse_idle(self, ["reward_weights"], "where no selection looks at returns")
+        if not self.selection.everything:
+            refuse_idle(self, ["offline_share"], "on selected episodes")
 
 
 @register("objective", "bc")

@@ -54,7 +54,8 @@ class Scene(PointReach):
             image[row, x : x + 8, y : y + 8] = 255
         said = [f"{x:.1f},{y:.1f}?" for x, y in self.position]
         goals = {"achieved_goal": self.position.astype(np.float32), "desired_goal": self.goal.astype(np.float32)}
-        seen = {"state": state, "image": image, "instruction": said, "prompt": said, **goals}
+        told = [f"go to {text}" for text in said]
+        seen = {"state": state, "image": image, "instruction": told, "prompt": said, **goals}
         return {key: seen[key] for key in self.fields}
 
     def step(self, action):

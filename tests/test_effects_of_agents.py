@@ -1,0 +1,115 @@
+"""No option without effect, of agents: each one changes how it acts or learns, or is refused."""
+
+import contextlib
+import functools
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from embodied_rft import registry
+from tests.lab.effects import Walk, tally
+from tests.lab.scene import Scene, experience, make_agent
+from tests.test_effects import CHAIN, GAUSSIAN, TALKS, learn
+
+NETWORK = {"hidden": [8], "num_image_features": 4}
+PLAIN = {"width": 8, "num_blocks": 1, "num_image_features": 4}
+BOTH = ("state", "image")
+AGENTS = {  # (id, what is special): (base options, scene)
+    ("gaussian", ""): (NETWORK, {"sees": BOTH}),
+    ("gaussian", "deterministic"): ({**NETWORK, "deterministic": True}, {"sees": BOTH}),
+    ("categorical", ""): (NETWORK, {"sees": BOTH, "acts": "choice"}),
+    ("residual", ""): ({**NETWORK, "base": GAUSSIAN}, {"sees": BOTH}),
+    ("steering", ""): ({**NETWORK, "base": CHAIN}, {"sees": BOTH}),
+    ("last_steps", ""): ({"base": CHAIN, "num_steps": 1}, {}),
+    ("queued", ""): ({"base": {**CHAIN, "horizon": 3}}, {}),
+    ("diffusion", ""): ({**PLAIN, "denoising_steps": 3}, {"sees": BOTH}),
+    ("flow", ""): ({**PLAIN, "num_steps": 3}, {"sees": BOTH}),
+    ("flow", "learned"): ({**PLAIN, "num_steps": 3, "noise": "learned"}, {"sees": BOTH}),
+    ("consistency", ""): ({**PLAIN, "num_levels": 6}, {"sees": BOTH}),
+    ("language", ""): ({**TALKS, "key": "prompt"}, {"sees": ("prompt", "instruction"), "acts": "text"}),
+}
+NOT_WALKED = {"sb3", "lerobot", "vision_language", "vla"}  # their options: tests/agents
+AGENT_VALUES = {
+    "keys": ["state"],
+    "horizon": 2,
+    "execute": 2,
+    "log_std_range": [0.5, 0.6],
+    "base": {**CHAIN, "horizon": 2},
+    "system": "Be brief.",
+    "key": "instruction",
+    "stop": list("abcdefghijklmnopqrstuvwxyz"),
+    "top_k": 5,
+    "lora.targets": "q_proj",
+    "model.tiny.num_heads": 4,
+    "model.tiny.num_kv_heads": 2,
+    "model.tiny.hidden_size": 48,
+    "model.tiny.vocab_size": 400,
+    "model.tiny.merges": 20,
+    "model": {"tiny": {"hidden_size": 24, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}},
+    "statistics": "min_max",
+    **dict.fromkeys(("min_std", "parallel.min_std", "flow.min_std"), 0.3),
+    "cache_bytes": 0,
+}
+ADAPTED = {"train": "lora"}
+AGENT_CONTEXTS = {
+    "execute": {"horizon": 3},
+    "exploration_noise": {"deterministic": True},
+    "max_std": {"noise": "learned"},
+    "noise_hidden": {"noise": "learned"},
+    "system": {"prompt": "chat"},
+    **dict.fromkeys(("lora.rank", "lora.alpha", "lora.targets"), ADAPTED),
+}
+# Options that spare time or memory: results stay what they are, and what is computed for them does not.
+WORK = ("gradient_checkpointing", "token_chunk", "share_prefix", "cache_bytes")
+
+
+EXEMPT = {
+    "model.tiny.max_tokens": "a limit: what is longer is refused (tests/agents/test_language.py)",
+    "model.tiny.merges": "needs a corpus, which only code can give (tests/agents/test_language.py)",
+    "long_prompts": "asked of environments that list their prompts (tests/envs)",
+}
+
+
+class Work(TorchDispatchMode):
+    """Counts what is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def run_agent(id, scene, options, situation):
+    """Acting in the scene, imitating and improving what was done, acting greedily."""
+    with Work() if situation == "work" else contextlib.nullcontext() as work:
+        agent, pool = make_agent({"id": id, **options}, Scene(4, **scene))
+        buffer = experience(agent, pool, episodes=8, demonstrations=4, group_size=2)
+        found = [buffer.state_dict()]
+        trainable = bool(agent.trainable("policy"))
+        if trainable and hasattr(agent.policy, "imitation_loss"):
+            found.append(learn({"id": "bc", "batch_size": 4}, agent, buffer))
+        if trainable:
+            found.append(learn({"id": "ppo", "batch_size": 16, "num_epochs": 1}, agent, buffer))
+        taken = agent.policy.act(pool.reset(np.arange(4)), greedy=True, rng=torch.Generator().manual_seed(8))
+    return found, taken.action, taken.log_prob, dict(agent.state_dict()), work and work.count
+
+
+def of_agent(id, special):
+    """The walk over one agent's options."""
+    base, scene = AGENTS[id, special]
+    values = AGENT_VALUES | ({"base": {**GAUSSIAN, "hidden": [4]}} if id == "residual" else {})
+    situations = dict.fromkeys(WORK, "work")
+    run = functools.partial(run_agent, id, scene)
+    config = registry.find("agent", id).Config
+    return Walk(f"agent {id} {special}".strip(), config, run, base, values, AGENT_CONTEXTS, situations, EXEMPT)
+
+
+def test_options_of_agents():
+    assert {id for id, _ in AGENTS} | NOT_WALKED == set(registry.shipped("agent"))
+    found = tally([of_agent(*key) for key in AGENTS])
+    print(found)
+    assert not found["dead"], found["dead"]
