@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from embodied_rft.agents.models.causal_lm import CausalLM, load_model
 from embodied_rft.agents.models.tiny_lm import TinyConfig
 from embodied_rft.data import Batch, Decisions, Field, Ragged, Tree
+from embodied_rft.device import drawn_on
 from embodied_rft.names import UserError
 from embodied_rft.networks.mlp import linear
 from embodied_rft.networks.trainable import LoraOptions, Train
@@ -147,7 +148,7 @@ class LanguagePolicy(Policy):
             prompts,
             num_layers=self.lm.num_layers,
             sampling=Sampling(max_new_tokens=c.max_new_tokens, top_k=c.top_k, top_p=c.top_p, eos=self.lm.eos),
-            rng=None if greedy else self._generator(require_rng(rng)),
+            rng=None if greedy else drawn_on(require_rng(rng), self.device),
             stop=self._stops if c.stop else None,
             allowed=self.lm.allowed,
         )
@@ -166,12 +167,6 @@ class LanguagePolicy(Policy):
         longest = max(len(stop.encode()) for stop in self.config.stop)
         tail = str(self.tokenizer.decode(ids[-longest - 8 :], skip_special_tokens=True))
         return any(stop in tail for stop in self.config.stop)
-
-    def _generator(self, rng: torch.Generator) -> torch.Generator:
-        device = self.device
-        if rng.device.type == device.type:
-            return rng
-        return torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,), generator=rng, device=rng.device)))
 
     # --- scoring -------------------------------------------------------------------------------------------------
 

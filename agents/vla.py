@@ -27,6 +27,7 @@ from embodied_rft.agents.models.vlm import VLM, Context, load_vlm
 from embodied_rft.agents.parts.chain import ChunkConfig, Codec
 from embodied_rft.agents.parts.vla_heads import HEADS, FlowOptions, ParallelOptions, Size, TokenOptions
 from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.device import drawn_on
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks import critics
 from embodied_rft.networks.encoder import Encoder, Normalize, cameras, is_image
@@ -177,7 +178,7 @@ class VLAPolicy(Policy):
     def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
         """N decisions for observation arrays [N, ...]; actions are chunks [N, D] in the environment's units."""
         tensors = observe(observation, self)
-        generator = None if greedy and rng is None else self._generator(require_rng(rng))
+        generator = None if greedy and rng is None else drawn_on(require_rng(rng), self.device)
         if not len(tensors[self.image_keys[0]]):
             trace = {name: np.zeros((0, *field.shape), field.dtype) for name, field in self.trace_fields.items()}
             return Decisions(np.zeros((0, self.size), np.float32), np.zeros((0, self.num_units), np.float32), trace)
@@ -217,7 +218,7 @@ class VLAPolicy(Policy):
 
     def rsample(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """A reparametrised chunk [B, D] and the log-probability [B] of how it came about."""
-        acted = self.head.act(self.vlm, self.context(observation), self._generator(require_rng(rng)))
+        acted = self.head.act(self.vlm, self.context(observation), drawn_on(require_rng(rng), self.device))
         return self.codec.decode(acted.chunk), acted.log_prob.sum(-1)
 
     def from_noise(self, observation: Tree, noise: Tensor) -> Tensor:
@@ -322,12 +323,6 @@ class VLAPolicy(Policy):
         statistics = self.codec.statistics
         if statistics is not None and not bool(statistics.fitted):
             raise UserError(f"{path} was saved without statistics of its data: fit them and save it again")
-
-    def _generator(self, rng: torch.Generator) -> torch.Generator:
-        if rng.device.type == self.device.type:
-            return rng
-        seed = int(torch.randint(2**62, (1,), generator=rng, device=rng.device))
-        return torch.Generator(self.device).manual_seed(seed)
 
 
 class TrunkEncoder(nn.Module):

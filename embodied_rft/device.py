@@ -59,6 +59,13 @@ def on_device(generator: torch.Generator, device: torch.device) -> torch.Generat
     return generator if same else seeded(generator.initial_seed(), device)
 
 
+def drawn_on(generator: torch.Generator, device: torch.device) -> torch.Generator:
+    """The generator itself, or one on another kind of device whose seed is drawn from it, anew with every call."""
+    if generator.device.type == device.type:
+        return generator
+    return seeded(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)), device)
+
+
 def generator_state(generator: np.random.Generator | torch.Generator) -> dict[str, Any]:
     """What a checkpoint keeps of a generator."""
     if isinstance(generator, torch.Generator):

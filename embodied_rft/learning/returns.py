@@ -15,29 +15,6 @@ import torch
 from torch import Tensor
 
 
-def n_step_return(reward: Tensor, discount: Tensor, value: Tensor, *, num_steps: int) -> Tensor:
-    """Sum of up to n discounted rewards plus the discounted value after them (Sutton and Barto 2018, eq. 7.1).
-
-    Args:
-        reward: [T] of one segment.
-        discount: [T], 0 where the episode terminated.
-        value: [T + 1]; value[t] belongs to the observation before decision t.
-        num_steps: n; windows are shorter at the end of the segment.
-
-    Returns:
-        [T].
-    """
-    length = len(reward)
-    returns = torch.empty_like(reward)
-    for t in range(length):
-        end = min(t + num_steps, length)
-        total = value[end]
-        for i in reversed(range(t, end)):
-            total = reward[i] + discount[i] * total
-        returns[t] = total
-    return returns
-
-
 def gae(
     reward: Tensor, discount: Tensor, value: Tensor, next_value: Tensor, mask: Tensor, *, trace_decay: float
 ) -> Tensor:

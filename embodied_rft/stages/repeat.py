@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
@@ -16,7 +16,6 @@ from embodied_rft.registry import register
 class Repeat:
     """Runs its stages `times` times in a row."""
 
-    holds_stages: ClassVar[bool] = True
     word: str = ""
 
     @dataclass(config=STRICT, kw_only=True)

@@ -23,17 +23,10 @@ class Cost:
     """What a row costs, in units of one token through the linear layers.
 
     A 0.5B decoder of width 896 spends as much on attention as on its linear layers at about 6 * 896 tokens of context:
-    Cost(quadratic=1 / (6 * 896)). An image of 256 patches: Cost(patch=0.6) when its tower has 0.6 of the decoder's
-    size.
+    Cost(quadratic=1 / (6 * 896)).
     """
 
     quadratic: float = 1 / 5376  # of a pair of tokens that attend to each other
-    patch: float = 1.0  # of an image patch, encoded once for a prompt
-
-    @classmethod
-    def of_width(cls, hidden_size: int, *, patch: float = 1.0) -> Cost:
-        """For a decoder of this width (24 h^2 linear and 4 h L attention operations a token and layer)."""
-        return cls(quadratic=1 / (6 * hidden_size), patch=patch)
 
     def tokens(self, count: np.ndarray) -> np.ndarray:
         """Cost of texts of these lengths."""
@@ -63,7 +56,6 @@ def plan_micro_batches(
     *,
     budget: float,
     cost: Cost | None = None,
-    patches: np.ndarray | None = None,
     atoms: np.ndarray | None = None,
     share: bool = True,
 ) -> list[np.ndarray]:
@@ -78,7 +70,6 @@ def plan_micro_batches(
         replies: B rows of token ids.
         budget: largest cost of a micro-batch, about its number of tokens.
         cost: what tokens cost; default `Cost()`.
-        patches: [B] image patches of the prompt.
         atoms: [B] rows of one number are never separated (the two sides of a pair).
         share: whether shared beginnings will be computed once.
     """
@@ -94,9 +85,7 @@ def plan_micro_batches(
         np.minimum.at(leader, kind, rank)
         order = np.lexsort((rank, leader[kind]))
     common = shared_with_previous(sequences, order) if share else np.zeros_like(order)
-    images = np.zeros(len(order)) if patches is None else cost.patch * np.asarray(patches, dtype=np.float64)[order]
-    whole = cost.tokens(sequences.lengths[order]) + images
-    shared = cost.tokens(common) + np.where(common >= prompts.lengths[order], images, 0.0)
+    whole, shared = cost.tokens(sequences.lengths[order]), cost.tokens(common)
     new_atom = np.append(True, np.diff(whose[order]) != 0)
     return [np.sort(order[a:b]) for a, b in _cuts(whole, shared, np.flatnonzero(new_atom), budget)]
 

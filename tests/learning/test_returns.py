@@ -12,7 +12,6 @@ from embodied_rft.learning.returns import (
     moments,
     moments_together,
     monte_carlo,
-    n_step_return,
     pad_segments,
     standardize,
     without_spread,
@@ -83,20 +82,6 @@ def test_what_lies_under_the_mask_changes_nothing(seed):
         gae(*broken, mask, trace_decay=0.9), gae(reward, discount, value, next_value, mask, trace_decay=0.9)
     )
     torch.testing.assert_close(monte_carlo(*broken[:2], mask), monte_carlo(reward, discount, mask))
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 10])
-def test_n_step_return(num_steps):
-    reward = torch.tensor([1.0, 2.0, 3.0])
-    value = torch.tensor([10.0, 20.0, 30.0, 40.0])
-    discount = torch.full((3,), 0.5)
-    expected = {
-        1: [11.0, 17.0, 23.0],
-        2: [1 + 1 + 7.5, 2 + 1.5 + 10, 23.0],
-        3: [1 + 1 + 0.75 + 5, 2 + 1.5 + 10, 23.0],
-        10: [7.75, 13.5, 23.0],
-    }
-    assert n_step_return(reward, discount, value, num_steps=num_steps).tolist() == expected[num_steps]
 
 
 BASELINES = st.sampled_from(["grpo", "dr_grpo", "rloo"])
