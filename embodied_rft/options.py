@@ -162,11 +162,11 @@ def refuse_idle(config: Any, names: Iterable[str], why: str) -> None:
     """
     fields = {f.name: f for f in dataclasses.fields(config)}
     for name in names:
-        value, default = getattr(config, name), fields[name].default
+        value, default, factory = getattr(config, name), fields[name].default, fields[name].default_factory
         if isinstance(default, FieldInfo):
             default = default.get_default(call_default_factory=True)
-        elif fields[name].default_factory is not dataclasses.MISSING:
-            default = fields[name].default_factory()
+        elif factory is not dataclasses.MISSING:
+            default = factory()
         if value != default:
             raise UserError(f"{to_key(name)} {to_plain(value)} has no effect {why}: leave it out")
 
