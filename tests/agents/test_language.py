@@ -18,6 +18,7 @@ from embodied_rft.data import Decisions, Ragged, Source, Trajectory
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
+from embodied_rft.policy import Values, able
 
 TEXT = gymnasium.spaces.Text(200)
 SPACE = gymnasium.spaces.Dict({"prompt": TEXT})
@@ -384,7 +385,7 @@ def test_features_of_prompts():
 
 
 def test_value_head_shares_the_trunk():
-    assert not hasattr(make().policy, "value")
+    assert able(make().policy, Values) is None
     policy = make(value_head=True).policy
     with torch.no_grad():
         policy.head.weight.normal_(generator=rng(3))
