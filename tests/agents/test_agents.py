@@ -197,7 +197,7 @@ def test_wrap_policy_keeps_what_the_base_has_learnt():
     expected = agent.policy.act(observation, greedy=True).action
     wrapped = wrap_policy("residual", agent, generator(1), hidden=[16])
     np.testing.assert_array_equal(wrapped.act(observation, greedy=True).trace["base_action"], expected)
-    with pytest.raises(ValueError, match="no load_base"):
+    with pytest.raises(ValueError, match=r"takes no base \(residual does\)"):
         wrap_policy("gaussian", agent, generator())
 
 

@@ -13,6 +13,7 @@ from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.networks.trainable import tune
 from embodied_rft.objectives import build_objective
+from embodied_rft.policy import Values, able
 from embodied_rft.pools.protocol import encode_text, fields_of
 from tests.lab.helpers_vla import SPACE, STEP, chunks, observation, policy, rng, same, tensors
 
@@ -92,7 +93,9 @@ def test_ppo_with_each_kind_of_value(value):
     agent = build_agent(policy(value=value).spec, SPACE, STEP, rng())
     objective = build_objective({"id": "ppo", "num_epochs": 1, "batch_size": 8})
     objective.setup(agent)
-    assert ("value" in agent.parts) == (value != "shared") and hasattr(agent.policy, "value") == (value == "shared")
+    assert ("value" in agent.parts) == (value != "shared") and (able(agent.policy, Values) is not None) == (
+        value == "shared"
+    )
     learner = Learner(agent, objective)
     p, seen = agent.policy, observation(4)
     seen["instruction"] = encode_text(seen["instruction"])

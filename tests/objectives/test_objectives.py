@@ -99,7 +99,7 @@ def test_options_of_entropy_are_refused_where_there_is_none(objective, option):
 
 
 def test_smoothing_is_refused_where_nothing_is_smoothed():
-    with pytest.raises(ValueError, match="target_noise has no effect in 'sac', see td3"):
+    with pytest.raises(ValueError, match="target_noise 0.2 has no effect in 'sac', see td3"):
         make({"id": "sac", "target_noise": 0.2, **SMALL})
 
 

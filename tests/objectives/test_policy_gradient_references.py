@@ -21,7 +21,7 @@ from embodied_rft.learning.agent import Agent, Spaces
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
 from embodied_rft.objectives.credit import bi_level_gae_credit
-from embodied_rft.policy import Policy
+from embodied_rft.policy import Policy, Values, able
 from tests.lab.spelling import CLASSES, END, LONGEST, Lab
 from tests.objectives.test_policy_gradient import gradients, moved
 
@@ -66,7 +66,7 @@ class Told:
         self.reward, self.lengths, self.group = trajectory.reward.astype(np.float64), lengths, trajectory.group
         self.turn = np.repeat(np.arange(len(lengths)), lengths)
         self.total = float(self.reward.sum())
-        if hasattr(lab.agent.policy, "value"):
+        if able(lab.agent.policy, Values) is not None:
             self.value = lab.agent.policy.value(inputs, {})
             self.unit_value = flat(lab.agent.policy.unit_values(inputs, trajectory.action, {}))
 
