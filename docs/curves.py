@@ -12,8 +12,8 @@ import json
 from html import escape
 from pathlib import Path
 
+from embodied_rft.files import write_atomically
 from embodied_rft.report.figures import Curve, learning_curves
-from embodied_rft.runs.recipe import write_atomically
 
 CLASSES = ("after", "other", "train")
 STYLE = """<style>

@@ -35,6 +35,13 @@ def recognise(path: str | Path) -> str | None:
         return next((f"{what}, which {reader} reads" for sign, what, reader in FOLDERS if (path / sign).exists()), None)
     with open(path, "rb") as file:
         start = file.read(16)
+    if _is_safetensors(start, path.stat().st_size):
+        return None  # our own form, whatever the length of its header looks like
     if start.startswith(PICKLES):
         return "a pickle, which is never loaded here: it may run any code"
     return next((f"{what}, which {reader} reads" for sign, what, reader in SIGNATURES if start.startswith(sign)), None)
+
+
+def _is_safetensors(start: bytes, size: int) -> bool:
+    """Eight bytes of a length that fits into the file, then JSON of that length."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8

@@ -165,7 +165,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if other is not None:
             raise UserError(
                 f"{path} is {other}. Demonstrations are read from our own files: read it there, make a "
-                "embodied_rft.data.Trajectory of each episode, and write them with embodied_rft.buffer.buffer."
+                "embodied_rft.Trajectory of each episode, and write them with embodied_rft."
                 "write_trajectories (docs/foreign.md has an example)."
             )
     if not path.is_file():

@@ -192,6 +192,14 @@ def recipe(file, **options):
     return parse(Recipe, tree)
 
 
+def test_a_length_that_looks_like_a_pickle_is_a_length(tmp_path):
+    """Headers of 640 bytes begin like a pickle of protocol 2, those of 123 like a JSON file."""
+    for length in (640, 1_408, 123):
+        header = b"{}".ljust(length)
+        (tmp_path / "own").write_bytes(len(header).to_bytes(8, "little") + header)
+        assert recognise(tmp_path / "own") is None
+
+
 @pytest.mark.parametrize("scale", [1.0, 90.0])
 def test_the_stage_counts_and_refuses(tmp_path, scale):
     rng = np.random.default_rng(0)

@@ -15,6 +15,8 @@ from embodied_rft.pools.pool import VectorPool
 AVAILABLE, REASON = gl_available()
 CAMERAS = ("front", "side", "wrist", "overview")
 
+GL_AVAILABLE = "from embodied_rft.envs.manipulation import rendering\nprint(rendering.gl_available())"
+
 
 def run(code, **environment):
     clean = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
@@ -25,7 +27,7 @@ def run(code, **environment):
 DRAW = """
 import numpy as np
 from embodied_rft.envs.manipulation.fetch import FetchEnv
-from embodied_rft.envs import rendering
+from embodied_rft.envs.manipulation import rendering
 env = FetchEnv("Push", render_mode="rgb_array", image_size=32)
 env.reset(seed=0)
 assert env.render().std() > 10
@@ -48,7 +50,7 @@ def test_without_a_gl_library_the_error_names_the_package():
     assert result.returncode == 1 and "AssertionError" not in result.stderr
     assert "RuntimeError: no GL library works" in result.stderr
     assert "apt-get install libegl1" in result.stderr and "libosmesa6" in result.stderr
-    quiet = run(HIDE.format(hidden=("mujoco.egl", "mujoco.osmesa")) + "from embodied_rft.envs import rendering\n"
+    quiet = run(HIDE.format(hidden=("mujoco.egl", "mujoco.osmesa")) + "from embodied_rft.envs.manipulation import rendering\n"
                 "print(rendering.gl_available())")  # fmt: skip
     assert quiet.returncode == 0 and quiet.stdout.startswith("(False,")
 
@@ -63,7 +65,7 @@ def test_a_gl_library_that_mujoco_itself_cannot_load_is_one_sentence():
 
 
 def test_drawing_switched_off_is_said():
-    result = run("from embodied_rft.envs import rendering\nprint(rendering.gl_available())", MUJOCO_GL="off")
+    result = run(GL_AVAILABLE, MUJOCO_GL="off")
     assert result.stdout.startswith("(False,") and "MUJOCO_GL=off" in result.stdout
 
 

@@ -245,7 +245,8 @@ def test_nothing_is_left_when_the_parent_is_killed():
         f"""
         import functools, sys, time
         import numpy as np
-        from embodied_rft.pools.pool import EnvironmentFailure, WorkerPool, make_pool
+        from embodied_rft.pools.pool import make_pool
+        from embodied_rft.pools.workers import WorkerPool
         if __name__ == "__main__":
             make = functools.partial(make_pool, "tests.lab.helpers_envs:Moody-v0", options={{"trouble": "hang"}})
             pool = WorkerPool(make, 2, num_workers=2, deadline=300.0)
