@@ -161,7 +161,7 @@ class Corridor(gymnasium.Env):
         self.steps += 1
         return {"place": self.place, "door": 1}, float(action[0]), False, self.steps == 5, {}
 
-gymnasium.register("Corridor-v0", Corridor)
+gymnasium.register("LongCorridor-v0", Corridor)
 """
 
 
@@ -173,14 +173,14 @@ def test_a_policy_needs_no_environment(tmp_path, monkeypatch):
         {"adapt": {"with": "residual"}},
         {"finetune": {"objective": "sac", "decisions": 40, "decisions_per_iteration": 20}},
     ]
-    env = {"id": "long_corridor:Corridor-v0", "num_envs": 2}
+    env = {"id": "long_corridor:LongCorridor-v0", "num_envs": 2}
     train(short(env=env, stages=stages), tmp_path / "run", quiet=True, report=False)
     seen = {"place": np.ones(2), "door": 3}
     expected = load_policy(tmp_path / "run", trust=True)(seen)
     (tmp_path / "long_corridor.py").unlink()
     shutil.rmtree(tmp_path / "run" / "inputs")
     monkeypatch.delitem(sys.modules, "long_corridor")
-    monkeypatch.delitem(gymnasium.registry, "Corridor-v0")
+    monkeypatch.delitem(gymnasium.registry, "LongCorridor-v0")
     with pytest.raises(ValueError, match="long_corridor"):
         evaluate_run(tmp_path / "run", episodes=1, trust=True)
     policy = load_policy(tmp_path / "run")  # no code of the run's own runs: nobody needs to trust it
