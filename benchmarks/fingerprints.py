@@ -32,14 +32,14 @@ SMALL = {
 }  # fmt: skip
 
 
-def shrink(tree: Any) -> Any:
-    """The recipe with every amount cut down."""
+def shrink(tree: Any, amounts: dict[str, int]) -> Any:
+    """The recipe with every amount cut down to the one of its name; what is learned, and how, stays."""
     if isinstance(tree, dict):
-        small = {k: min(v, SMALL[k]) for k, v in tree.items() if k in SMALL and isinstance(v, int | float)}
+        small = {k: min(v, amounts[k]) for k, v in tree.items() if k in amounts and isinstance(v, int | float)}
         if not tree.get("evaluate_every"):  # then nothing is evaluated, and how much is not asked
             small.pop("evaluate_episodes", None)
-        return {k: small.get(k, shrink(v)) for k, v in tree.items()}
-    return [shrink(item) for item in tree] if isinstance(tree, list) else tree
+        return {k: small.get(k, shrink(v, amounts)) for k, v in tree.items()}
+    return [shrink(item, amounts) for item in tree] if isinstance(tree, list) else tree
 
 
 def digest(tree: Any) -> str:
@@ -67,7 +67,7 @@ def fingerprint(name: str) -> dict[str, str]:
     """{"weights": hash, "experience": hash} after a short run of a shipped recipe."""
     with tempfile.TemporaryDirectory() as folder:
         small = Path(folder) / "small.yaml"
-        small.write_text(yaml.safe_dump(shrink(yaml.safe_load(dump_recipe(load_recipe(name))))))
+        small.write_text(yaml.safe_dump(shrink(yaml.safe_load(dump_recipe(load_recipe(name))), SMALL)))
         run = Path(folder) / "run"
         train(load_recipe(small), run, quiet=True, report=False)
         newest = Checkpoints(RunFolder(run).checkpoints).newest()

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from benchmarks.fingerprints import shrink
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.options import ConfigError
 from embodied_rft.runs.recipe import dump_recipe, load_recipe, recipe_names
@@ -24,21 +25,11 @@ SMALL = {
 }
 
 
-def shrink(tree):
-    """The recipe with every amount cut down; what is learned, and how, stays."""
-    if isinstance(tree, dict):
-        small = {k: min(v, SMALL[k]) for k, v in tree.items() if k in SMALL and isinstance(v, int | float)}
-        if not tree.get("evaluate_every"):  # then nothing is evaluated, and how much is not asked
-            small.pop("evaluate_episodes", None)
-        return {k: small[k] if k in small else shrink(v) for k, v in tree.items()}
-    return [shrink(item) for item in tree] if isinstance(tree, list) else tree
-
-
 @pytest.mark.parametrize("name", [n for n in recipe_names() if not n.endswith("base")])
 def test_recipe_runs(name, tmp_path):
     tree = yaml.safe_load(dump_recipe(load_recipe(name)))
     small = tmp_path / "small.yaml"
-    small.write_text(yaml.safe_dump(shrink(tree)))
+    small.write_text(yaml.safe_dump(shrink(tree, SMALL)))
     session = train(load_recipe(small), tmp_path / "run", quiet=True)
     assert len(session.records) >= 1
     assert (tmp_path / "run" / "report.html").stat().st_size > 5_000
