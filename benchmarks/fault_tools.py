@@ -104,7 +104,11 @@ def recipe(stages: list[Any] | None = None, env: dict[str, Any] | None = None, *
     return tree | {"stages": stages or [{"finetune": learn}, {"evaluate": {"episodes": 8}}]} | parts
 
 
-TD3 = {"objective": {"id": "td3", "num_steps": 3}, "decisions": 1_200, "decisions_per_iteration": 100}
+TD3 = {
+    "objective": {"id": "td3", "num_steps": 3, "offline_share": 0.5},
+    "decisions": 1_200,
+    "decisions_per_iteration": 100,
+}
 PPO = {"finetune": {"objective": "ppo", "decisions": 4_000, "decisions_per_iteration": 320}}
 GRPO = {"objective": {"id": "grpo", "batch_size": 16}, "decisions": 320, "episodes_per_iteration": 32, "group_size": 8}
 FAMILIES = {
@@ -112,7 +116,7 @@ FAMILIES = {
     "fresh": recipe([PPO, {"evaluate": {"episodes": 8}}]),
     "workers": recipe(env={"pool": "workers", "num_workers": 2}),
     "text": recipe(
-        [{"demonstrate": {"episodes": 40}}, {"pretrain": {"objective": "bc", "updates": 40, "batch_size": 16,
+        [{"demonstrate": {"episodes": 40}}, {"pretrain": {"objective": {"id": "bc", "batch_size": 16}, "updates": 40,
                                                           "log_every": 5}}, {"finetune": GRPO}],
         {"id": "embodied_rft/TextSum-v0"},
         agent={"id": "language", "model": {"tiny": {}}, "prompt": "plain", "max_new_tokens": 3},
@@ -121,7 +125,7 @@ FAMILIES = {
         [{"demonstrate": {"episodes": 6, "noise": 0.3}}, {"pretrain": {"objective": "bc", "updates": 80,
                                                                        "log_every": 10}},
          {"adapt": {"with": "residual", "options": {"scale": 0.3, "deterministic": True, "exploration_noise": 0.1}}},
-         {"finetune": TD3 | {"updates_per_decision": 0.05, "offline_share": 0.5}}],
+         {"finetune": TD3 | {"updates_per_decision": 0.05}}],
         {"id": "embodied_rft/FetchReach-v0", "options": {"num_threads": 1}},
         agent={"id": "gaussian", "hidden": [16], "deterministic": True},
     ),

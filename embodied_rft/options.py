@@ -81,7 +81,14 @@ Stages = Annotated[list[StageSpec], WrapValidator(_validate_stages)]
 """Annotation of a field that holds stages: `stages: Stages = field(default_factory=list)` in a stage's `Config`."""
 
 
-def plugin_spec(kind: str) -> WrapValidator:
+@dataclass(frozen=True)
+class PluginSpec(WrapValidator):
+    """See `plugin_spec`."""
+
+    kind: str = ""  # of the registry
+
+
+def plugin_spec(kind: str) -> PluginSpec:
     """Annotation of a field that names a plug-in with its options: it is checked, and completed with all defaults.
 
     `objective: Annotated[dict[str, Any], plugin_spec("objective")]` takes `sac` and `{id: sac, gamma: 0.98}` and holds
@@ -97,7 +104,7 @@ def plugin_spec(kind: str) -> WrapValidator:
         config = validate_plugin_config(kind, spec["id"], options, path=path)
         return {"id": spec["id"], **(to_plain(config) or {})}
 
-    return WrapValidator(validate)
+    return PluginSpec(validate, kind=kind)
 
 
 def validate_plugin_config(kind: str, id: str, options: Mapping[str, Any], *, path: str = "") -> Any:
@@ -144,7 +151,7 @@ def parse(cls: type[T], mapping: Any, path: str = "") -> T:
     try:
         made: T = TypeAdapter(cls).validate_python(_to_fields(cls, mapping), context={"path": path})
     except ValidationError as error:
-        raise ConfigError("\n".join(_describe(cls, problem, path) for problem in error.errors())) from None
+        raise ConfigError("\n".join(_describe(cls, problem, path, mapping) for problem in error.errors())) from None
     _check_depth(made, path)
     return made
 
@@ -204,19 +211,33 @@ def to_key(name: str) -> str:
     return name[:-1] if name.endswith("_") and keyword.iskeyword(name[:-1]) else name
 
 
-def _describe(cls: type, problem: Mapping[str, Any], path: str) -> str:
-    """One readable line for one pydantic problem."""
+def _describe(cls: type, problem: Mapping[str, Any], path: str, given: Mapping[str, Any]) -> str:
+    """One readable line for one pydantic problem with what was `given`."""
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):  # from a nested parse: it has its own path already
         return str(cause)
     location = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
     where = ".".join([path, *map(str, location)] if path else map(str, location))
     if problem["type"] == "unexpected_keyword_argument":
-        return f"unknown key {where}; {nearest(str(location[-1]), _keys_at(cls, location[:-1]))}"
+        home = _home(cls, given, str(location[-1])) if len(location) == 1 else ""
+        return f"unknown key {where}; {home or nearest(str(location[-1]), _keys_at(cls, location[:-1]))}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{where} is required and was not given"
-    given = "" if isinstance(problem["input"], Mapping) else f"; got {problem['input']!r}"
-    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{given}"
+    got = "" if isinstance(problem["input"], Mapping) else f"; got {problem['input']!r}"
+    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{got}"
+
+
+def _home(cls: Any, given: Mapping[str, Any], key: str) -> str:
+    """Where an unknown key of a dataclass belongs, if a plug-in that is named beside it has such an option."""
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        spec, value = next((p for p in typing.get_args(hint) if isinstance(p, PluginSpec)), None), given.get(name)
+        id = value.get("id") if isinstance(value, Mapping) else value
+        if spec is None or id not in registry.known(spec.kind):
+            continue
+        config = getattr(registry.find(spec.kind, str(id)), "Config", None)
+        if key in _keys_at(config, ()):
+            return f"it is an option of the {spec.kind}: `{name}: {{id: {id}, {key}: {given[key]!r}}}`"
+    return ""
 
 
 def _keys_at(cls: Any, location: Sequence[Any]) -> list[str]:

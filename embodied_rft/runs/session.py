@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from embodied_rft import distributed
-from embodied_rft.buffer.plans import Fresh
 from embodied_rft.data import Decisions, Source, Tree
 from embodied_rft.device import on_device, resolve_device, restored_generator, seeded
 from embodied_rft.evaluation.evaluate import Evaluation, evaluate, evaluation_seeds, latest_incident
@@ -94,9 +93,9 @@ class Session(resume.State):
         """The objective {"id": ..., options} that a stage names, with its networks set up on the agent."""
         objective = self._objective = build_objective(spec)
         objective.setup(self.agent, self.generator("setup"))
-        if distributed.size() > 1 and isinstance(reading := objective.reading, Fresh):
-            batch_size = distributed.share(reading.batch_size, "objective.batch_size")
-            objective.reading = replace(reading, batch_size=batch_size)
+        if distributed.size() > 1:
+            batch_size = distributed.share(objective.reading.batch_size, "objective.batch_size")
+            objective.reading = replace(objective.reading, batch_size=batch_size)
         return objective
 
     @property

@@ -74,8 +74,6 @@ class Finetune(Stage):
         decisions_per_iteration: PositiveInt | None = None
         episodes_per_iteration: PositiveInt | None = None  # whole episodes instead, for group credit
         updates_per_decision: NonNegativeFloat | None = None  # replayed objectives only; None: as published
-        batch_size: PositiveInt | None = None  # likewise; None: the objective's
-        offline_share: Share | None = None  # likewise, e.g. 0.5 (RLPD), 0 (WSRL); None: the objective's
         group_size: PositiveInt = 1  # episodes that share an initial state (group credit)
         overlap: bool = False  # collect on one thread with the previous weights while learning on another
         evaluate_every: PositiveInt | None = None  # decisions between points of the learning curve
@@ -85,7 +83,12 @@ class Finetune(Stage):
 
         def __post_init__(self) -> None:
             objective = build_objective(self.objective)
-            learning_of(objective).check(objective, self.objective, vars(self))
+            for name, instead in learning_of(objective).refused.items():
+                if getattr(self, name) not in (None, False):
+                    raise UserError(
+                        f"{name} has no effect with objective {self.objective['id']!r}, which learns from fresh "
+                        f"experience, not from replay: {instead}"
+                    )
             self._check_iteration(objective.needs_groups)
             if self.evaluate_every is None:
                 refuse_idle(self, ["evaluate_episodes"], "without evaluate_every")

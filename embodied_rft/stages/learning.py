@@ -5,26 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from embodied_rft import distributed, registry
+from embodied_rft import distributed
 from embodied_rft.buffer.buffer import Buffer
-from embodied_rft.buffer.plans import Fresh, Replay
+from embodied_rft.buffer.plans import Fresh
 from embodied_rft.experience.recording import Recording, Written
 from embodied_rft.learning.objective import Metrics, Objective
 from embodied_rft.names import UserError
 from embodied_rft.runs.progress import Progress
 from embodied_rft.runs.session import Session
-
-FRESH = {  # options of `finetune` for replay, and what objectives that learn from fresh experience have instead
-    "batch_size": "set the objective's own batch_size",
-    "updates_per_decision": "set the objective's num_epochs",
-    "offline_share": "leave it out",
-    "overlap": "leave it out",
-}
 
 
 @dataclass(kw_only=True)
@@ -39,6 +32,8 @@ class LearningProgress(Progress):
 class Learning(Protocol):
     """What `finetune` asks of either way to learn."""
 
+    refused: ClassVar[Mapping[str, str]]  # its options that have no effect here, and what to do instead
+
     def iteration(self, num_envs: int) -> int:
         """Decisions of an iteration where the recipe says nothing."""
 
@@ -52,14 +47,10 @@ class Learning(Protocol):
 class FromReplay:
     """`updates_per_decision` updates for each decision, drawn from all that the buffer holds."""
 
+    refused: ClassVar[Mapping[str, str]] = {}
+
     def __init__(self, session: Session, options: Mapping[str, Any]) -> None:
         self.session, self.options = session, options
-
-    @staticmethod
-    def check(objective: Objective, spec: dict[str, Any], options: Mapping[str, Any]) -> None:
-        """Refuse what the stage and the objective do not agree on."""
-        off_policy_plan(objective, options["batch_size"], options["offline_share"])
-        say_once(spec, batch_size=options["batch_size"], offline_share=options["offline_share"])
 
     def iteration(self, num_envs: int) -> int:
         """Few: replay learns as it goes, close to what it has just seen."""
@@ -82,9 +73,9 @@ class FromReplay:
         ratio = session.objective.updates_per_decision if ratio is None else ratio
         owed = progress.owed + sum(distributed.gather(decisions)) * ratio
         progress.owed = owed - int(owed)
-        plan = off_policy_plan(session.objective, options["batch_size"], options["offline_share"])
         learner, rng = session.running_learner, session.generator("learn")
-        batches = plan.batches(session.buffer, session.numpy_generator("sample"), learner.version)
+        plan, sampler = session.objective.reading, session.numpy_generator("sample")
+        batches = plan.batches(session.buffer, sampler, learner.version)
         for batch in itertools.islice(batches, int(owed)):
             learner.update(batch, rng)
         session.counters["updates"] += int(owed)
@@ -94,18 +85,13 @@ class FromReplay:
 class FromFresh:
     """Every decision once an epoch, as the objective's plan says, and then never again."""
 
+    refused: ClassVar[Mapping[str, str]] = {
+        "updates_per_decision": "set the objective's num_epochs",
+        "overlap": "leave it out",
+    }
+
     def __init__(self, session: Session, options: Mapping[str, Any]) -> None:
         self.session = session
-
-    @staticmethod
-    def check(objective: Objective, spec: dict[str, Any], options: Mapping[str, Any]) -> None:
-        """Refuse options that are those of replay."""
-        for name, instead in FRESH.items():
-            if options[name] not in (None, False):
-                raise UserError(
-                    f"{name} has no effect with objective {spec['id']!r}, which learns from fresh experience, not from "
-                    f"replay: {instead}"
-                )
 
     def iteration(self, num_envs: int) -> int:
         """As many as tell something of the policy."""
@@ -140,26 +126,6 @@ def annotate_once(session: Session) -> None:
         session.objective.annotate(session.agent, session.buffer, rows, rng)
         distributed.equalize(session.agent.buffers())  # statistics of the data
         progress.annotated = True
-
-
-def off_policy_plan(objective: Objective, batch_size: int | None, offline_share: float | None) -> Replay:
-    """The objective's reading plan with the stage's numbers; a plan for fresh data is refused."""
-    if not isinstance(objective.reading, Replay):
-        raise UserError(
-            f"objective {type(objective).__name__} learns from fresh experience only: use finetune, not pretrain"
-        )
-    share = objective.reading.offline_share if offline_share is None else offline_share
-    batch_size = distributed.share(batch_size or objective.reading.batch_size, "batch_size")
-    return replace(objective.reading, batch_size=batch_size, offline_share=share)
-
-
-def say_once(spec: dict[str, Any], **options: Any) -> None:
-    """Refuse options of a replayed objective {"id": ..., options} that its stage decides otherwise."""
-    defaults = {f.name: f.default for f in fields(registry.find("objective", spec["id"]).Config)}
-    for name, value in options.items():
-        own = spec.get(name)
-        if value is not None and own not in (value, defaults.get(name)):
-            raise UserError(f"{name} is {value} for the stage and {own} for its objective: say it once")
 
 
 def write(session: Session, recording: Recording) -> Written:

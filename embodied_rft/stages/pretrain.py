@@ -11,14 +11,15 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from embodied_rft import distributed
-from embodied_rft.buffer.plans import Share
+from embodied_rft.buffer.plans import Replay
 from embodied_rft.learning.learner import LearnerConfig
+from embodied_rft.names import UserError
 from embodied_rft.objectives import build_objective
 from embodied_rft.options import STRICT, plugin_spec, refuse_idle
 from embodied_rft.registry import register
 from embodied_rft.runs.session import Session
 from embodied_rft.stages.base import Stage
-from embodied_rft.stages.learning import LearningProgress, annotate_once, headline, off_policy_plan, say_once
+from embodied_rft.stages.learning import LearningProgress, annotate_once, headline
 
 
 @plain_dataclass(kw_only=True)
@@ -44,8 +45,6 @@ class Pretrain(Stage):
 
         objective: Annotated[dict[str, Any], plugin_spec("objective")]  # what is learned
         updates: NonNegativeInt = 1_000  # gradient steps
-        batch_size: PositiveInt | None = None  # None: the objective's
-        offline_share: Share | None = None  # of each batch, from demonstrations and offline data; None: the objective's
         only: list[str] | None = None  # losses to step, e.g. [critic]; None: all
         log_every: PositiveInt = 100  # updates between log lines
         evaluate_every: PositiveInt | None = None  # updates between points of the learning curve
@@ -53,9 +52,10 @@ class Pretrain(Stage):
         learner: LearnerConfig = field(default_factory=LearnerConfig)
 
         def __post_init__(self) -> None:
-            objective = build_objective(self.objective)
-            off_policy_plan(objective, self.batch_size, self.offline_share)
-            say_once(self.objective, batch_size=self.batch_size, offline_share=self.offline_share)
+            if not isinstance(build_objective(self.objective).reading, Replay):
+                raise UserError(
+                    f"objective {self.objective['id']!r} learns from fresh experience only: use finetune, not pretrain"
+                )
             if self.evaluate_every is None:
                 refuse_idle(self, ["evaluate_episodes"], "without evaluate_every")
 
@@ -79,8 +79,7 @@ class Pretrain(Stage):
             while (done := progress.updates) < config.updates:
                 count = min(config.log_every, config.updates - done)
                 learner.anneal(done / config.updates)
-                plan = off_policy_plan(session.objective, config.batch_size, config.offline_share)
-                made, batches = 0, plan.batches(session.buffer, sampler, learner.version)
+                made, batches = 0, session.objective.reading.batches(session.buffer, sampler, learner.version)
                 for batch in distributed.in_step(itertools.islice(batches, count)):
                     learner.update(batch, rng, only=config.only)
                     made += 1

@@ -284,13 +284,16 @@ def test_epsilon_falls_over_decisions_and_log_probabilities_are_exact():
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 LEARNER = {"learner": {"learning_rate": 1e-2}}
-REPLAY = {"updates_per_decision": 0.5, "batch_size": 32, "decisions": 1_000, **LEARNER}
+REPLAY = {"updates_per_decision": 0.5, "decisions": 1_000, **LEARNER}
 FINETUNE = {
     "ppo": {"objective": {"id": "ppo", "num_epochs": 4, "batch_size": 64}, "decisions": 2_000, **LEARNER},
-    "dqn": {"objective": {"id": "dqn", "gamma": 0.9, "target_every": 20, "epsilon_decisions": 500}, **REPLAY},
+    "dqn": {
+        "objective": {"id": "dqn", "batch_size": 32, "gamma": 0.9, "target_every": 20, "epsilon_decisions": 500},
+        **REPLAY,
+    },
     "discrete_sac": {
         "objective": {"id": "discrete_sac", "gamma": 0.9, "tau": 0.1, "target_every": 1, "target_entropy": 0.1}
-        | {"critic_hidden": [32]},
+        | {"batch_size": 32, "critic_hidden": [32]},
         **REPLAY,
     },
 }

@@ -135,7 +135,7 @@ def test_notes_of_the_old_goal_do_not_count():
 
 
 def recipe(objective, *, env=None, agent=None, decisions=24):
-    stage = {"objective": objective, "decisions": decisions, "batch_size": 8}
+    stage = {"objective": {"batch_size": 8, **objective}, "decisions": decisions}
     tree = {"env": {"id": "PointGoal-v0", "num_envs": 2} | (env or {}), "agent": {"id": "gaussian", "hidden": [8]}}
     return parse(Recipe, tree | {"agent": tree["agent"] | (agent or {}), "stages": [{"finetune": stage}]})
 
@@ -163,8 +163,8 @@ def reached(tmp_path, hindsight):
     """Share of held-out goals that are reached, after 1,500 decisions."""
     env = {"id": "PointGoal-v0", "num_envs": 4}
     objective = {"id": "sac", "critic_hidden": [64, 64], "gamma": 0.9, "tau": 0.02, "hindsight": hindsight}
-    objective |= {"initial_temperature": 0.1}
-    stage = {"objective": objective, "decisions": 1_500, "batch_size": 64, "learner": {"learning_rate": 1e-3}}
+    objective |= {"initial_temperature": 0.1, "batch_size": 64}
+    stage = {"objective": objective, "decisions": 1_500, "learner": {"learning_rate": 1e-3}}
     stages = [{"warm_up": {"decisions": 100}}, {"finetune": stage}, {"evaluate": {"episodes": 100}}]
     tree = {"env": env, "agent": {"id": "gaussian", "hidden": [64, 64]}, "stages": stages, "threads": 1}
     session = train(parse(Recipe, tree), tmp_path, quiet=True, report=False)

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from embodied_rft import distributed
 from embodied_rft.runs.checkpoint import Checkpoints
+from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.recipe import load_recipe
+from embodied_rft.runs.session import Session
 from embodied_rft.train import train
 from tests.lab import distributed_worker as worker
 
@@ -85,7 +87,7 @@ buffer: {capacity: 2000}
 logging: {console: false}
 stages:
   - demonstrate: {episodes: 20}
-  - pretrain: {objective: {id: bc}, updates: 10, batch_size: 16, log_every: 5}
+  - pretrain: {objective: {id: bc, batch_size: 16}, updates: 10, log_every: 5}
   - finetune:
       objective: {id: grpo, num_epochs: 1, batch_size: 32, kl_weight: 0.1}
       decisions: 128
@@ -128,9 +130,13 @@ def test_a_recipe_in_two_processes(tmp_path):
 
 def test_a_share_that_is_not_whole_is_refused(tmp_path, monkeypatch):
     (tmp_path / "two.yaml").write_text(RECIPE)
+    recipe = load_recipe(str(tmp_path / "two.yaml"))
+    alone = Session(recipe, RunFolder(tmp_path / "alone"), quiet=True)
     monkeypatch.setattr(distributed, "size", lambda: 3)
-    with pytest.raises(ValueError, match=r"is 16, which 3 processes cannot share evenly"):
-        train(load_recipe(str(tmp_path / "two.yaml")), tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match=r"env.num_envs is 16, which 3 processes cannot share evenly"):
+        Session(recipe, RunFolder(tmp_path / "run"), quiet=True)
+    with pytest.raises(ValueError, match=r"objective.batch_size is 16, which 3 processes"):
+        alone.make_objective({"id": "bc", "batch_size": 16})
 
 
 def alike(one, other):

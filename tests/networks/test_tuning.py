@@ -178,7 +178,7 @@ def test_only_named_layers_get_adapters():
 
 # --- in a recipe -----------------------------------------------------------------------------------------------------
 
-BC = {"pretrain": {"objective": {"id": "bc"}, "updates": 2, "batch_size": 32}}
+BC = {"pretrain": {"objective": {"id": "bc", "batch_size": 32}, "updates": 2}}
 PPO = {"finetune": {"objective": {"id": "ppo", "batch_size": 32}, "decisions": 64, "decisions_per_iteration": 64}}
 RECIPE = {
     "name": "tuning",

@@ -30,11 +30,10 @@ RECIPE = {
         {"warm_up": {"decisions": 400}},
         {
             "finetune": {
-                "objective": {"id": "td3", "num_steps": 3, "gamma": 0.98},
+                "objective": {"id": "td3", "num_steps": 3, "gamma": 0.98, "offline_share": 0.5},
                 "decisions": 4_000,
                 "decisions_per_iteration": 200,  # 25 steps: every checkpoint lies inside an episode
                 "updates_per_decision": 0.05,
-                "offline_share": 0.5,
                 "evaluate_every": 2_000,
                 "evaluate_episodes": 8,
             }

@@ -85,7 +85,10 @@ def test_a_loaded_policy_does_what_the_evaluation_does(run):
 def test_a_policy_of_chunks_executes_its_plan(tmp_path):
 
     agent = {"id": "gaussian", "hidden": [8], "horizon": 4, "execute": 2}
-    stages = [{"demonstrate": {"episodes": 2}}, {"pretrain": {"objective": "bc", "updates": 2, "batch_size": 8}}]
+    stages = [
+        {"demonstrate": {"episodes": 2}},
+        {"pretrain": {"objective": {"id": "bc", "batch_size": 8}, "updates": 2}},
+    ]
     train(short(agent=agent, stages=stages), tmp_path / "run", quiet=True, report=False)
     policy = load_policy(tmp_path / "run")
     observation = {key: space.sample() for key, space in policy.observation_space.spaces.items()}

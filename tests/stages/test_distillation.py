@@ -24,7 +24,7 @@ STAGES = [
     {"environment": {"options": {"camera": True}}},
     {"collect": {"episodes": 12}},
     {"student": {"agent": STUDENT}},
-    {"pretrain": {"objective": "bc", "updates": 40, "batch_size": 8, "log_every": 10}},
+    {"pretrain": {"objective": {"id": "bc", "batch_size": 8}, "updates": 40, "log_every": 10}},
     {"evaluate": {"episodes": 8}},
 ]
 

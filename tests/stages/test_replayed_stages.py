@@ -42,13 +42,17 @@ def test_objectives_declare_their_published_ratio(id, ratio):
         (4, {"updates_per_decision": 0}, 0),
         (
             4,
-            {"objective": {"id": "wsrl", "num_critics": 2, **TINY}, "decisions": 20, "decisions_per_iteration": 20},
+            {
+                "objective": {"id": "wsrl", "num_critics": 2, "batch_size": 4, **TINY},
+                "decisions": 20,
+                "decisions_per_iteration": 20,
+            },
             80,
         ),
     ],
 )
 def test_updates_follow_decisions(tmp_path, num_envs, options, updates):
-    stage = {"objective": {"id": "sac", **TINY}, "batch_size": 4, "decisions": 100, **options}
+    stage = {"objective": {"id": "sac", "batch_size": 4, **TINY}, "decisions": 100, **options}
     assert run(tmp_path, {"finetune": stage}, num_envs=num_envs).counters["updates"] == updates
 
 
@@ -60,7 +64,7 @@ def test_fresh_data_have_no_ratio(tmp_path):
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0, None])
 @pytest.mark.parametrize("word", ["pretrain", "finetune"])
 def test_a_stage_keeps_its_share_of_offline_data(tmp_path, monkeypatch, share, word):
-    """None: that of the objective, half for rlpd."""
+    """None: half for rlpd."""
     seen, update = [], Learner.update
 
     def spy(self, batch, rng, **options):
@@ -69,9 +73,9 @@ def test_a_stage_keeps_its_share_of_offline_data(tmp_path, monkeypatch, share, w
 
     monkeypatch.setattr(Learner, "update", spy)
     amount = {"updates": 3} if word == "pretrain" else {"decisions": 8, "decisions_per_iteration": 8}
-    stage = {"objective": {"id": "rlpd", "num_critics": 2, **TINY}, "batch_size": 16, **amount}
-    stage |= {} if share is None else {"offline_share": share}
-    run(tmp_path, DEMONSTRATE, {"warm_up": {"decisions": 40}}, {word: stage})
+    objective = {"id": "rlpd", "num_critics": 2, "batch_size": 16, **TINY}
+    objective |= {} if share is None else {"offline_share": share}
+    run(tmp_path, DEMONSTRATE, {"warm_up": {"decisions": 40}}, {word: {"objective": objective, **amount}})
     assert seen and set(seen) == {round(16 * (0.5 if share is None else share))}
 
 
@@ -83,7 +87,7 @@ def test_demonstrations_are_never_overwritten(tmp_path):
 def test_only_the_chosen_losses_step(tmp_path):
     found = []
     for updates in (0, 3):
-        stage = {"objective": {"id": "sac", **TINY}, "updates": updates, "batch_size": 4, "only": ["critic"]}
+        stage = {"objective": {"id": "sac", "batch_size": 4, **TINY}, "updates": updates, "only": ["critic"]}
         session = run(tmp_path / str(updates), DEMONSTRATE, {"pretrain": stage})
         found.append(session.agent.state_dict())
     moved = {
@@ -99,8 +103,8 @@ def test_the_averaged_policy_is_what_evaluations_see_and_what_stays(tmp_path, mo
     learners, make = [], Learner.__init__
     monkeypatch.setattr(Learner, "__init__", lambda self, *a, **k: learners.append(self) or make(self, *a, **k))
     amount = {"updates": 20} if word == "pretrain" else {"decisions": 20, "decisions_per_iteration": 20}
-    objective = "bc" if word == "pretrain" else {"id": "sac", **TINY}
-    stage = {"objective": objective, "batch_size": 8, **amount, "learner": {"ema": 0.99, "learning_rate": 0.1}}
+    objective = {"id": "bc"} if word == "pretrain" else {"id": "sac", **TINY}
+    stage = {"objective": {"batch_size": 8, **objective}, **amount, "learner": {"ema": 0.99, "learning_rate": 0.1}}
     curve = {"evaluate_every": 20, "evaluate_episodes": 2}
     session = run(tmp_path, DEMONSTRATE, {word: stage | curve}, {"evaluate": {"episodes": 2, "sheet": 1}})
     kept = session.agent.policy.state_dict()

@@ -293,18 +293,17 @@ def demos(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_a_stage_decides_how_much_of_a_batch_is_offline(tmp_path, demos, share):
+def test_an_objective_says_how_much_of_a_batch_is_offline(tmp_path, demos, share):
     amount = {"decisions": 80, "decisions_per_iteration": 40, "updates_per_decision": 0.25}
-    stage = finetune("watched_sac", **amount, batch_size=16, offline_share=share)
+    stage = finetune("watched_sac", **amount, objective_options={"batch_size": 16, "offline_share": share})
     run(tmp_path / "run", demos, {"warm_up": {"decisions": 40}}, stage)
     assert len(READ) == 20 and all(len(batch) == 16 for batch in READ)
     assert {int((batch.columns["source"] < Source.ONLINE).sum()) for batch in READ} == {int(16 * share)}
 
 
-@pytest.mark.parametrize(("stage", "own", "size"), [(None, 32, 32), (8, None, 8), (None, None, 256)])
-def test_a_batch_is_as_large_as_the_stage_or_the_objective_says(tmp_path, demos, stage, own, size):
-    objective = {"id": "watched_sac"} | ({} if own is None else {"batch_size": own})
-    run(tmp_path / "run", demos, {"pretrain": {"objective": objective, "updates": 2, "batch_size": stage}})
+@pytest.mark.parametrize(("own", "size"), [({"batch_size": 32}, 32), ({}, 256)])
+def test_a_batch_is_as_large_as_the_objective_says(tmp_path, demos, own, size):
+    run(tmp_path / "run", demos, {"pretrain": {"objective": {"id": "watched_sac", **own}, "updates": 2}})
     assert [len(batch) for batch in READ] == [size] * 2
 
 
@@ -345,7 +344,7 @@ GROUPS = {"episodes_per_iteration": 16, "group_size": 8}
 
 
 def test_iterations_of_whole_episodes_make_updates_for_what_they_collected(tmp_path):
-    options = {"objective_options": {"critic_hidden": [8]}, "batch_size": 4}
+    options = {"objective_options": {"critic_hidden": [8], "batch_size": 4}}
     session = run(tmp_path / "run", finetune("watched_sac", decisions=40, episodes_per_iteration=4, **options))
     assert session.counters == session.counters | {"decisions": 40, "updates": 40}
 
@@ -353,12 +352,14 @@ def test_iterations_of_whole_episodes_make_updates_for_what_they_collected(tmp_p
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
+        (finetune("ppo", batch_size=64), "batch_size; it is an option of the objective: `objective: {id: ppo, batch_s"),
         (
-            finetune("ppo", batch_size=64),
-            "batch_size has no effect with objective 'ppo'.*the objective's own batch_size",
+            finetune("sac", offline_share=0.5),
+            "finetune.offline_share; it is an option .*{id: sac, offline_share: 0.5}`",
         ),
+        ({"pretrain": {"objective": "bc", "batch_size": 8}}, "pretrain.batch_size; it is an option of the objective"),
+        ({"pretrain": {"objective": "dpo", "offline_share": 0.5}}, "unknown key stages.0.pretrain.offline_share"),
         (finetune("grpo", **GROUPS, updates_per_decision=1), "updates_per_decision has no effect.*num_epochs"),
-        (finetune("ppo", offline_share=0.5), "offline_share has no effect with objective 'ppo'"),
         (
             finetune("ppo", overlap=True),
             "overlap has no effect with objective 'ppo', which learns from fresh experience",
@@ -371,13 +372,10 @@ def test_iterations_of_whole_episodes_make_updates_for_what_they_collected(tmp_p
         (finetune("td3", objective_options={"target_noise": 0, "target_noise_clip": 0.1}), "without target_noise"),
         (finetune("ppo", objective_options={"kl_estimator": "k1"}), "kl_estimator k1 has no effect without kl_weight"),
         (finetune("grpo", **GROUPS, objective_options={"trace_decay": 0.9}), "has no effect with credit 'grpo'"),
-        (finetune("sac", batch_size=8, objective_options={"batch_size": 9}), "batch_size is 8 for the stage and 9 for"),
-        (finetune("rlpd", offline_share=0.1, objective_options={"offline_share": 0.2}), "say it once"),
         (
-            {"pretrain": {"objective": {"id": "bc", "selection": {"best_of": 1}}, "offline_share": 0.5}},
-            "offline_share has no effect",
+            {"pretrain": {"objective": {"id": "bc", "selection": {"best_of": 1}, "offline_share": 0.5}}},
+            "offline_share 0.5 has no effect",
         ),
-        ({"pretrain": {"objective": "dpo", "offline_share": 0.5}}, "offline_share has no effect"),
         ({"pretrain": {"objective": "ppo"}}, "learns from fresh experience only: use finetune"),
         (
             finetune("grpo", group_size=8),
