@@ -17,10 +17,9 @@ from torch import Tensor
 from embodied_rft.agents.parts.actor import ActorConfig, decide, make_actor
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.learning.losses import mean_where
-from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.policy import Policy, observe, require_rng
-from embodied_rft.pools.chunks import ChunkBox, step_space
+from embodied_rft.pools.chunks import Chunk
 from embodied_rft.pools.spaces import ActionScale
 from embodied_rft.registry import register
 
@@ -51,12 +50,8 @@ class GaussianPolicy(Policy):
     ) -> None:
         super().__init__()
         self.config = config
-        self.horizon, self.execute = config.horizon, config.execute or config.horizon
-        if not 1 <= self.execute <= self.horizon:
-            raise UserError(f"execute {config.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
-        step = step_space(action_space, horizon=self.horizon)
-        self.scale = ActionScale(step if self.horizon == 1 else ChunkBox(step, horizon=self.horizon))
-        self.action_dim = self.scale.action_dim // self.horizon  # of one step
+        self.chunk = Chunk.of(config.horizon, config.execute)
+        self.scale = ActionScale(self.chunk.space(action_space))
         self.encoder, self.head = make_actor(config, observation_space, action_dim=self.scale.action_dim, rng=rng)
         self.stochastic = not config.deterministic
         self.unit_size = self.scale.action_dim

@@ -13,13 +13,12 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from embodied_rft.agents.parts.actor import FrozenBase
 from embodied_rft.agents.parts.chain import ChainPolicy, chain_decisions, require_chain
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.names import UserError
 from embodied_rft.networks.encoder import Encoder
 from embodied_rft.options import STRICT
-from embodied_rft.policy import build_policy, observe, require_rng
+from embodied_rft.policy import Adapter, build_policy, observe, require_rng
 from embodied_rft.registry import register
 
 
@@ -32,7 +31,7 @@ class LastStepsConfig:
 
 
 @register("agent", "last_steps")
-class LastStepsPolicy(FrozenBase):
+class LastStepsPolicy(Adapter):
     """One unit for each of the k tuned steps; the trace holds their part of the chain [k + 1, D].
 
     Made by `adapt: {with: last_steps}` around a trained policy: base and copy start from its weights.
@@ -45,16 +44,15 @@ class LastStepsPolicy(FrozenBase):
     def __init__(
         self, config: LastStepsConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
     ) -> None:
-        super().__init__()
         base, tuned = (build_policy(config.base, observation_space, action_space, rng) for _ in range(2))
         if not isinstance(base, ChainPolicy) or not isinstance(tuned, ChainPolicy):
             raise UserError(f"last_steps needs a diffusion, flow or consistency base, given {config.base.get('id')!r}")
         if not 1 <= config.num_steps <= base.num_units:
             raise UserError(f"num_steps {config.num_steps}: the base's chain has {base.num_units} steps")
-        self.base, self.tuned = base, tuned
+        super().__init__(base)
+        self.tuned = tuned
         self.num_units, self.random_start, self.unit_size = config.num_steps, base.random_start, base.unit_size
         self.first = base.num_units - config.num_steps  # the first tuned step
-        self.horizon, self.execute, self.action_dim = base.horizon, base.execute, base.action_dim
         self.trace_fields = {"chain": Field((config.num_steps + 1, base.size))}
         self.load_base(tuned)
 

@@ -26,12 +26,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft.agents.models.lerobot_processors import Batch, load_processors
-from embodied_rft.agents.parts.actor import freeze
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.names import UserError, nearest
+from embodied_rft.networks.trainable import freeze
 from embodied_rft.options import STRICT
 from embodied_rft.policy import Policy, observe
-from embodied_rft.pools.chunks import step_space
+from embodied_rft.pools.chunks import Chunk
 from embodied_rft.pools.protocol import flatten_space
 from embodied_rft.registry import register
 
@@ -77,19 +77,16 @@ class LeRobotPolicy(Policy):
         self, config: LeRobotConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
     ) -> None:
         super().__init__()
-        space = step_space(action_space, horizon=config.horizon)
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            raise UserError(f"action space {space}: a Box of shape (A,) is expected")
+        if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
+            raise UserError(f"action space {action_space}: a Box of shape (A,) is expected")
         boxes = flatten_space(observation_space)
         for key in config.keys:
             if key not in boxes:
                 raise UserError(f"keys of agent 'lerobot': there is no observation {key!r}; {nearest(key, boxes)}")
-        self.config, self.horizon, self.action_dim = config, config.horizon, space.shape[0]
-        self.execute = config.horizon if config.execute is None else config.execute
-        if not 1 <= self.execute <= self.horizon:
-            raise UserError(f"execute {self.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
+        self.config, self.chunk = config, Chunk.of(config.horizon, config.execute)
+        self.size = (self.chunk.horizon, action_space.shape[0])  # of a prediction
         self.policy: Any = load_policy(config.path, config.policy)
-        if self.horizon > 1 and not hasattr(self.policy, "predict_action_chunk"):
+        if self.chunk.horizon > 1 and not hasattr(self.policy, "predict_action_chunk"):
             raise UserError(f"{type(self.policy).__name__} has no predict_action_chunk: set horizon to 1")
         if isinstance(self.policy, nn.Module):
             freeze(self.policy)
@@ -186,11 +183,11 @@ class LeRobotPolicy(Policy):
 
     def _chunk(self, observation: Tree, seed: int) -> Tensor:
         with lent_generators(seed):
-            chunk = self._predict(observation)[:, : self.horizon]
-        if tuple(chunk.shape[1:]) != (self.horizon, self.action_dim):
+            chunk = self._predict(observation)[:, : self.chunk.horizon]
+        if tuple(chunk.shape[1:]) != self.size:
             raise UserError(
                 f"{type(self.policy).__name__} predicts {tuple(chunk.shape[1:])} (steps, action dimensions); this "
-                f"agent needs ({self.horizon}, {self.action_dim}). Is horizon too long, or was the policy trained for "
+                f"agent needs {self.size}. Is horizon too long, or was the policy trained for "
                 "another robot?"
             )
         if self.processors is not None:

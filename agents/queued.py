@@ -18,12 +18,11 @@ from gymnasium import spaces
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.agents.parts.actor import FrozenBase, freeze
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
-from embodied_rft.policy import build_policy, observe
-from embodied_rft.pools.chunks import BASE_ACTION, ChunkBox
+from embodied_rft.policy import Adapter, build_policy, observe
+from embodied_rft.pools.chunks import BASE_ACTION, Chunk
 from embodied_rft.registry import register
 
 
@@ -37,7 +36,7 @@ class QueuedConfig:
 
 
 @register("agent", "queued")
-class QueuedPolicy(FrozenBase):
+class QueuedPolicy(Adapter):
     """Acts as its frozen base planned; nothing in it can be trained, put `residual` around it.
 
     Example: {"id": "residual", "base": {"id": "queued", "base": {"id": "diffusion", "horizon": 8}}} in a QueuedPool.
@@ -52,25 +51,23 @@ class QueuedPolicy(FrozenBase):
     def __init__(
         self, config: QueuedConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
     ) -> None:
-        super().__init__()
-        self.config = config
         if isinstance(observation_space, spaces.Dict):  # the base was trained without the key that this adds
             observation_space = spaces.Dict({k: v for k, v in observation_space.spaces.items() if k != BASE_ACTION})
-        if isinstance(action_space, ChunkBox):
-            action_space = action_space.step_space
-        self.base = build_policy(config.base, observation_space, action_space, rng)
-        if not hasattr(self.base, "horizon"):
-            raise UserError(f"agent {config.base.get('id')!r} plans no chunks; diffusion, flow, gaussian do")
-        self.horizon, self.action_dim = self.base.horizon, self.base.action_dim
-        self.execute = self.base.execute if config.execute is None else config.execute
-        if not 1 <= self.execute <= self.horizon:
-            raise UserError(f"execute {self.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
-        freeze(self.base)
+        super().__init__(build_policy(config.base, observation_space, action_space, rng))
+        planned, self.chunk, self.config = self.chunk, Chunk(), config
+        if planned.horizon == 1:
+            raise UserError(f"agent {config.base.get('id')!r} plans no chunks: set its horizon, as of a diffusion")
+        self.execute = planned.execute if config.execute is None else Chunk.of(planned.horizon, config.execute).execute
+
+    @property
+    def planner(self) -> QueuedPolicy:
+        """This one."""
+        return self
 
     def plan(self, observation: Tree, *, rng: torch.Generator) -> np.ndarray:
         """The base's next actions [n, E, A] for observation arrays [n, ...]."""
         taken = self.base.act(observation, greedy=self.config.greedy, rng=rng)
-        return np.asarray(taken.action).reshape(-1, self.horizon, self.action_dim)[:, : self.execute]
+        return np.asarray(taken.action).reshape(len(taken.action), self.base.chunk.horizon, -1)[:, : self.execute]
 
     def mode(self, observation: Tree) -> Tensor:
         """The planned action [B, A].

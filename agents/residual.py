@@ -14,12 +14,12 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.agents.parts.actor import ActorConfig, FrozenBase, decide, freeze, make_actor
+from embodied_rft.agents.parts.actor import ActorConfig, decide, make_actor
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.learning.losses import mean_where
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
-from embodied_rft.policy import HasMode, able, build_policy, observe, require_rng
+from embodied_rft.policy import Adapter, HasMode, able, build_policy, observe, require_rng
 from embodied_rft.pools.spaces import ActionScale
 from embodied_rft.registry import register
 
@@ -35,7 +35,7 @@ class ResidualConfig(ActorConfig):
 
 
 @register("agent", "residual")
-class ResidualPolicy(FrozenBase):
+class ResidualPolicy(Adapter):
     """One unit a decision. The trace keeps the base's action, so an expensive base is asked once when it matters."""
 
     Config = ResidualConfig
@@ -45,13 +45,11 @@ class ResidualPolicy(FrozenBase):
     def __init__(
         self, config: ResidualConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
     ) -> None:
-        super().__init__()
+        super().__init__(build_policy(config.base, observation_space, action_space, rng))
         if not 0 < config.scale <= 2:
             raise UserError(f"scale {config.scale} of a residual: in (0, 2] is expected (2 reaches every action)")
         self.config = config
-        self.scale = ActionScale(action_space)
-        self.base = build_policy(config.base, observation_space, action_space, rng)
-        freeze(self.base)
+        self.scale = ActionScale(self.chunk.space(action_space))
         size = self.scale.action_dim
         self.encoder, self.head = make_actor(
             config, observation_space, action_dim=size, extra=size, unit=config.scale, rng=rng

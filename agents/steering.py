@@ -17,11 +17,11 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.agents.parts.actor import ActorConfig, FrozenBase, decide, freeze, make_actor
+from embodied_rft.agents.parts.actor import ActorConfig, decide, make_actor
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
-from embodied_rft.policy import FromNoise, able, build_policy, observe, require_rng
+from embodied_rft.policy import Adapter, FromNoise, able, build_policy, observe, require_rng
 from embodied_rft.registry import register
 
 
@@ -36,7 +36,7 @@ class SteeringConfig(ActorConfig):
 
 
 @register("agent", "steering")
-class SteeringPolicy(FrozenBase):
+class SteeringPolicy(Adapter):
     """One unit a decision: the noise, scale * tanh(u). The trace keeps `u` and `noise`."""
 
     Config = SteeringConfig
@@ -46,18 +46,15 @@ class SteeringPolicy(FrozenBase):
     def __init__(
         self, config: SteeringConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
     ) -> None:
-        super().__init__()
+        super().__init__(build_policy(config.base, observation_space, action_space, rng))
         if not config.scale > 0:
             raise UserError(f"scale {config.scale} of the noise: a positive number is expected")
         self.config = config
-        self.base = build_policy(config.base, observation_space, action_space, rng)
         if able(self.base, FromNoise) is None:
             raise UserError(
                 f"agent {config.base.get('id')!r} has no noise to steer; diffusion, flow, consistency do, and a "
                 "vla with a flow head"
             )
-        freeze(self.base)
-        self.horizon, self.execute, self.action_dim = self.base.horizon, self.base.execute, self.base.action_dim
         self.encoder, self.head = make_actor(config, observation_space, action_dim=self.base.size, rng=rng)
         self.stochastic = not config.deterministic
         self.noise_space = gym.spaces.Box(-config.scale, config.scale, (self.base.size,))  # what it can choose

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from embodied_rft.agents.language import texts
 from embodied_rft.agents.models.tiny_vlm import TinyVLMConfig
 from embodied_rft.agents.models.vlm import VLM, Context, load_vlm
-from embodied_rft.agents.parts.chain import ChunkConfig, Codec
+from embodied_rft.agents.parts.chain import Codec, Scaling
 from embodied_rft.agents.parts.vla_heads import HEADS, FlowOptions, ParallelOptions, Size, TokenOptions
 from embodied_rft.data import Decisions, Field, Tree
 from embodied_rft.device import drawn_on
@@ -34,7 +34,7 @@ from embodied_rft.networks.encoder import Encoder, Normalize, cameras, is_image
 from embodied_rft.networks.trainable import LoraOptions, Train
 from embodied_rft.options import STRICT
 from embodied_rft.policy import FromNoise, HasMode, Policy, Reparametrised, Retraces, Values, able, observe, require_rng
-from embodied_rft.pools.chunks import step_space
+from embodied_rft.pools.chunks import Chunk
 from embodied_rft.pools.protocol import flatten_space, is_text
 from embodied_rft.registry import register
 
@@ -62,7 +62,7 @@ class VLAConfig:
     lora: LoraOptions = field(default_factory=LoraOptions)
     horizon: int = 1  # environment steps that a chunk holds
     execute: int | None = None  # how many of them are executed before the next decision; None: all
-    statistics: Literal["bounds", "min_max", "quantile", "mean_std"] = "bounds"  # what actions are scaled by
+    statistics: Scaling = "bounds"  # what actions are scaled by
     images: tuple[str, ...] | None = None  # keys of the cameras in the order of the prompt; None: all, sorted
     state: tuple[str, ...] | None = None  # keys of state vectors, read as one token; None: all; (): none
     normalize: Normalize = False  # standardise the state: true: with statistics of the first data; running: of all
@@ -80,8 +80,7 @@ class VLAConfig:
                 raise UserError(f"options {name!r} have no effect with head {self.head!r}: drop them or choose it")
         if self.freeze_vision and self.train != "full":
             raise UserError(f"freeze_vision has no effect with train {self.train!r}, which never trains the tower")
-        if self.horizon < 1 or not 1 <= (self.execute or self.horizon) <= self.horizon:
-            raise UserError(f"horizon {self.horizon}, execute {self.execute}: 1 <= execute <= horizon is expected")
+        Chunk.of(self.horizon, self.execute)
 
 
 @register("agent", "vla")
@@ -103,15 +102,13 @@ class VLAPolicy(Policy):
         self, config: VLAConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
     ) -> None:
         super().__init__()
-        self.config, self.horizon, self.execute = config, config.horizon, config.execute or config.horizon
+        self.config, self.chunk = config, Chunk.of(config.horizon, config.execute)
         self._choose_keys(observation_space)
-        space = step_space(action_space, horizon=self.horizon)
         vlm = load_vlm(config.model, dtype=config.dtype, rng=rng, prompt=config.prompt, cache_bytes=config.cache_bytes)
-        chunk = ChunkConfig(horizon=config.horizon, execute=config.execute, statistics=config.statistics)
         reads = {"state": self.state_keys, "images": self.image_keys}
-        codec = Codec(space, config=chunk, layout=reads, unit=config.head == "tokens")
+        codec = Codec(action_space, self.chunk.horizon, config.statistics, layout=reads, unit=config.head == "tokens")
         make_head, options = HEADS[config.head]
-        shape = Size(codec.action_dim, self.horizon, self.execute)
+        shape = Size(codec.action_dim, self.chunk.horizon, self.chunk.execute)
         head = make_head(vlm, getattr(config, config.head) or options(), shape, rng=rng)
         # First in the state_dict, so that a checkpoint of another policy is refused before any weight is read.
         self.identity = Identity({**vlm.identity, "head": config.head, **head.identity, **_shape(shape), **reads})
@@ -126,7 +123,7 @@ class VLAPolicy(Policy):
         self.value_head = nn.ModuleDict()
         if config.value == "shared":
             self.value_head["last"] = critics.MLP(vlm.hidden_size, (256,), 1, rng=rng, last_gain=0.1)
-        self.action_dim, self.size = codec.action_dim, codec.action_dim * self.horizon
+        self.size = codec.action_dim * self.chunk.horizon
         self.num_units: int = head.num_units
         self.unit_size, self.random_start = head.unit_size, head.random_start
         self.trace_fields: dict[str, Field] = head.trace_fields

@@ -19,8 +19,9 @@ from embodied_rft.device import device_of
 from embodied_rft.names import UserError
 from embodied_rft.networks.encoder import Encoder
 from embodied_rft.networks.tensors import as_tensors
-from embodied_rft.networks.trainable import LoraOptions, Train, retune, select_own
+from embodied_rft.networks.trainable import LoraOptions, Train, adapters_of, freeze, retune, select_own
 from embodied_rft.options import validate_plugin_config
+from embodied_rft.pools.chunks import Chunk, Planner, step_space
 from embodied_rft.pools.spaces import check_action_space
 from embodied_rft.tokens.prefix_tree import Usage
 
@@ -31,20 +32,21 @@ C = TypeVar("C")
 class Policy(nn.Module):
     """Observations to decisions, and their log-probabilities. A class registered as an "agent" derives from it.
 
-    It has a `Config` dataclass and is made as `cls(config, observation_space=..., action_space=..., rng=...)`. Actions
-    have the environment's units wherever they pass from one part to another. Legend: N environments, B rows, U units.
+    It has a `Config` dataclass and is made as `cls(config, observation_space=..., action_space=..., rng=...)`, where
+    the action space is that of one step, also of a policy that gives chunks of them. Actions have the environment's
+    units wherever they pass from one part to another. Legend: N environments, B rows, U units.
     """
 
     Config: type
     spec: dict[str, Any]  # {"id": ..., **options}: `build_policy` makes it again from this
     trace_fields: Mapping[str, Field] = {}
     num_units: int | None = 1  # U; None where it differs from decision to decision
+    chunk: Chunk = Chunk()  # what a decision is: how many steps it holds, how many of them are executed
 
     lacks: frozenset[type] = frozenset()  # capabilities that its class has, but its options take away
     stochastic: bool = True  # whether `rsample` tells the entropy of the action itself (that of a chain does not)
     random_start: bool = False  # greedy decisions draw where they start from, if they are given an rng
     unit_size: int | None = None  # action numbers of a unit; None: there is no such number
-    takes_base: bool = False  # an adapter: `load_base(policy)` puts it around a trained policy
     leaves_out: bool = False  # initial states that it cannot read are left out, not refused
     lora: LoraOptions | None = None  # of its own options
     usage: Usage | None = None  # of a decoder while it scored: how much of what was computed had to be
@@ -80,6 +82,50 @@ class Policy(nn.Module):
     def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
         """Choose what is trained from now on; by default its own weights, or adapters on its own linear layers."""
         select_own(self, train, lora=lora, rng=rng)
+
+    def adapters(self) -> list[nn.Parameter]:
+        """The weights of its low-rank adapters."""
+        return adapters_of(self)
+
+    @property
+    def planner(self) -> Planner | None:
+        """Who plans the steps that it sees as the observation "base_action"; None: nobody."""
+        return None
+
+
+class Adapter(Policy):
+    """A policy around a frozen one; its `Config` has a field `base`, the other one's spec.
+
+    Args:
+        base: the frozen policy, whose chunks and plans are its own.
+    """
+
+    base: Any  # a policy
+
+    def __init__(self, base: Policy) -> None:
+        super().__init__()
+        self.base, self.chunk = freeze(base), base.chunk
+
+    def load_base(self, policy: nn.Module) -> None:
+        """Take the weights of a trained policy of the same spec as the frozen base."""
+        self.base.load_state_dict(policy.state_dict())
+        freeze(self.base)
+
+    def train(self, mode: bool = True) -> Any:
+        """As nn.Module.train, but the base stays in evaluation mode."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def adapters(self) -> list[nn.Parameter]:
+        """Without those of the base."""
+        frozen = {id(weight) for weight in self.base.parameters()}
+        return [weight for weight in adapters_of(self) if id(weight) not in frozen]
+
+    @property
+    def planner(self) -> Planner | None:
+        """That of the base."""
+        return self.base.planner  # type: ignore[no-any-return]
 
 
 # --- what some policies can do -------------------------------------------------------------------------------------
@@ -218,8 +264,9 @@ def build_policy(spec: Spec, observation_space: gym.Space, action_space: gym.Spa
     check_action_space(action_space)
     config = validate_plugin_config("agent", spec["id"], options)
     cls = registry.find("agent", spec["id"])
-    made = cls(config, observation_space=observation_space, action_space=action_space, rng=rng)
+    made = cls(config, observation_space=observation_space, action_space=step_space(action_space), rng=rng)
     policy = require_policy(made, f"agent {spec['id']!r}")
+    policy.chunk.space(action_space)  # refuses other chunks
     policy.spec = {k: v for k, v in spec.items() if k != "tuned"}
     if "tuned" in spec:
         retune(policy, spec["tuned"], rng=rng)

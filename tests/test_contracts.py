@@ -24,7 +24,7 @@ ALLOWED = {
     "objectives/policy_gradient.py": (4, "credit functions, which a third party writes as plain functions"),
     "options.py": (3, "Config classes of plug-ins, dataclass internals"),
     "pools/batches.py": (2, "Gymnasium environments"),
-    "pools/chunks.py": (2, "pools that may skip images; modules that plan"),
+    "pools/chunks.py": (1, "pools that may skip images"),
     "pools/making.py": (1, "modules of anybody"),
     "pools/pool.py": (3, "Gymnasium environments"),
     "pools/promises.py": (3, "Gymnasium environments"),

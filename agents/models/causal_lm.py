@@ -25,7 +25,7 @@ from embodied_rft.agents.models.pretrained import (
 from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.data import Ragged
 from embodied_rft.names import UserError
-from embodied_rft.networks.trainable import LoraOptions, Train, add_adapters, is_adapted, linear_layers, merged
+from embodied_rft.networks.trainable import LoraOptions, Train, adapters_of, add_adapters, linear_layers, merged
 from embodied_rft.tokens.log_probs import Head
 
 STATEFUL = ("linear", "mamba", "conv", "recurrent", "hybrid")  # in names of kinds of layers: no keys and values alone
@@ -148,7 +148,7 @@ class CausalLM:
                 f'train "{train}": the output layer of this model is also its input embedding, which would change '
                 'with it; use train "lora" or "full"'
             )
-        if train.startswith("lora") and not is_adapted(model):
+        if train.startswith("lora") and not adapters_of(model):
             inside = {id(part) for part in self.decoder.modules() if part is not layer}
             add_adapters(model, lora, rng, layers={n for n, m in linear_layers(model).items() if id(m) in inside})
         model.requires_grad_(train == "full")

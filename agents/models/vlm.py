@@ -24,7 +24,7 @@ from embodied_rft.agents.models.pretrained import check_tokenizer, checkpoint_la
 from embodied_rft.agents.models.processing import Pixels, Prompts, layout_of
 from embodied_rft.agents.models.tiny_vlm import TinyVLMConfig, tiny_vlm
 from embodied_rft.names import UserError
-from embodied_rft.networks.trainable import LoraOptions, Train, add_adapters, is_adapted, merged
+from embodied_rft.networks.trainable import LoraOptions, Train, adapters_of, add_adapters, merged
 
 APART = 2**30  # number of the block of inputs after a prompt
 
@@ -121,7 +121,7 @@ class VLM(nn.Module):
         """Freeze everything but what is to be trained; adapters are added to the decoder, `rng` draws their weights."""
         self.cache.clear()
         self.vision_frozen = train != "full" or freeze_vision
-        if train.startswith("lora") and not is_adapted(self):
+        if train.startswith("lora") and not adapters_of(self):
             add_adapters(self.decoder, lora, rng)
         self.requires_grad_(False)
         if train == "full":

@@ -1,22 +1,22 @@
-"""What several policies are made of: options and networks of a small actor, and a frozen base that another part adapts.
+"""What several policies are made of: options and networks of a small actor.
 
-Boundary: no policy; `gaussian`, `residual` and `steering` differ in what the actor's value means, the adapters in what
-they do with their base. Legend: N environments, F features, A numbers of an action.
+Boundary: no policy; `gaussian`, `residual` and `steering` differ in what the actor's value means. Legend: N
+environments, F features, A numbers of an action.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import gymnasium as gym
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from embodied_rft.networks.encoder import Encoder, Normalize
 from embodied_rft.networks.heads import ActorHead
 from embodied_rft.options import STRICT, refuse_idle
-from embodied_rft.policy import Policy, require_rng
+from embodied_rft.policy import require_rng
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -108,30 +108,3 @@ def decide(
         return head.rsample(features, require_rng(rng))
     u, _ = head(features)
     return head.squash(u), head.log_prob(features, u)[0], u
-
-
-class FrozenBase(Policy):
-    """A module around a frozen `base`; `load_base` gives it the weights of a policy that an earlier stage trained."""
-
-    takes_base = True
-    base: Any  # a policy
-
-    def load_base(self, policy: nn.Module) -> None:
-        """Take the weights of a trained policy of the same spec as the frozen base."""
-        self.base.load_state_dict(policy.state_dict())
-        freeze(self.base)
-
-    def train(self, mode: bool = True) -> Any:
-        """As nn.Module.train, but the base stays in evaluation mode."""
-        super().train(mode)
-        self.base.eval()
-        return self
-
-
-def freeze(policy: nn.Module) -> None:
-    """No gradient, evaluation mode, and statistics that stay as they are."""
-    policy.requires_grad_(False)
-    policy.eval()
-    for module in policy.modules():
-        if isinstance(module, Encoder):
-            module.frozen = True

@@ -28,8 +28,10 @@ from embodied_rft.networks import critics
 from embodied_rft.networks.encoder import Encoder, Normalize
 from embodied_rft.options import STRICT
 from embodied_rft.policy import Policy, observe, require_rng
-from embodied_rft.pools.chunks import step_space
+from embodied_rft.pools.chunks import Chunk
 from embodied_rft.pools.spaces import ActionScale, what_suits
+
+Scaling = Literal["bounds", "min_max", "quantile", "mean_std"]
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -43,7 +45,7 @@ class ChunkConfig:
     keys: tuple[str, ...] | None = None  # observation keys to read; None: all state vectors and images, sorted
     normalize: Normalize = False  # standardise state vectors: true: with statistics of the first data; running: of all
     num_image_features: int = 64  # per camera
-    statistics: Literal["bounds", "min_max", "quantile", "mean_std"] = "bounds"  # what actions are scaled by
+    statistics: Scaling = "bounds"  # what actions are scaled by
     min_std: float = 0.1  # smallest standard deviation of a sampling step, in normalised units (DPPO, section 4.3)
     greedy_start: Literal["random", "zero", "fixed"] = "random"  # start of greedy chains: drawn, zero, or one draw kept
 
@@ -64,22 +66,25 @@ class Codec(nn.Module):
 
     Args:
         space: of one step, a Box of shape (A,).
-        config: horizon, and the kind of statistics.
+        horizon: H.
+        statistics: their kind, or "bounds": those of the space.
         layout: JSON that identifies the robot, for `Statistics`.
         unit: normalised numbers fill [-1, 1] and no more, for what cuts that into bins.
     """
 
-    def __init__(self, space: gym.Space, *, config: ChunkConfig, layout: dict[str, Any], unit: bool = False) -> None:
+    def __init__(
+        self, space: gym.Space, horizon: int, statistics: Scaling, *, layout: dict[str, Any], unit: bool = False
+    ) -> None:
         super().__init__()
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             raise UserError(f"action space {space}: a Box of shape (A,) is expected. {what_suits(space)}")
-        self.action_dim, self.horizon = space.shape[0], config.horizon
+        self.action_dim, self.horizon = space.shape[0], horizon
         self.bounds = ActionScale(space) if space.is_bounded() else None
         self.statistics: Statistics | None = None
         self.unit = unit
-        if config.statistics != "bounds":
+        if statistics != "bounds":
             layout = layout | {"low": space.low.tolist(), "high": space.high.tolist()}
-            self.statistics = Statistics({"action": self.action_dim}, kind=config.statistics, layout=layout)
+            self.statistics = Statistics({"action": self.action_dim}, kind=statistics, layout=layout)
         elif self.bounds is None:
             raise UserError(f"action space {space} is unbounded: set statistics to min_max, quantile or mean_std")
 
@@ -218,12 +223,9 @@ class ChainPolicy(Policy):
         num_steps: int,
     ) -> None:
         super().__init__()
-        if min(config.horizon, num_steps, config.num_blocks) < 1 or config.min_std <= 0:
-            raise UserError(f"horizon, steps, num_blocks >= 1 and min_std > 0 are expected, given {config}")
-        self.config, self.horizon, self.execute = config, config.horizon, config.execute or config.horizon
-        if not 1 <= self.execute <= self.horizon:
-            raise UserError(f"execute {config.execute} of a chunk of {self.horizon}: 1 <= execute <= horizon")
-        space = step_space(action_space, horizon=self.horizon)
+        if min(num_steps, config.num_blocks) < 1 or config.min_std <= 0:
+            raise UserError(f"steps, num_blocks >= 1 and min_std > 0 are expected, given {config}")
+        self.config, self.chunk = config, Chunk.of(config.horizon, config.execute)
         self.encoder = Encoder(
             observation_space,
             keys=config.keys,
@@ -232,8 +234,8 @@ class ChainPolicy(Policy):
             rng=rng,
         )
         reads = {"state": self.encoder.state_keys, "images": self.encoder.image_keys, "size": self.encoder.size}
-        self.codec = Codec(space, config=config, layout=reads)
-        self.action_dim, self.size = self.codec.action_dim, self.codec.action_dim * self.horizon
+        self.codec = Codec(action_space, config.horizon, config.statistics, layout=reads)
+        self.size = self.codec.action_dim * config.horizon
         self.net = ChunkNetwork(
             self.encoder.size,
             self.size,
@@ -245,7 +247,7 @@ class ChainPolicy(Policy):
         fixed = torch.randn(self.size, generator=rng)
         self.register_buffer("start", fixed if config.greedy_start == "fixed" else torch.zeros(self.size))
         self.random_start = config.greedy_start == "random"
-        self.unit_size = self.execute * self.action_dim  # numbers that are scored: what is not executed earns nothing
+        self.unit_size = self.chunk.execute * self.codec.action_dim  # numbers that are scored: others earn nothing
         self.num_units = num_steps
         self.trace_fields = {"chain": Field((num_steps + 1, self.size))}
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from embodied_rft.data import Trajectory, pick_tree
-from embodied_rft.pools.chunks import check_execute
+from embodied_rft.pools.chunks import Chunk
 
 
 def action_windows(action: np.ndarray, *, horizon: int) -> np.ndarray:
@@ -25,7 +25,7 @@ def chunk_trajectories(
     Every episode becomes E of them, starting at its steps 0 .. E-1, so that every step is the start of one chunk: all
     windows are seen in imitation, and every chunk trajectory is a correct one for reinforcement learning.
     """
-    execute = check_execute(horizon, execute)
+    execute = Chunk.of(horizon, execute).execute
     chunked = []
     for each in trajectories:
         windows = action_windows(np.asarray(each.action, dtype=np.float32), horizon=horizon)

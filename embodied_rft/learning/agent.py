@@ -23,7 +23,7 @@ from embodied_rft.device import device_of
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks import critics
 from embodied_rft.networks.encoder import Encoder
-from embodied_rft.policy import Spec, build_policy
+from embodied_rft.policy import Adapter, Spec, build_policy
 from embodied_rft.pools.spaces import what_suits
 
 
@@ -53,7 +53,7 @@ class Agent(nn.Module):
         self.policy = policy
         self.spaces = spaces
         self.parts = nn.ModuleDict()
-        self.part_specs: dict[str, dict[str, Any]] = {}  # JSON: enough to rebuild the parts before loading weights
+        self.part_specs: dict[str, dict[str, Any]] = {}  # what each was made as
         self.rng = rng
         self.register_buffer("version", torch.ones((), dtype=torch.int64))  # of the policy; 0 is experience from before
 
@@ -169,16 +169,6 @@ class Agent(nn.Module):
         self.parts[name] = copied
         return copied
 
-    def rebuild_parts(self, part_specs: Mapping[str, Mapping[str, Any]]) -> None:
-        """Make the parts of a saved agent (its `part_specs`), so that its state_dict fits."""
-        for name, spec in part_specs.items():
-            if spec.get("copy_of") == "policy":
-                self.ensure_copy(name)
-            elif "copy_of" in spec:
-                self.ensure_target(spec["copy_of"])
-            else:
-                self.ensure(name, **spec)
-
     def encoder(self) -> Any:
         """A fresh encoder that reads what the policy reads, for a new part; a policy's own way is `make_encoder`."""
         own = self.policy.make_encoder(rng=self.rng)
@@ -187,11 +177,6 @@ class Agent(nn.Module):
     def normalizers(self) -> list[Encoder]:
         """Encoders that would take statistics of further data."""
         return [m for m in self.modules() if isinstance(m, Encoder) and m.waits]
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """JSON that rebuilds policy and parts from the spaces."""
-        return {"policy": self.policy.spec, "parts": self.part_specs}
 
 
 def _make_part(agent: Agent, kind: str, options: Mapping[str, Any]) -> nn.Module:
@@ -217,21 +202,22 @@ def build_agent(spec: Spec, observation_space: gym.Space, action_space: gym.Spac
         ValueError: unknown id or option (with the nearest known one), or spaces that the policy cannot serve.
     """
     policy = build_policy(spec, observation_space, action_space, rng)
-    return Agent(policy, Spaces(observation_space, action_space), rng=rng)
+    return Agent(policy, Spaces(observation_space, policy.chunk.space(action_space)), rng=rng)
 
 
 def wrap_policy(id: str, agent: Agent, rng: torch.Generator, **options: Any) -> nn.Module:
     """A new adapter policy around a copy of the agent's trained policy, which becomes its base.
 
     Args:
-        id: of an adapter that has `load_base`, e.g. "residual".
+        id: of an `Adapter`, e.g. "residual".
         agent: whose policy becomes the base.
         rng: draws the adapter's new weights.
         options: of the adapter, without `base`.
     """
-    if not registry.find("agent", id).takes_base:
+    if not issubclass(registry.find("agent", id), Adapter):
         raise UserError(f"agent {id!r} cannot be put around another policy: it takes no base (residual does)")
     spec = {"id": id, "base": agent.policy.spec, **options}
-    policy: Any = build_policy(spec, agent.spaces.observation, agent.spaces.action, rng)
+    policy = build_policy(spec, agent.spaces.observation, agent.spaces.action, rng)
+    assert isinstance(policy, Adapter)
     policy.load_base(agent.policy)
     return policy.to(agent.device)

@@ -10,17 +10,19 @@ import copy
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import nn
 
 from embodied_rft.names import UserError, nearest
+from embodied_rft.networks.encoder import Encoder
 from embodied_rft.options import STRICT
 
 Train = Literal["full", "lora", "lora+head", "head", "frozen"]
 WORDS: tuple[Train, ...] = get_args(Train)
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -57,12 +59,12 @@ def tune(policy: Any, train: Train, *, rng: torch.Generator, lora: LoraOptions |
         raise UserError(f"a policy cannot be trained {train!r}; {nearest(train, WORDS)}")
     made = policy.spec.get("tuned", {}).get("lora")
     own = policy.lora
-    known = LoraOptions(**made) if made else own if _adapters(policy) else None
+    known = LoraOptions(**made) if made else own if policy.adapters() else None
     if lora is not None and known is not None and lora != known:
         raise UserError(f"the policy has adapters with {known} already: leave the options out, or give the same")
     lora = known or lora or own or LoraOptions()
     policy.select(train, lora=lora, rng=rng)
-    kept = dataclasses.asdict(lora) if _adapters(policy) else None  # type: ignore[call-overload]
+    kept = dataclasses.asdict(lora) if policy.adapters() else None  # type: ignore[call-overload]
     policy.spec = {**policy.spec, "tuned": {"train": train, "lora": kept}}
 
 
@@ -83,11 +85,12 @@ def select_own(policy: Any, train: Train, *, lora: LoraOptions, rng: torch.Gener
         policy.own_weights = [p for p in policy.parameters() if p.requires_grad]
     if train not in ("full", "lora", "frozen"):
         raise UserError(f"agent {name!r} has no head that could be trained by {train!r}; possible: full, lora, frozen")
-    if train == "lora" and not _adapters(policy):
+    if train == "lora" and not policy.adapters():
         own = {id(p) for p in policy.own_weights}
         add_adapters(policy, lora, rng, layers={n for n, m in linear_layers(policy).items() if id(m.weight) in own})
     policy.requires_grad_(False)
-    trained = {"full": [*policy.own_weights, *_adapters(policy)], "lora": _adapters(policy), "frozen": []}[train]
+    adapters = policy.adapters()
+    trained = {"full": [*policy.own_weights, *adapters], "lora": adapters, "frozen": []}[train]
     for parameter in trained:
         parameter.requires_grad_(True)
 
@@ -98,9 +101,9 @@ def linear_layers(module: nn.Module) -> dict[str, Any]:
     return {n: m for n, m in found.items() if "router" not in type(m).__name__.lower()}
 
 
-def is_adapted(module: nn.Module) -> bool:
-    """Whether there are adapters somewhere inside."""
-    return any("lora_" in name for name, _ in module.named_parameters())
+def adapters_of(module: nn.Module) -> list[nn.Parameter]:
+    """The weights of the adapters somewhere inside."""
+    return [weight for name, weight in module.named_parameters() if "lora_" in name]
 
 
 def add_adapters(module: nn.Module, lora: LoraOptions, rng: torch.Generator, *, layers: set[str] | None = None) -> None:
@@ -157,7 +160,11 @@ def merged(module: nn.Module) -> Any:
     return module
 
 
-def _adapters(policy: Any) -> list[nn.Parameter]:
-    """The weights of the policy's adapters, without those of a frozen base."""
-    skipped = {id(p) for p in policy.base.parameters()} if policy.takes_base else set()
-    return [p for name, p in policy.named_parameters() if "lora_" in name and id(p) not in skipped]
+def freeze(policy: M) -> M:
+    """The policy without gradient, in evaluation mode, and with statistics that stay as they are."""
+    policy.requires_grad_(False)
+    policy.eval()
+    for module in policy.modules():
+        if isinstance(module, Encoder):
+            module.frozen = True
+    return policy

@@ -11,7 +11,7 @@ Legend: N environments, A action dimensions, H horizon (steps that a chunk holds
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,17 +44,38 @@ class ChunkBox(spaces.Box):
         self.step_space, self.horizon = step_space, horizon
 
 
-def step_space(space: spaces.Space, *, horizon: int) -> spaces.Space:
-    """The action space of one step, from that of chunks or of steps.
+@dataclass(frozen=True)
+class Chunk:
+    """What one decision of a policy is: H steps, of which E are executed. Chunk() is a single step."""
 
-    Raises:
-        ValueError: the chunks of `space` have another horizon.
-    """
-    if not isinstance(space, ChunkBox):
-        return space
-    if space.horizon != horizon:
-        raise UserError(f"the environments take chunks of {space.horizon} steps; the policy gives {horizon}")
-    return space.step_space
+    horizon: int = 1
+    execute: int = 1
+
+    @classmethod
+    def of(cls, horizon: int, execute: int | None) -> Chunk:
+        """From the options of an agent; `execute` None: all of it."""
+        execute = horizon if execute is None else execute
+        if not 1 <= execute <= horizon:
+            raise UserError(f"execute {execute} of a chunk of {horizon} steps: 1 <= execute <= horizon is expected")
+        return cls(horizon, execute)
+
+    def space(self, space: spaces.Space) -> spaces.Space:
+        """The action space of such decisions, from that of steps or of decisions.
+
+        Raises:
+            ValueError: the chunks of `space` have another horizon.
+        """
+        if self.horizon == 1:
+            return space
+        made = ChunkBox(step_space(space), horizon=self.horizon)
+        if isinstance(space, ChunkBox) and space.horizon != self.horizon:
+            raise UserError(f"the environments take chunks of {space.horizon} steps; the policy gives {self.horizon}")
+        return made
+
+
+def step_space(space: spaces.Space) -> spaces.Space:
+    """The action space of one step, from that of steps or of decisions."""
+    return space.step_space if isinstance(space, ChunkBox) else space
 
 
 class ChunkPool:
@@ -72,7 +93,7 @@ class ChunkPool:
     """
 
     def __init__(self, pool: Pool, *, horizon: int, execute: int | None = None, gamma: float = 1.0) -> None:
-        self.execute = check_execute(horizon, execute)
+        self.execute = Chunk.of(horizon, execute).execute
         if not 0 < gamma <= 1:
             raise UserError(f"gamma {gamma} inside a chunk: in (0, 1] is expected")
         self.pool, self.horizon, self.gamma = pool, horizon, gamma
@@ -153,7 +174,6 @@ class Planner(Protocol):
     """What a QueuedPool asks for plans: a frozen chunk policy (agent id "queued")."""
 
     execute: int  # E
-    horizon: int  # H >= E
 
     def plan(self, observation: Tree, *, rng: torch.Generator) -> np.ndarray:
         """Observation arrays [n, ...] to the next actions [n, E, A]."""
@@ -252,37 +272,24 @@ class QueuedPool:
         self.pool.close()
 
 
-def check_execute(horizon: int, execute: int | None) -> int:
-    """How many steps of a chunk are executed; None: all."""
-    execute = horizon if execute is None else execute
-    if not 1 <= execute <= horizon:
-        raise UserError(f"execute {execute} of a chunk of {horizon} steps: 1 <= execute <= horizon is expected")
-    return execute
-
-
 # --- which pool a policy needs -----------------------------------------------------------------------------------
 
 
-def chunk_of(spec: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(horizon, execute) of the decisions that an agent spec takes, None for single steps (also those of "queued").
+class Decides(Protocol):
+    """A policy, as far as pools know one."""
 
-    chunk_of({"id": "steering", "base": {"id": "diffusion", "horizon": 8, "execute": 4}}) is (8, 4).
-    """
-    if spec.get("id") == "queued":
-        return None
-    if spec.get("horizon", 1) > 1:
-        return spec["horizon"], check_execute(spec["horizon"], spec.get("execute"))
-    return chunk_of(spec["base"]) if isinstance(spec.get("base"), Mapping) else None
+    @property
+    def chunk(self) -> Chunk:
+        """What a decision is."""
 
-
-def find_planner(policy: torch.nn.Module) -> Any | None:
-    """The "queued" part of a policy (itself or a base inside), None if it has none."""
-    return next((module for module in policy.modules() if hasattr(module, "plan")), None)
+    @property
+    def planner(self) -> Planner | None:
+        """Who plans the steps that it sees."""
 
 
-def fit_pool(pool: Pool, spec: Mapping[str, Any], *, gamma: float = 1.0) -> Pool:
-    """The pool under which decisions of this agent spec are what the policy gives: chunks or single steps."""
-    chunk = chunk_of(spec)
-    if chunk is None:
-        return pool
-    return ChunkPool(pool, horizon=chunk[0], execute=chunk[1], gamma=gamma)
+def fit_pool(pool: Pool, policy: Decides) -> Pool:
+    """A pool of single steps as one of the policy's decisions: steps, chunks, or steps along a plan."""
+    if policy.planner is not None:
+        return QueuedPool(pool, policy.planner)
+    chunk = policy.chunk
+    return pool if chunk.horizon == 1 else ChunkPool(pool, horizon=chunk.horizon, execute=chunk.execute)

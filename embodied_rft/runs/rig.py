@@ -22,7 +22,7 @@ from embodied_rft.experience.collect import action_field
 from embodied_rft.experience.recut import chunk_trajectories
 from embodied_rft.learning.agent import Agent, Spaces
 from embodied_rft.policy import Retraces, able
-from embodied_rft.pools.chunks import QueuedPool, chunk_of, find_planner, fit_pool
+from embodied_rft.pools.chunks import Chunk, fit_pool
 from embodied_rft.pools.described import DescribedPool, Description, describe_pool
 from embodied_rft.pools.making import make_single
 from embodied_rft.pools.pool import num_envs_for, open_pool
@@ -79,10 +79,7 @@ class Rig:
 
     def fit(self, pool: Pool) -> Pool:
         """A pool of single steps as one of the current policy's decisions: steps, chunks, or steps along a plan."""
-        planner = find_planner(self.agent.policy)
-        if planner is None:
-            return fit_pool(pool, self.agent.policy.spec)
-        return QueuedPool(pool, planner)
+        return fit_pool(pool, self.agent.policy)
 
     def leave_out_unreadable(self) -> None:
         """Initial states that the policy cannot read are refused now, or left out, and counted, if it says so."""
@@ -127,7 +124,7 @@ class Rig:
         Single steps become chunks for a policy that takes chunks, and keys that are no longer observed are left out.
         What the new policy cannot read (chunks as single steps, keys that nobody recorded) is dropped.
         """
-        old_schema, old_chunk = self.schema(), chunk_of(self.agent.policy.spec)
+        old_schema, was_single = self.schema(), self.agent.policy.chunk.horizon == 1
         self.agent.policy = policy
         self._fitted.clear()
         schema = self._new_schema()
@@ -135,12 +132,12 @@ class Rig:
             return
         old, self._buffer = self._buffer, None
         recorded = all(old_schema.observation.get(key) == field for key, field in schema.observation.items())
-        if not recorded or (old_chunk is not None and schema.action != old_schema.action):
+        if not recorded or (not was_single and schema.action != old_schema.action):
             self.logger.message("decisions are different now: the experience so far is dropped")
             return
         for name in [name for name in old.rewards if name not in schema.rewards]:
             self.buffer.label(name, np.zeros(0, np.int64), np.zeros(0))  # what was labelled comes along
-        keys, cut = schema.observation.keys(), None if old_chunk is not None else chunk_of(policy.spec)
+        keys, cut = schema.observation.keys(), policy.chunk if was_single else Chunk()
         for each in old.trajectories():
             log_prob = each.log_prob if schema.units == old_schema.units else None  # else unknown now
             each = replace(each, observation={k: each.observation[k] for k in keys}, log_prob=log_prob)
@@ -167,16 +164,16 @@ class Rig:
         self.agent.spaces = Spaces(pool.observation_space, pool.action_space)
         return self.schema()
 
-    def add_trajectories(self, trajectories: Iterable[Trajectory], *, chunk: tuple[int, int] | None) -> None:
+    def add_trajectories(self, trajectories: Iterable[Trajectory], *, chunk: Chunk) -> None:
         """Whole episodes into the buffer, as the current policy's decisions.
 
         Args:
             trajectories: of decisions, or of single steps.
-            chunk: (horizon, execute) of the chunks that single steps are to be cut into.
+            chunk: what single steps are to be cut into; `Chunk()`: trajectories stay as they are.
         """
         retrace = able(self.agent.policy, Retraces)
         for one in trajectories:
-            for each in [one] if chunk is None else chunk_trajectories([one], horizon=chunk[0], execute=chunk[1]):
+            for each in [one] if chunk.horizon == 1 else chunk_trajectories([one], **vars(chunk)):
                 self.buffer.add_trajectory(each, retrace=None if retrace is None else retrace.retrace)
 
     def buffer_state(self) -> dict[str, Any] | None:

@@ -26,7 +26,6 @@ from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.learning.objective import Objective
 from embodied_rft.objectives import build_objective
 from embodied_rft.options import to_plain
-from embodied_rft.pools.chunks import fit_pool
 from embodied_rft.pools.described import Description
 from embodied_rft.pools.promises import held_out
 from embodied_rft.pools.protocol import Pool
@@ -68,7 +67,7 @@ class Session(resume.State):
         self._resume: dict[str, Any] | None = None
         self._objective: Objective | None = None
         self._clock = self._saved_at = time.perf_counter()
-        pool = fit_pool(self.step_pool("training"), recipe.agent)
+        pool = self.step_pool("training")
         self.agent = build_agent(recipe.agent, pool.observation_space, pool.action_space, rng=self.generator("agent"))
         self.agent.to(resolve_device(recipe.device))
         self.leave_out_unreadable()

@@ -19,7 +19,7 @@ import torch
 from embodied_rft.device import seeded
 from embodied_rft.learning.agent import Agent
 from embodied_rft.names import UserError
-from embodied_rft.pools.chunks import BASE_ACTION, chunk_of, find_planner
+from embodied_rft.pools.chunks import BASE_ACTION
 from embodied_rft.pools.protocol import is_text
 from embodied_rft.runs import inputs, resume
 from embodied_rft.runs.folder import RunFolder
@@ -112,7 +112,6 @@ class TrainedPolicy:
         self.observation_space, self.action_space = observation_space, action_space
         weights = next(iter(policy.parameters()), None)
         self.rng = seeded(seed, "cpu" if weights is None else weights.device)
-        self._chunk, self._planner = chunk_of(policy.spec), find_planner(policy)
         self.reset()
 
     def reset(self) -> None:
@@ -132,17 +131,17 @@ class TrainedPolicy:
             An action of `action_space`; N of them along a first dimension if there are N observations.
         """
         tree, single = self._batch(observation)
-        if self._planner is not None:
+        chunk, planner = self.policy.chunk, self.policy.planner
+        if planner is not None:
             if not self._base or len(self._base[0]) != len(next(iter(tree.values()))):
-                self._base = list(np.swapaxes(self._planner.plan(tree, rng=self.rng), 0, 1))
+                self._base = list(np.swapaxes(planner.plan(tree, rng=self.rng), 0, 1))
             tree = {**tree, BASE_ACTION: self._base.pop(0)}
-        if self._chunk is None:
+        if chunk.horizon == 1:
             action = self.agent.act(tree, greedy=greedy, rng=self.rng).action
             return action[0] if single else action
         if not self._plan or len(self._plan[0]) != len(next(iter(tree.values()))):
-            horizon, execute = self._chunk
             chunks = np.asarray(self.agent.act(tree, greedy=greedy, rng=self.rng).action)
-            self._plan = list(np.swapaxes(chunks.reshape(len(chunks), horizon, -1), 0, 1)[:execute])
+            self._plan = list(np.swapaxes(chunks.reshape(len(chunks), chunk.horizon, -1), 0, 1)[: chunk.execute])
         action = self._plan.pop(0)
         return action[0] if single else action
 

@@ -22,8 +22,7 @@ from embodied_rft.learning.agent import wrap_policy
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks import trainable
 from embodied_rft.options import STRICT, parse, plugin_spec, validate_plugin_config
-from embodied_rft.policy import build_policy
-from embodied_rft.pools.chunks import fit_pool
+from embodied_rft.policy import Adapter, build_policy
 from embodied_rft.registry import register
 from embodied_rft.runs.session import Session
 from embodied_rft.runs.trained import opened
@@ -118,7 +117,7 @@ class Student(Stage):
     def prepare(self, session: Session) -> None:
         """Build the student, hand it the teacher's experience in its own form."""
         agent, spec = session.agent, self.config.agent
-        pool = fit_pool(session.step_pool("training"), spec)
+        pool = session.step_pool("training")
         policy = build_policy(spec, pool.observation_space, pool.action_space, session.generator("agent"))
         agent.parts.clear()
         agent.part_specs.clear()
@@ -148,11 +147,12 @@ class Adapt(Stage):
                     raise UserError(f"adapt.options have no effect with {self.with_!r}: leave them out")
                 parse(trainable.LoraOptions, self.options, "adapt.options")
                 return
-            around = [id for id in registry.known("agent") if registry.find("agent", id).takes_base]
+            around = [id for id in registry.known("agent") if issubclass(registry.find("agent", id), Adapter)]
             if self.with_ not in around:
                 raise UserError(f"adapt.with is {self.with_!r}; {nearest(self.with_, [*trainable.WORDS, *around])}")
-            options = {"base": {"id": "gaussian"}, **self.options}
-            validate_plugin_config("agent", self.with_, options, path="adapt.options")
+            if "base" in self.options:
+                raise UserError("adapt.options.base: the base is the policy that there is; leave it out")
+            validate_plugin_config("agent", self.with_, {**self.options, "base": {}}, path="adapt.options")
 
     @property
     def title(self) -> str:

@@ -17,7 +17,6 @@ from embodied_rft.data import Source
 from embodied_rft.experience.demonstrate import demonstrator_act, make_demonstrator, step_schema
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
-from embodied_rft.pools.chunks import chunk_of
 from embodied_rft.registry import register
 from embodied_rft.runs.session import Session
 from embodied_rft.stages.base import Stage
@@ -45,16 +44,16 @@ class Demonstrate(Stage):
         """Collect in one go (seconds), then pin the rows."""
         config = self.config
         demonstrator = make_demonstrator(session.env.id, config.with_, noise=config.noise, **config.options)
-        chunk = chunk_of(session.agent.policy.spec)
+        chunk = session.agent.policy.chunk
         collector = session.make_collector(source=Source.DEMONSTRATION, pool=session.step_pool("training"))
-        units = session.schema().units if chunk is None else 1
+        units = session.schema().units if chunk.horizon == 1 else 1
         act = demonstrator_act(demonstrator, session.numpy_generator("demonstrate"), units)
         session.buffer  # noqa: B018  announces the memory before the first episode
         recording = collector.collect(act, episodes=distributed.share(config.episodes, "episodes"))
         count = sum(distributed.gather(recording.decisions))
         metrics = {**recording.metrics(), "demonstrations/decisions": float(count)}
         session.counters["decisions"] += count
-        if chunk is None:
+        if chunk.horizon == 1:
             recording.write(session.buffer)
         else:
             room, rewards = recording.decisions + 2 * config.episodes, session.schema().rewards
@@ -91,7 +90,7 @@ class Load(Stage):
             config.file, schema=step_schema(pool), action_space=pool.action_space, outside=config.outside
         )[: config.max_episodes]
         trajectories = [replace(t, source=Source[self.config.source.upper()]) for t in trajectories]
-        session.add_trajectories(trajectories, chunk=chunk_of(session.agent.policy.spec))
+        session.add_trajectories(trajectories, chunk=session.agent.policy.chunk)
         session.buffer.pin()
         return {"episodes": len(trajectories), "decisions": sum(len(t) for t in trajectories)}
 

@@ -219,12 +219,12 @@ def test_normalisation_is_taken_once_saved_and_handed_to_new_parts():
     assert torch.equal(other.policy.encoder(data), features)
 
 
-def test_agent_is_rebuilt_from_its_spec():
+def test_agent_is_rebuilt_as_it_was_made():
     agent = build_agent(SPECS["gaussian"], STATE, ACTION, generator())
-    for name in ("cql", "iql", "density"):
-        build_objective(name).setup(agent)
-    twin = build_agent(agent.spec["policy"], STATE, ACTION, generator(7))
-    twin.rebuild_parts(agent.spec["parts"])
+    twin = build_agent(agent.policy.spec, STATE, ACTION, generator(7))
+    for each in (agent, twin):
+        for name in ("cql", "iql", "density"):
+            build_objective(name).setup(each)
     twin.load_state_dict(agent.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(agent.state_dict().values(), twin.state_dict().values(), strict=True))
 

@@ -7,7 +7,7 @@ from gymnasium import spaces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embodied_rft.agents.parts.chain import ChunkConfig, Codec
+from embodied_rft.agents.parts.chain import Codec
 from embodied_rft.agents.parts.normalisation import LARGEST, Statistics
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
@@ -18,7 +18,7 @@ FREE = spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
 
 def codec(kind, space=FREE, *, horizon=1, unit=False):
-    return Codec(space, config=ChunkConfig(horizon=horizon, statistics=kind), layout={}, unit=unit)
+    return Codec(space, horizon, kind, layout={}, unit=unit)
 
 
 def column(shape, count, rng):

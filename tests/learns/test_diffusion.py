@@ -13,7 +13,7 @@ from embodied_rft.experience.recut import chunk_trajectories
 from embodied_rft.learning.agent import build_agent, wrap_policy
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.pools.chunks import ChunkPool, QueuedPool, find_planner, fit_pool
+from embodied_rft.pools.chunks import ChunkPool, fit_pool
 from embodied_rft.testing.toys import PointDemonstrator, PointReach
 
 pytestmark = pytest.mark.learning
@@ -39,9 +39,9 @@ class Lab:
 
     def __init__(self, spec, *, seed=0):
         self.seed, self.rng, self.numbers = seed, torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-        self.pool = fit_pool(PointReach(16), spec)
-        self.judge = fit_pool(PointReach(50, purpose="evaluation"), spec)
-        self.agent = build_agent(spec, self.pool.observation_space, self.pool.action_space, self.rng)
+        pool, judge = PointReach(16), PointReach(50, purpose="evaluation")
+        self.agent = build_agent(spec, pool.observation_space, pool.action_space, self.rng)
+        self.pool, self.judge = (fit_pool(each, self.agent.policy) for each in (pool, judge))
         self.new_buffer()
 
     def new_buffer(self):
@@ -232,8 +232,6 @@ def residual_ppo(*, shuffle):
     spec = {"id": "residual", "base": {"id": "queued", "base": DIFFUSION}, "scale": 0.6, "hidden": [64, 64]}
     after = Lab(spec)
     after.agent.policy.base.load_base(base)
-    planner = find_planner(after.agent.policy)
-    after.pool, after.judge = QueuedPool(after.pool, planner), QueuedPool(after.judge, planner)
     start = after.success()
     return start, after.ppo(rounds=10, shuffle=shuffle)
 

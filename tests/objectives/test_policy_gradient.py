@@ -348,9 +348,6 @@ def test_the_reference_is_the_policy_at_the_start_and_never_moves():
         assert torch.equal(weight, start[name])
         assert name.endswith("bias") or not torch.equal(weight, lab.agent.policy.state_dict()[name])
     assert metrics["policy/kl_to_reference"] > 0
-    twin = Lab().agent
-    twin.rebuild_parts(lab.agent.spec["parts"])
-    twin.load_state_dict(lab.agent.state_dict())
 
 
 def test_frozen_weights_of_the_reference_are_shared():

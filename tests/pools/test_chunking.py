@@ -7,7 +7,9 @@ import torch
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic.dataclasses import dataclass
 
+from embodied_rft import registry
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
 from embodied_rft.data import Decisions, Field, Trajectory
@@ -17,8 +19,9 @@ from embodied_rft.learning.agent import build_agent, wrap_policy
 from embodied_rft.learning.losses import mean_where
 from embodied_rft.networks.tensors import as_tensors
 from embodied_rft.objectives.common import imitation
-from embodied_rft.policy import build_policy
-from embodied_rft.pools.chunks import BASE_ACTION, ChunkBox, ChunkPool, QueuedPool, chunk_of, find_planner, fit_pool
+from embodied_rft.options import STRICT
+from embodied_rft.policy import Policy, build_policy
+from embodied_rft.pools.chunks import BASE_ACTION, Chunk, ChunkBox, ChunkPool, QueuedPool, fit_pool
 from embodied_rft.pools.pool import make_pool
 from embodied_rft.pools.protocol import StepResult
 from embodied_rft.testing.check_policy import check_policy
@@ -178,15 +181,38 @@ def test_chunk_box_and_errors():
         ChunkPool(reach(), horizon=4).step(np.zeros((4, 2)))
 
 
-def test_which_pool_a_spec_needs():
-    steering = {"id": "steering", "base": BASE}
-    assert chunk_of(BASE) == chunk_of(steering) == (4, 3)
-    assert chunk_of({"id": "gaussian"}) is None
-    assert chunk_of({"id": "gaussian", "horizon": 2}) == (2, 2)
-    assert chunk_of({"id": "residual", "base": {"id": "queued", "base": BASE}}) is None
-    assert isinstance(fit_pool(reach(), steering), ChunkPool)
-    plain = reach()
-    assert fit_pool(plain, {"id": "gaussian"}) is plain
+@pytest.mark.parametrize(
+    ("spec", "chunk", "kind"),
+    [
+        (BASE, Chunk(4, 3), ChunkPool),
+        ({"id": "steering", "base": BASE}, Chunk(4, 3), ChunkPool),
+        ({"id": "residual", "base": BASE}, Chunk(4, 3), ChunkPool),
+        ({"id": "gaussian"}, Chunk(), PointReach),
+        ({"id": "gaussian", "horizon": 2}, Chunk(2, 2), ChunkPool),
+        ({"id": "queued", "base": BASE}, Chunk(), QueuedPool),
+        ({"id": "residual", "base": {"id": "queued", "base": BASE}}, Chunk(), QueuedPool),
+    ],
+)
+def test_a_policy_says_which_pool_it_needs(spec, chunk, kind):
+    pool = reach()
+    policy = build_policy(spec, pool.observation_space, pool.action_space, generator())
+    assert policy.chunk == chunk
+    assert type(fit_pool(pool, policy)) is kind
+
+
+def test_an_option_called_horizon_alone_makes_no_chunks(monkeypatch):
+    class Looks(Policy):
+        @dataclass(config=STRICT, kw_only=True)
+        class Config:
+            horizon: int = 5  # how far back it looks
+
+        def __init__(self, config, **spaces):
+            super().__init__()
+
+    monkeypatch.setitem(registry._tables["agent"], "looks", Looks)
+    pool = reach()
+    policy = build_policy({"id": "looks"}, pool.observation_space, pool.action_space, generator())
+    assert policy.chunk == Chunk() and fit_pool(pool, policy) is pool
 
 
 # --- QueuedPool and the residual on it -----------------------------------------------------------------------------
@@ -195,7 +221,7 @@ def test_which_pool_a_spec_needs():
 class Counting:
     """Plans of 3 steps: the planned action is (how often it was asked for this environment's x, step of the plan)."""
 
-    execute = horizon = 3
+    execute = 3
 
     def __init__(self):
         self.asked = []
@@ -247,7 +273,7 @@ def test_plans_are_what_the_base_decides(greedy):
 
 def queued_pool(policy, num_envs=4, seed=0):
     inner = make_pool("tests.lab.helpers_envs:Moody-v0", num_envs, kind="sync")
-    return QueuedPool(inner, find_planner(policy), seed=seed)
+    return QueuedPool(inner, policy.planner, seed=seed)
 
 
 MOODY = {"keys": ["state"]}
@@ -285,10 +311,10 @@ def test_residual_corrects_every_step_of_a_planned_chunk():
     agent = build_agent(BASE, *(reach().observation_space, reach().action_space), generator())
     agent.policy = wrap_policy("queued", agent, generator(1))
     residual = wrap_policy("residual", agent, generator(2), hidden=[32, 32], scale=0.2)
-    assert find_planner(residual) is residual.base
-    pool = QueuedPool(reach(num_steps=50), find_planner(residual))
+    assert residual.planner is residual.base
+    pool = fit_pool(reach(num_steps=50), residual)
     observation = pool.reset(SEEDS)
-    again = QueuedPool(reach(num_steps=50), find_planner(residual)).reset(SEEDS)
+    again = fit_pool(reach(num_steps=50), residual).reset(SEEDS)
     np.testing.assert_array_equal(observation[BASE_ACTION], again[BASE_ACTION])  # equal seeds, equal plans
     plan = pool._queue
     for step in range(3):

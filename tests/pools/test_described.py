@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from embodied_rft.pools.chunks import fit_pool
+from embodied_rft.pools.chunks import ChunkPool
 from embodied_rft.pools.described import DescribedPool, describe, describe_pool, space_of
 from embodied_rft.pools.spaces import ActionBox
 from embodied_rft.pools.text_spaces import AnyText, ChatText
@@ -44,6 +44,6 @@ def test_a_described_pool_has_what_networks_ask_for_and_never_runs():
     env = gymnasium.make("MountainCarContinuous-v0")
     pool = DescribedPool({"observation": describe(env.observation_space), "action": describe(env.action_space)})
     assert describe_pool(pool)["action"]["low"] == [-1]
-    assert fit_pool(pool, {"id": "gaussian", "horizon": 4}).action_space.shape == (4,)
+    assert ChunkPool(pool, horizon=4).action_space.shape == (4,)
     with pytest.raises(RuntimeError, match="were not made"):
         pool.reset([0])

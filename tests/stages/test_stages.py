@@ -13,7 +13,7 @@ from embodied_rft.data import Source, Trajectory
 from embodied_rft.experience.collect import Collector
 from embodied_rft.objectives.policy_gradient import PPO
 from embodied_rft.objectives.soft_actor_critic import SAC
-from embodied_rft.options import ConfigError, parse
+from embodied_rft.options import ConfigError, parse, parse_stages
 from embodied_rft.runs.recipe import Recipe
 from embodied_rft.runs.session import Session
 from embodied_rft.train import train
@@ -433,3 +433,16 @@ def test_a_held_out_state_on_which_the_environment_always_fails_is_left_out_and_
     assert content["left_out"] == [bad] and content["episodes"] == 4 and content["success"] == 1.0
     assert session.records[0]["metrics"]["left_out"] == 1
     assert "1 left out" in (tmp_path / "run" / "run.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"with": "gaussian"}, "adapt.with is 'gaussian'"),
+        ({"with": "residual", "options": {"base": {"id": "gaussian"}}}, "the base is the policy that there is"),
+        ({"with": "residual", "options": {"scales": 1}}, "adapt.options.scales; did you mean 'scale'"),
+    ],
+)
+def test_adapt_puts_adapters_around_the_policy_that_there_is(stage, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_stages([{"adapt": stage}])

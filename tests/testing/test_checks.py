@@ -13,7 +13,6 @@ import embodied_rft.envs  # noqa: F401
 from embodied_rft import registry
 from embodied_rft.data import Decisions, Field
 from embodied_rft.policy import Policy, build_policy
-from embodied_rft.pools.chunks import find_planner
 from embodied_rft.testing.check_env import check_env
 from embodied_rft.testing.check_policy import check_policy
 from tests.lab.helpers_envs import Chatter, Moody
@@ -203,7 +202,7 @@ def make_simplest(id):
 
 def test_every_registered_policy_of_vectors_passes():
     policies = {id: policy for id in registry.known("agent") if (policy := make_simplest(id)) is not None}
-    policies = {id: policy for id, policy in policies.items() if find_planner(policy) is None}  # needs a QueuedPool
+    policies = {id: policy for id, policy in policies.items() if policy.planner is None}  # needs a QueuedPool
     assert {"gaussian", "residual"} <= set(policies)
     for policy in policies.values():
         check_policy(policy, VECTORS, BOX)
