@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from embodied_rft.agents.parts.actor import NetworkConfig, make_encoder
-from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.networks import critics
 from embodied_rft.options import STRICT
@@ -46,7 +45,7 @@ class CategoricalPolicy(Policy):
     spec: dict[str, Any]
 
     def __init__(
-        self, config: CategoricalConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+        self, config: CategoricalConfig, *, observation_space: Space, action_space: Space, rng: torch.Generator
     ) -> None:
         super().__init__()
         if not isinstance(action_space, DISCRETE):

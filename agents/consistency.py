@@ -9,13 +9,12 @@ Legend: B rows, D numbers of a chunk, S sampling steps, L noise levels in traini
 
 from __future__ import annotations
 
-import gymnasium as gym
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agents.parts.chain import ChainPolicy, ChunkConfig, Step
-from embodied_rft.data import Tree
+from embodied_rft.data import Space, Tree
 from embodied_rft.learning.losses import mean_where
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
@@ -48,7 +47,7 @@ class ConsistencyPolicy(ChainPolicy):
     widths: Tensor  # [S + 1] descending noise widths at which sampling steps start, then 0
 
     def __init__(
-        self, config: ConsistencyConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+        self, config: ConsistencyConfig, *, observation_space: Space, action_space: Space, rng: torch.Generator
     ) -> None:
         if not (0 < config.sigma_min < config.sigma_max and config.num_levels > config.num_steps >= 1):
             raise UserError(f"0 < sigma_min < sigma_max and 1 <= num_steps < num_levels are expected, given {config}")

@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import gymnasium as gym
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agents.parts.chain import ChainPolicy, ChunkConfig, Step
-from embodied_rft.data import Tree
+from embodied_rft.data import Space, Tree
 from embodied_rft.learning.losses import mean_where
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
@@ -47,7 +46,7 @@ class DiffusionPolicy(ChainPolicy):
     times: Tensor  # [S] int64, descending
 
     def __init__(
-        self, config: DiffusionConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+        self, config: DiffusionConfig, *, observation_space: Space, action_space: Space, rng: torch.Generator
     ) -> None:
         count = config.denoising_steps if config.ddim_steps is None else config.ddim_steps
         if not (1 <= count <= config.denoising_steps and 0 <= config.eta <= 1):

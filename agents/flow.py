@@ -13,13 +13,12 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import gymnasium as gym
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agents.parts.chain import ChainPolicy, ChunkConfig, Step, flow_step, flow_target
-from embodied_rft.data import Tree
+from embodied_rft.data import Space, Tree
 from embodied_rft.learning.losses import mean_where
 from embodied_rft.names import UserError
 from embodied_rft.networks.mlp import MLP
@@ -50,7 +49,7 @@ class FlowPolicy(ChainPolicy):
     Config = FlowConfig
 
     def __init__(
-        self, config: FlowConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+        self, config: FlowConfig, *, observation_space: Space, action_space: Space, rng: torch.Generator
     ) -> None:
         if config.noise == "learned" and config.max_std < config.min_std:
             raise UserError(f"max_std {config.max_std} is below min_std {config.min_std}")

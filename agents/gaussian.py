@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agents.parts.actor import ActorConfig, decide, make_actor
-from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.learning.losses import mean_where
 from embodied_rft.options import STRICT
 from embodied_rft.policy import Policy, observe, require_rng
@@ -46,7 +45,7 @@ class GaussianPolicy(Policy):
     spec: dict[str, Any]
 
     def __init__(
-        self, config: GaussianConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+        self, config: GaussianConfig, *, observation_space: Space, action_space: Space, rng: torch.Generator
     ) -> None:
         super().__init__()
         self.config = config

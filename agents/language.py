@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from embodied_rft.agents.models.causal_lm import CausalLM, load_model
 from embodied_rft.agents.models.tiny_lm import TinyConfig
-from embodied_rft.data import Batch, Decisions, Field, Ragged, Tree
+from embodied_rft.data import Batch, Decisions, Field, Ragged, Space, Tree
 from embodied_rft.device import drawn_on
 from embodied_rft.names import UserError
 from embodied_rft.networks.mlp import linear
@@ -97,7 +97,7 @@ class LanguagePolicy(Policy):
     spec: dict[str, Any]
 
     def __init__(
-        self, config: LanguageConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+        self, config: LanguageConfig, *, observation_space: Space, action_space: Space, rng: torch.Generator
     ) -> None:
         super().__init__()
         if not isinstance(action_space, gym.spaces.Text):
@@ -340,7 +340,7 @@ def texts(column: Any) -> list[str]:
     return [row.tobytes().decode() for row in column] if isinstance(column, Ragged) else list(column)
 
 
-def text_key(space: gym.Space, key: str | None, *, also: Collection[str] = ()) -> str:
+def text_key(space: Space, key: str | None, *, also: Collection[str] = ()) -> str:
     """Which leaf of an observation space is the prompt: `key`, "prompt", or the only text.
 
     Without `key`, all of the observation must be read: the prompt, and the keys in `also`.

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium as gym
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft.agents.parts.chain import ChainPolicy, chain_decisions, require_chain
-from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.networks.encoder import Encoder
 from embodied_rft.options import STRICT
@@ -42,7 +41,7 @@ class LastStepsPolicy(Adapter):
     spec: dict[str, Any]
 
     def __init__(
-        self, config: LastStepsConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+        self, config: LastStepsConfig, *, observation_space: Space, action_space: Space, rng: torch.Generator
     ) -> None:
         base, tuned = (build_policy(config.base, observation_space, action_space, rng) for _ in range(2))
         if not isinstance(base, ChainPolicy) or not isinstance(tuned, ChainPolicy):

@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from embodied_rft.agents.models.lerobot_processors import Batch, load_processors
-from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.trainable import freeze
 from embodied_rft.options import STRICT
@@ -74,7 +74,7 @@ class LeRobotPolicy(Policy):
     spec: dict[str, Any]
 
     def __init__(
-        self, config: LeRobotConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+        self, config: LeRobotConfig, *, observation_space: Space, action_space: Space, rng: torch.Generator
     ) -> None:
         super().__init__()
         if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
@@ -112,7 +112,7 @@ class LeRobotPolicy(Policy):
             )
         return folder.is_dir()
 
-    def _check_observations(self, boxes: Mapping[str, gym.Space]) -> None:
+    def _check_observations(self, boxes: Mapping[str, Space]) -> None:
         """Everything that the policy reads must be given, with its history."""
         reads = getattr(getattr(self.policy, "config", None), "input_features", None) or {}
         for theirs in reads:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.policy import Adapter, build_policy, observe
@@ -49,7 +48,7 @@ class QueuedPolicy(Adapter):
     spec: dict[str, Any]
 
     def __init__(
-        self, config: QueuedConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+        self, config: QueuedConfig, *, observation_space: Space, action_space: Space, rng: torch.Generator
     ) -> None:
         if isinstance(observation_space, spaces.Dict):  # the base was trained without the key that this adds
             observation_space = spaces.Dict({k: v for k, v in observation_space.spaces.items() if k != BASE_ACTION})

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agents.parts.actor import ActorConfig, decide, make_actor
-from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.learning.losses import mean_where
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
@@ -43,7 +42,7 @@ class ResidualPolicy(Adapter):
     spec: dict[str, Any]
 
     def __init__(
-        self, config: ResidualConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+        self, config: ResidualConfig, *, observation_space: Space, action_space: Space, rng: torch.Generator
     ) -> None:
         super().__init__(build_policy(config.base, observation_space, action_space, rng))
         if not 0 < config.scale <= 2:

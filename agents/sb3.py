@@ -13,7 +13,6 @@ import inspect
 import logging
 from typing import Any, Literal
 
-import gymnasium as gym
 import torch
 from gymnasium import spaces
 from pydantic.dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from embodied_rft.agents.models import sb3_files
 from embodied_rft.agents.models.sb3_files import save_normalizer as save_normalizer  # for those who write such files
-from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.policy import Policy, require_rng
@@ -58,7 +57,7 @@ class SB3Policy(Policy):
     high: Tensor
 
     def __init__(
-        self, config: SB3Config, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+        self, config: SB3Config, *, observation_space: Space, action_space: Space, rng: torch.Generator
     ) -> None:
         super().__init__()
         self.config = config

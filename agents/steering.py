@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.agents.parts.actor import ActorConfig, decide, make_actor
-from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.policy import Adapter, FromNoise, able, build_policy, observe, require_rng
@@ -44,7 +44,7 @@ class SteeringPolicy(Adapter):
     spec: dict[str, Any]
 
     def __init__(
-        self, config: SteeringConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+        self, config: SteeringConfig, *, observation_space: Space, action_space: Space, rng: torch.Generator
     ) -> None:
         super().__init__(build_policy(config.base, observation_space, action_space, rng))
         if not config.scale > 0:

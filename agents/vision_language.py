@@ -26,7 +26,7 @@ from embodied_rft.agents.models.feature_cache import content_keys
 from embodied_rft.agents.models.tiny_vlm import TinyVLMConfig
 from embodied_rft.agents.models.vlm import Context, load_vlm
 from embodied_rft.agents.vla import TrunkEncoder
-from embodied_rft.data import Decisions, Field, Ragged, Tree
+from embodied_rft.data import Decisions, Field, Ragged, Space, Tree
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.encoder import cameras
 from embodied_rft.networks.trainable import LoraOptions, Train
@@ -77,8 +77,8 @@ class VisionLanguagePolicy(Policy):
         self,
         config: VisionLanguageConfig,
         *,
-        observation_space: gym.Space,
-        action_space: gym.Space,
+        observation_space: Space,
+        action_space: Space,
         rng: torch.Generator,
     ) -> None:
         super().__init__()

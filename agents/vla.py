@@ -15,7 +15,6 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
@@ -26,7 +25,7 @@ from embodied_rft.agents.models.tiny_vlm import TinyVLMConfig
 from embodied_rft.agents.models.vlm import VLM, Context, load_vlm
 from embodied_rft.agents.parts.chain import Codec, Scaling
 from embodied_rft.agents.parts.vla_heads import HEADS, FlowOptions, ParallelOptions, Size, TokenOptions
-from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.device import drawn_on
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks import critics
@@ -99,7 +98,7 @@ class VLAPolicy(Policy):
     value_head: nn.ModuleDict
 
     def __init__(
-        self, config: VLAConfig, *, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator
+        self, config: VLAConfig, *, observation_space: Space, action_space: Space, rng: torch.Generator
     ) -> None:
         super().__init__()
         self.config, self.chunk = config, Chunk.of(config.horizon, config.execute)
@@ -136,7 +135,7 @@ class VLAPolicy(Policy):
         if config.gradient_checkpointing:
             vlm.checkpoint_layers()
 
-    def _choose_keys(self, space: gym.Space) -> None:
+    def _choose_keys(self, space: Space) -> None:
         """What is read as image, state and instruction; whatever would be left out without a word is refused."""
         leaves, config = flatten_space(space), self.config
         known = cameras(space)

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 
+Space = gym.Space[Any]  # of observations or of actions; the type of its values is known only when it runs
 Tree = Mapping[str, Any]
 TensorTree = dict[str, Tensor]
 TREES = ("observation", "next_observation", "trace", "next_trace", "notes", "columns")  # of a Batch, each of B rows

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from embodied_rft import registry
-from embodied_rft.data import Batch, Decisions, Field, Tree
+from embodied_rft.data import Batch, Decisions, Field, Space, Tree
 from embodied_rft.device import device_of
 from embodied_rft.names import UserError
 from embodied_rft.networks.encoder import Encoder
@@ -256,7 +255,7 @@ def require_policy(policy: Any, what: str) -> Policy:
     return policy
 
 
-def build_policy(spec: Spec, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator) -> Policy:
+def build_policy(spec: Spec, observation_space: Space, action_space: Space, rng: torch.Generator) -> Policy:
     """The policy that {"id": ..., **options} describes, with weights drawn from `rng`."""
     if "id" not in spec:
         raise UserError(f"agent {dict(spec)!r} has no id; known: {', '.join(registry.known('agent'))}")

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -28,6 +27,7 @@ from torch import nn
 
 from embodied_rft.agents.models import inert_pickle
 from embodied_rft.agents.models.inert_pickle import Inert
+from embodied_rft.data import Space
 from embodied_rft.names import UserError, nearest
 
 CONTRIB = ("TQC", "CrossQ", "QRDQN", "TRPO", "ARS")  # of the package sb3-contrib
@@ -160,7 +160,7 @@ def recorded_keys(data: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(single or double for single, double in found) or None
 
 
-def check_action_space(archive: Archive, space: gym.Space) -> None:
+def check_action_space(archive: Archive, space: Space) -> None:
     """Refuse another action space than the model was trained for: its outputs would mean something else, silently.
 
     Raises:
@@ -183,12 +183,12 @@ def check_action_space(archive: Archive, space: gym.Space) -> None:
         )
 
 
-def leaves(space: gym.Space) -> dict[str, gym.Space]:
+def leaves(space: Space) -> dict[str, Space]:
     """The keys of a Dict space, or {"observation": space}."""
     return dict(space.spaces) if isinstance(space, spaces.Dict) else {"observation": space}
 
 
-def select_keys(space: gym.Space, keys: tuple[str, ...] | None) -> gym.Space:
+def select_keys(space: Space, keys: tuple[str, ...] | None) -> Space:
     """The part of a Dict space that the model reads, in the model's order: it concatenates them one after the other."""
     if keys is None or not isinstance(space, spaces.Dict):
         return space
@@ -201,21 +201,21 @@ def select_keys(space: gym.Space, keys: tuple[str, ...] | None) -> gym.Space:
     return spaces.Dict([(key, space[key]) for key in keys])  # pairs keep their order, a mapping would be sorted
 
 
-def is_channels_last(space: gym.Space) -> bool:
+def is_channels_last(space: Space) -> bool:
     """Whether SB3 turns this image [H, W, C] to [C, H, W]."""
     from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 
     return isinstance(space, spaces.Box) and is_image_space(space) and not is_image_space_channels_first(space)
 
 
-def model_space(space: gym.Space, normalizer: Normalizer) -> gym.Space:
+def model_space(space: Space, normalizer: Normalizer) -> Space:
     """The observation space as SB3's wrappers VecNormalize and VecTransposeImage present it to the policy."""
     if isinstance(space, spaces.Dict):
         return spaces.Dict([(key, _model_leaf(key, child, normalizer)) for key, child in space.spaces.items()])
     return _model_leaf("observation", space, normalizer)
 
 
-def _model_leaf(key: str, space: gym.Space, normalizer: Normalizer) -> gym.Space:
+def _model_leaf(key: str, space: Space, normalizer: Normalizer) -> Space:
     if key in normalizer.mean:  # numbers from here on, even if they were an image
         return spaces.Box(-normalizer.clip, normalizer.clip, space.shape, np.float32)
     if not is_channels_last(space):
@@ -229,7 +229,7 @@ def _model_leaf(key: str, space: gym.Space, normalizer: Normalizer) -> gym.Space
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_class(archive: Archive, algorithm: str | None, policy: str | None, space: gym.Space) -> type:
+def find_class(archive: Archive, algorithm: str | None, policy: str | None, space: Space) -> type:
     """SB3's policy class: by the options, else by what the zip tells as text, else by the kind of observation."""
     recorded = archive.data.get("policy_class")
     recorded = recorded if isinstance(recorded, dict) else {}
@@ -326,7 +326,7 @@ class Normalizer:
     epsilon: float = 0.0
     clip: float = 0.0
 
-    def check(self, observation_space: gym.Space, path: str | None) -> None:
+    def check(self, observation_space: Space, path: str | None) -> None:
         """Every vector must be one that the model reads, and as long."""
         known = leaves(observation_space)
         for key, mean in self.mean.items():

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import gymnasium as gym
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from embodied_rft.data import Space
 from embodied_rft.networks.encoder import Encoder, Normalize
 from embodied_rft.networks.heads import ActorHead
 from embodied_rft.options import STRICT, refuse_idle
@@ -51,7 +51,7 @@ class ActorConfig(NetworkConfig):
             refuse_idle(self, ["exploration_noise"], "on an actor that draws its actions, see deterministic")
 
 
-def make_encoder(config: NetworkConfig, observation_space: gym.Space, *, rng: torch.Generator) -> Encoder:
+def make_encoder(config: NetworkConfig, observation_space: Space, *, rng: torch.Generator) -> Encoder:
     """What reads the observation of a small network."""
     return Encoder(
         observation_space,
@@ -64,7 +64,7 @@ def make_encoder(config: NetworkConfig, observation_space: gym.Space, *, rng: to
 
 def make_actor(
     config: ActorConfig,
-    observation_space: gym.Space,
+    observation_space: Space,
     *,
     action_dim: int,
     rng: torch.Generator,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embodied_rft.agents.parts.normalisation import Statistics
-from embodied_rft.data import Decisions, Field, Tree
+from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.networks import critics
 from embodied_rft.networks.encoder import Encoder, Normalize
@@ -73,7 +73,7 @@ class Codec(nn.Module):
     """
 
     def __init__(
-        self, space: gym.Space, horizon: int, statistics: Scaling, *, layout: dict[str, Any], unit: bool = False
+        self, space: Space, horizon: int, statistics: Scaling, *, layout: dict[str, Any], unit: bool = False
     ) -> None:
         super().__init__()
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -217,8 +217,8 @@ class ChainPolicy(Policy):
         self,
         config: Any,
         *,
-        observation_space: gym.Space,
-        action_space: gym.Space,
+        observation_space: Space,
+        action_space: Space,
         rng: torch.Generator,
         num_steps: int,
     ) -> None:

@@ -24,7 +24,7 @@ from embodied_rft.buffer.columns import Schema
 from embodied_rft.buffer.formats import recognise
 from embodied_rft.buffer.images import BlobStore
 from embodied_rft.buffer.intake import check_column
-from embodied_rft.data import Field, Ragged, Source, Trajectory
+from embodied_rft.data import Field, Ragged, Source, Space, Trajectory
 from embodied_rft.names import UserError
 
 FORMAT = "embodied_rft.buffer.trajectories.1"
@@ -72,7 +72,7 @@ def read_trajectories(
     path: str | Path,
     *,
     schema: Schema | None = None,
-    action_space: gym.Space | None = None,
+    action_space: Space | None = None,
     outside: float = OUTSIDE,
 ) -> list[Trajectory]:
     """The episodes of a file, checked against the columns of a buffer when `schema` is given.
@@ -112,7 +112,7 @@ def read_trajectories(
     return trajectories
 
 
-def within(trajectories: list[Trajectory], space: gym.Space, *, outside: float, what: str) -> list[Trajectory]:
+def within(trajectories: list[Trajectory], space: Space, *, outside: float, what: str) -> list[Trajectory]:
     """The episodes with actions inside the action space: a few that are not are clipped, many are refused.
 
     Args:

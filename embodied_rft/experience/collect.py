@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import gymnasium
 import numpy as np
 
 from embodied_rft import distributed
-from embodied_rft.data import Decisions, Field, Source, Tree, pick_tree
+from embodied_rft.data import Decisions, Field, Source, Space, Tree, pick_tree
 from embodied_rft.experience.recording import Ahead, Broken, Last, Recording, Taken
 from embodied_rft.names import UserError
 from embodied_rft.pools.protocol import Pool, StepResult, fields_of
@@ -242,6 +241,6 @@ def _streams(result: StepResult) -> dict[str, np.ndarray]:
     return {"env": result.reward, "success": (success & (result.terminated | result.truncated)).astype(np.float32)}
 
 
-def action_field(space: gymnasium.Space) -> Field:
+def action_field(space: Space) -> Field:
     """The buffer column for actions of a space."""
     return fields_of(space)["observation"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rft import registry
-from embodied_rft.data import Decisions, Tree
+from embodied_rft.data import Decisions, Space, Tree
 from embodied_rft.device import device_of
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks import critics
@@ -31,8 +31,8 @@ from embodied_rft.pools.spaces import what_suits
 class Spaces:
     """Of a single environment."""
 
-    observation: gym.Space
-    action: gym.Space
+    observation: Space
+    action: Space
 
 
 class Agent(nn.Module):
@@ -92,7 +92,7 @@ class Agent(nn.Module):
             raise UserError(f"action space {space}: this objective needs action vectors (a Box). {what_suits(space)}")
         return int(np.prod(space.shape or ()))
 
-    def decision_space(self, judges: str = "action") -> gym.Space:
+    def decision_space(self, judges: str = "action") -> Space:
         """The space of what a critic judges: "action", or the "noise" that a steering policy chooses."""
         return self.spaces.action if judges == "action" else self.policy.noise_space
 
@@ -195,7 +195,7 @@ def _make_part(agent: Agent, kind: str, options: Mapping[str, Any]) -> nn.Module
     return makers[kind](**options)
 
 
-def build_agent(spec: Spec, observation_space: gym.Space, action_space: gym.Space, rng: torch.Generator) -> Agent:
+def build_agent(spec: Spec, observation_space: Space, action_space: Space, rng: torch.Generator) -> Agent:
     """The agent of a recipe: {"id": "gaussian", "hidden": [256, 256]}, or an adapter {"id": "residual", "base": {...}}.
 
     Raises:

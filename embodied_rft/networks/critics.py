@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from embodied_rft.data import Tree
+from embodied_rft.data import Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.networks.encoder import Encoder
 from embodied_rft.networks.fused import Activation
@@ -25,7 +24,7 @@ from embodied_rft.pools.spaces import DISCRETE, ActionScale, Choices, one_choice
 class ActionReader(nn.Module):
     """What a network reads of an action [B, ...] in its space's units: [B, size], vectors scaled to [-1, 1]."""
 
-    def __init__(self, space: gym.Space) -> None:
+    def __init__(self, space: Space) -> None:
         super().__init__()
         self.space = Choices(space) if isinstance(space, DISCRETE) else ActionScale(space)
         self.size = sum(self.space.sizes) if isinstance(self.space, Choices) else self.space.action_dim
@@ -44,7 +43,7 @@ class Critic(nn.Module):
     def __init__(
         self,
         encoder: Encoder,
-        space: gym.Space,
+        space: Space,
         *,
         rng: torch.Generator,
         hidden: Sequence[int] = (256, 256),
@@ -73,7 +72,7 @@ class ActionValues(nn.Module):
     def __init__(
         self,
         encoder: Encoder,
-        space: gym.Space,
+        space: Space,
         *,
         rng: torch.Generator,
         hidden: Sequence[int] = (256, 256),
@@ -162,7 +161,7 @@ class Density(nn.Module):
     weight: Tensor
 
     def __init__(
-        self, encoder: Encoder, space: gym.Space, *, rng: torch.Generator, hidden: Sequence[int] = (256, 256)
+        self, encoder: Encoder, space: Space, *, rng: torch.Generator, hidden: Sequence[int] = (256, 256)
     ) -> None:
         super().__init__()
         self.action = ActionScale(space)

@@ -11,13 +11,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from embodied_rft.data import Tree
+from embodied_rft.data import Space, Tree
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.mlp import fill, linear, unfilled
 from embodied_rft.pools.protocol import flatten_space, is_text
@@ -36,7 +35,7 @@ SOFT_LIMIT = 10.0  # standardised features grow like a logarithm beyond it
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def select_leaves(space: gym.Space, keys: Sequence[str] | None) -> dict[str, gym.Space]:
+def select_leaves(space: Space, keys: Sequence[str] | None) -> dict[str, Space]:
     """The leaves of an observation space that are to be read, by flat key: those that `keys` names, else all, sorted.
 
     A key may name a whole Dict: "robot" stands for "robot/qpos" and "robot/qvel".
@@ -47,7 +46,7 @@ def select_leaves(space: gym.Space, keys: Sequence[str] | None) -> dict[str, gym
     leaves = flatten_space(space)
     if keys is None:
         return {key: leaves[key] for key in sorted(leaves)}
-    chosen: dict[str, gym.Space] = {}
+    chosen: dict[str, Space] = {}
     for key in keys:
         found = [leaf for leaf in leaves if leaf == key or leaf.startswith(f"{key}/")]
         if not found:
@@ -56,7 +55,7 @@ def select_leaves(space: gym.Space, keys: Sequence[str] | None) -> dict[str, gym
     return chosen
 
 
-def is_image(space: gym.Space) -> bool:
+def is_image(space: Space) -> bool:
     """Whether a leaf is looked at as a picture: [H, W], [H, W, C], [C, H, W], or frames of them in front.
 
     Bytes always are; other numbers where both sides have at least 16 pixels, and [H, W] only with finite bounds.
@@ -69,7 +68,7 @@ def is_image(space: gym.Space) -> bool:
     return min(height, width) >= SMALL_IMAGE and (len(space.shape) > 2 or bool(space.is_bounded()))
 
 
-def cameras(space: gym.Space) -> list[str]:
+def cameras(space: Space) -> list[str]:
     """The keys that a vision-language model looks at, sorted: pictures [H, W, 3] of bytes."""
     boxes = {key: leaf for key, leaf in flatten_space(space).items() if isinstance(leaf, spaces.Box)}
     return sorted(key for key, box in boxes.items() if box.dtype == np.uint8 and box.shape[2:] == (3,))
@@ -99,7 +98,7 @@ class Numbers(nn.Module):
         ValueError: nothing here can be read as numbers; the key is named.
     """
 
-    def __init__(self, key: str, space: gym.Space) -> None:
+    def __init__(self, key: str, space: Space) -> None:
         super().__init__()
         self.key, self.measured = key, False  # whether statistics of the data say anything about it
         self.choices: Choices | None = None
@@ -231,7 +230,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        space: gym.Space,
+        space: Space,
         *,
         rng: torch.Generator,
         keys: Sequence[str] | None = None,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from embodied_rft.data import Space
 from embodied_rft.names import UserError
 from embodied_rft.pools.protocol import is_text
 
@@ -31,7 +32,7 @@ class Leaf:
 
     __slots__ = ("dtype", "key", "path", "shape", "text")
 
-    def __init__(self, key: str, path: tuple[Any, ...], space: spaces.Space) -> None:
+    def __init__(self, key: str, path: tuple[Any, ...], space: Space) -> None:
         self.key, self.path, self.text = key, path, is_text(space)
         self.shape: tuple[int, ...] = () if self.text else tuple(space.shape or ())
         self.dtype = np.dtype(object if self.text else space.dtype)
@@ -69,7 +70,7 @@ class Leaf:
         return array.astype(self.dtype, copy=False)
 
 
-def leaves_of(space: spaces.Space, path: tuple[Any, ...] = ()) -> list[Leaf]:
+def leaves_of(space: Space, path: tuple[Any, ...] = ()) -> list[Leaf]:
     """The leaves of a space, in the order and with the keys of `stepping.flatten_space`."""
     if not isinstance(space, spaces.Dict):
         return [Leaf("/".join(map(str, path)) or "observation", path, space)]

@@ -13,9 +13,9 @@ from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
-from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from embodied_rft.data import Space
 from embodied_rft.names import UserError
 from embodied_rft.pools.answers import Unfit, as_success, leaves_of
 from embodied_rft.pools.incidents import describe_error
@@ -54,8 +54,8 @@ class Batch:
         self.vector_env, self.make, self.deadline, self.first = vector_env, make, deadline, first
         self.watch: Watch = watch or Alarm()
         self.num_envs: int = vector_env.num_envs
-        self.observation_space: spaces.Space = vector_env.single_observation_space
-        self.action_space: spaces.Space = vector_env.single_action_space
+        self.observation_space: Space = vector_env.single_observation_space
+        self.action_space: Space = vector_env.single_action_space
         self.leaves = leaves_of(self.observation_space)
         self.observation: dict[str, Any] = {leaf.key: leaf.empty(self.num_envs) for leaf in self.leaves}
         self.seeding: Seeding | None = None  # found at the first reset

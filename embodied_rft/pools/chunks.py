@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from embodied_rft.data import Field, Tree, pick_tree
+from embodied_rft.data import Field, Space, Tree, pick_tree
 from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import Incidents
 from embodied_rft.pools.protocol import Pool, StepResult, merge
@@ -35,7 +35,7 @@ class ChunkBox(spaces.Box):
         horizon: H.
     """
 
-    def __init__(self, step_space: spaces.Space, *, horizon: int) -> None:
+    def __init__(self, step_space: Space, *, horizon: int) -> None:
         if not isinstance(step_space, spaces.Box) or len(step_space.shape) != 1:
             raise UserError(f"action space {step_space}: chunks need a Box of shape (A,). {what_suits(step_space)}")
         super().__init__(
@@ -59,7 +59,7 @@ class Chunk:
             raise UserError(f"execute {execute} of a chunk of {horizon} steps: 1 <= execute <= horizon is expected")
         return cls(horizon, execute)
 
-    def space(self, space: spaces.Space) -> spaces.Space:
+    def space(self, space: Space) -> Space:
         """The action space of such decisions, from that of steps or of decisions.
 
         Raises:
@@ -73,7 +73,7 @@ class Chunk:
         return made
 
 
-def step_space(space: spaces.Space) -> spaces.Space:
+def step_space(space: Space) -> Space:
     """The action space of one step, from that of steps or of decisions."""
     return space.step_space if isinstance(space, ChunkBox) else space
 
@@ -100,7 +100,7 @@ class ChunkPool:
         self.num_envs = pool.num_envs
         self.observation_space, self.fields = pool.observation_space, pool.fields
         chunks = ChunkBox(pool.action_space, horizon=horizon)
-        self.action_space: spaces.Space = chunks
+        self.action_space: Space = chunks
         self.action_field = Field(chunks.shape, "float32")
         self._size = chunks.shape[0]
         self.incidents: Incidents = pool.incidents
@@ -197,12 +197,12 @@ class QueuedPool:
         if not isinstance(pool.action_space, spaces.Box) or len(pool.action_space.shape) != 1:
             raise UserError(f"action space {pool.action_space}: a queued plan needs a Box of shape (A,)")
         self.pool, self.planner = pool, planner
-        self.action_space: spaces.Space = pool.action_space
+        self.action_space: Space = pool.action_space
         self.num_envs, self.action_field = pool.num_envs, pool.action_field
         leaves = pool.observation_space
         inner = dict(leaves.spaces) if isinstance(leaves, spaces.Dict) else {"observation": leaves}
         shown = ActionBox(pool.action_space.low, pool.action_space.high, dtype=pool.action_space.dtype.type)
-        self.observation_space: spaces.Space = spaces.Dict({**inner, BASE_ACTION: shown})
+        self.observation_space: Space = spaces.Dict({**inner, BASE_ACTION: shown})
         self.fields = {**pool.fields, BASE_ACTION: Field(pool.action_space.shape, "float32")}
         self.incidents: Incidents = pool.incidents
         weights = planner.parameters() if isinstance(planner, torch.nn.Module) else iter(())

@@ -12,19 +12,19 @@ from typing import Any, NoReturn
 import numpy as np
 from gymnasium import spaces
 
-from embodied_rft.data import Tree
+from embodied_rft.data import Space, Tree
 from embodied_rft.pools.incidents import Incidents
 from embodied_rft.pools.protocol import Pool, StepResult, field_of, fields_of
 from embodied_rft.pools.text_spaces import AnyText, ChatText
 
-KINDS: tuple[type[spaces.Space], ...] = (
+KINDS: tuple[type[Space], ...] = (
     spaces.Dict, spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Text
 )  # fmt: skip
 TEXTS: tuple[Any, ...] = (AnyText, ChatText)  # they know their letters
 Description = dict[str, Any]  # plain data and arrays, as a checkpoint holds them
 
 
-def describe(space: spaces.Space) -> Description | None:
+def describe(space: Space) -> Description | None:
     """A space as plain data, from which `space_of` makes an equal one; None: a class that is not known here."""
     if type(space) not in (*KINDS, *TEXTS):
         return None
@@ -46,7 +46,7 @@ def describe(space: spaces.Space) -> Description | None:
     return {"kind": name, "nvec": space.nvec, "start": space.start, **dtype}
 
 
-def space_of(given: Mapping[str, Any]) -> spaces.Space:
+def space_of(given: Mapping[str, Any]) -> Space:
     """The space that `describe` wrote down."""
     options = {key: value for key, value in given.items() if key != "kind"}
     kind = {cls.__name__: cls for cls in (*KINDS, *TEXTS)}[given["kind"]]

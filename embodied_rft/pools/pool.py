@@ -16,11 +16,10 @@ from typing import Any, Literal, Protocol, cast
 
 import gymnasium
 import numpy as np
-from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from embodied_rft.data import Ragged, Tree
+from embodied_rft.data import Ragged, Space, Tree
 from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.batches import Batch
 from embodied_rft.pools.config import EnvConfig
@@ -54,8 +53,8 @@ class Host(Protocol):
     """What holds the N environments of a `VectorPool`: `singles.Singles` or `batches.Batch`."""
 
     num_envs: int
-    observation_space: spaces.Space
-    action_space: spaces.Space
+    observation_space: Space
+    action_space: Space
     observation: dict[str, Any]
     seeding: Seeding | None
     first: int

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from gymnasium import spaces
 
-from embodied_rft.data import Field, Ragged, Tree
+from embodied_rft.data import Field, Ragged, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import Incidents as Incidents
 from embodied_rft.seeding import FIRST_EVALUATION_SEED, check_training_seeds
@@ -49,8 +49,8 @@ class Pool(Protocol):
     """
 
     num_envs: int
-    observation_space: spaces.Space  # of a single environment
-    action_space: spaces.Space
+    observation_space: Space  # of a single environment
+    action_space: Space
     fields: dict[str, Field]  # observation columns as a buffer stores them
     action_field: Field
     incidents: Incidents
@@ -84,22 +84,22 @@ class Pool(Protocol):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def is_text(space: spaces.Space) -> bool:
+def is_text(space: Space) -> bool:
     """Whether values of this space are strings: Text, and spaces of one's own with dtype str."""
     return isinstance(space, spaces.Text) or (space.dtype is not None and np.dtype(space.dtype).kind == "U")
 
 
-def flatten_space(space: spaces.Space, *, prefix: str = "") -> dict[str, spaces.Space]:
+def flatten_space(space: Space, *, prefix: str = "") -> dict[str, Space]:
     """Leaf spaces by key: Dict -> its keys, nesting joined by "/"; anything else -> {"observation": space}."""
     if not isinstance(space, spaces.Dict):
         return {prefix or "observation": space}
-    leaves: dict[str, spaces.Space] = {}
+    leaves: dict[str, Space] = {}
     for key, child in space.spaces.items():
         leaves |= flatten_space(child, prefix=f"{prefix}/{key}" if prefix else str(key))
     return leaves
 
 
-def flatten_observation(space: spaces.Space, batch: Any, *, prefix: str = "") -> dict[str, Any]:
+def flatten_observation(space: Space, batch: Any, *, prefix: str = "") -> dict[str, Any]:
     """A batched observation of `space` as a flat tree; text becomes a list of strings."""
     if not isinstance(space, spaces.Dict):
         value = list(batch) if is_text(space) else np.asarray(batch)
@@ -110,7 +110,7 @@ def flatten_observation(space: spaces.Space, batch: Any, *, prefix: str = "") ->
     return leaves
 
 
-def fields_of(space: spaces.Space) -> dict[str, Field]:
+def fields_of(space: Space) -> dict[str, Field]:
     """Columns for observations of `space`: floats as float32, other dtypes as they are, text as UTF-8 bytes.
 
     Raises:
@@ -119,7 +119,7 @@ def fields_of(space: spaces.Space) -> dict[str, Field]:
     return {key: field_of(key, leaf) for key, leaf in flatten_space(space).items()}
 
 
-def field_of(key: str, space: spaces.Space) -> Field:
+def field_of(key: str, space: Space) -> Field:
     """The column for one leaf space; `key` is only for the error text."""
     if is_text(space):
         return Field((), "uint8", "ragged")
@@ -143,7 +143,7 @@ def decode_text(rows: Ragged) -> list[str]:
     return [row.tobytes().decode() for row in rows]
 
 
-def check_action(action: Any, space: spaces.Space, *, num_envs: int) -> Any:
+def check_action(action: Any, space: Space, *, num_envs: int) -> Any:
     """`action` for `num_envs` environments in the dtype of `space`; ValueError on a wrong shape, kind or value."""
     if is_text(space):
         if isinstance(action, str) or len(action) != num_envs or not all(isinstance(a, str) for a in action):

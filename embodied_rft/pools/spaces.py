@@ -7,20 +7,20 @@ and scales inside. Boundary: Gymnasium's spaces and tensors; no network, no envi
 
 from __future__ import annotations
 
-import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from embodied_rft.data import Space
 from embodied_rft.names import UserError
 
 LARGEST_BOUND = 1e9  # beyond it, finite bounds are a way to say that there are none (3.4e38 is float32's largest)
 DISCRETE = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
-def check_action_space(space: gym.Space) -> None:
+def check_action_space(space: Space) -> None:
     """Refuse action vectors that no policy can be scaled to. Other spaces, and infinite bounds, pass.
 
     Raises:
@@ -67,7 +67,7 @@ class ActionScale(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, space: gym.Space) -> None:
+    def __init__(self, space: Space) -> None:
         super().__init__()
         if not isinstance(space, spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
             raise UserError(f"action space {space}: a bounded Box of shape (A,) is expected. {what_suits(space)}")
@@ -96,7 +96,7 @@ class ActionScale(nn.Module):
         return action if self.identity else (action - self.center) / self.half_range
 
 
-def what_suits(space: gym.Space) -> str:
+def what_suits(space: Space) -> str:
     """Which agent and which objectives take actions of this space."""
     if isinstance(space, DISCRETE):
         return "Choices take the agent categorical, with ppo and its presets, bc, dqn or discrete_sac"
@@ -125,7 +125,7 @@ class Choices(nn.Module):
 
     start: Tensor  # [K] int64
 
-    def __init__(self, space: gym.Space) -> None:
+    def __init__(self, space: Space) -> None:
         super().__init__()
         if isinstance(space, spaces.Discrete):
             sizes, start = np.array([space.n]), np.array([space.start])
@@ -155,7 +155,7 @@ class Choices(nn.Module):
         return torch.cat([F.one_hot(index[:, k], size) for k, size in enumerate(self.sizes)], -1).float()
 
 
-def one_choice(space: gym.Space, who: str) -> Choices:
+def one_choice(space: Space, who: str) -> Choices:
     """The choice of a Discrete action space.
 
     Raises:

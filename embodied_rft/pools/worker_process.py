@@ -23,9 +23,8 @@ from typing import Any, cast
 
 import cloudpickle  # comes with gymnasium, whose AsyncVectorEnv needs it for the same purpose
 import numpy as np
-from gymnasium import spaces
 
-from embodied_rft.data import Tree
+from embodied_rft.data import Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.pools.promises import Seeding
 from embodied_rft.pools.protocol import Pool, flatten_space, is_text
@@ -85,7 +84,7 @@ def control_layout(num_workers: int) -> Layout:
     return {"due": ((num_workers,), "<f8", 0), "busy": ((num_workers,), "<i8", 8 * num_workers)}
 
 
-def layout_of(observation_space: spaces.Space, action_space: spaces.Space, *, num_envs: int) -> Layout:
+def layout_of(observation_space: Space, action_space: Space, *, num_envs: int) -> Layout:
     """Where everything of fixed size lies; text is not in it."""
     leaves = {f"observation/{key}": leaf for key, leaf in flatten_space(observation_space).items()}
     leaves["action"] = action_space

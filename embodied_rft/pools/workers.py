@@ -28,9 +28,8 @@ from typing import Any
 
 import cloudpickle
 import numpy as np
-from gymnasium import spaces
 
-from embodied_rft.data import Tree
+from embodied_rft.data import Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import MAX_INCIDENTS, EnvironmentFailure, Incidents
 from embodied_rft.pools.promises import Seeding
@@ -278,7 +277,7 @@ class WorkerPool:
         theirs.close()
         return _Worker(envs, process, ours)
 
-    def _await_ready(self, w: int) -> tuple[spaces.Space, spaces.Space, bool]:
+    def _await_ready(self, w: int) -> tuple[Space, Space, bool]:
         worker, end = self._workers[w], time.monotonic() + START
         while not worker.connection.poll(max(0.0, self._due(w, end) - time.monotonic())):
             if time.monotonic() >= self._due(w, end):

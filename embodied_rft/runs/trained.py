@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from embodied_rft.data import Space
 from embodied_rft.device import seeded
 from embodied_rft.learning.agent import Agent
 from embodied_rft.names import UserError
@@ -107,7 +108,7 @@ class TrainedPolicy:
         seed: of what is drawn.
     """
 
-    def __init__(self, agent: Agent, observation_space: gym.Space, action_space: gym.Space, *, seed: int = 0) -> None:
+    def __init__(self, agent: Agent, observation_space: Space, action_space: Space, *, seed: int = 0) -> None:
         self.agent, self.policy = agent, (policy := agent.policy)
         self.observation_space, self.action_space = observation_space, action_space
         weights = next(iter(policy.parameters()), None)
@@ -166,11 +167,11 @@ class TrainedPolicy:
         return tree, singles.pop()
 
 
-def _leaves(space: gym.Space, value: Any, prefix: str = "") -> dict[str, tuple[gym.Space, Any]]:
+def _leaves(space: Space, value: Any, prefix: str = "") -> dict[str, tuple[Space, Any]]:
     """{key of the flat tree: (its space, its value)}."""
     if not isinstance(space, gym.spaces.Dict):
         return {prefix or "observation": (space, value)}
-    leaves: dict[str, tuple[gym.Space, Any]] = {}
+    leaves: dict[str, tuple[Space, Any]] = {}
     for key, child in space.spaces.items():
         if not isinstance(value, Mapping) or key not in value:
             raise UserError(f"the observation has no {key!r}; it should have {', '.join(map(repr, space.spaces))}")

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from embodied_rft.data import Decisions, Ragged
+from embodied_rft.data import Decisions, Ragged, Space
 from embodied_rft.names import UserError
 from embodied_rft.policy import HasMode, Refuses, able, require_policy
 from embodied_rft.pools.protocol import flatten_space
 from embodied_rft.testing.compare import generator, random_actions, same
 
 
-def check_policy(policy: Any, observation_space: spaces.Space, action_space: spaces.Space, *, count: int = 6) -> None:
+def check_policy(policy: Any, observation_space: Space, action_space: Space, *, count: int = 6) -> None:
     """Check a policy: shapes, act and log_prob agree, randomness from `rng` alone, independent rows, full state_dict.
 
     Args:
@@ -44,7 +44,7 @@ def check_policy(policy: Any, observation_space: spaces.Space, action_space: spa
         raise UserError(f"{name} drew from the global generator of torch or NumPy; draw from the `rng` passed to it")
 
 
-def _observations(space: spaces.Space, count: int) -> dict[str, Any]:
+def _observations(space: Space, count: int) -> dict[str, Any]:
     """`count` random observations as a pool gives them; unbounded numbers come from a standard normal."""
     leaves = {}
     for key, leaf in flatten_space(space).items():
@@ -53,7 +53,7 @@ def _observations(space: spaces.Space, count: int) -> dict[str, Any]:
     return leaves
 
 
-def _readable(policy: Any, space: spaces.Space, observation: dict[str, Any]) -> dict[str, Any]:
+def _readable(policy: Any, space: Space, observation: dict[str, Any]) -> dict[str, Any]:
     """The observations with texts so short that the policy has room for a reply."""
     reader = able(policy, Refuses)
     check: Any = (lambda _: {}) if reader is None else reader.unreadable
@@ -80,7 +80,7 @@ def _tensors(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {k: torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k, v in tree.items()}
 
 
-def _check_decisions(name: str, policy: Any, decisions: Decisions, action_space: spaces.Space, count: int) -> None:
+def _check_decisions(name: str, policy: Any, decisions: Decisions, action_space: Space, count: int) -> None:
     if not isinstance(decisions, Decisions):
         raise UserError(f"{name}.act returned {type(decisions).__name__}; expected embodied_rft.data.Decisions")
     if isinstance(action_space, spaces.Text):
@@ -161,7 +161,7 @@ def _check_rows(name: str, policy: Any, observation: dict[str, Any], count: int)
             )
 
 
-def _check_mode(name: str, policy: Any, observation: dict[str, Any], action_space: spaces.Space) -> None:
+def _check_mode(name: str, policy: Any, observation: dict[str, Any], action_space: Space) -> None:
     if able(policy, HasMode) is None or isinstance(action_space, spaces.Text):
         return
     mode = policy.mode(_tensors(observation)).detach().cpu().numpy()

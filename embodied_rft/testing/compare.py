@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
+
+from embodied_rft.data import Space
 
 
-def random_actions(space: spaces.Space, count: int) -> list[Any]:
+def random_actions(space: Space, count: int) -> list[Any]:
     """`count` of them, always the same."""
     twin = copy.deepcopy(space)
     twin.seed(0)

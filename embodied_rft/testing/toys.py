@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from embodied_rft.data import Batch, Field, Tree
+from embodied_rft.data import Batch, Field, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import Incidents
 from embodied_rft.pools.protocol import StepResult, flatten_space
@@ -19,7 +19,7 @@ from embodied_rft.pools.spaces import DISCRETE, Choices
 from embodied_rft.seeding import FIRST_EVALUATION_SEED
 
 
-def random_batch(observation_space: gym.Space, action_space: gym.Space, *, size: int = 64, seed: int = 0) -> Batch:
+def random_batch(observation_space: Space, action_space: Space, *, size: int = 64, seed: int = 0) -> Batch:
     """A batch of made-up decisions that fits the spaces; the last tenth of the rows terminated.
 
     Args:
@@ -60,7 +60,7 @@ def random_batch(observation_space: gym.Space, action_space: gym.Space, *, size:
     )
 
 
-def _random_actions(space: gym.Space, size: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+def _random_actions(space: Space, size: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """(actions [size, ...], units of a decision)."""
     if isinstance(space, gym.spaces.Box):
         return rng.uniform(space.low, space.high, (size, *space.shape)).astype(np.float32), 1

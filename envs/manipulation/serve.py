@@ -24,6 +24,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from embodied_rft.data import Space
 from embodied_rft.envs.manipulation import physics as engines
 from embodied_rft.envs.manipulation import rendering
 from embodied_rft.envs.manipulation.task import Observation, Task
@@ -170,7 +171,7 @@ class _View:
         for name in self.cameras:
             if name not in task.cameras:
                 raise UserError(f"unknown camera {name!r}; {nearest(name, task.cameras)}")
-        spaces: dict[str, gymnasium.Space] = dict(task.observation_space.spaces)
+        spaces: dict[str, Space] = dict(task.observation_space.spaces)
         for name in self.cameras:
             spaces[f"image/{name}"] = gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)
         if instruction:
