@@ -27,8 +27,8 @@ from embodied_rft.data import Batch, Decisions, Field, Ragged, Space, Tree
 from embodied_rft.device import drawn_on
 from embodied_rft.names import UserError
 from embodied_rft.networks.mlp import linear
-from embodied_rft.networks.trainable import LoraOptions, Train
-from embodied_rft.options import STRICT, refuse_idle
+from embodied_rft.networks.trainable import LoraOptions, Train, refuse_idle_beside
+from embodied_rft.options import STRICT
 from embodied_rft.policy import Policy, UnitValues, Values, require_rng
 from embodied_rft.pools.protocol import flatten_space, is_text
 from embodied_rft.pools.spaces import what_suits
@@ -63,8 +63,7 @@ class LanguageConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work or has no effect."""
-        if "lora" not in self.train:
-            refuse_idle(self, ["lora"], f"with train {self.train!r} (a stage `adapt` has options of its own)")
+        refuse_idle_beside(self)
         if not 0 < self.temperature < math.inf:
             raise UserError(f"temperature is {self.temperature}; expected > 0 (greedy=True takes the likeliest)")
         for name in ("max_new_tokens", "top_k", "token_chunk"):

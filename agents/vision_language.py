@@ -29,7 +29,7 @@ from embodied_rft.agents.vla import TrunkEncoder
 from embodied_rft.data import Decisions, Field, Ragged, Space, Tree
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.encoder import cameras
-from embodied_rft.networks.trainable import LoraOptions, Train
+from embodied_rft.networks.trainable import LoraOptions, Train, refuse_idle_beside
 from embodied_rft.options import STRICT
 from embodied_rft.policy import Policy, observe, require_rng
 from embodied_rft.pools.protocol import flatten_space
@@ -56,7 +56,8 @@ class VisionLanguageConfig:
     cache_bytes: int = 2**28  # most memory for image features, kept while the vision tower is frozen
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work."""
+        """Refuse what cannot work or has no effect."""
+        refuse_idle_beside(self, "freeze_vision")
         if not 0 < self.temperature < math.inf or self.max_new_tokens < 1:
             raise UserError(f"temperature > 0 and max_new_tokens >= 1 are expected, given {self}")
 

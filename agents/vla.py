@@ -30,8 +30,8 @@ from embodied_rft.device import drawn_on
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks import critics
 from embodied_rft.networks.encoder import Encoder, Normalize, cameras, is_image
-from embodied_rft.networks.trainable import LoraOptions, Train
-from embodied_rft.options import STRICT
+from embodied_rft.networks.trainable import LoraOptions, Train, refuse_idle_beside
+from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import FromNoise, HasMode, Policy, Reparametrised, Retraces, Values, able, observe, require_rng
 from embodied_rft.pools.chunks import Chunk
 from embodied_rft.pools.protocol import flatten_space, is_text
@@ -77,8 +77,9 @@ class VLAConfig:
         for name in HEADS:
             if name != self.head and getattr(self, name) is not None:
                 raise UserError(f"options {name!r} have no effect with head {self.head!r}: drop them or choose it")
-        if self.freeze_vision and self.train != "full":
-            raise UserError(f"freeze_vision has no effect with train {self.train!r}, which never trains the tower")
+        refuse_idle_beside(self, "freeze_vision")
+        if not isinstance(self.model, str):
+            refuse_idle(self, ["fresh_head"], "with a tiny model, whose head is always new")
         Chunk.of(self.horizon, self.execute)
 
 

@@ -26,7 +26,7 @@ import torch
 
 import embodied_rft.envs.text.serve  # noqa: F401  (registers the environment)
 from benchmarks.common import Results, arguments, finish, measure, ratio, table
-from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm
+from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm, tiny_tokenizer
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
 from embodied_rft.experience.collect import Collector
@@ -57,8 +57,9 @@ def save_model(folder: Path) -> None:
     """A random model; its tokenizer has learned lower-case pairs only, so that A-Z in prompts stay single tokens."""
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size=rng.integers(2, 8))) for _ in range(6000)]
-    config = TinyConfig(hidden_size=256, num_layers=4, num_heads=8, num_kv_heads=4, merges=1788)
-    model, tokenizer = tiny_causal_lm(config, rng=torch.Generator().manual_seed(0), corpus=[" ".join(words)])
+    config = TinyConfig(hidden_size=256, num_layers=4, num_heads=8, num_kv_heads=4)
+    tokenizer = tiny_tokenizer(merges=1788, corpus=[" ".join(words)])
+    model, _ = tiny_causal_lm(config, rng=torch.Generator().manual_seed(0), tokenizer=tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -34,7 +34,6 @@ class TinyConfig:
     vocab_size: int | None = None  # rows of the embedding; None: as many as the tokenizer knows
     tie_embeddings: bool = False  # output layer and embedding are one
     max_tokens: int = 4096  # longest context
-    merges: int = 0  # pairs of bytes that become one token; 0: every byte is a token
 
 
 def tiny_tokenizer(*, merges: int = 0, corpus: Sequence[str] = ()) -> Any:
@@ -69,14 +68,14 @@ def tiny_tokenizer(*, merges: int = 0, corpus: Sequence[str] = ()) -> Any:
 
 
 def tiny_causal_lm(
-    config: TinyConfig | None = None, *, rng: torch.Generator, corpus: Sequence[str] = ()
+    config: TinyConfig | None = None, *, rng: torch.Generator, tokenizer: Any = None
 ) -> tuple[Any, Any]:
     """(model, tokenizer): a random decoder with an output layer, float32, on the CPU.
 
     Args:
         config: its size.
         rng: draws the weights.
-        corpus: texts from which the tokenizer learns `config.merges` pairs.
+        tokenizer: None: one of bytes (`tiny_tokenizer`).
 
     Raises:
         ValueError: the vocabulary is smaller than the tokenizer's.
@@ -84,7 +83,7 @@ def tiny_causal_lm(
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
     config = config or TinyConfig()
-    tokenizer = tiny_tokenizer(merges=config.merges, corpus=corpus)
+    tokenizer = tokenizer or tiny_tokenizer()
     vocab_size = config.vocab_size or len(tokenizer)
     if vocab_size < len(tokenizer):
         raise UserError(f"vocab_size is {vocab_size}: smaller than the tokenizer, which has {len(tokenizer)} tokens")

@@ -18,7 +18,7 @@ from torch import nn
 
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.encoder import Encoder
-from embodied_rft.options import STRICT
+from embodied_rft.options import STRICT, refuse_idle
 
 Train = Literal["full", "lora", "lora+head", "head", "frozen"]
 WORDS: tuple[Train, ...] = get_args(Train)
@@ -37,6 +37,14 @@ class LoraOptions:
         """Refuse what is no size."""
         if self.rank < 1 or self.alpha < 1:
             raise UserError(f"rank and alpha of adapters are at least 1, given rank {self.rank}, alpha {self.alpha}")
+
+
+def refuse_idle_beside(config: Any, *full: str) -> None:
+    """Refuse options of an agent that have no effect with its `train`: `lora`, and those that are of "full" alone."""
+    if "lora" not in config.train:
+        refuse_idle(config, ["lora"], f"with train {config.train!r} (a stage `adapt` has options of its own)")
+    if config.train != "full":
+        refuse_idle(config, full, f"with train {config.train!r}")
 
 
 def tune(policy: Any, train: Train, *, rng: torch.Generator, lora: LoraOptions | None = None) -> None:

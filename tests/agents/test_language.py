@@ -93,7 +93,7 @@ def test_global_generator_is_left_alone():
 
 def test_what_was_sampled_is_scored_not_its_text():
     """Two token sequences with one text have two probabilities; the ids in the trace decide."""
-    policy = make(tiny={"merges": 0}).policy
+    policy = make().policy
     policy.tokenizer = tiny_tokenizer(merges=20, corpus=["the cat the cat the cat"])
     prompt = Ragged.of([[70, 71]] * 2, dtype=np.int64)
     replies = Ragged.of([[100, 101, 1], [100, 1]], dtype=np.int64)
@@ -226,7 +226,7 @@ def test_through_buffer_and_learner():
 
 def test_cut_replies_are_counted_and_learned_from_or_not():
     """The rule of `cut`: a cut reply is credited like any other, or left out of every batch."""
-    agent = make(max_new_tokens=150, tiny={"merges": 0})  # so that about half of the replies end by themselves
+    agent = make(max_new_tokens=150)  # so that about half of the replies end by themselves
     read = {}
     for cut in ("keep", "drop"):
         buffer, taken = filled_buffer(agent.policy)

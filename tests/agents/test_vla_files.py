@@ -215,7 +215,7 @@ def test_images_and_image_places_must_match():
     "options, match",
     [
         ({"flow": {"num_steps": 2}}, "no effect with head 'tokens'"),
-        ({"train": "head", "freeze_vision": True}, "freeze_vision has no effect"),
+        ({"train": "head", "freeze_vision": True}, "freeze_vision True has no effect"),
         ({"horizon": 2, "execute": 3}, "1 <= execute <= horizon"),
         ({"images": ["image/fron"]}, "did you mean 'image/front'"),
         ({"state": ["stat"]}, "did you mean 'state'"),
