@@ -7,7 +7,8 @@ Legend: B rows, n steps of a window, G numbers of a goal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -36,15 +37,35 @@ class Goals:
 
     def reward(self, achieved: np.ndarray, desired: np.ndarray) -> np.ndarray:
         """[N] for what was achieved and wanted, [N, G] each."""
+        return np.asarray(self._compute()(achieved, desired, {}), np.float32).reshape(len(achieved))
+
+    def _compute(self) -> Any:
+        """The environment's `compute_reward`."""
         if self._env is None:
             self._env = self._make()
         try:
-            compute = self._env.get_wrapper_attr("compute_reward")
+            return self._env.get_wrapper_attr("compute_reward")
         except AttributeError:
             raise UserError(
                 f"hindsight: environment {self._env.spec.id if self._env.spec else self._env} has no compute_reward"
             ) from None
-        return np.asarray(compute(achieved, desired, {}), np.float32).reshape(len(achieved))
+
+    def require(self, observation: Collection[str], trace: Collection[str]) -> None:
+        """Refuse columns without goals, those of policies that remember them, and environments that cannot pay.
+
+        Args:
+            observation: keys of the observation.
+            trace: names of what the policy keeps of its decisions.
+        """
+        missing = sorted({ACHIEVED, DESIRED} - set(observation))
+        if missing:
+            raise UserError(f"hindsight needs the observation keys {ACHIEVED} and {DESIRED}; {missing[0]} is missing")
+        if remembered := sorted(set(trace) - REMEMBERED):
+            raise UserError(
+                f"hindsight changes goals, but what this policy keeps of its decisions ({', '.join(remembered)}) is of "
+                "the old ones: use a policy that keeps nothing, such as gaussian"
+            )
+        self._compute()
 
     def relabel(self, store: Store, batch: Batch, reading: Reading, rng: np.random.Generator, count: int) -> Batch:
         """The batch, in which each decision has, with chance count / (count + 1), a goal that was reached later.
@@ -56,7 +77,7 @@ class Goals:
         Raises:
             ValueError: there are no goals, or rewards that the environment would not give again.
         """
-        self._check(store, batch, reading)
+        self._check(store, batch)
         assert batch.rows is not None
         chosen = np.flatnonzero(rng.random(len(batch)) < count / (count + 1))
         rows, achieved = batch.rows[chosen], f"observation/{ACHIEVED}"
@@ -76,20 +97,11 @@ class Goals:
             batch.notes[name][where] = torch.nan
         return batch
 
-    def _check(self, store: Store, batch: Batch, reading: Reading) -> None:
+    def _check(self, store: Store, batch: Batch) -> None:
         """Whether rewards can be told again: those of the batch, one step each, are compared, once."""
-        missing = sorted({ACHIEVED, DESIRED} - set(batch.observation))
-        if missing:
-            raise UserError(f"hindsight needs the observation keys {ACHIEVED} and {DESIRED}; {missing[0]} is missing")
-        if reading.reward_weights is not None:
-            raise UserError("hindsight knows the environment's reward only: leave reward_weights out")
-        if remembered := sorted(set(batch.trace) - REMEMBERED):
-            raise UserError(
-                f"hindsight changes goals, but what this policy keeps of its decisions ({', '.join(remembered)}) is of "
-                "the old ones: use a policy that keeps nothing, such as gaussian"
-            )
         if self._checked:
             return
+        self.require(batch.observation, batch.trace)
         assert batch.rows is not None
         after = store.dense.column(f"observation/{ACHIEVED}", store.ring.next[batch.rows])
         again = self.reward(after, store.dense.column(f"observation/{DESIRED}", batch.rows))

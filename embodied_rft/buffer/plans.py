@@ -14,6 +14,8 @@ from pydantic import Field as Option
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.buffer.buffer import Buffer
+from embodied_rft.buffer.columns import Schema
+from embodied_rft.buffer.hindsight import Goals
 from embodied_rft.data import Batch
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
@@ -38,6 +40,13 @@ class Replay:
     def __post_init__(self) -> None:
         _at_least(1, batch_size=self.batch_size, num_steps=self.num_steps)
         _at_least(0, hindsight=self.hindsight)
+        if self.hindsight and self.reward_weights is not None:
+            raise UserError("hindsight knows the environment's reward only: leave reward_weights out")
+
+    def require(self, schema: Schema, goals: Goals | None) -> None:
+        """Refuse columns that cannot be read so: without goals there is no hindsight."""
+        if self.hindsight and goals is not None:
+            goals.require(schema.observation, schema.trace)
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
         """Batches without end, each drawn when it is asked for. `version` does not matter."""
@@ -74,6 +83,9 @@ class Fresh:
     def __post_init__(self) -> None:
         _at_least(1, num_epochs=self.num_epochs, batch_size=self.batch_size)
         _at_least(0, max_lag=self.max_lag, min_groups=self.min_groups)
+
+    def require(self, schema: Schema, goals: Goals | None) -> None:
+        """Nothing: every schema can be read so."""
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
         """All readable decisions of policy versions >= version - max_lag, `num_epochs` times.

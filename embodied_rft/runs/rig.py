@@ -51,6 +51,7 @@ class Rig:
         self._pools: dict[str, Pool] = {}  # of single steps, as the environment offers them
         self._fitted: dict[str, Pool] = {}  # as the current policy acts: in steps, in chunks, or along a plan
         self._buffer: Buffer | None = None
+        self._goals: Goals | None = None
         self.left_out = 0  # initial states that the policy cannot read
 
     # --- environments --------------------------------------------------------------------------------------------
@@ -99,13 +100,16 @@ class Rig:
             schema, capacity = self.schema(), self.recipe.buffer.capacity
             self.logger.message(announce(schema, capacity))
             self._buffer = Buffer(schema, capacity)
-            self._buffer.goals = self._goals()
+            self._buffer.goals = self.goals
         return self._buffer
 
-    def _goals(self) -> Goals:
+    @property
+    def goals(self) -> Goals:
         """How the environments, as they are now, pay for goals."""
-        env = self.env
-        return Goals(lambda: make_single(env.id, options=env.options, wrappers=env.wrappers))
+        if self._goals is None:
+            env = self.env
+            self._goals = Goals(lambda: make_single(env.id, options=env.options, wrappers=env.wrappers))
+        return self._goals
 
     def schema(self) -> Schema:
         """The columns that this environment and this policy need."""
@@ -150,12 +154,12 @@ class Rig:
         old_schema = self.schema()
         self.close_pools()
         self._replaced += 1
-        self.env = replace(self.env, options={**self.env.options, **options})
+        self.env, self._goals = replace(self.env, options={**self.env.options, **options}), None
         if self._new_schema() != old_schema and self._buffer is not None:
             self._buffer = None
             self.logger.message("observations are different now: the experience so far is dropped")
         if self._buffer is not None:
-            self._buffer.goals = self._goals()
+            self._buffer.goals = self.goals
 
     def _new_schema(self) -> Schema:
         """The columns, after telling the agent that environments or policy are others now."""

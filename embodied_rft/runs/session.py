@@ -97,6 +97,10 @@ class Session(resume.State):
             objective.reading = replace(objective.reading, batch_size=batch_size)
         return objective
 
+    def require(self, spec: dict[str, Any]) -> None:
+        """Refuse an objective whose reading the environments do not serve; the policy may be another one until then."""
+        build_objective(spec).reading.require(replace(self.schema(), trace={}), self.goals)
+
     @property
     def objective(self) -> Objective:
         """Of the running stage, whose `prepare` made it."""
@@ -117,6 +121,7 @@ class Session(resume.State):
 
     def make_learner(self, config: LearnerConfig) -> Learner:
         """The learner of the running stage for the current objective, restored if the stage is being resumed."""
+        self.objective.reading.require(self.schema(), self.goals)
         distributed.equalize(self.agent.state_dict().values())
         self.learner = Learner(self.agent, self.objective, config)
         if self._resume is not None and self._resume["learner"] is not None:
@@ -281,6 +286,8 @@ class Session(resume.State):
 
     def run(self) -> None:
         """Run all stages that are not done yet."""
+        if self._resume is None:
+            self._check_stages()
         if self.left_out:
             self.logger.message(f"{self.left_out} initial states are left out: the policy cannot read them")
         for path, stage in walk(self.stages):
@@ -299,6 +306,13 @@ class Session(resume.State):
                     if (restored := restored_generator(value, self.agent.device)) is not None:
                         self.generators[name] = restored
             self._run_stage(stage)
+
+    def _check_stages(self) -> None:
+        """Refuse now what the environments do not give a later stage, not when it is its turn."""
+        for _, stage in walk(self.stages):
+            if stage.replaces_env:
+                return  # what the next ones give, nobody knows yet
+            stage.check(self)
 
     def _run_stage(self, stage: Any) -> None:
         before = {k: self.counters[k] for k in ("decisions", "updates")} | {"seconds": self.seconds()}

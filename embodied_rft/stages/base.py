@@ -15,6 +15,7 @@ class Stage:
     Progress: ClassVar[type[Progress]] = Progress  # what a checkpoint keeps of how far it is
     word: str = ""  # set when the recipe is read
     measures: ClassVar[bool] = False  # changes neither agent nor buffer
+    replaces_env: ClassVar[bool] = False  # what follows meets other environments
     extendable: ClassVar[tuple[str, ...]] = ()  # options that may grow after it has begun: it goes on
     adjustable: ClassVar[tuple[str, ...]] = ()  # options that may change after it has begun
 
@@ -25,6 +26,9 @@ class Stage:
     def title(self) -> str:
         """How the report names this stage."""
         return self.word
+
+    def check(self, session: Session) -> None:
+        """Refuse, before anything has run, what the environments do not give; nothing by default."""
 
     def prepare(self, session: Session) -> None:
         """Make the networks that this stage needs; nothing by default."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -35,6 +35,8 @@ class Environment(Stage):
 
     It goes on reading the keys that it read. Experience without what is observed from here on is dropped.
     """
+
+    replaces_env: ClassVar[bool] = True
 
     @dataclass(config=STRICT, kw_only=True)
     class Config:

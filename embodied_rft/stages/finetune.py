@@ -116,6 +116,10 @@ class Finetune(Stage):
         """How the report names this stage."""
         return f"finetune: {self.config.objective['id']}"
 
+    def check(self, session: Session) -> None:
+        """Whether the environments give what the objective reads."""
+        session.require(self.config.objective)
+
     def prepare(self, session: Session) -> None:
         """The objective's networks."""
         session.make_objective(self.config.objective)

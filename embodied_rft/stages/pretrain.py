@@ -65,6 +65,10 @@ class Pretrain(Stage):
         parts = f" ({', '.join(self.config.only)} only)" if self.config.only else ""
         return f"pretrain: {self.config.objective['id']}{parts}"
 
+    def check(self, session: Session) -> None:
+        """Whether the environments give what the objective reads."""
+        session.require(self.config.objective)
+
     def prepare(self, session: Session) -> None:
         """The objective's networks."""
         session.make_objective(self.config.objective)

@@ -61,10 +61,20 @@ class SB3Stage(Stage):
         evaluate_episodes: int = 100  # of a point of the learning curve
         sheet: int = 1  # learning curves use sheet 1, final numbers sheet 0
 
+        def __post_init__(self) -> None:
+            if self.hindsight is not None and self.algorithm == "PPO":
+                raise UserError(
+                    f"hindsight {self.hindsight} has no effect with PPO, which replays nothing: leave it out"
+                )
+
     @property
     def title(self) -> str:
         """How the report names this stage."""
         return f"sb3: {self.config.algorithm}"
+
+    def check(self, session: Session) -> None:
+        """Whether there are goals, if hindsight is asked for."""
+        uses_hindsight(self.config, session.step_pool("training").observation_space)
 
     def run(self, session: Session) -> dict[str, Any]:
         """Train, measure along the way, save the zip into the run folder."""
@@ -93,16 +103,20 @@ class SB3Stage(Stage):
             env.close()
         path = session.folder.models / f"{'-'.join(map(str, self.path))}.zip"
         save_model(model, path)
-        return {"success": watch.success, "hindsight": uses_hindsight(config, env), "model": str(path)}
+        return {
+            "success": watch.success,
+            "hindsight": uses_hindsight(config, env.observation_space),
+            "model": str(path),
+        }
 
 
-def uses_hindsight(config: SB3Stage.Config, env: Any) -> bool:
+def uses_hindsight(config: SB3Stage.Config, space: spaces.Space) -> bool:
     """Whether HER relabels this run: asked for, or an off-policy algorithm on a goal environment."""
-    goals = isinstance(env.observation_space, spaces.Dict) and set(env.observation_space.spaces) >= GOAL_KEYS
-    if config.hindsight and (not goals or config.algorithm == "PPO"):
+    goals = isinstance(space, spaces.Dict) and set(space.spaces) >= GOAL_KEYS
+    if config.hindsight is not None and not goals:
         raise UserError(
-            f"hindsight: true needs SAC or TD3 and an observation with {sorted(GOAL_KEYS)}; given {config.algorithm} "
-            f"and {env.observation_space}"
+            f"hindsight {config.hindsight} has no effect without goals: an observation with {sorted(GOAL_KEYS)} is "
+            f"expected, given {space}"
         )
     return (goals and config.algorithm != "PPO") if config.hindsight is None else config.hindsight
 
@@ -119,7 +133,7 @@ def make_model(config: SB3Stage.Config, env: Any, *, seed: int, max_episode_step
         # As many updates as decisions with any num_envs; HER needs whole episodes before the first of them.
         options |= {"gradient_steps": -1, "learning_starts": max(100, 2 * config.num_envs * max_episode_steps)}
         options["buffer_size"] = max(1, min(1_000_000, config.decisions))
-    if uses_hindsight(config, env):
+    if uses_hindsight(config, env.observation_space):
         options["replay_buffer_class"] = stable_baselines3.HerReplayBuffer
     dictionary = isinstance(env.observation_space, spaces.Dict)
     image = any(len(leaf.shape or ()) == 3 for leaf in leaves.values())

@@ -266,5 +266,5 @@ def test_limits_and_wrong_options_of_the_stage(tmp_path):
     assert slow.records[0]["decisions"] == 1 and slow.records[0]["updates"] == 0
     with pytest.raises(ValueError, match="refused the options"):
         train(baseline(options={"learning_speed": 3}), tmp_path / "options", quiet=True, report=False)
-    with pytest.raises(ValueError, match="hindsight: true needs SAC or TD3"):
+    with pytest.raises(ValueError, match="hindsight True has no effect with PPO"):
         train(baseline(algorithm="PPO", hindsight=True), tmp_path / "ppo", quiet=True, report=False)

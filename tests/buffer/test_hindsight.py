@@ -11,6 +11,7 @@ from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
 from embodied_rft.buffer.hindsight import Goals, later
 from embodied_rft.data import Field, Source, Trajectory
+from embodied_rft.names import UserError
 from embodied_rft.options import ConfigError, parse
 from embodied_rft.runs.recipe import Recipe
 from embodied_rft.train import train
@@ -42,7 +43,16 @@ class PointGoal(gym.Env):
         return -(np.linalg.norm(achieved_goal - desired_goal, axis=-1) > 0.15).astype(np.float32)
 
 
+class Unpaid(PointGoal):
+    """Says nothing of other goals."""
+
+    @property
+    def compute_reward(self):
+        raise AttributeError
+
+
 gym.register("PointGoal-v0", PointGoal, max_episode_steps=12)
+gym.register("Unpaid-v0", Unpaid, max_episode_steps=12)
 GOALS = ("achieved_goal", "desired_goal", "observation")
 
 
@@ -137,16 +147,29 @@ def test_notes_of_the_old_goal_do_not_count():
 def recipe(objective, *, env=None, agent=None, decisions=24):
     stage = {"objective": {"batch_size": 8, **objective}, "decisions": decisions}
     tree = {"env": {"id": "PointGoal-v0", "num_envs": 2} | (env or {}), "agent": {"id": "gaussian", "hidden": [8]}}
-    return parse(Recipe, tree | {"agent": tree["agent"] | (agent or {}), "stages": [{"finetune": stage}]})
+    stages = [{"warm_up": {"decisions": 4}}, {"finetune": stage}]
+    return parse(Recipe, tree | {"agent": tree["agent"] | (agent or {}), "stages": stages})
 
 
 SAC = {"id": "sac", "critic_hidden": [8], "hindsight": 4}
 
 
 @pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"env": {"id": "Pendulum-v1"}}, "needs the observation keys achieved_goal and desired_goal"),
+        ({"env": {"id": "Unpaid-v0"}}, "environment Unpaid-v0 has no compute_reward"),
+    ],
+)
+def test_environments_without_goals_are_refused_before_anything_runs(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        train(recipe(SAC, **options), tmp_path, quiet=True, report=False)
+    assert not (tmp_path / "stages.json").exists()  # not even the warm-up
+
+
+@pytest.mark.parametrize(
     "objective, options, message",
     [
-        (SAC, {"env": {"id": "Pendulum-v1"}}, "needs the observation keys achieved_goal and desired_goal"),
         (SAC, {"env": {"options": {"penalty": 0.1}}}, "repeats 0% of the stored rewards"),
         (SAC, {"agent": {"horizon": 3}}, "stored rewards. It cannot where a wrapper changes rewards, a decision holds"),
         (SAC | {"reward_weights": {"env": 2.0}}, {}, "leave reward_weights out"),
