@@ -67,9 +67,7 @@ def tiny_tokenizer(*, merges: int = 0, corpus: Sequence[str] = ()) -> Any:
     return fast
 
 
-def tiny_causal_lm(
-    config: TinyConfig | None = None, *, rng: torch.Generator, tokenizer: Any = None
-) -> tuple[Any, Any]:
+def tiny_causal_lm(config: TinyConfig | None = None, *, rng: torch.Generator, tokenizer: Any = None) -> tuple[Any, Any]:
     """(model, tokenizer): a random decoder with an output layer, float32, on the CPU.
 
     Args:
