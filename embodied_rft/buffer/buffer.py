@@ -41,14 +41,13 @@ class Buffer:
     Args:
         schema: the columns.
         capacity: rows C; each decision takes one, and each episode one more when it is closed.
-        image_store: where "images" columns keep their images; None: in memory, not compressed.
     """
 
-    def __init__(self, schema: Schema, capacity: int, *, image_store: BlobStore | None = None) -> None:
+    def __init__(self, schema: Schema, capacity: int) -> None:
         if capacity < 2:
             raise UserError(f"capacity {capacity}: at least 2 rows are expected (a decision and what followed it)")
         self.schema, self.capacity = schema, capacity
-        self.images = BlobStore() if image_store is None else image_store
+        self.images = BlobStore()  # of "images" columns
         self._fields = schema.columns()
         self._dense = DenseColumns({n: f for n, f in self._fields.items() if f.kind == "dense"}, capacity)
         self._ragged: dict[str, RaggedColumn | ImageColumn] = {

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embodied_rft.buffer.images import BlobStore, Images
+from embodied_rft.buffer.images import BlobStore
 from embodied_rft.data import Field, Ragged
 from embodied_rft.names import UserError, nearest
 
@@ -228,7 +228,7 @@ class ImageColumn:
         """Bytes of the references; the images are counted by their store."""
         return self.ids.nbytes
 
-    def write(self, rows: np.ndarray, values: Sequence[Sequence[np.ndarray]] | Images) -> None:
+    def write(self, rows: np.ndarray, values: Sequence[Sequence[np.ndarray]]) -> None:
         """Put one list of images each into rows [B]."""
         ids = Ragged.of([[self.store.put(image) for image in images] for images in values], dtype=np.int64)
         self.clear(rows)
@@ -239,9 +239,9 @@ class ImageColumn:
         self.store.release(self.ids.take(rows).values)
         self.ids.clear(rows)
 
-    def read(self, rows: np.ndarray) -> Images:
-        """References to the images of rows [B]."""
-        return Images(self.ids.take(rows), self.store)
+    def read(self, rows: np.ndarray) -> list[list[np.ndarray]]:
+        """The images of rows [B], read-only, not copied."""
+        return [self.store.get(ids) for ids in self.ids.take(rows)]
 
     def state_dict(self, size: int) -> dict[str, Any]:
         """The references of the first `size` rows."""

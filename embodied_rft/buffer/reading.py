@@ -55,9 +55,7 @@ class Store:
     def column(self, name: str, rows: np.ndarray) -> Any:
         """One column of rows [B]: "action/", "observation/KEY", "reward/env"."""
         column = self.ragged.get(name)
-        if column is None:
-            return self.dense.column(name, rows)
-        return list(column.read(rows)) if isinstance(column, ImageColumn) else column.read(rows)
+        return self.dense.column(name, rows) if column is None else column.read(rows)
 
     @property
     def streams(self) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import RaggedColumn, Schema
-from embodied_rft.buffer.images import BlobStore
 from embodied_rft.buffer.memory import announce
 from embodied_rft.buffer.ring import Ring
 from embodied_rft.data import Decisions, Field, Ragged, Source
@@ -461,17 +460,3 @@ def test_flat_storage_of_ragged_rows_stays_small():
             np.array([0]), {"tokens": tokens}, Decisions(np.zeros((1, 1)), np.zeros((1, 1))), np.zeros(1), False, False
         )
     assert len(buffer._ragged["observation/tokens"].values) <= max(1024, 2 * 10 * 50)
-
-
-def test_an_image_store_on_disk_gives_the_same_images(tmp_path):
-    batches = []
-    for store in (BlobStore(), BlobStore(compress=True, folder=tmp_path)):
-        buffer = Buffer(RICH, 30, image_store=store)
-        model = Model(30, 1, RICH)
-        model.buffer = buffer
-        for _ in range(20):
-            model.add(np.arange(4))
-            model.close(np.arange(4))
-        model.check()
-        batches.append([[i.tolist() for i in row] for row in buffer.batch(buffer.rows()).observation["screens"]])
-    assert batches[0] == batches[1]

@@ -252,7 +252,7 @@ class Model:
         alive = np.array([s for s in range(self.serial) if self.alive(s)])
         shown = [image.tobytes() for images in observation_of(alive, RICH)["screens"] for image in images]
         store = self.buffer.images
-        stored = {store.get([id])[0].tobytes(): store.references(id) for id in store._blobs}
+        stored = {blob.image.tobytes(): blob.references for blob in store._blobs.values()}
         assert stored == {image: shown.count(image) for image in shown}
 
 
