@@ -12,42 +12,21 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from embodied_rft.data import Ragged
 from embodied_rft.names import UserError
 
 FORMAT = 1
-
-
 TENSORS, META, MANIFEST = "tensors.safetensors", "meta.json", "manifest.json"
-
-
-# The type names of the safetensors format, little-endian throughout.
-_ARRAY_TYPES = {
-    "|b1": "BOOL", "|u1": "U8", "|i1": "I8", "<i2": "I16", "<u2": "U16", "<f2": "F16", "<i4": "I32", "<u4": "U32",
-    "<f4": "F32", "<i8": "I64", "<u8": "U64", "<f8": "F64", "<c8": "C64",
-}  # fmt: skip
-
-
-_TENSOR_TYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16",
-    torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32",
-    torch.int64: "I64", torch.uint64: "U64", torch.float64: "F64", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-
-
-_ARRAY_OF = {name: code for code, name in _ARRAY_TYPES.items()}
-
-
-_TENSOR_OF = {name: dtype for dtype, name in _TENSOR_TYPES.items()}
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -72,17 +51,18 @@ def save(folder: str | Path, tree: Any) -> None:
     try:
         remove(temporary)
         temporary.mkdir(parents=True)
-        files = {
-            TENSORS: _write(temporary / TENSORS, [writer.header(), *writer.leaves]),
-            META: _write(temporary / META, [_json_bytes(meta)]),
-        }
-        _write(temporary / MANIFEST, [_json_bytes({"format": FORMAT, "files": files})])
-        _sync_folder(temporary)
+        writer.write(temporary / TENSORS)
+        (temporary / META).write_text(json.dumps(meta, allow_nan=False), encoding="utf-8")
+        files = {name: _seen(temporary / name) for name in (TENSORS, META)}
+        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}), encoding="utf-8")
+        for name in (TENSORS, META, MANIFEST):
+            _sync(temporary / name)
+        _sync(temporary)
         replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
         if folder.exists():
             os.rename(folder, replaced)
         os.rename(temporary, folder)
-        _sync_folder(folder.parent)
+        _sync(folder.parent)
         remove(replaced)
     except OSError as error:
         remove(temporary)
@@ -103,10 +83,14 @@ def load(folder: str | Path) -> Any:
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder} has format {manifest['format']}, this version reads {FORMAT}")
         for name in (TENSORS, META):
-            _verify(folder / name, manifest["files"][name])
+            seen, told = _seen(folder / name), manifest["files"][name]
+            if seen["bytes"] != told["bytes"]:
+                raise CheckpointError(f"{folder / name} is damaged: {seen['bytes']} bytes instead of {told['bytes']}")
+            if seen != told:
+                raise CheckpointError(f"{folder / name} is damaged: its SHA-256 differs from the manifest's")
         meta = json.loads((folder / META).read_bytes())
-        with open(folder / TENSORS, "rb") as file:
-            return _Decoder(file).decode(meta["tree"])
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            return _decode(meta["tree"], file)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a forged file makes of the reader: sizes beyond memory, depth, wrong shapes
@@ -114,12 +98,11 @@ def load(folder: str | Path) -> Any:
 
 
 class _Encoder:
-    """Turns a tree into JSON plus a list of flat byte arrays (views, not copies, where memory is contiguous)."""
+    """Turns a tree into JSON plus flat tensors (views, not copies, where memory is contiguous)."""
 
     def __init__(self) -> None:
-        self.leaves: list[np.ndarray] = []
-        self.entries: dict[str, dict[str, Any]] = {}
-        self.offset = 0
+        self.leaves: list[torch.Tensor] = []
+        self.specs: dict[str, TensorSpec] = {}
 
     def encode(self, value: Any, path: str) -> Any:
         if value is None or isinstance(value, (bool, str)):
@@ -134,11 +117,11 @@ class _Encoder:
             items = [self.encode(item, f"{path}.{i}") for i, item in enumerate(value)]
             return items if isinstance(value, list) else {"$tuple": items}
         if isinstance(value, torch.Tensor):
-            return {"$tensor": self._add_tensor(value, path)}
+            return {"$tensor": self._add(value, path)}
         if isinstance(value, (np.ndarray, np.generic)):
             return self._encode_array(np.asarray(value), path, "$scalar" if isinstance(value, np.generic) else "$array")
         if isinstance(value, bytes):
-            return {"$bytes": self._add("U8", (len(value),), np.frombuffer(value, np.uint8))}
+            return {"$bytes": self._add_array(np.frombuffer(value, np.uint8), path)}
         if isinstance(value, Ragged):
             return {"$ragged": [self.encode(part, path) for part in (value.values, value.offsets)]}
         raise UserError(
@@ -154,113 +137,86 @@ class _Encoder:
     def _encode_array(self, array: np.ndarray, path: str, tag: str) -> Any:
         if array.dtype.kind == "U":
             return {"$text": array.reshape(-1).tolist(), "shape": list(array.shape), "dtype": array.dtype.str}
-        name = _ARRAY_TYPES.get(array.dtype.str)
-        if name is None:
-            raise UserError(f"cannot save {path.lstrip('.')}: no exact form on disk for arrays of dtype {array.dtype}")
-        return {tag: self._add(name, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))}
+        return {tag: self._add_array(array, path)}
 
-    def _add_tensor(self, tensor: torch.Tensor, path: str) -> str:
-        name = _TENSOR_TYPES.get(tensor.dtype)
-        if name is None or tensor.layout is not torch.strided:
-            kind = f"{tensor.layout} tensors of dtype {tensor.dtype}"
-            raise UserError(f"cannot save {path.lstrip('.')}: no exact form on disk for {kind}")
-        flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-        return self._add(name, tuple(tensor.shape), flat.view(torch.uint8).numpy())
+    def _add_array(self, array: np.ndarray, path: str) -> str:
+        try:
+            # Memory that may not be written to is copied: a tensor over it could be.
+            tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        except (TypeError, ValueError):  # torch knows no such numbers
+            raise _no_form(path, f"arrays of dtype {array.dtype}") from None
+        return self._add(tensor, path)
 
-    def _add(self, name: str, shape: tuple[int, ...], data: np.ndarray) -> str:
-        key = f"{len(self.leaves):06d}"
-        span = [self.offset, self.offset + data.nbytes]
-        self.entries[key] = {"dtype": name, "shape": list(shape), "data_offsets": span}
-        self.leaves.append(data)
-        self.offset += data.nbytes
+    def _add(self, tensor: torch.Tensor, path: str) -> str:
+        key, what = f"{len(self.leaves):06d}", f"{tensor.layout} tensors of dtype {tensor.dtype}"
+        if tensor.layout is not torch.strided:
+            raise _no_form(path, what)
+        leaf = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        name, shape = str(leaf.dtype).removeprefix("torch."), list(leaf.shape)
+        try:
+            self.specs[key] = TensorSpec(dtype=name, shape=shape, data_ptr=leaf.data_ptr(), data_len=leaf.nbytes)
+        except (SafetensorError, ValueError):
+            raise _no_form(path, what) from None
+        self.leaves.append(leaf)  # its memory is read when all is written
         return key
 
-    def header(self) -> np.ndarray:
-        """The safetensors header: its length in 8 bytes, then JSON padded to a multiple of 8."""
-        text = json.dumps(self.entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    def write(self, path: Path) -> None:
+        """All leaves as one safetensors file; not by `safetensors.torch.save_file`, which refuses tied weights."""
+        try:
+            serialize_file(self.specs, path)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        path.chmod(0o644)
 
 
-class _Decoder:
-    """The inverse of `_Encoder`: reads leaves from an open safetensors file as the tree asks for them."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        length = int.from_bytes(file.read(8), "little")
-        self.entries = json.loads(file.read(length))
-        self.start = 8 + length
-
-    def decode(self, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self.decode(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        tag = next(iter(value), "")
-        if not tag.startswith("$"):
-            return {key: self.decode(item) for key, item in value.items()}
-        content = value[tag]
-        match tag:
-            case "$tensor":
-                data, name, shape = self._leaf(content)
-                if not data.size:  # torch cannot view zero bytes as another type
-                    return torch.empty(shape, dtype=_TENSOR_OF[name])
-                return torch.from_numpy(data).view(_TENSOR_OF[name]).reshape(shape)
-            case "$array" | "$scalar":
-                data, name, shape = self._leaf(content)
-                array = data.view(_ARRAY_OF[name]).reshape(shape)
-                return array if tag == "$array" else array[()]
-            case "$bytes":
-                return self._leaf(content)[0].tobytes()
-            case "$ragged":
-                return Ragged(*(self.decode(part) for part in content))
-            case "$text":
-                return np.array(content, dtype=value["dtype"]).reshape(value["shape"])
-            case "$tuple":
-                return tuple(self.decode(item) for item in content)
-            case "$dict":
-                return {self.decode(key): self.decode(item) for key, item in content}
-            case "$float":
-                return float(content)
-        raise CheckpointError(f"unknown mark {tag!r} in the checkpoint: it was written by a newer version")
-
-    def _leaf(self, key: str) -> tuple[np.ndarray, str, list[int]]:
-        """Flat uint8 bytes, safetensors type name, shape."""
-        entry = self.entries[key]
-        first, last = entry["data_offsets"]
-        self.file.seek(self.start + first)
-        return np.fromfile(self.file, dtype=np.uint8, count=last - first), entry["dtype"], entry["shape"]
+def _decode(value: Any, file: Any) -> Any:
+    """The inverse of `_Encoder.encode`; leaves are copied from an open safetensors file as the tree asks for them."""
+    if isinstance(value, list):
+        return [_decode(item, file) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag = next(iter(value), "")
+    if not tag.startswith("$"):
+        return {key: _decode(item, file) for key, item in value.items()}
+    content = value[tag]
+    match tag:
+        case "$tensor":
+            return file.get_tensor(content).clone()
+        case "$array":
+            return file.get_tensor(content).clone().numpy()
+        case "$scalar":
+            return file.get_tensor(content).numpy()[()]
+        case "$bytes":
+            return file.get_tensor(content).numpy().tobytes()
+        case "$ragged":
+            return Ragged(*(_decode(part, file) for part in content))
+        case "$text":
+            return np.array(content, dtype=value["dtype"]).reshape(value["shape"])
+        case "$tuple":
+            return tuple(_decode(item, file) for item in content)
+        case "$dict":
+            return {_decode(key, file): _decode(item, file) for key, item in content}
+        case "$float":
+            return float(content)
+    raise CheckpointError(f"unknown mark {tag!r} in the checkpoint: it was written by a newer version")
 
 
-def _write(path: Path, parts: list[np.ndarray]) -> dict[str, Any]:
-    """Write, flush to the device, and say what was written: {"bytes": 12, "sha256": "ab..."}."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "xb") as file:
-        for part in parts:
-            view = part.data
-            file.write(view)
-            digest.update(view)
-            size += len(view)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
+def _no_form(path: str, what: str) -> UserError:
+    return UserError(f"cannot save {path.lstrip('.')}: no exact form on disk for {what}")
 
 
-def _verify(path: Path, expected: Mapping[str, Any]) -> None:
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        raise CheckpointError(f"{path} is damaged: {size} bytes instead of {expected['bytes']}")
+def _seen(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file: {"bytes": 12, "sha256": "ab..."}."""
     with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its SHA-256 differs from the manifest's")
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _json_bytes(value: Any) -> np.ndarray:
-    return np.frombuffer(json.dumps(value, allow_nan=False).encode(), np.uint8)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """A file's content, or a folder's names, to the device."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

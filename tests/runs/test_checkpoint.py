@@ -26,8 +26,6 @@ from embodied_rft.runs import checkpoint
 from embodied_rft.runs.checkpoint import Checkpoints
 from embodied_rft.runs.lock import RunLock, _held_locks
 from embodied_rft.runs.tree_file import (
-    _ARRAY_TYPES,
-    _TENSOR_TYPES,
     MANIFEST,
     META,
     TENSORS,
@@ -35,6 +33,8 @@ from embodied_rft.runs.tree_file import (
     load,
     save,
 )
+
+NUMBERS = "bool uint8 int8 int16 uint16 float16 int32 uint32 float32 int64 uint64 float64 complex64".split()
 
 
 def same(a, b):
@@ -50,7 +50,9 @@ def same(a, b):
             same(x, y)
     elif isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape
-        assert bytes(a.contiguous().reshape(-1).view(torch.uint8)) == bytes(b.reshape(-1).view(torch.uint8))
+        assert bytes(a.contiguous().reshape(-1).view(torch.uint8)) == bytes(
+            b.resolve_conj().reshape(-1).view(torch.uint8)
+        )
     elif isinstance(a, (np.ndarray, np.generic)):
         assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
     elif isinstance(a, Ragged):
@@ -67,12 +69,12 @@ def sample_state():
     weight = torch.randn(5, 7)
     return {
         "tensors": {
-            str(dtype): (torch.arange(12) % 2).reshape(3, 4).to(dtype)
-            for dtype in _TENSOR_TYPES
-            if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2)
+            name: (torch.arange(12) % 2).reshape(3, 4).to(getattr(torch, name)) for name in (*NUMBERS, "bfloat16")
         },
-        "float8": torch.randn(4).to(torch.float8_e4m3fn),
-        "arrays": {code: np.arange(6).reshape(2, 3).astype(code) for code in _ARRAY_TYPES},
+        "float8": [torch.randn(4).to(dtype) for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)],
+        "conjugate": torch.view_as_complex(torch.randn(3, 2)).conj(),
+        "arrays": {name: np.arange(6).reshape(2, 3).astype(name) for name in NUMBERS},
+        "read-only": np.frombuffer(b"abcd", np.uint8),
         "views": [
             weight.T,
             weight[::2],
@@ -126,6 +128,18 @@ def test_the_tensor_file_is_a_valid_safetensors_file(tmp_path):
     assert torch.equal(tensors[1], torch.ones(3, dtype=torch.bfloat16))
 
 
+def test_what_shares_memory_is_saved_for_each_and_loaded_for_each(tmp_path):
+    weight = torch.randn(4, 3)
+    state = {"a": weight, "tied": weight, "part": weight[1:], "turned": weight.T, "array": weight.numpy()}
+    save(tmp_path / "c", state)
+    loaded = load(tmp_path / "c")
+    same(loaded, state)
+    shutil.rmtree(tmp_path / "c")  # what was loaded needs the file no more
+    loaded["a"].zero_()
+    loaded["array"][:] = 1
+    assert torch.equal(loaded["tied"], weight) and torch.equal(loaded["part"], weight[1:])
+
+
 def test_loaded_generators_continue_exactly(tmp_path):
     generator = np.random.default_rng(1)
     generator.normal(size=10)
@@ -136,7 +150,10 @@ def test_loaded_generators_continue_exactly(tmp_path):
     assert np.array_equal(again.normal(size=5), expected)
 
 
-@pytest.mark.parametrize("leaf", [object(), {1, 2}, np.array([object()]), np.zeros(2, ">f4"), torch.eye(2).to_sparse()])
+@pytest.mark.parametrize(
+    "leaf",
+    [object(), {1, 2}, np.array([object()]), np.zeros(2, ">f4"), np.zeros(2, "c16"), torch.eye(2).to_sparse()],
+)
 def test_what_has_no_exact_form_is_refused_by_path(tmp_path, leaf):
     with pytest.raises(ValueError, match=r"cannot save agent\.2\.part"):
         save(tmp_path / "c", {"agent": [1, 2, {"part": leaf}]})

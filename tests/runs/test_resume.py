@@ -1,11 +1,14 @@
 """kill -9 in the middle of a stage, the same command again: the same bits as a run that was never killed."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,13 @@ import yaml
 
 from embodied_rft.data import Ragged
 from embodied_rft.runs.checkpoint import Checkpoints
+from embodied_rft.runs.folder import RunFolder
+from embodied_rft.runs.log import read_records
+from embodied_rft.runs.recipe import load_recipe
+from embodied_rft.runs.resume import read_state
+from embodied_rft.runs.trained import load_policy
+from embodied_rft.runs.tree_file import MANIFEST, CheckpointError, load
+from embodied_rft.train import train
 
 RECIPE = {
     "name": "resume",
@@ -178,3 +188,41 @@ def test_two_runs_in_one_folder_and_another_recipe_are_refused(tmp_path, referen
     third = start(uninterrupted, other)
     output, _ = third.communicate(timeout=60)
     assert third.returncode == 2 and "another recipe" in output and "seed: 4" in output
+
+
+def leaves(value, path=""):
+    """(path, bytes) of everything in a state, in one order."""
+    if isinstance(value, Ragged):
+        value = [value.values, value.offsets]
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            yield from leaves(value[key], f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{path}.{index}")
+    else:
+        array = value.numpy() if isinstance(value, torch.Tensor) else value
+        plain = not isinstance(array, (np.ndarray, np.generic))
+        yield path, repr(value).encode() if plain else f"{array.dtype} {array.shape} ".encode() + array.tobytes()
+
+
+def test_a_run_that_an_older_version_wrote_goes_on(tmp_path):
+    """It was stopped inside its second stage, by the version that still wrote safetensors files byte by byte."""
+    shutil.unpack_archive(Path(__file__).with_name("older_run.zip"), tmp_path)
+    state = read_state(RunFolder(tmp_path))
+    digest = hashlib.sha256(b"".join(path.encode() + content for path, content in leaves(state))).hexdigest()
+    assert digest == "25eb9dbb66cfd566650c1bd2258106000846df9f3d672b8dcb566fa6f5f1f40a"
+    session = train(load_recipe(tmp_path / "recipe.yaml"), tmp_path, quiet=True, report=False)
+    assert [record["decisions"] for record in session.records] == [8, 48]
+    assert session.counters["updates"] == 12
+    assert [line["decisions"] for line in read_records(session.folder.metrics)] == [8, 24, 40, 40, 56]
+    assert load_policy(tmp_path)(np.zeros(4, np.float32)) in (0, 1)
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path):
+    shutil.unpack_archive(Path(__file__).with_name("older_run.zip"), tmp_path)
+    folder = Checkpoints(tmp_path / "checkpoints").path(2)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format": 0}))
+    with pytest.raises(CheckpointError, match="has format 0, this version reads 1"):
+        load(folder)
