@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-import embodied_rft.envs.text.serve  # noqa: F401  (registers the environment)
+import embodied_rft.envs  # noqa: F401  (registers the environment)
 from benchmarks.common import Results, arguments, finish, measure, ratio, table
 from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm, tiny_tokenizer
 from embodied_rft.buffer.buffer import Buffer

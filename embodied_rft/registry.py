@@ -1,7 +1,7 @@
 """Ids to plug-ins: how the engine finds environments, agents, objectives, demonstrators and stages it does not import.
 
 A plug-in package registers its parts when it is imported, and is imported because it declares the entry point group
-`embodied_rft.plugins` (our own `embodied_rft.envs` and `embodied_rft.agents` use the same door):
+`embodied_rft.plugins` (our own environments and agents use the same door):
 
     @register("agent", "my_policy")
     class MyPolicy: ...
@@ -14,7 +14,8 @@ A plug-in package registers its parts when it is imported, and is imported becau
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -24,7 +25,10 @@ from embodied_rft.names import UserError, nearest
 T = TypeVar("T")
 
 # They are entry points as well: named here for a checkout that was not installed.
-OUR_OWN = ("embodied_rft.objectives", "embodied_rft.stages", "embodied_rft.agents", "embodied_rft.envs")
+OUR_OWN = (
+    "embodied_rft.objectives", "embodied_rft.stages", "embodied_rft.agents",
+    "embodied_rft.envs.manipulation", "embodied_rft.envs.text",
+)  # fmt: skip
 KINDS = ("agent", "objective", "demonstrator", "stage", "credit", "reward", "logger", "check")
 _tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 
@@ -50,7 +54,8 @@ def _name(target: Any) -> tuple[str, str]:
 
 def find(kind: str, id: str) -> Any:
     """The target registered under `id`. Raises ValueError with the nearest known id."""
-    load_plugins()
+    if id not in _tables[kind]:
+        load_plugins()
     try:
         return _tables[kind][id]
     except KeyError:
@@ -77,3 +82,9 @@ def load_plugins() -> None:
             importlib.import_module(module)
         except ImportError as error:
             raise UserError(f"the plug-in {module} cannot be imported: {error}") from error
+
+
+def import_files(package: str, path: Iterable[str]) -> None:
+    """Import every file of a package, `import_files(__name__, __path__)`, so that each registers what it holds."""
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")

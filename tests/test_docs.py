@@ -19,8 +19,17 @@ from tests.lab import ROOT
 
 CHECK = """
 import gymnasium, torch, corridor
+import numpy as np
 from embodied_rft import check_env, check_policy
+from embodied_rft.pools.pool import make_pool
 check_env("corridor/Reach-v0")
+check_env("corridor/Board-v0", options={"size": 4})
+board = make_pool("corridor/Board-v0", 2, kind="native", options={"size": 4})
+board.reset(np.arange(2))
+assert board.can_save and board.vector_env.render() is None
+board = gymnasium.make("corridor/Board-v0", size=3, render_mode="ansi")
+board.reset(seed=0)
+assert sorted(board.render()) == sorted(".......xo\\n\\n")
 env = gymnasium.make("corridor/Reach-v0")
 spaces = dict(observation_space=env.observation_space, action_space=env.action_space)
 check_policy(corridor.Line(corridor.Line.Config(), rng=torch.Generator(), **spaces), **spaces)

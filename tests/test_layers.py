@@ -66,7 +66,7 @@ def imports_of(tree, name, modules):
                 add(node.value.partition(":")[0], node.lineno)
         elif isinstance(node, ast.Call) and ast.unparse(node).startswith("importlib.import_module('."):
             add(importlib.util.resolve_name(node.args[0].value, package), node.lineno)
-        elif isinstance(node, ast.JoinedStr) and ast.unparse(node) == "f'{__name__}.{_module.name}'":
+        elif isinstance(node, ast.Call) and ast.unparse(node) == "import_files(__name__, __path__)":
             for module in modules:  # a package that imports all its files
                 if module.rpartition(".")[0] == name:
                     add(module, node.lineno)

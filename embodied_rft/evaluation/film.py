@@ -31,8 +31,7 @@ def roll_out(
     act: Act, env: EnvConfig, seed: int, fit: Callable[[Pool], Pool], *, render_mode: str | None = "rgb_array"
 ) -> Rolled:
     """One episode in the single environment; render_mode "human" draws in a window, None not at all."""
-    options = {k: v for k, v in env.options.items() if k not in ("num_threads", "engine")}
-    single = functools.partial(make_single, env.id, options=options, wrappers=env.wrappers, render_mode=render_mode)
+    single = functools.partial(make_single, env.id, options=env.options, wrappers=env.wrappers, render_mode=render_mode)
     envs = Singles(single, 1, deadline=env.deadline)
     pool = fit(VectorPool(envs, purpose="evaluation"))
     frames: list[Any] = []

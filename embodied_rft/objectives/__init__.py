@@ -3,18 +3,15 @@
 Importing this package registers them. An objective never owns a loop: the `Learner` steps its losses in order.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
 from embodied_rft.learning.objective import Objective
 from embodied_rft.names import UserError
 from embodied_rft.options import validate_plugin_config
-from embodied_rft.registry import find
+from embodied_rft.registry import find, import_files
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_files(__name__, __path__)
 
 
 def build_objective(spec: str | Mapping[str, Any]) -> Objective:

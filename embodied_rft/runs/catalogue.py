@@ -218,7 +218,7 @@ def of_environment(id: str) -> list[Option]:
     meanings = {name: text for target in reversed([*targets, *sources]) for name, text in _documented(target).items()}
     rows: dict[str, Option] = {}
     for target in (*sources, targets[0]):
-        for row in of_callable(target, without=NOT_SET | set(spec.kwargs) | ({"task"} if sources else set())):
+        for row in of_callable(target, without=NOT_SET | set(spec.kwargs)):
             rows.setdefault(row.name, dataclasses.replace(row, meaning=row.meaning or meanings.get(row.name, "")))
     return list(rows.values())
 

@@ -95,7 +95,7 @@ def _asked(own: EnvConfig, env: str | None, *, official: bool) -> EnvConfig:
 
 def official_id(id: str, options: dict[str, Any]) -> str:
     """The id of the environment that `id` reproduces."""
-    single = gymnasium.make(find_spec(id), **{k: v for k, v in options.items() if k not in ("engine", "num_threads")})
+    single = gymnasium.make(find_spec(id), **options)
     try:
         official = getattr(single.unwrapped, "official_id", None)
     finally:

@@ -6,8 +6,6 @@ give the same structure whenever it is called, and `run(session)`, which does th
 both.
 """
 
-import importlib
-import pkgutil
+from embodied_rft.registry import import_files
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_files(__name__, __path__)

@@ -22,7 +22,7 @@ import numpy as np
 from gymnasium import spaces
 
 from embodied_rft.envs.manipulation import physics as engines
-from embodied_rft.envs.manipulation.serve import ManipulationEnv, ManipulationVectorEnv
+from embodied_rft.envs.manipulation.simulation import Simulation
 from embodied_rft.envs.manipulation.task import Camera, Observation, Task
 from embodied_rft.names import UserError, nearest
 
@@ -201,7 +201,7 @@ class FetchTask(Task):
             raise UserError(f"unknown Fetch task {name!r}; {nearest(name, VARIANTS)}")
         if reward_type not in ("sparse", "dense"):
             raise UserError(f"unknown reward_type {reward_type!r}; {nearest(reward_type, ('sparse', 'dense'))}")
-        self.variant, self.scene, self.reward_type = VARIANTS[name], _scene(name), reward_type
+        self.name, self.variant, self.scene, self.reward_type = name, VARIANTS[name], _scene(name), reward_type
         self.model, self.instruction = self.scene.model, self.variant.instruction
         self.settles = self.variant.block_gripper
         self.cameras = {
@@ -226,6 +226,11 @@ class FetchTask(Task):
         self.observation_space = spaces.Dict(
             observation=unbounded(size), achieved_goal=unbounded(3), desired_goal=unbounded(3)
         )
+
+    @staticmethod
+    def describe(name: str) -> str:
+        """One line about a task."""
+        return f"Fetch arm: {VARIANTS[name].instruction} (Plappert et al. 2018)"
 
     def start(self, rng: np.random.Generator, options: Any) -> tuple[np.ndarray, np.ndarray]:
         """Draw object position, then goal: numbers in the order of the official environment."""
@@ -329,34 +334,16 @@ def _euler(x: np.ndarray, y: np.ndarray, z: np.ndarray, out: np.ndarray) -> None
     out[:, 0] = np.where(regular, -np.arctan2(z[:, 1], z[:, 2]), 0.0)
 
 
-class FetchEnv(ManipulationEnv):
-    """One Fetch environment; `name` and `reward_type` as in `FetchTask`, further options as in `ManipulationEnv`."""
+class FetchSimulation(Simulation):
+    """N Fetch environments, with what hindsight relabelling and `erft eval --official` ask of them."""
 
-    @staticmethod
-    def option_sources(name: str) -> tuple[Any, ...]:
-        """Whose arguments are options, too."""
-        return (FetchTask,)
-
-    @staticmethod
-    def describe(name: str) -> str:
-        """One line about a task."""
-        return f"Fetch arm: {VARIANTS[name].instruction} (Plappert et al. 2018)"
-
-    def __init__(self, name: str, *, reward_type: str = "sparse", **options: Any) -> None:
-        super().__init__(FetchTask(name, reward_type=reward_type), **options)
-        self.official_id = f"gymnasium_robotics:Fetch{name}-v4"  # what this reproduces
+    task: FetchTask
 
     def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
-        """The reward for other goals, [...] for points [..., 3] (hindsight relabelling); `info` is not used."""
-        return self.task.compute_reward(achieved_goal, desired_goal)  # type: ignore[attr-defined]
+        """The reward for other goals, [...] for points [..., 3]; `info` is not used."""
+        return self.task.compute_reward(achieved_goal, desired_goal)
 
-
-class FetchVectorEnv(ManipulationVectorEnv):
-    """N Fetch environments; arguments as in `FetchTask`, further options as in `ManipulationVectorEnv`."""
-
-    def __init__(self, name: str, *, num_envs: int = 1, reward_type: str = "sparse", **options: Any) -> None:
-        super().__init__(FetchTask(name, reward_type=reward_type), num_envs=num_envs, **options)
-
-    def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
-        """As in `FetchEnv`."""
-        return self.task.compute_reward(achieved_goal, desired_goal)  # type: ignore[attr-defined]
+    @property
+    def official_id(self) -> str:
+        """What this reproduces."""
+        return f"gymnasium_robotics:Fetch{self.task.name}-v4"

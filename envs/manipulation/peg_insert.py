@@ -4,25 +4,21 @@ The pose of the hole (x, y, yaw) is drawn for every episode and observed without
 contact and limited control precision: soft servos that lag behind, joint friction in which small commands get lost, and
 an edge without chamfer on which a peg that is half a millimetre off gets stuck. Cloning blurs the small corrections.
 
-This file holds the task, its demonstrator and their registration. Serving as environments is `serve.py`.
+This file holds the task and its demonstrator.
 Shapes as in `task.py`: K environments, S physics (time, qpos [4], qvel [4]), goal [K, 3]: hole x, y (m), yaw.
 A pose is (x, y, z, yaw) of the peg's bottom centre in the world, in metres and radians; the table is z = 0.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import gymnasium
 import mujoco
 import numpy as np
 from gymnasium.spaces import Box, Dict
 
 from embodied_rft import registry
-from embodied_rft.envs.manipulation.serve import ManipulationEnv, ManipulationVectorEnv
 from embodied_rft.envs.manipulation.task import Camera, Observation, Task
 from embodied_rft.names import UserError, nearest
 
@@ -222,31 +218,6 @@ def fixture_pose(goal: np.ndarray) -> np.ndarray:
     return np.stack([goal[:, 0], goal[:, 1], zero, np.cos(half), zero, zero, np.sin(half)], axis=1)
 
 
-class PegInsertEnv(ManipulationEnv):
-    """One peg insertion; the options of `PegInsertTask` go there, all others to `ManipulationEnv`."""
-
-    @staticmethod
-    def option_sources() -> tuple[Any, ...]:
-        """Whose arguments are options, too."""
-        return (PegInsertTask,)
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(PegInsertTask(**_of_task(options)), **options)
-
-
-class PegInsertVectorEnv(ManipulationVectorEnv):
-    """A native batch of peg insertions; the options of `PegInsertTask` go there, all others to the batch."""
-
-    def __init__(self, *, num_envs: int, **options: Any) -> None:
-        super().__init__(PegInsertTask(**_of_task(options)), num_envs=num_envs, **options)
-
-
-def _of_task(options: dict[str, Any]) -> dict[str, Any]:
-    """Takes those of the options that belong to `PegInsertTask` out of the mapping."""
-    names = inspect.signature(PegInsertTask).parameters
-    return {name: options.pop(name) for name in names if name in options}
-
-
 @registry.register("demonstrator", ENV_ID)
 @registry.register("demonstrator", "peg_insert")
 class PegInsertDemonstrator:
@@ -283,11 +254,3 @@ class PegInsertDemonstrator:
         if self.noise:
             action = np.clip(action + rng.normal(0.0, self.noise, size=action.shape), -1.0, 1.0)
         return action.astype(np.float32)
-
-
-gymnasium.register(
-    id=ENV_ID,
-    entry_point=f"{__name__}:PegInsertEnv",
-    vector_entry_point=f"{__name__}:PegInsertVectorEnv",
-    max_episode_steps=60,
-)

@@ -1,6 +1,6 @@
 """What a manipulation task is: a MuJoCo model and array functions over a batch. Knows nothing of Gymnasium's protocol.
 
-A task is written once and served in both forms by `serve.py`. Shapes as in `physics.py`: K environments,
+`simulation.py` makes N environments of it. Shapes as in `physics.py`: K environments,
 S physics, C control, M sensor readings, G numbers of `goal`, A action dimensions.
 """
 

@@ -258,6 +258,3 @@ class Listed:
 def space_of(task: TextTask) -> type[AnyText]:
     """The kind of space that a task's prompts are of."""
     return ChatText if getattr(task, "chat", False) else AnyText
-
-
-TASKS: dict[str, Any] = {"sum": SumTask, "countdown": CountdownTask, "format": FormatTask, "jsonl": JsonlTask}

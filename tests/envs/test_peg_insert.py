@@ -17,7 +17,6 @@ from embodied_rft.envs.manipulation.peg_insert import (
     ENV_ID,
     HOLE_DEPTH,
     PegInsertDemonstrator,
-    PegInsertEnv,
     PegInsertTask,
 )
 
@@ -29,6 +28,10 @@ ABOVE = np.array([0.3, 0.0, 0.03, 0.2])  # right over HOLE, 5 mm over its mouth
 
 def make_batch(num_envs, **options):
     return gymnasium.make_vec(ENV_ID, num_envs=num_envs, autoreset_mode="Disabled", **options)
+
+
+def make_one(**options):
+    return gymnasium.make(ENV_ID, **options).unwrapped
 
 
 def succeed(noise, seeds, **options) -> np.ndarray:
@@ -103,7 +106,7 @@ def test_checkers_pass(options):
 )
 def test_bad_options_say_what_to_do(options, words):
     with pytest.raises(ValueError, match=words):
-        PegInsertEnv(**options)
+        make_one(**options)
 
 
 def test_time_limit_is_a_truncation_and_success_a_termination():
@@ -123,10 +126,10 @@ def test_time_limit_is_a_truncation_and_success_a_termination():
 
 
 def test_reset_options_place_the_hole_and_the_peg_and_keep_the_rest():
-    env = PegInsertEnv()
+    env = make_one()
     free, _ = env.reset(seed=3)
     fixed, _ = env.reset(seed=3, options={"hole": HOLE, "start": ABOVE})
-    np.testing.assert_allclose(env.simulation.goal, HOLE[None])
+    np.testing.assert_allclose(env.batch.goal, HOLE[None])
     np.testing.assert_allclose(fixed["observation"][:4], [0, 0, -0.5, 0], atol=1e-9)
     assert np.abs(free["observation"] - fixed["observation"]).max() > 0.1
     moved, _ = env.reset(seed=3, options={"hole": HOLE})
@@ -135,14 +138,14 @@ def test_reset_options_place_the_hole_and_the_peg_and_keep_the_rest():
 
 
 def test_what_is_drawn_is_what_is_simulated():
-    env = PegInsertEnv()
+    env = make_one()
     env.reset(seed=3)
-    data = mujoco.MjData(env.task.model)
-    env.task.place(data, env.simulation.physics[0], env.simulation.goal[0])
-    x, y, yaw = env.simulation.goal[0]
+    data = mujoco.MjData(env.batch.task.model)
+    env.batch.task.place(data, env.batch.physics[0], env.batch.goal[0])
+    x, y, yaw = env.batch.goal[0]
     np.testing.assert_allclose(data.body("hole").xpos, [x, y, 0], atol=1e-12)
     np.testing.assert_allclose(data.body("hole").xmat[[0, 3]], [np.cos(yaw), np.sin(yaw)], atol=1e-12)
-    bottom = peg_insert.pose_of(env.simulation.physics[:, 1:5])[0, :3]
+    bottom = peg_insert.pose_of(env.batch.physics[:, 1:5])[0, :3]
     np.testing.assert_allclose(data.geom("peg").xpos, bottom + [0, 0, 0.025], atol=1e-12)
     env.close()
 
@@ -163,7 +166,7 @@ def test_exact_batch_equals_singles_bit_for_bit_and_rollout_within_bound(noise):
     seeds, actions = list(range(8)), actions_of(40, 8)
     options = {"hole": HOLE, "start": ABOVE + [0.001, 0, 0, 0]}
     common = {"reward_type": "dense", "action_noise": noise}
-    singles = [PegInsertEnv(**common) for _ in seeds]
+    singles = [make_one(**common) for _ in seeds]
     batches = {engine: make_batch(8, engine=engine, **common) for engine in ("exact", "rollout")}
     for seed, env in zip(seeds, singles):
         env.reset(seed=seed, options=options)

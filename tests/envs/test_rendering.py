@@ -7,10 +7,10 @@ import gymnasium
 import numpy as np
 import pytest
 
-from embodied_rft.envs.manipulation.fetch import FetchEnv, FetchVectorEnv
 from embodied_rft.envs.manipulation.rendering import Renderer, gl_available
 from embodied_rft.pools.chunks import ChunkPool
 from embodied_rft.pools.pool import VectorPool
+from tests.lab.fetch import batch, one
 
 AVAILABLE, REASON = gl_available()
 CAMERAS = ("front", "side", "wrist", "overview")
@@ -25,10 +25,9 @@ def run(code, **environment):
 
 
 DRAW = """
-import numpy as np
-from embodied_rft.envs.manipulation.fetch import FetchEnv
+import gymnasium, embodied_rft.envs
 from embodied_rft.envs.manipulation import rendering
-env = FetchEnv("Push", render_mode="rgb_array", image_size=32)
+env = gymnasium.make("embodied_rft/FetchPush-v0", disable_env_checker=True, render_mode="rgb_array", image_size=32)
 env.reset(seed=0)
 assert env.render().std() > 10
 print(rendering.gl_available()[1])
@@ -93,19 +92,19 @@ needs_gl = pytest.mark.skipif(not AVAILABLE, reason=REASON)
 @pytest.mark.parametrize("engine", ["exact", "rollout"])
 def test_images_of_a_batch_equal_those_of_single_environments(engine):
     options = {"cameras": CAMERAS, "image_size": (24, 32), "instruction": True, "engine": engine}
-    vector = FetchVectorEnv("PickAndPlace", num_envs=2, **options)
-    singles = [FetchEnv("PickAndPlace", **options) for _ in range(2)]
-    batch, _ = vector.reset(seed=[3, 4])
+    vector = batch("PickAndPlace", 2, autoreset_mode="NextStep", **options)
+    singles = [one("PickAndPlace", **options) for _ in range(2)]
+    seen, _ = vector.reset(seed=[3, 4])
     each = [env.reset(seed=3 + i)[0] for i, env in enumerate(singles)]
     action = np.full((2, 4), 0.5, np.float32)
     for _ in range(3):
-        assert vector.observation_space.contains(batch)
+        assert vector.observation_space.contains(seen)
         for camera in CAMERAS:
-            images = batch[f"image/{camera}"]
+            images = seen[f"image/{camera}"]
             assert images.shape == (2, 24, 32, 3) and images.dtype == np.uint8 and images.std() > 5
             for i in range(2):
                 assert np.array_equal(images[i], each[i][f"image/{camera}"])
-        batch, *_ = vector.step(action)
+        seen, *_ = vector.step(action)
         each = [env.step(a)[0] for env, a in zip(singles, action, strict=True)]
     vector.close()
     for env in singles:
@@ -125,7 +124,7 @@ def test_chunks_draw_only_what_is_read(monkeypatch):
 
     def walk(kind):
         options = {"cameras": ("front",), "image_size": 16, "max_episode_steps": 6, "num_envs": 2}
-        env = FetchVectorEnv("Reach", autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED, **options)
+        env = batch("Reach", autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED, **options)
         pool = ChunkPool(kind(env), horizon=4)
         rng, seen, before = np.random.default_rng(0), [pool.reset(np.array([1, 2]))], len(drawn)
         for _ in range(2):
@@ -143,7 +142,7 @@ def test_chunks_draw_only_what_is_read(monkeypatch):
 
 @needs_gl
 def test_an_image_shows_the_block_the_goal_and_the_arm():
-    env = FetchEnv("PickAndPlace", cameras=("front",), image_size=64)
+    env = one("PickAndPlace", cameras=("front",), image_size=64)
     start = {"object_xy": [1.3, 0.6], "goal": [1.3, 0.8, 0.45]}
 
     def image(**change):
@@ -160,7 +159,7 @@ def test_an_image_shows_the_block_the_goal_and_the_arm():
 
 @needs_gl
 def test_fast_rendering_shows_the_same_scene():
-    fast, full = (FetchEnv("Push", render_mode="rgb_array", image_size=64, fast_render=fast) for fast in (True, False))
+    fast, full = (one("Push", render_mode="rgb_array", image_size=64, fast_render=fast) for fast in (True, False))
     fast.reset(seed=0)
     full.reset(seed=0)
     difference = np.abs(fast.render().astype(int) - full.render().astype(int))
@@ -175,12 +174,12 @@ def test_render_mode_of_single_and_batch():
     vector.reset(seed=[0, 1])
     frames = vector.render()
     assert len(frames) == 2 and np.array_equal(frames[1], single.render()) and frames[0].shape == (48, 48, 3)
-    assert FetchEnv("Reach").render() is None and FetchVectorEnv("Reach").render() is None
+    assert one("Reach").render() is None and batch("Reach").render() is None
 
 
 @needs_gl
 def test_drawing_changes_neither_model_nor_physics():
-    plain, drawn = FetchEnv("Push"), FetchEnv("Push", cameras=("front",), image_size=16, render_mode="rgb_array")
+    plain, drawn = one("Push"), one("Push", cameras=("front",), image_size=16, render_mode="rgb_array")
     plain.reset(seed=0)
     drawn.reset(seed=0)
     for action in np.random.default_rng(0).uniform(-1, 1, (5, 4)).astype(np.float32):
@@ -190,7 +189,7 @@ def test_drawing_changes_neither_model_nor_physics():
 
 @needs_gl
 def test_threads_draw_the_same_image():
-    env = FetchEnv("Push", render_mode="rgb_array", image_size=32)
+    env = one("Push", render_mode="rgb_array", image_size=32)
     env.reset(seed=0)
     images = [env.render()]
     thread = threading.Thread(target=lambda: images.append(env.render()))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-import embodied_rft.envs.text.serve  # noqa: F401
+import embodied_rft.envs  # noqa: F401
 from embodied_rft import registry
 from embodied_rft.envs.text.rules import make_rule
 from embodied_rft.learning.agent import build_agent

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-import embodied_rft.envs.text.serve  # noqa: F401
+import embodied_rft.envs  # noqa: F401
 from embodied_rft.data import Decisions
 from embodied_rft.evaluation import samples
 from embodied_rft.evaluation.evaluate import evaluate, evaluation_seeds

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import embodied_rft.envs.text.serve  # noqa: F401
+import embodied_rft.envs  # noqa: F401
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
 from embodied_rft.buffer.plans import Replay

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import embodied_rft.envs.text.serve  # noqa: F401
+import embodied_rft.envs  # noqa: F401
 from embodied_rft.data import Decisions
 from embodied_rft.evaluation.evaluate import evaluate, evaluation_seeds
 from embodied_rft.learning.agent import build_agent
