@@ -51,7 +51,7 @@ def main() -> None:
         name, _, pattern = group.partition("=")
         curves += [curve_of(folder, css, steps=options.steps) for folder in sorted(Path().glob(pattern))]
         legend.append(f'<text class="{css}" x="56" y="{30 + 16 * index}">{escape(name)}</text>')
-    picture = learning_curves(curves, x_label="environment steps", x_format=lambda x: f"{x / 1000:g}k")
+    picture = str(learning_curves(curves, x_label="environment steps", x_format=lambda x: f"{x / 1000:g}k"))
     picture = picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     head, close, rest = picture.partition(">")
     write_atomically(options.out, head + close + STYLE + rest.removesuffix("</svg>") + "".join(legend) + "</svg>\n")

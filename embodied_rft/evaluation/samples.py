@@ -1,7 +1,7 @@
 """What agents that write text said while they were judged: kept beside an evaluation, shown as best, worst and random.
 
 A success rate hides how it came about; a reward that is hacked is seen at a glance. Boundary: texts of episodes to
-JSON lines and HTML; knows no model and no environment.
+JSON lines and rows; knows no model and no environment.
 """
 
 from __future__ import annotations
@@ -150,23 +150,14 @@ def rows_of(picked: Mapping[str, Sequence[Sample]]) -> list[tuple[str, int, str,
     ]
 
 
-def as_html(evaluation: Mapping[str, Any], samples: Sequence[Sample]) -> str:
-    """One evaluation's samples: a line that says how many replies are the same, and a table."""
+def shown(evaluation: Mapping[str, Any], samples: Sequence[Sample]) -> dict[str, Any]:
+    """What a report shows of one evaluation: its name, what `summarize` says of all replies, rows as of `rows_of`."""
     said, counts = evaluation.get("said"), ("replies", "distinct", "times")
     if not isinstance(said, Mapping) or not all(isinstance(said.get(name), int) for name in counts):
         said = summarize(samples)
-    times, replies = said["times"], said["replies"]
-    same = f"{replies} replies, {said['distinct']} of them different."
-    if times > 1:
-        same += f" The commonest, {times} times: <code>{escape(shorten(plain(str(said.get('commonest'))), 120))}</code>"
-    body = "".join(
-        f'<tr><td>{kind}</td><td class="said">{escape(prompt)}</td><td class="said">{escape(reply)}</td>'
-        f"<td>{reward:.3g}</td></tr>"
-        for kind, _, prompt, reply, reward in rows_of(pick(samples))
-    )
-    head = "<tr><th></th><th>prompt</th><th>reply</th><th>reward</th></tr>"
-    name = escape(visible(str(evaluation.get("name") or "policy")))
-    return f"<h3>{name}</h3><p>{same}</p><table>{head}{body}</table>"
+    commonest = shorten(plain(str(said.get("commonest"))), 120)
+    name = visible(str(evaluation.get("name") or "policy"))
+    return {**said, "commonest": commonest, "name": name, "rows": rows_of(pick(samples))}
 
 
 def as_markdown(samples: Sequence[Sample]) -> str:

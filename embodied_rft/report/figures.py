@@ -1,6 +1,6 @@
-"""The report's pictures as SVG text: success bars with intervals, a grid of episodes, learning curves.
+"""The report's pictures: success bars with intervals, a grid of episodes, learning curves.
 
-Pure functions from numbers to markup. Colours are CSS classes, so that the page decides on light, dark and print.
+Pure functions from numbers to SVG; what is drawn is in templates/parts.html, where things lie on a curve is said here.
 """
 
 from __future__ import annotations
@@ -8,7 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+TEMPLATES = Environment(
+    loader=PackageLoader("embodied_rft.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters["tenths"] = "{:.1f}".format
+TEMPLATES.globals["zip"] = zip
 
 
 @dataclass(frozen=True)
@@ -35,51 +47,9 @@ class Curve:
     dots: bool = True
 
 
-def success_bars(rates: Sequence[Rate]) -> str:
-    """Horizontal bars from 0 to 1 with the interval as a whisker and the numbers in text."""
-    row, left, width = 44, 250, 440
-    height = row * len(rates) + 34
-    parts = [_axis_lines(left, width, row * len(rates) + 6)]
-    for index, rate in enumerate(rates):
-        y = index * row + row / 2 + 2
-        start, end = left + width * rate.low, left + width * rate.high
-        parts += [
-            _label(left - 12, y + 5, rate.label, anchor="end", css=""),
-            _box(rate.css, left, y - 12, width * rate.success, 24),
-            f'<path class="whisker" d="M{start:.1f} {y:.1f}H{end:.1f}M{start:.1f} {y - 5}v10M{end:.1f} {y - 5}v10"/>',
-            _label(left + width + 14, y, f"{rate.success:.3f}", anchor="start", css="strong"),
-            _label(left + width + 14, y + 14, f"[{rate.low:.3f}, {rate.high:.3f}]", anchor="start"),
-        ]
-    return _svg(left + width + 110, height, "success rates with 95 % Wilson intervals", parts)
-
-
-def _axis_lines(left: float, width: float, height: float) -> str:
-    lines = []
-    for i in range(5):
-        x = left + width * i / 4
-        lines += [f'<path class="grid" d="M{x:.1f} 0V{height}"/>', _label(x, height + 18, f"{i / 4:g}")]
-    return "".join(lines)
-
-
-def outcome_grid(before: Sequence[bool], after: Sequence[bool], *, columns: int = 40) -> str:
-    """One square for each initial state: what became of it before and after."""
-    names = {(True, True): "kept", (False, True): "gained", (True, False): "lost", (False, False): "missed"}
-    word = {True: "success", False: "failure"}
-    size, step = 14, 18
-    squares = [
-        _box(
-            names[bool(a), bool(b)],
-            i % columns * step,
-            i // columns * step,
-            size,
-            size,
-            title=f"initial state {i}: {word[bool(a)]} before, {word[bool(b)]} after",
-        )
-        for i, (a, b) in enumerate(zip(before, after, strict=True))
-    ]
-    rows = math.ceil(len(before) / columns)
-    width = min(columns, len(before)) * step
-    return _svg(width, rows * step, "outcome of every initial state before and after", squares)
+def part(name: str, *arguments: Any, **options: Any) -> str:
+    """A part of templates/parts.html, such as "success_bars": markup, which templates do not escape again."""
+    return getattr(TEMPLATES.get_template("parts.html").module, name)(*arguments, **options)  # type: ignore[no-any-return]
 
 
 def learning_curves(
@@ -108,41 +78,29 @@ def learning_curves(
     def at(x: float, y: float) -> str:
         return f"{left + width * x / scale:.1f} {top + height * (1 - (y - lowest) / (highest - lowest)):.1f}"
 
-    parts = []
-    for i in range(5):
-        y = top + height * (1 - i / 4)
-        parts.append(f'<path class="grid" d="M{left} {y:.1f}h{width}"/>')
-        parts.append(_label(left - 8, y + 4, f"{lowest + (highest - lowest) * i / 4:.4g}", anchor="end"))
-    for tick in ticks:
-        parts.append(_label(left + width * tick / scale, top + height + 18, x_format(tick)))
-    for x, label in marks:
-        parts.append(f'<path class="mark" d="M{at(x, lowest)}V{top}"><title>{escape(label)}</title></path>')
-    for curve in curves:
-        parts += _draw_curve(curve, at)
-    parts.append(_label(left + width / 2, top + height + 38, x_label))
-    return _svg(left + width + 22, top + height + 46, f"{y_label} over {x_label}", parts)
+    def band(curve: Curve) -> list[str]:
+        if len(curve.low) != len(curve.x) or len(curve.x) < 2:
+            return []
+        return [*map(at, curve.x, curve.high), *[*map(at, curve.x, curve.low)][::-1]]
+
+    steps = [(i / 4, lowest + (highest - lowest) * i / 4) for i in range(5)]
+    return part(
+        "learning_curves",
+        f"{y_label} over {x_label}",
+        (left + width + 22, top + height + 46),
+        grid=[(left, top + height * (1 - share), width, f"{y:.4g}") for share, y in steps],
+        ticks=[(left + width * tick / scale, top + height + 18, x_format(tick)) for tick in ticks],
+        marks=[(at(x, lowest), top, label) for x, label in marks],
+        curves=[(curve, band(curve), [*map(at, curve.x, curve.y)]) for curve in curves],
+        x_label=(left + width / 2, top + height + 38, x_label),
+    )
 
 
-def _draw_curve(curve: Curve, at: Callable[[float, float], str]) -> list[str]:
-    parts = []
-    if len(curve.low) == len(curve.x) and len(curve.x) > 1:
-        band = [at(x, y) for x, y in zip(curve.x, curve.high)] + [at(x, y) for x, y in zip(curve.x, curve.low)][::-1]
-        parts.append(f'<path class="band {curve.css}" d="M{"L".join(band)}Z"/>')
-    if len(curve.x) > 1:
-        line = "L".join(at(x, y) for x, y in zip(curve.x, curve.y))
-        parts.append(f'<path class="line {curve.css}" d="M{line}"/>')
-    if curve.dots:
-        for x, y in zip(curve.x, curve.y):
-            cx, cy = at(x, y).split()
-            parts.append(f'<circle class="{curve.css}" cx="{cx}" cy="{cy}" r="3.5"><title>{y:.3f}</title></circle>')
-    return parts
-
-
-def nice_ticks(largest: float, *, count: int = 5) -> list[float]:
-    """From 0 in round steps to at least `largest`: for 118, [0, 25, 50, 75, 100, 125]."""
+def nice_ticks(largest: float) -> list[float]:
+    """From 0 in about five round steps to at least `largest`: for 118, [0, 25, 50, 75, 100, 125]."""
     if not largest > 0:
         return [0.0, 1.0]
-    raw = largest / count
+    raw = largest / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
     return [step * i for i in range(math.ceil(largest / step - 1e-9) + 1)]
@@ -158,22 +116,3 @@ def nice_bounds(values: Sequence[float]) -> tuple[float, float]:
         if bottom + 4 * step >= high:
             return bottom, bottom + 4 * step
     return low, high
-
-
-def _label(x: float, y: float, text: str, *, anchor: str = "middle", css: str = "small") -> str:
-    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _box(css: str, x: float, y: float, width: float, height: float, *, title: str = "") -> str:
-    title = f"<title>{escape(title)}</title>" if title else ""
-    return (
-        f'<rect class="{css}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="3">{title}</rect>'
-    )
-
-
-def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" role="img" aria-label="{escape(title)}">'
-        + "".join(parts)
-        + "</svg>"
-    )

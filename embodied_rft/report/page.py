@@ -6,11 +6,7 @@ has a report too.
 
 from __future__ import annotations
 
-import importlib.resources
 import os
-import string
-from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +32,21 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     folder = RunFolder(run_folder)
     run = Run.read(folder)
     run.facts = run.facts or run_facts()
-    template = string.Template(
-        importlib.resources.files("embodied_rft.report").joinpath("page.html").read_text("utf-8")
-    )
-    sections = [_success(run), _curves(run), _samples(run), _videos(run), _stages(run), _recipe(run), _facts(run)]
-    sections.append(_damaged(run))
-    name = str(run.recipe.get("name", folder.path.name))
-    page = template.substitute(
-        title=escape(f"{name}: {_plain_headline(run)}"),
-        recipe=escape(name),
-        seed=escape(str(run.recipe.get("seed", "?"))),
-        headline=_headline(run),
-        verdict=escape(verdict(run)),
-        sections="\n".join(section for section in sections if section),
+    films = _films(run)
+    page = figures.TEMPLATES.get_template("page.html").render(
+        run=run,
+        name=run.recipe.get("name", folder.path.name),
+        title=_headline(run),
+        verdict=verdict(run),
+        rates=_rates(run),
+        outcomes=_outcomes(run),
+        curves=_curves(run),
+        said=_said(run),
+        films=films,
+        no_films="" if films else _no_films(run),
+        totals=_totals(run),
+        facts=_facts(run),
+        describe=describe,
     )
     write_json(folder.summary, summary(run))
     write_atomically(folder.report, visible(page))
@@ -63,7 +61,7 @@ def summary(run: Run) -> dict[str, Any]:
     return {
         "recipe": run.recipe.get("name"),
         "seed": run.recipe.get("seed"),
-        "verdict": f"{_plain_headline(run)}. {verdict(run)}",
+        "verdict": f"{_headline(run)}. {verdict(run)}",
         "before": brief[0] if len(brief) > 1 else None,
         "after": brief[-1] if brief else None,
         "evaluations": brief,
@@ -81,7 +79,7 @@ def _totals(run: Run) -> dict[str, Any]:
 # --- the verdict -------------------------------------------------------------------------------------
 
 
-def _plain_headline(run: Run) -> str:
+def _headline(run: Run) -> str:
     if not run.verdicts:
         return "no evaluation yet"
     first, last = run.verdicts[0], run.verdicts[-1]
@@ -90,17 +88,6 @@ def _plain_headline(run: Run) -> str:
         return f"mean return {arrow}{last['mean_return']:.4g} on {counted(last['episodes'], last.get('states'))}"
     arrow = f"{first['success']:.3f} -> " if len(run.verdicts) > 1 else ""
     return f"success {arrow}{last['success']:.3f} on {counted(last['episodes'], last.get('states'))}"
-
-
-def _headline(run: Run) -> str:
-    if not run.verdicts:
-        return "No evaluation yet"
-    if not run.told:
-        return escape(_plain_headline(run).partition(" on ")[0].capitalize())
-    first, last = run.verdicts[0], run.verdicts[-1]
-    css = "bad" if last["success"] < first["success"] else "good"
-    before = f'<span class="number">{first["success"]:.3f}</span><span class="arrow">&rarr;</span>'
-    return f'Success {before if len(run.verdicts) > 1 else ""}<span class="number {css}">{last["success"]:.3f}</span>'
 
 
 def verdict(run: Run) -> str:
@@ -131,36 +118,30 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-# --- sections ----------------------------------------------------------------------------------------
+# --- what the sections show --------------------------------------------------------------------------
 
 
-def _section(title: str, note: str, body: str) -> str:
-    note = f'<p class="note">{note}</p>' if note else ""
-    return f"<section>\n<h2>{title}</h2>\n{note}\n{body}\n</section>"
-
-
-def _success(run: Run) -> str:
-    if not run.verdicts or not run.told:
-        return ""
-    last = len(run.verdicts) - 1
+def _rates(run: Run) -> list[figures.Rate]:
+    css = ["before"] * (len(run.verdicts) - 1) + ["after"]
     rates = [
-        figures.Rate(e.get("name") or "policy", e["success"], e["low"], e["high"], "after" if i == last else "before")
-        for i, e in enumerate(run.verdicts)
+        figures.Rate(e.get("name") or "policy", e["success"], e["low"], e["high"], of)
+        for e, of in zip(run.verdicts, css, strict=False)
     ]
-    rates += [_later_rate(e) for e in run.later]
-    body = f"<figure>{figures.success_bars(rates)}</figure>"
-    if run.paired:
-        before, after = run.verdicts[0]["results"], run.verdicts[-1]["results"]
-        kinds = {
-            "gained": ("failures became successes", [not a and b for a, b in zip(before, after)]),
-            "kept": ("successes stayed", [a and b for a, b in zip(before, after)]),
-            "lost": ("successes became failures", [a and not b for a, b in zip(before, after)]),
-            "missed": ("failures stayed", [not a and not b for a, b in zip(before, after)]),
-        }
-        entries = [(css, f"{sum(which)} {text}") for css, (text, which) in kinds.items()]
-        body += f'<figure style="margin-top:26px">{figures.outcome_grid(before, after)}{_legend(entries)}</figure>'
-    note = "Bars with 95 % Wilson intervals. Every policy started from the same fixed list of held-out initial states."
-    return _section("Success", note if run.paired else "Bars with 95 % Wilson intervals.", body)
+    return rates + [_later_rate(e) for e in run.later]
+
+
+def _outcomes(run: Run) -> list[tuple[str, str]]:
+    """(class, how many initial states had this outcome), where the first and the last verdict are on the same ones."""
+    if not run.verdicts or not run.paired:
+        return []
+    pairs = [*zip(run.verdicts[0]["results"], run.verdicts[-1]["results"])]
+    kinds = {
+        "gained": ((False, True), "failures became successes"),
+        "kept": ((True, True), "successes stayed"),
+        "lost": ((True, False), "successes became failures"),
+        "missed": ((False, False), "failures stayed"),
+    }
+    return [(css, f"{pairs.count(pair)} {text}") for css, (pair, text) in kinds.items()]
 
 
 def _later_rate(evaluation: dict[str, Any]) -> figures.Rate:
@@ -169,25 +150,17 @@ def _later_rate(evaluation: dict[str, Any]) -> figures.Rate:
     return figures.Rate(label, evaluation["success"], evaluation["low"], evaluation["high"], "kept")
 
 
-def _legend(entries: list[tuple[str, str]]) -> str:
-    items = [
-        f'<li><svg viewBox="0 0 13 13" width="13"><rect class="{css}" x="1" y="1" width="11" height="11" rx="2"/></svg>'
-        f"{escape(text)}</li>"
-        for css, text in entries
-    ]
-    return f'<ul class="legend">{"".join(items)}</ul>'
-
-
-def _curves(run: Run) -> str:
+def _curves(run: Run) -> dict[str, Any] | None:
+    """Pictures over time and over experience, and what their colours mean; None: there are no two points."""
     points = sorted(run.curve + run.verdicts, key=lambda e: e.get("wall_seconds", 0))
     told = any(e.get("told", True) for e in points) or any("collect/success" in r for r in run.metrics)
     name, key_of_points = ("success", "success") if told else ("return", "mean_return")
     training = [r for r in run.metrics if isinstance(r.get(f"collect/{name}"), (int, float))]
     if len(points) + len(training) < 2:
-        return ""
+        return None
     values = _column(training, f"collect/{name}") + _column(points, key_of_points)
     bounds, interval = ((0.0, 1.0), ", 95 % interval") if told else (figures.nice_bounds(values), "")
-    panels = []
+    pictures = []
     for x_label, key, record_key, stage_key, form in (
         ("wall time (s)", "wall_seconds", "wall/seconds", "seconds", lambda x: f"{x:,.0f}"),
         ("environment decisions", "decisions", "decisions", "decisions", _thousands),
@@ -210,13 +183,9 @@ def _curves(run: Run) -> str:
             ends += stage.get(stage_key) or 0
             marks.append((ends, f"end of {stage.get('title', stage.get('word'))}"))
         labels: dict[str, Any] = {"x_label": x_label, "x_format": form, "y_label": name, "bounds": bounds}
-        picture = figures.learning_curves(curves, **labels, marks=marks[:-1])
-        panels.append(f"<figure>{picture}</figure>")
-    legend = _legend(
-        [("after", f"{name} on held-out initial states{interval}"), ("train", f"{name} of episodes for training")]
-    )
-    note = "Dotted lines are the ends of stages. Evaluations take wall time but no environment decisions of training."
-    return _section("Learning curve", note, f'<div class="columns">{"".join(panels)}</div>{legend}')
+        pictures.append(figures.learning_curves(curves, **labels, marks=marks[:-1]))
+    shown = {"after": f"{name} on held-out initial states{interval}", "train": f"{name} of episodes for training"}
+    return {"pictures": pictures, "legend": shown.items()}
 
 
 def _column(records: list[dict[str, Any]], key: str) -> list[float]:
@@ -227,86 +196,32 @@ def _thousands(x: float) -> str:
     return f"{x / 1000:g}k" if x >= 1000 else f"{x:g}"
 
 
-def _samples(run: Run) -> str:
+def _said(run: Run) -> list[dict[str, Any]]:
     """What agents that write text said, in the first and the last evaluation, and in those of `erft eval`."""
-    chosen = [
-        e for e in (*run.verdicts[-1:], *run.verdicts[:1][: len(run.verdicts) - 1], *run.later) if e.get("samples")
-    ]
-    parts = []
-    for evaluation in chosen:
-        if said := samples.read_samples(run.folder.samples_of(evaluation)):
-            parts.append(samples.as_html(evaluation, said))
-    note = "The best, the worst and random episodes; all that were kept are in evaluations/*.samples.jsonl."
-    return _section("Samples", note, "".join(parts)) if parts else ""
+    chosen = (*run.verdicts[-1:], *run.verdicts[:1][: len(run.verdicts) - 1], *run.later)
+    read = [(e, samples.read_samples(run.folder.samples_of(e))) for e in chosen if e.get("samples")]
+    return [samples.shown(e, said) for e, said in read if said]
 
 
-def _videos(run: Run) -> str:
-    films = run.folder.films()
-    if not films:
-        reason = run.unavailable.get("reason")
-        asked = any(stage.get("word") == "evaluate" for stage in run.stages)
-        text = f"No videos: {escape(str(reason))} {INSTALL_GL}" if reason else "This run filmed no episode."
-        return _section("Videos", text, "") if reason or asked else ""
-    figures_html = []
-    for path in films:
+def _films(run: Run) -> list[tuple[str, str, str]]:
+    """(caption, kind of file, its content as a URL) of each film."""
+    films = []
+    for path in run.folder.films():
         about = run.about(path)
         outcome = {True: "Success", False: "Failure"}.get(about.get("success"), path.stem)  # type: ignore[arg-type]
         caption = f"{outcome}, initial state {about['seed']}" if "seed" in about else outcome
-        source = video.data_url(path)
-        player = f'<video src="{source}" controls autoplay loop muted playsinline></video>'
-        if path.suffix == ".gif":
-            player = f'<img class="film" alt="{escape(caption)}" src="{source}">'
-        figures_html.append(f"<figure>{player}<figcaption>{escape(caption)}</figcaption></figure>")
-    return _section("Videos", "", f'<div class="columns">{"".join(figures_html)}</div>')
+        films.append((caption, path.suffix, video.data_url(path)))
+    return films
 
 
-def _stages(run: Run) -> str:
-    if not run.stages:
-        return ""
-    amounts = ("decisions", "updates", "seconds")
-
-    def row(first: str, title: str, values: dict[str, Any], last: str) -> str:
-        counts = [f"{values.get(name) or 0:,}" for name in amounts[:2]]
-        numbers = [*("" if count == "0" else count for count in counts), f"{values.get('seconds') or 0:.1f}"]
-        return f"<tr><td>{first}</td><td>{escape(title)}</td>{_cells(numbers, 'td')}<td>{escape(last)}</td></tr>"
-
-    rows = [
-        row(
-            ".".join(str(i + 1) for i in stage.get("path", [])),
-            str(stage.get("title") or stage.get("word")),
-            stage,
-            describe(stage.get("metrics") or {}),
-        )
-        for stage in run.stages
-    ]
-    head = f"<tr><th></th><th>stage</th>{_cells(amounts, 'th')}<th></th></tr>"
-    foot = row("", "all stages", _totals(run), "")
-    table = f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody><tfoot>{foot}</tfoot></table>"
-    return _section("Stages", "", f'<div class="scroll">{table}</div>')
+def _no_films(run: Run) -> str:
+    """Why there are none, where somebody might ask."""
+    if reason := run.unavailable.get("reason"):
+        return f"No videos: {reason} {INSTALL_GL}"
+    return "This run filmed no episode." if any(stage.get("word") == "evaluate" for stage in run.stages) else ""
 
 
-def _damaged(run: Run) -> str:
-    if not run.damaged:
-        return ""
-    note = "These files of the run folder cannot be read; what they held is missing above."
-    return _section("Damaged files", note, f"<pre>{escape(chr(10).join(run.damaged))}</pre>")
-
-
-def _cells(texts: Sequence[str], tag: str) -> str:
-    return "".join(f'<{tag} class="n">{escape(text)}</{tag}>' for text in texts)
-
-
-def _recipe(run: Run) -> str:
-    note = "Fully resolved, defaults included: this text alone is the run."
-    return _section("Recipe", note, _folded(run.folder.recipe, run.recipe_text))
-
-
-def _folded(path: Path, text: str) -> str:
-    """A file that opens at a click; nothing where it is empty."""
-    return f"<details><summary>{path.name}</summary><pre>{escape(text)}</pre></details>" if text else ""
-
-
-def _facts(run: Run) -> str:
+def _facts(run: Run) -> list[tuple[str, Any]]:
     facts = run.facts
     seeds = [f"run {run.recipe.get('seed', '?')}"]
     seeds += [
@@ -317,11 +232,8 @@ def _facts(run: Run) -> str:
     cores = f"{facts.get('cores', '?')} cores, {facts.get('memory_gib', '?')} GiB, {facts.get('gpu') or 'no GPU'}"
     versions = ", ".join(f"{name} {version}" for name, version in (facts.get("versions") or {}).items() if version)
     memory = next((line for line in run.messages.splitlines() if "this run needs" in line.lower()), None)
-    rows = {
-        "command": facts.get("command"), "commit": facts.get("commit"), "started": facts.get("started"),
-        "seeds": "; ".join(seeds), "machine": f"{facts.get('processor', '?')}, {cores}", "system": facts.get("system"),
-        "versions": versions, "memory": memory,
-    }  # fmt: skip
-    cells = "".join(f'<tr><td class="key">{k}</td><td>{escape(str(v))}</td></tr>' for k, v in rows.items() if v)
-    log = _folded(run.folder.messages, run.messages)
-    return _section("How to repeat this", "", f"<table><tbody>{cells}</tbody></table>{log}")
+    return [
+        ("command", facts.get("command")), ("commit", facts.get("commit")), ("started", facts.get("started")),
+        ("seeds", "; ".join(seeds)), ("machine", f"{facts.get('processor', '?')}, {cores}"),
+        ("system", facts.get("system")), ("versions", versions), ("memory", memory),
+    ]  # fmt: skip

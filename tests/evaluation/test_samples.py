@@ -13,6 +13,7 @@ from embodied_rft.names import visible
 from embodied_rft.options import parse
 from embodied_rft.pools.pool import make_pool
 from embodied_rft.pools.text_spaces import write_chat
+from embodied_rft.report.figures import part
 from embodied_rft.runs.log import LogConfig, Logger
 from embodied_rft.runs.recipe import Recipe
 from embodied_rft.train import train
@@ -54,21 +55,25 @@ def test_files_are_bounded_and_read_back(tmp_path):
     assert samples.read_samples(tmp_path / "none") == []
 
 
+def html(evaluation, some):
+    return part("samples", samples.shown(evaluation, some))
+
+
 def test_a_hack_is_seen_at_a_glance():
     hacked, others = [sample(1, reply="e" * 50)] * 90, [sample(0, reply=str(i)) for i in range(10)]
     said = samples.summarize(hacked + others)
     assert said == {"replies": 100, "distinct": 11, "commonest": "e" * 50, "times": 90}
-    page = samples.as_html({"name": "after", "said": said}, [sample(1, reply="e" * 50)])
+    page = html({"name": "after", "said": said}, [sample(1, reply="e" * 50)])
     assert "100 replies, 11 of them different" in page and "90 times" in page and "e" * 50 in page
 
 
 def test_nothing_that_was_said_leaves_its_cell():
     some = [sample(1, reply=NASTY, prompt=write_chat([{"role": "user", "content": NASTY}]))]
     counts = {"replies": 3, "distinct": 2, "times": 2}
-    page = samples.as_html({"name": NASTY, "said": {"commonest": NASTY, **counts}}, some)
+    page = html({"name": NASTY, "said": {"commonest": NASTY, **counts}}, some)
     assert "3 replies, 2 of them different" in page
     for damaged in (None, [], {**counts, "times": NASTY}, {"commonest": NASTY}):  # counted again
-        assert "1 replies, 1 of them different" in samples.as_html({"said": damaged}, some)
+        assert "1 replies, 1 of them different" in html({"said": damaged}, some)
     assert "<script" not in page and "\x1b" not in page and "\u202e" not in page and "user: &lt;script" in page
     (row,) = samples.as_markdown(some).splitlines()[2:]
     assert "<script" not in row and "\x1b" not in row and row.count("|") == 5  # the borders of four columns

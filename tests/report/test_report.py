@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 
 import av
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 
 from embodied_rft.evaluation import video
 from embodied_rft.files import write_json
-from embodied_rft.report import figures, page
+from embodied_rft.report import figures
 from embodied_rft.report.page import write_report
 from embodied_rft.runs.facts import write_run_facts
 from embodied_rft.runs.log import LogConfig, Logger
@@ -241,13 +240,15 @@ def test_run_facts_name_the_commit_of_the_checkout(run):
 
 
 def test_bars_are_as_long_as_the_rates():
-    svg = figures.success_bars([figures.Rate("a", 0.5, 0.4, 0.6, "before"), figures.Rate("b", 1.0, 0.98, 1.0, "after")])
+    svg = figures.part(
+        "success_bars", [figures.Rate("a", 0.5, 0.4, 0.6, "before"), figures.Rate("b", 1.0, 0.98, 1.0, "after")]
+    )
     widths = [float(w) for w in re.findall(r'<rect class="(?:before|after)"[^>]* width="([0-9.]+)"', svg)]
     assert widths[1] == 2 * widths[0]
 
 
 def test_every_initial_state_has_a_square_of_its_colour():
-    svg = figures.outcome_grid([True, True, False, False, False], [True, False, True, False, False], columns=3)
+    svg = figures.part("outcome_grid", [True, True, False, False, False], [True, False, True, False, False], columns=3)
     assert re.findall(r'<rect class="(\w+)"', svg) == ["kept", "lost", "gained", "missed", "missed"]
 
 
@@ -285,7 +286,3 @@ def test_without_the_codec_it_becomes_a_gif(tmp_path, monkeypatch):
 def test_what_is_no_film_is_refused(tmp_path, bad):
     with pytest.raises(ValueError, match=r"frames \[T, H, W, 3\] uint8"):
         video.write_video(tmp_path / "f.mp4", bad)
-
-
-def test_the_template_ships_with_the_package():
-    assert (Path(page.__file__).parent / "page.html").is_file()
