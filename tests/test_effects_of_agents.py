@@ -5,10 +5,9 @@ import functools
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from embodied_rft import registry
-from tests.lab.effects import Walk, tally
+from tests.lab.effects import Walk, Work, tally
 from tests.lab.scene import Scene, experience, make_agent
 from tests.test_effects import CHAIN, GAUSSIAN, TALKS, learn
 
@@ -45,7 +44,6 @@ AGENT_VALUES = {
     "model.tiny.num_kv_heads": 2,
     "model.tiny.hidden_size": 48,
     "model.tiny.vocab_size": 400,
-    "model.tiny.merges": 20,
     "model": {"tiny": {"hidden_size": 24, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}},
     "statistics": "min_max",
     **dict.fromkeys(("min_std", "parallel.min_std", "flow.min_std"), 0.3),
@@ -66,21 +64,8 @@ WORK = ("gradient_checkpointing", "token_chunk", "share_prefix", "cache_bytes")
 
 EXEMPT = {
     "model.tiny.max_tokens": "a limit: what is longer is refused (tests/agents/test_language.py)",
-    "model.tiny.merges": "needs a corpus, which only code can give (tests/agents/test_language.py)",
     "long_prompts": "asked of environments that list their prompts (tests/envs)",
 }
-
-
-class Work(TorchDispatchMode):
-    """Counts what is computed."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 def run_agent(id, scene, options, situation):

@@ -23,6 +23,7 @@ from pydantic import BeforeValidator
 from embodied_rft.evaluation.samples import Sample
 from embodied_rft.files import plain_number, write_atomically
 from embodied_rft.names import UserError, visible
+from embodied_rft.options import refuse_idle
 from embodied_rft.runs.console import Bar, Console, describe
 from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.sinks import Sink, Table, TensorBoardSink, WandbSink, make_plugin_sink
@@ -43,6 +44,10 @@ class LogConfig:
     wandb: Annotated[Literal[False, "offline", "online"], BeforeValidator(_wandb_mode)] = False  # offline: `wandb sync`
     project: str = "embodied_rft"  # of wandb
     plugins: dict[str, dict[str, Any]] = field(default_factory=dict)  # {id of a registered "logger": its options}
+
+    def __post_init__(self) -> None:
+        if not self.wandb:
+            refuse_idle(self, ["project"], "without wandb")
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from collections import Counter
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.spaces import Box
 
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
@@ -15,35 +14,10 @@ from embodied_rft.names import UserError
 from embodied_rft.options import ConfigError, parse
 from embodied_rft.runs.recipe import Recipe
 from embodied_rft.train import train
+from tests.lab.helpers_envs import Goal
 
 
-class PointGoal(gym.Env):
-    """A point on a plane must stop close to a goal; -1 a step until it does, nothing ends an episode but the clock."""
-
-    def __init__(self, penalty=0.0):
-        self.action_space, self.penalty = Box(-1, 1, (2,), np.float32), penalty
-        keys = {"observation": 2, "achieved_goal": 2, "desired_goal": 2}
-        self.observation_space = gym.spaces.Dict({k: Box(-2, 2, (n,), np.float32) for k, n in keys.items()})
-
-    def see(self):
-        return {k: v.astype(np.float32) for k, v in
-                {"observation": self.at, "achieved_goal": self.at, "desired_goal": self.goal}.items()}  # fmt: skip
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.at, self.goal = np.zeros(2), self.np_random.uniform(-1, 1, 2)
-        return self.see(), {}
-
-    def step(self, action):
-        self.at = np.clip(self.at + 0.2 * action, -1, 1)
-        reward = float(self.compute_reward(self.at, self.goal, {}))
-        return self.see(), reward - self.penalty, False, False, {"success": reward == 0}
-
-    def compute_reward(self, achieved_goal, desired_goal, info):
-        return -(np.linalg.norm(achieved_goal - desired_goal, axis=-1) > 0.15).astype(np.float32)
-
-
-class Unpaid(PointGoal):
+class Unpaid(Goal):
     """Says nothing of other goals."""
 
     @property
@@ -51,16 +25,15 @@ class Unpaid(PointGoal):
         raise AttributeError
 
 
-gym.register("PointGoal-v0", PointGoal, max_episode_steps=12)
 gym.register("Unpaid-v0", Unpaid, max_episode_steps=12)
 GOALS = ("achieved_goal", "desired_goal", "observation")
 
 
 def filled(lengths, *, seed=0, capacity=200, **options):
     """A buffer of episodes, the last of them still running."""
-    rng, env = np.random.default_rng(seed), PointGoal()
+    rng, env = np.random.default_rng(seed), Goal()
     buffer = Buffer(Schema({k: Field((2,)) for k in GOALS}, Field((2,)), **options), capacity)
-    buffer.goals = Goals(PointGoal)
+    buffer.goals = Goals(Goal)
     for count in lengths:
         at = rng.uniform(-1, 1, (count + 1, 2)).astype(np.float32)
         goal = np.repeat(rng.uniform(-1, 1, (1, 2)), count + 1, 0).astype(np.float32)
@@ -78,7 +51,7 @@ def test_relabelled_windows_equal_a_loop_over_the_episodes(num_steps):
     where = {int(row): (one, t) for rows, one in episodes for t, row in enumerate(rows)}
     batch = buffer.sample(np.random.default_rng(1), 400, hindsight=4, num_steps=num_steps, gamma=gamma)
     plain = buffer.batch(batch.rows, num_steps=num_steps, gamma=gamma)
-    compute, changed, offsets = PointGoal().compute_reward, 0, Counter()
+    compute, changed, offsets = Goal().compute_reward, 0, Counter()
     for i, row in enumerate(batch.rows):
         one, t = where[int(row)]
         goal = batch.observation["desired_goal"][i].numpy()
@@ -115,7 +88,7 @@ def test_it_tells_what_the_buffer_of_sb3_tells():
     from stable_baselines3 import HerReplayBuffer
     from stable_baselines3.common.vec_env import DummyVecEnv
 
-    env = DummyVecEnv([lambda: gym.make("PointGoal-v0")])
+    env = DummyVecEnv([lambda: gym.make("Goal-v0")])
     theirs = HerReplayBuffer(200, env.observation_space, env.action_space, env, device="cpu", n_sampled_goal=4)
     buffer = filled([4, 3])
     for one in buffer.trajectories():
@@ -146,7 +119,7 @@ def test_notes_of_the_old_goal_do_not_count():
 
 def recipe(objective, *, env=None, agent=None, decisions=24):
     stage = {"objective": {"batch_size": 8, **objective}, "decisions": decisions}
-    tree = {"env": {"id": "PointGoal-v0", "num_envs": 2} | (env or {}), "agent": {"id": "gaussian", "hidden": [8]}}
+    tree = {"env": {"id": "Goal-v0", "num_envs": 2} | (env or {}), "agent": {"id": "gaussian", "hidden": [8]}}
     stages = [{"warm_up": {"decisions": 4}}, {"finetune": stage}]
     return parse(Recipe, tree | {"agent": tree["agent"] | (agent or {}), "stages": stages})
 
@@ -184,7 +157,7 @@ def test_what_cannot_be_told_again_is_refused(tmp_path, objective, options, mess
 
 def reached(tmp_path, hindsight):
     """Share of held-out goals that are reached, after 1,500 decisions."""
-    env = {"id": "PointGoal-v0", "num_envs": 4}
+    env = {"id": "Goal-v0", "num_envs": 4}
     objective = {"id": "sac", "critic_hidden": [64, 64], "gamma": 0.9, "tau": 0.02, "hindsight": hindsight}
     objective |= {"initial_temperature": 0.1, "batch_size": 64}
     stage = {"objective": objective, "decisions": 1_500, "learner": {"learning_rate": 1e-3}}

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic.fields import FieldInfo
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from embodied_rft.data import Ragged
 from embodied_rft.names import UserError
@@ -138,6 +139,8 @@ class Walk:
         contexts: {name: further options without which it has no effect}; alone it has to be refused.
         situations: {name: where it can matter, as `run` knows it}: a fact of environments or data, no option.
         exempt: {name: why}: it changes no result, and should not.
+        limits: {name: what the refusal says}: all it does is to refuse what the plain run takes.
+        among: names that begin so are walked; the others are where they matter.
     """
 
     what: str
@@ -148,13 +151,15 @@ class Walk:
     contexts: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     situations: Mapping[str, str] = dataclasses.field(default_factory=dict)
     exempt: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    limits: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    among: tuple[str, ...] = ("",)
 
     def __post_init__(self) -> None:
         self._known: dict[str, str] = {}
 
     def options(self) -> list[Option]:
         """Those that are walked."""
-        return options_of(self.config)
+        return [option for option in options_of(self.config) if option.name.startswith(self.among)]
 
     def examine(self, option: Option) -> str:
         """What became of it: effect, refused (alone, not in its context), refused alone, exempt or dead."""
@@ -165,6 +170,10 @@ class Walk:
         base = self._open(self.base, option)
         changed = place(base, name, self._value(option, base))
         alone = self._print(changed, situation)
+        if name in self.limits:
+            plain = self._print(base, situation)
+            assert self.limits[name] in alone and not plain.startswith("refused"), f"{self.what}.{name}: {alone}"
+            return "effect"
         if not alone.startswith("refused"):
             return "effect" if alone != self._print(base, situation) else "dead"
         if name in self.contexts:
@@ -196,6 +205,18 @@ class Walk:
                     raise
                 self._known[key] = f"refused: {error}"
         return self._known[key]
+
+
+class Work(TorchDispatchMode):
+    """Counts what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def fingerprint(*things: Any) -> str:
