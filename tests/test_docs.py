@@ -50,7 +50,7 @@ import awac, gymnasium, torch
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.testing.toys import random_batch
+from tests.lab.point import random_batch
 
 box = gymnasium.spaces.Box(-1, 1, (2,))
 for id in ("awac", "crr", "mcac"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from embodied_rft.data import Space
 from embodied_rft.pools.protocol import is_text
 from embodied_rft.seeding import FIRST_EVALUATION_SEED
 
@@ -149,18 +150,21 @@ def _test(tell: Callable[[int, Seeding], Any], seeding: Seeding, *, varied: bool
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two trees of arrays, numbers and texts are equal to the bit."""
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    """Whether two trees of arrays, numbers and texts are equal to the bit; NaN equals nothing."""
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
         return isinstance(b, list | tuple) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return bool(np.array_equal(a, b))
 
 
-def first_moves(env: gymnasium.Env, count: int = NUM_STEPS) -> list[Any]:
-    """A few actions, the same whenever asked; none for text, where a step may cost a judge's call."""
-    if is_text(env.action_space):
-        return []
-    twin = copy.deepcopy(env.action_space)
+def random_actions(space: Space, count: int) -> list[Any]:
+    """`count` of them, always the same."""
+    twin = copy.deepcopy(space)
     twin.seed(0)
     return [twin.sample() for _ in range(count)]
+
+
+def first_moves(env: gymnasium.Env) -> list[Any]:
+    """A few actions, the same whenever asked; none for text, where a step may cost a judge's call."""
+    return [] if is_text(env.action_space) else random_actions(env.action_space, NUM_STEPS)

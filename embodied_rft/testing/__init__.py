@@ -1,1 +1,1 @@
-"""For authors of plug-ins: `check_env`, `check_policy`, small environments."""
+"""For authors of plug-ins: `check_env`, `check_policy`."""

@@ -14,15 +14,16 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 
 from embodied_rft import registry
+from embodied_rft.device import seeded
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.names import UserError
 from embodied_rft.pools.answers import Unfit, as_end, as_reward, leaves_of, success_of
 from embodied_rft.pools.incidents import describe_error
 from embodied_rft.pools.making import find_spec, make_single
 from embodied_rft.pools.pool import make_pool
+from embodied_rft.pools.promises import random_actions, same
 from embodied_rft.pools.protocol import LARGEST, Pool, field_of, fields_of, flatten_space, is_text
 from embodied_rft.pools.wrappers import single_state
-from embodied_rft.testing.compare import generator, random_actions, same
 
 NUM_STEPS = 50
 
@@ -90,7 +91,7 @@ def _check_agents(env: gymnasium.Env, name: str) -> None:
     refused = {}
     for id in registry.known("agent"):
         try:
-            build_agent({"id": id}, env.observation_space, env.action_space, generator(0))
+            build_agent({"id": id}, env.observation_space, env.action_space, seeded(0))
             return
         except ValueError as error:
             refused[id] = str(error)

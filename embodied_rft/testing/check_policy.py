@@ -10,10 +10,11 @@ import torch
 from gymnasium import spaces
 
 from embodied_rft.data import Decisions, Ragged, Space
+from embodied_rft.device import seeded
 from embodied_rft.names import UserError
 from embodied_rft.policy import HasMode, Refuses, able, require_policy
+from embodied_rft.pools.promises import random_actions, same
 from embodied_rft.pools.protocol import flatten_space
-from embodied_rft.testing.compare import generator, random_actions, same
 
 
 def check_policy(policy: Any, observation_space: Space, action_space: Space, *, count: int = 6) -> None:
@@ -32,7 +33,7 @@ def check_policy(policy: Any, observation_space: Space, action_space: Space, *, 
     require_policy(policy, "the policy")
     observation = _readable(policy, observation_space, _observations(observation_space, count))
     before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
-    decisions = policy.act(observation, rng=generator(0))
+    decisions = policy.act(observation, rng=seeded(0))
     _check_decisions(name, policy, decisions, action_space, count)
     _check_agreement(name, policy, observation, decisions)
     _check_determinism(name, policy, observation, decisions)
@@ -132,7 +133,7 @@ def _check_agreement(name: str, policy: Any, observation: dict[str, Any], decisi
 
 
 def _check_determinism(name: str, policy: Any, observation: dict[str, Any], decisions: Decisions) -> None:
-    again = policy.act(observation, rng=generator(0))
+    again = policy.act(observation, rng=seeded(0))
     if not same(_plain(decisions), _plain(again)):
         raise UserError(f"{name}.act gave two answers from equal rng; expected bit-equal decisions")
     greedy = [_plain(policy.act(observation, greedy=True)) for _ in range(2)]

@@ -15,7 +15,7 @@ from embodied_rft.networks.tensors import as_tensors
 from embodied_rft.objectives import build_objective
 from embodied_rft.policy import build_policy
 from embodied_rft.pools.chunks import ChunkBox
-from embodied_rft.testing.toys import random_batch
+from tests.lab.point import random_batch
 
 STATE = gym.spaces.Box(-np.inf, np.inf, (6,))
 ACTION = gym.spaces.Box(-1, 1, (3,))

@@ -23,10 +23,10 @@ from embodied_rft.pools.spaces import Choices
 from embodied_rft.runs.recipe import Recipe
 from embodied_rft.runs.session import Interrupted, Session
 from embodied_rft.testing.check_policy import check_policy
-from embodied_rft.testing.toys import random_batch
 from embodied_rft.train import train
 from tests.agents.test_agents import generator
 from tests.lab import chain_env
+from tests.lab.point import random_batch
 
 STATE = spaces.Box(-np.inf, np.inf, (4,), np.float32)
 MIXED = spaces.Dict(camera=spaces.Box(0, 255, (20, 20, 3), np.uint8), goal=spaces.Discrete(3))

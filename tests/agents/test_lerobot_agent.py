@@ -14,7 +14,7 @@ from embodied_rft.networks.tensors import as_tensors
 from embodied_rft.policy import build_policy
 from embodied_rft.pools.chunks import ChunkBox, ChunkPool, fit_pool
 from embodied_rft.testing.check_policy import check_policy
-from embodied_rft.testing.toys import PointReach
+from tests.lab.point import PointReach
 
 SPACE = gym.spaces.Dict(
     {"state": gym.spaces.Box(-1, 1, (4,)), "image/front": gym.spaces.Box(0, 255, (16, 16, 3), np.uint8)}

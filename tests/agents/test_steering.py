@@ -12,7 +12,7 @@ from embodied_rft.objectives import build_objective
 from embodied_rft.policy import build_policy
 from embodied_rft.pools.chunks import ChunkBox
 from embodied_rft.testing.check_policy import check_policy
-from embodied_rft.testing.toys import random_batch
+from tests.lab.point import random_batch
 
 STATE = gym.spaces.Box(-1, 1, (3,))
 ACTION = ChunkBox(gym.spaces.Box(-1, 1, (2,)), horizon=2)

@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode
 
 import embodied_rft.envs  # noqa: F401
 from embodied_rft.envs.serving import BatchEnv, BatchVectorEnv, EnvBatch, Outcome, serve
-from embodied_rft.testing.compare import same
+from embodied_rft.pools.promises import same
 
 
 class Count(EnvBatch):

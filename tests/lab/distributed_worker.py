@@ -16,7 +16,7 @@ from embodied_rft.data import Batch, Ragged
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.testing.toys import random_batch
+from tests.lab.point import random_batch
 
 TEXT = gym.spaces.Text(64)
 STATE, ACTION = gym.spaces.Box(-np.inf, np.inf, (6,)), gym.spaces.Box(-1, 1, (4,))

@@ -12,7 +12,7 @@ from embodied_rft.experience.collect import Collector
 from embodied_rft.learning.agent import build_agent, wrap_policy
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.testing.toys import PointReach
+from tests.lab.point import PointReach
 
 GAUSSIAN = {"id": "gaussian", "hidden": [64, 64]}
 DETERMINISTIC = GAUSSIAN | {"deterministic": True}

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.testing.toys import random_batch
+from tests.lab.point import random_batch
 
 STATE = gym.spaces.Box(-np.inf, np.inf, (5,))
 ACTION = gym.spaces.Box(np.array([-2, 0.5], np.float32), np.array([1, 4.5], np.float32))

@@ -17,7 +17,7 @@ from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.objective import fit_normalizers
 from embodied_rft.pools.chunks import fit_pool
 from embodied_rft.pools.protocol import fields_of
-from embodied_rft.testing.toys import PointReach
+from tests.lab.point import PointReach
 
 MOVES = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]], np.float32)
 VECTOR = gym.spaces.Box(-2, 2, (4,), np.float32)

@@ -12,7 +12,7 @@ from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig, NonFiniteLossError
 from embodied_rft.learning.optimizer import AdamW
 from embodied_rft.objectives import build_objective
-from embodied_rft.testing.toys import random_batch
+from tests.lab.point import random_batch
 
 STATE = gym.spaces.Box(-np.inf, np.inf, (6,))
 ACTION = gym.spaces.Box(-1, 1, (4,))

@@ -14,7 +14,7 @@ from embodied_rft.learning.agent import build_agent, wrap_policy
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
 from embodied_rft.pools.chunks import ChunkPool, fit_pool
-from embodied_rft.testing.toys import PointDemonstrator, PointReach
+from tests.lab.point import PointDemonstrator, PointReach
 
 pytestmark = pytest.mark.learning
 SHEET = 7  # of the states that judge; none of the numbers below was chosen on it

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from embodied_rft.objectives.common import annotate_returns
-from embodied_rft.testing.toys import PointDemonstrator
 from tests.lab.harness import CRITIC, DETERMINISTIC, GAUSSIAN, Lab, fails, require
+from tests.lab.point import PointDemonstrator
 
 pytestmark = pytest.mark.learning
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from embodied_rft.learning.learner import LearnerConfig
-from embodied_rft.testing.toys import PointDemonstrator
 from tests.lab.harness import CRITIC, DETERMINISTIC, GAUSSIAN, Lab, fails, require
+from tests.lab.point import PointDemonstrator
 
 pytestmark = pytest.mark.learning
 

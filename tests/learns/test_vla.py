@@ -15,8 +15,8 @@ from embodied_rft.data import Decisions, Field, Source
 from embodied_rft.experience.collect import Collector
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import LearnerConfig
-from embodied_rft.testing.toys import PointReach
 from tests.lab.harness import Lab, fails, require
+from tests.lab.point import PointReach
 
 pytestmark = pytest.mark.learning
 

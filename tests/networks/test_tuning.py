@@ -13,8 +13,8 @@ from embodied_rft.objectives import build_objective
 from embodied_rft.policy import build_policy
 from embodied_rft.pools.chunks import ChunkBox
 from embodied_rft.runs.recipe import load_recipe
-from embodied_rft.testing.toys import random_batch
 from embodied_rft.train import train
+from tests.lab.point import random_batch
 
 STATE = gym.spaces.Dict(
     {"image/front": gym.spaces.Box(0, 255, (32, 32, 3), np.uint8), "state": gym.spaces.Box(-1, 1, (3,), np.float32)}

@@ -16,7 +16,7 @@ from embodied_rft.objectives import build_objective
 from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.conservative import propose
 from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig
-from embodied_rft.testing.toys import PointReach, random_batch
+from tests.lab.point import PointReach, random_batch
 
 STATE = gym.spaces.Box(-np.inf, np.inf, (6,))
 ACTION = gym.spaces.Box(-1, 1, (2,))

@@ -11,7 +11,7 @@ from torch import nn
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.testing.toys import random_batch
+from tests.lab.point import random_batch
 from tests.lab.references import EPSILON, GAUSSIAN, RATE, STATE, generator
 
 UNIT = gym.spaces.Box(-1, 1, (2,), np.float32)

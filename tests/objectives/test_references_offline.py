@@ -8,7 +8,7 @@ import torch
 
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.objectives import build_objective
-from embodied_rft.testing.toys import random_batch
+from tests.lab.point import random_batch
 from tests.lab.references import (
     ACTION,
     CENTER,

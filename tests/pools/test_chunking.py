@@ -25,8 +25,8 @@ from embodied_rft.pools.chunks import BASE_ACTION, Chunk, ChunkBox, ChunkPool, Q
 from embodied_rft.pools.pool import make_pool
 from embodied_rft.pools.protocol import StepResult
 from embodied_rft.testing.check_policy import check_policy
-from embodied_rft.testing.toys import PointReach
 from tests.lab import toys  # noqa: F401  registers Corridor-v0
+from tests.lab.point import PointReach
 
 BASE = {"id": "diffusion", "horizon": 4, "execute": 3, "denoising_steps": 4, "width": 32}
 SEEDS = np.array([3, 4, 5, 6])

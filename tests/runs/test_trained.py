@@ -28,9 +28,9 @@ from embodied_rft.runs.play import play
 from embodied_rft.runs.recipe import load_recipe
 from embodied_rft.runs.trained import opened
 from embodied_rft.seeding import evaluation_seed
-from embodied_rft.testing.toys import random_batch
 from embodied_rft.train import train
 from tests.lab import ROOT
+from tests.lab.point import random_batch
 from tests.runs.test_run_folder import TREE, content, short
 
 

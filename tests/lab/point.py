@@ -1,4 +1,4 @@
-"""Toy tasks with known answers and made-up batches: for tests, ours and third parties'.
+"""A point that walks to a goal, with a known best policy, and made-up batches, for tests of learning.
 
 Pools as in docs/architecture.md, without physics. Legend: N environments.
 """
