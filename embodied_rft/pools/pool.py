@@ -12,14 +12,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from embodied_rft.data import Ragged, Space, Tree
+from embodied_rft.data import Ragged, Tree
 from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.batches import Batch
 from embodied_rft.pools.config import EnvConfig
@@ -47,36 +47,7 @@ from embodied_rft.pools.workers import WorkerPool
 Kind = Literal["auto", "native", "sync", "workers"]
 KINDS = ("auto", "native", "sync", "workers")
 TimeLimitIs = Literal["truncated", "terminal"]
-
-
-class Host(Protocol):
-    """What holds the N environments of a `VectorPool`: `singles.Singles` or `batches.Batch`."""
-
-    num_envs: int
-    observation_space: Space
-    action_space: Space
-    observation: dict[str, Any]
-    seeding: Seeding | None
-    first: int
-
-    @property
-    def can_save(self) -> bool:
-        """Whether the environments can be saved inside an episode."""
-
-    def reset(self, seeds: np.ndarray, mask: np.ndarray, options: Mapping[str, Any] | None) -> Answer:
-        """New episodes where `mask`."""
-
-    def step(self, action: Any, running: np.ndarray) -> Answer:
-        """One step of those that are `running`."""
-
-    def get_state(self) -> dict[str, np.ndarray] | None:
-        """The states of all."""
-
-    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Continue from them."""
-
-    def close(self) -> None:
-        """Free everything."""
+Host = Singles | Batch  # what holds the N environments of a `VectorPool`
 
 
 class VectorPool:
@@ -183,7 +154,7 @@ class VectorPool:
 
     def ask(self, name: str) -> Any:
         """What the (first) environment says under `name`, called if it is a method; None if it does not have it."""
-        env = self.host.vector_env if isinstance(self.host, Batch) else cast(Singles, self.host).slots[0].env
+        env = self.host.vector_env if isinstance(self.host, Batch) else self.host.slots[0].env
         found = getattr(getattr(env, "unwrapped", env), name, None)
         return found() if callable(found) else found
 

@@ -1,7 +1,8 @@
 """Deadlines of calls into environments: an alarm in this process, a note for the parent in a worker.
 
-Boundary: knows no environment. Whoever calls one says `begin` before and `end` after; what happens to a call that
-takes too long is here (in process) or in `workers` (the process is killed).
+Boundary: knows no environment. Whoever calls one says `begin` before (which environment, -1: all at once; how many
+seconds it may take) and `end` after, those of one round inside `with watch:`; what happens to a call that takes too
+long is here (in process) or in `workers` (the process is killed).
 """
 
 from __future__ import annotations
@@ -9,32 +10,13 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 
 class Hang(BaseException):
     """Raised inside a call that took too long; no `except Exception` of an environment may swallow it."""
-
-
-class Watch(Protocol):
-    """Told of every call: of which environment (-1: of all at once) and how many seconds it may take.
-
-    Calls of one round are made inside `with watch:`.
-    """
-
-    def __enter__(self) -> Watch:
-        """A round of calls begins."""
-
-    def __exit__(self, *error: Any) -> None:
-        """It is over."""
-
-    def begin(self, env: int, seconds: float) -> None:
-        """A call begins."""
-
-    def end(self) -> None:
-        """It is over."""
 
 
 class Alarm:
@@ -110,3 +92,6 @@ class Note:
     def end(self) -> None:
         """Nobody is busy."""
         self.busy[self.worker] = -1
+
+
+Watch = Alarm | Note

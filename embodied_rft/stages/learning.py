@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,35 +29,20 @@ class LearningProgress(Progress):
     owed: float = 0.0  # of an update, by fractions of updates for each decision
 
 
-class Learning(Protocol):
-    """What `finetune` asks of either way to learn."""
-
-    refused: ClassVar[Mapping[str, str]]  # its options that have no effect here, and what to do instead
-
-    def iteration(self, num_envs: int) -> int:
-        """Decisions of an iteration where the recipe says nothing."""
-
-    def add(self, recording: Recording) -> np.ndarray:
-        """Put new experience into the buffer; its rows [decisions]."""
-
-    def learn(self, decisions: int, rows: np.ndarray) -> Metrics:
-        """Updates for so many new decisions of this process, `rows` of the buffer; what was found in the data."""
-
-
 class FromReplay:
     """`updates_per_decision` updates for each decision, drawn from all that the buffer holds."""
 
-    refused: ClassVar[Mapping[str, str]] = {}
+    refused: ClassVar[Mapping[str, str]] = {}  # options that have no effect here, and what to do instead
 
     def __init__(self, session: Session, options: Mapping[str, Any]) -> None:
         self.session, self.options = session, options
 
     def iteration(self, num_envs: int) -> int:
-        """Few: replay learns as it goes, close to what it has just seen."""
+        """Decisions of an iteration where the recipe says nothing: few, since replay learns as it goes."""
         return math.ceil(50 / num_envs) * num_envs
 
     def add(self, recording: Recording) -> np.ndarray:
-        """Write, and annotate the episodes that have ended."""
+        """Put new experience into the buffer, annotate the episodes that have ended; the rows [decisions]."""
         session, written = self.session, write(self.session, recording)
         if session.progress_as(LearningProgress).annotated and len(written.episodes):
             known = session.buffer.rows()
@@ -98,7 +83,7 @@ class FromFresh:
         return 50 * num_envs
 
     def add(self, recording: Recording) -> np.ndarray:
-        """Write."""
+        """Put new experience into the buffer; the rows [decisions]."""
         return write(self.session, recording).rows
 
     def learn(self, decisions: int, rows: np.ndarray) -> Metrics:
@@ -110,7 +95,10 @@ class FromFresh:
         return noted
 
 
-def learning_of(objective: Objective) -> type[FromReplay] | type[FromFresh]:
+Learning = FromReplay | FromFresh
+
+
+def learning_of(objective: Objective) -> type[Learning]:
     """The way to learn that an objective's reading asks for."""
     return FromFresh if isinstance(objective.reading, Fresh) else FromReplay
 
