@@ -127,7 +127,7 @@ class Agent(nn.Module):
         Raises:
             ValueError: an existing part was made with other options.
         """
-        options = {k: v for k, v in options.items() if v is not None}
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v is not None}
         if kind == "critic":
             options.setdefault("judges", "action")
         known = self.part_specs.get(name)

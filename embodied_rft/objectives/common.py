@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.buffer.buffer import Buffer
+from embodied_rft.buffer.plans import Share
 from embodied_rft.data import Batch, Ragged
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.learner import to_device
@@ -44,6 +45,30 @@ def preset(id: str, **defaults: Any) -> Callable[[T], T]:
         return register("objective", id)(cls)
 
     return decorate
+
+
+@dataclass(config=STRICT, kw_only=True)
+class CriticOptions:
+    """Of objectives that learn a critic; None keeps what an existing one has."""
+
+    tau: Share = 0.005  # how far the target critic moves towards the critic
+    num_critics: int | None = None  # a new critic has 2
+    critic_hidden: tuple[int, ...] | None = None  # a new critic has (256, 256)
+    critic_layer_norm: bool | None = None  # a new critic has none
+    warm_start: bool = True  # keep a critic that an earlier stage trained
+
+
+def ensure_critic(agent: Agent, config: CriticOptions, kind: str = "critic", **options: Any) -> None:
+    """The part "critic" and its target; those that exist are kept unless `warm_start` is off."""
+    size = {"hidden": config.critic_hidden, "num_members": config.num_critics, "layer_norm": config.critic_layer_norm}
+    agent.ensure("critic", kind, fresh=not config.warm_start, **size, **options)
+    agent.ensure_target("critic", fresh=not config.warm_start)
+
+
+def ensure_temperature(agent: Agent, *, initial: float, fresh: bool) -> None:
+    """The part "temperature"; one that exists keeps its value unless it is to be `fresh`."""
+    kept = "temperature" in agent.parts and not fresh
+    agent.ensure("temperature", "temperature", fresh=fresh, initial=None if kept else initial)
 
 
 def imitation(agent: Agent, batch: Batch, rng: torch.Generator) -> Tensor:

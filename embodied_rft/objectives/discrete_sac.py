@@ -20,6 +20,7 @@ from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import polyak
+from embodied_rft.objectives.common import CriticOptions, ensure_critic, ensure_temperature
 from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import Chooses, able
 from embodied_rft.pools.spaces import one_choice
@@ -27,15 +28,11 @@ from embodied_rft.registry import register
 
 
 @dataclass(config=STRICT, kw_only=True)
-class DiscreteSACConfig(Replay):
+class DiscreteSACConfig(CriticOptions, Replay):
     """Options of `discrete_sac`: how the buffer is read, and these; None keeps what an existing critic has."""
 
     tau: Share = 1.0  # how far the target critic moves towards the critic
     target_every: PositiveInt = 8_000  # updates between moves of the target critic
-    num_critics: int | None = None  # a new critic has 2
-    critic_hidden: tuple[int, ...] | None = None  # a new critic has (256, 256)
-    critic_layer_norm: bool | None = None  # a new critic has none
-    warm_start: bool = True  # keep a critic that an earlier stage trained
     initial_temperature: float = 1.0  # of entropy
     train_temperature: bool = True  # towards target_entropy
     target_entropy: float | None = None  # None: 0.98 log n
@@ -66,24 +63,14 @@ class DiscreteSAC(Objective):
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """Critic, target critic and temperature."""
         c = self.config
-        fresh = not c.warm_start
         self.choices = one_choice(agent.spaces.action, "objective 'discrete_sac'").to(agent.device)
         if able(agent.policy, Chooses) is None:
             raise UserError(
                 f"objective 'discrete_sac' needs a probability of each option, {type(agent.policy).__name__} has none: "
                 "use the agent categorical"
             )
-        agent.ensure(
-            "critic",
-            "action_values",
-            fresh=fresh,
-            hidden=None if c.critic_hidden is None else list(c.critic_hidden),
-            num_members=c.num_critics,
-            layer_norm=c.critic_layer_norm,
-        )
-        agent.ensure_target("critic", fresh=fresh)
-        kept = "temperature" in agent.parts and not fresh
-        agent.ensure("temperature", "temperature", fresh=fresh, initial=None if kept else c.initial_temperature)
+        ensure_critic(agent, c, "action_values")
+        ensure_temperature(agent, initial=c.initial_temperature, fresh=not c.warm_start)
 
     def critic_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the squared error of the taken option's value, summed over members (eq. 4)."""

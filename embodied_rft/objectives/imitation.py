@@ -7,7 +7,6 @@ error of a chunk, diffusion or flow matching. Which episodes it copies says a `S
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,13 @@ from embodied_rft.data import Batch
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
-from embodied_rft.objectives.common import imitation, segment_returns
+from embodied_rft.objectives.common import imitation, preset, segment_returns
 from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import Imitates, able
 from embodied_rft.registry import register
 
 
-@dataclass(config=STRICT, kw_only=True)
+@dataclass(config=STRICT, kw_only=True, frozen=True)
 class Selection:
     """Which episodes are copied; every condition that is given must hold.
 
@@ -78,7 +77,7 @@ def select(buffer: Buffer, selection: Selection, reward_weights: dict[str, float
 class SelectedReplay(Replay):
     """Batches drawn with replacement from the decisions of selected episodes."""
 
-    selection: Selection = field(default_factory=Selection)
+    selection: Selection = Selection()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,7 +100,7 @@ class BehaviorCloningConfig:
 
     batch_size: int = 256  # decisions of one update
     offline_share: float | None = None  # 1.0: demonstrations and offline data only; without a selection
-    selection: Selection = field(default_factory=Selection)
+    selection: Selection = Selection()
     reward_weights: dict[str, float] | None = None  # what returns are made of; None: the environment's reward
 
     def __post_init__(self) -> None:
@@ -138,18 +137,9 @@ class BehaviorCloning(Objective):
         return loss, {"policy/loss": loss.detach()}
 
 
-@dataclass(config=STRICT, kw_only=True)
-class RAFTConfig(BehaviorCloningConfig):
-    """Options of `raft`: those of `bc`, on the best episode of each group."""
-
-    selection: Selection = field(default_factory=lambda: Selection(best_of=1))
-
-
-@register("objective", "raft")
+@preset("raft", selection=Selection(best_of=1))
 class RAFT(BehaviorCloning):
     """Reward-ranked fine-tuning (Dong et al. 2023): sample several replies, copy the best, repeat.
 
     stages: [repeat: {times: 10, stages: [collect: {episodes: 256, group_size: 8}, pretrain: {objective: raft}]}]
     """
-
-    Config = RAFTConfig

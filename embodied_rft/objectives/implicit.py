@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -15,15 +15,15 @@ from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import polyak
-from embodied_rft.objectives.common import imitation
+from embodied_rft.objectives.common import CriticOptions, ensure_critic, imitation
 from embodied_rft.options import STRICT
 from embodied_rft.policy import Imitates, Retraces, able
 from embodied_rft.registry import register
 
 
 @dataclass(config=STRICT, kw_only=True)
-class IQLConfig(Replay):
-    """Options of `iql`: how the buffer is read, and these; the critic's are as in `sac`."""
+class IQLConfig(CriticOptions, Replay):
+    """Options of `iql`: how the buffer is read, and these; those of the critic are of the value, too."""
 
     expectile: Share = 0.7  # 0.5: the mean over the data's actions; towards 1: the best of them (AntMaze: 0.9)
     inverse_temperature: float = 3.0  # beta; 0 is behaviour cloning (AntMaze: 10)
@@ -31,11 +31,6 @@ class IQLConfig(Replay):
     # what is weighted: the policy's own log-likelihood, or the `imitation_loss` that suits it (a squared error,
     # diffusion, flow matching)
     extraction: Literal["likelihood", "imitation"] = "likelihood"
-    tau: Share = 0.005  # speed of the target
-    num_critics: int | None = None  # of the ensemble; null: what there is, else 2
-    critic_hidden: tuple[int, ...] | None = None  # of critic and value
-    critic_layer_norm: bool | None = None  # null: what there is, else none
-    warm_start: bool = True  # keep what an earlier stage trained
 
 
 @register("objective", "iql")
@@ -65,12 +60,8 @@ class IQL(Objective):
             )
         if c.extraction == "imitation" and able(agent.policy, Imitates) is None:
             raise UserError(f"{name} has no imitation_loss: set extraction: likelihood")
-        fresh = not c.warm_start
-        options: dict[str, Any] = {"layer_norm": c.critic_layer_norm, "fresh": fresh}
-        options["hidden"] = None if c.critic_hidden is None else list(c.critic_hidden)
-        agent.ensure("critic", "critic", num_members=c.num_critics, **options)
-        agent.ensure_target("critic", fresh=fresh)
-        agent.ensure("value", "value", **options)
+        ensure_critic(agent, c)
+        agent.ensure("value", "value", hidden=c.critic_hidden, layer_norm=c.critic_layer_norm, fresh=not c.warm_start)
 
     # --- losses, in update order ---------------------------------------------------------------------------------
 

@@ -89,13 +89,12 @@ class DSRLNA(SAC):
         require_steering(agent, "dsrl_na")
         super().setup(agent, rng)
         c = self.config
-        hidden = None if c.critic_hidden is None else list(c.critic_hidden)
         agent.ensure(
             "noise_critic",
             "critic",
             judges="noise",
             fresh=not c.warm_start,
-            hidden=hidden,
+            hidden=c.critic_hidden,
             num_members=agent.parts["critic"].num_members,
             layer_norm=c.critic_layer_norm,
         )

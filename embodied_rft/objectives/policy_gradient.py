@@ -198,8 +198,7 @@ class PPO(Objective):
             self.losses = {"policy": self.policy_loss}
         else:
             refuse_idle(c, ["value_weight"], "on this policy, whose value is a network with a loss of its own")
-            hidden = None if c.value_hidden is None else list(c.value_hidden)
-            agent.ensure("value", "value", hidden=hidden, activation=c.value_activation)
+            agent.ensure("value", "value", hidden=c.value_hidden, activation=c.value_activation)
 
     def _check(self, policy: Any) -> None:
         """Refuse options that this policy cannot serve."""

@@ -24,7 +24,7 @@ from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
 from embodied_rft.names import UserError
-from embodied_rft.objectives.common import score_in_chunks, segment_returns
+from embodied_rft.objectives.common import preset, score_in_chunks, segment_returns
 from embodied_rft.options import STRICT
 from embodied_rft.registry import register
 
@@ -226,65 +226,22 @@ class DPO(Objective):
         return {}
 
 
-@dataclass(config=STRICT, kw_only=True)
-class IPOConfig(DPOConfig):
-    """Options of `ipo`."""
-
-    loss: losses.Preference = "squared"  # of the margin
-
-
-@register("objective", "ipo")
+@preset("ipo", loss="squared")
 class IPO(DPO):
     """Identity preference optimisation (Azar et al. 2023): the margin is drawn to 1 / (2 beta), not to infinity."""
 
-    Config = IPOConfig
 
-
-@dataclass(config=STRICT, kw_only=True)
-class SimPOConfig(DPOConfig):
-    """Options of `simpo`."""
-
-    reference: Literal["start", "none"] = "none"
-    per_unit: bool = True
-    beta: float = 2.0
-    margin: float = 1.0
-
-
-@register("objective", "simpo")
+@preset("simpo", reference="none", per_unit=True, beta=2.0, margin=1.0)
 class SimPO(DPO):
     """Simple preference optimisation (Meng et al. 2024, eq. 6): mean log-probabilities, a margin, no reference."""
 
-    Config = SimPOConfig
 
-
-@dataclass(config=STRICT, kw_only=True)
-class SLiCConfig(DPOConfig):
-    """Options of `slic`."""
-
-    reference: Literal["start", "none"] = "none"
-    loss: losses.Preference = "hinge"  # of the margin
-    beta: float = 1.0
-    chosen_weight: float = 0.1
-
-
-@register("objective", "slic")
+@preset("slic", reference="none", loss="hinge", beta=1.0, chosen_weight=0.1)
 class SLiC(DPO):
     """Sequence likelihood calibration (Zhao et al. 2023, eq. 3): a hinge on log-probabilities, and stay likely."""
 
-    Config = SLiCConfig
 
-
-@dataclass(config=STRICT, kw_only=True)
-class CPLConfig(DPOConfig):
-    """Options of `cpl`."""
-
-    within: Literal["group", "seed", "all"] = "all"  # whose replies are compared
-    segment: int | None = 16
-    reference: Literal["start", "none"] = "none"
-    rejected_weight: float = 0.5
-
-
-@register("objective", "cpl")
+@preset("cpl", within="all", segment=16, reference="none", rejected_weight=0.5)
 class CPL(DPO):
     """Contrastive preference learning (Hejna et al. 2023, eq. 5 and 8): segments and their log-probabilities.
 
@@ -292,5 +249,3 @@ class CPL(DPO):
     a buffer knows no optimal advantage. Both agree where rewards are the optimal advantage up to a constant; where they
     do not (a reward that comes late), label segments elsewhere and store a reward stream for `reward_weights`.
     """
-
-    Config = CPLConfig

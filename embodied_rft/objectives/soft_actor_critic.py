@@ -15,14 +15,14 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft import distributed
-from embodied_rft.buffer.plans import Replay, Share
+from embodied_rft.buffer.plans import Replay
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Tree
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import as_tensors, polyak
-from embodied_rft.objectives.common import imitation, preset
+from embodied_rft.objectives.common import CriticOptions, ensure_critic, ensure_temperature, imitation, preset
 from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import Draws, Imitates, Reparametrised, able
 from embodied_rft.pools.spaces import ActionScale
@@ -33,7 +33,7 @@ OF_ENTROPY = ("backup_entropy", "initial_temperature", "train_temperature", "tar
 
 
 @dataclass(config=STRICT, kw_only=True)
-class SACConfig(Replay):
+class SACConfig(CriticOptions, Replay):
     """Options of `sac`: how the buffer is read, and these; None keeps what an existing critic has, else the default."""
 
     # Targets
@@ -43,12 +43,6 @@ class SACConfig(Replay):
     backup_entropy: bool = True  # count the entropy of the next action in the target
     target_noise: NonNegativeFloat = 0.0  # `td3`: standard deviation of noise on the next action, in [-1, 1] units
     target_noise_clip: NonNegativeFloat = 0.5  # it is kept within this
-    tau: Share = 0.005  # speed of the target critic
-    # Critic
-    num_critics: int | None = None  # a new critic has 2
-    critic_hidden: tuple[int, ...] | None = None  # a new critic has (256, 256)
-    critic_layer_norm: bool | None = None  # a new critic has none
-    warm_start: bool = True  # keep a critic that an earlier stage trained
     # Policy
     policy_value: losses.Reduction = "min"  # what of the ensemble the policy climbs
     policy_delay: int = 1  # critic updates per policy update
@@ -95,24 +89,12 @@ class SAC(Objective):
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """Critic, target critic and temperature; those that exist are kept unless `warm_start` is off."""
         c = self.config
-        fresh = not c.warm_start
         self.scale = ActionScale(agent.decision_space(self.judges)).to(agent.device)
         self._check(agent)
-        hidden = None if c.critic_hidden is None else list(c.critic_hidden)
-        agent.ensure(
-            "critic",
-            "critic",
-            fresh=fresh,
-            judges=self.judges,
-            hidden=hidden,
-            num_members=c.num_critics,
-            layer_norm=c.critic_layer_norm,
-        )
-        agent.ensure_target("critic", fresh=fresh)
+        ensure_critic(agent, c, judges=self.judges)
         self.losses = {"critic": self.critic_loss, "policy": self.policy_loss}
         if is_stochastic(agent.policy):
-            kept = "temperature" in agent.parts and not fresh
-            agent.ensure("temperature", "temperature", fresh=fresh, initial=None if kept else c.initial_temperature)
+            ensure_temperature(agent, initial=c.initial_temperature, fresh=not c.warm_start)
             if c.train_temperature:
                 self.losses["temperature"] = self.temperature_loss
 

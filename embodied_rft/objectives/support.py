@@ -47,7 +47,7 @@ class DensityObjective(Objective):
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """The density."""
-        agent.ensure("density", "density", hidden=list(self.config.hidden))
+        agent.ensure("density", "density", hidden=self.config.hidden)
 
     def density_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean negative evidence bound."""
