@@ -333,10 +333,10 @@ def _standardize(states: Tensor) -> Tensor:
 
 
 def texts(column: Any) -> list[str]:
-    """Strings as they are, or from the UTF-8 bytes that a buffer keeps."""
+    """A column of texts, which one text is not."""
     if isinstance(column, str):
         raise UserError(f"{column!r:.60} is one text; a list of texts, one for each row, is expected")
-    return [row.tobytes().decode() for row in column] if isinstance(column, Ragged) else list(column)
+    return list(column)
 
 
 def text_key(space: Space, key: str | None, *, also: Collection[str] = ()) -> str:

@@ -47,7 +47,8 @@ class Field:
     """What one row of a column holds.
 
     Field((25,), "float32") is a dense vector, Field((), "int64", "ragged") a list of token ids of any length,
-    Field((), "uint8", "images") a list of images of any number and size, stored once each (see `images`).
+    Field((), "str", "ragged") a text, Field((), "uint8", "images") a list of images of any number and size, stored once
+    each (see `images`).
     """
 
     shape: tuple[int, ...] = ()
@@ -73,6 +74,15 @@ class Ragged:
         np.cumsum([len(a) for a in arrays], out=offsets[1:])
         values = np.concatenate(arrays) if arrays else np.zeros((0, *shape), dtype=dtype or np.float32)
         return cls(values, offsets)
+
+    @classmethod
+    def of_texts(cls, texts: Sequence[str]) -> Ragged:
+        """Strings as UTF-8 bytes, one row each: how texts are stored."""
+        return cls.of([np.frombuffer(text.encode(), np.uint8) for text in texts], np.uint8)
+
+    def texts(self) -> list[str]:
+        """The inverse of `of_texts`."""
+        return [row.tobytes().decode() for row in self]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -111,10 +121,9 @@ class Ragged:
 
 def pick(value: Any, index: slice | np.ndarray) -> Any:
     """Some rows of a column of a batch, whatever its kind; views where `index` is a slice of a tensor or an array."""
-    if isinstance(value, Ragged):
-        return value.take(np.arange(len(value))[index])
-    if isinstance(value, (list, tuple)):
-        return [value[i] for i in np.arange(len(value))[index]]
+    if isinstance(value, (Ragged, list, tuple)):
+        rows = np.arange(*index.indices(len(value))) if isinstance(index, slice) else np.arange(len(value))[index]
+        return value.take(rows) if isinstance(value, Ragged) else [value[i] for i in rows]
     if isinstance(value, Tensor) and isinstance(index, np.ndarray):
         return value[torch.from_numpy(index)]
     return value[index]
@@ -179,8 +188,8 @@ class Batch:
     `next_observation`: gamma**n, 0 if the window ended by termination, unchanged if by truncation.
     """
 
-    observation: TensorTree  # each [B, ...]
-    action: Any  # [B, A] or [B]
+    observation: TensorTree  # each [B, ...]; texts are lists of B strings
+    action: Any  # [B, A] or [B], or a list of B strings
     reward: Tensor  # [B]
     discount: Tensor  # [B]
     next_observation: TensorTree  # each [B, ...]; empty when not asked for

@@ -21,7 +21,7 @@ from embodied_rft.data import Decisions, Ragged, Source
 from embodied_rft.learning.agent import Agent, build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.pools.protocol import encode_text, fields_of
+from embodied_rft.pools.protocol import fields_of
 
 # The shape of a 0.5B Qwen2.5 with a wider vocabulary than its tokenizer needs.
 LARGE = {"hidden_size": 896, "num_layers": 24, "num_heads": 14, "num_kv_heads": 2, "vocab_size": 151_936}
@@ -52,7 +52,7 @@ def fill(agent: Agent, texts: list[str], taken: Decisions, *, version: int, grou
     action = fields_of(agent.spaces.action)["observation"]
     count = len(texts)
     streams, buffer = np.arange(count), Buffer(Schema(fields, action, dict(agent.policy.trace_fields), None), 2 * count)
-    seen, over = {"prompt": encode_text(texts)}, np.ones(count, bool)
+    seen, over = {"prompt": texts}, np.ones(count, bool)
     reward = np.random.default_rng(1).random(count).astype(np.float32)
     row = {"group": streams // group, "seed": 0, "step": 0, "version": version, "source": Source.ONLINE}
     buffer.add(streams, seen, taken, reward, over, ~over, **row)

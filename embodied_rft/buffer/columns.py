@@ -193,7 +193,7 @@ class RaggedColumn:
     def read(self, rows: np.ndarray) -> Any:
         """Rows [B] as a `Ragged`, or a list of B strings for a text column."""
         taken = self.take(rows)
-        return [row.tobytes().decode() for row in taken] if self.text else taken
+        return taken.texts() if self.text else taken
 
     def _compact(self, extra: int) -> None:
         live = np.flatnonzero(self.lengths)

@@ -132,9 +132,9 @@ def _check_ragged(name: str, column: Field, values: Any) -> Ragged:
         strange = [type(value).__name__ for value in values if not isinstance(value, str)]
         if strange:
             raise UserError(f"{name!r} is text: a list of strings is expected, but it holds a {strange[0]}")
-        if column.dtype not in ("str", "uint8"):
+        if column.dtype != "str":
             raise UserError(f"{name!r} was given a string, expected rows of {column.dtype}")
-        return Ragged.of([np.frombuffer(value.encode(), np.uint8) for value in values], dtype=np.uint8)
+        return Ragged.of_texts(values)
     for value in values:
         array = np.asarray(value)
         _check_dtype(name, column.dtype, array)

@@ -24,7 +24,7 @@ from embodied_rft.buffer.columns import Schema
 from embodied_rft.buffer.formats import recognise
 from embodied_rft.buffer.images import BlobStore
 from embodied_rft.buffer.intake import check_column
-from embodied_rft.data import Field, Ragged, Source, Space, Trajectory
+from embodied_rft.data import Field, Ragged, Source, Space, Trajectory, pick
 from embodied_rft.names import UserError
 
 FORMAT = "embodied_rft.buffer.trajectories.1"
@@ -256,7 +256,7 @@ def _pack(name: str, parts: list[Any], arrays: dict[str, np.ndarray]) -> str:
         return "dense"
     rows = [row for part in parts for row in part]
     if all(isinstance(row, str) for row in rows):
-        text = Ragged.of([np.frombuffer(row.encode(), np.uint8) for row in rows], dtype=np.uint8)
+        text = Ragged.of_texts(rows)
         arrays[name], arrays[f"{name}#offsets"] = text.values, text.offsets
         return "text"
     store = BlobStore()
@@ -276,7 +276,7 @@ def _unpack(name: str, kind: str, arrays: dict[str, np.ndarray]) -> Any:
     if kind == "ragged":
         return ragged
     if kind == "text":
-        return [row.tobytes().decode() for row in ragged]
+        return ragged.texts()
     shapes, data = (Ragged(arrays[f"{name}#{part}"], arrays[f"{name}#{part}#offsets"]) for part in ("shapes", "bytes"))
     images = [raw.reshape(shape) for raw, shape in zip(data, shapes, strict=True)]
     return [[images[id] for id in row] for row in ragged]
@@ -286,21 +286,17 @@ def _trajectory(columns: dict[str, Any], start: int, stop: int, number: int, sca
     """Decisions [start, stop) of all; `number` episodes came before, each with one observation more."""
 
     def section(prefix: str, first: int, last: int) -> dict[str, Any]:
-        return {n.removeprefix(prefix): _cut(v, first, last) for n, v in columns.items() if n.startswith(prefix)}
+        return {n.removeprefix(prefix): pick(v, slice(first, last)) for n, v in columns.items() if n.startswith(prefix)}
 
     return Trajectory(
         observation=section("observation/", start + number, stop + number + 1),
-        action=_cut(columns["action"], start, stop),
+        action=pick(columns["action"], slice(start, stop)),
         reward=columns["reward"][start:stop],
-        log_prob=_cut(columns["log_prob"], start, stop) if "log_prob" in columns else None,
+        log_prob=pick(columns["log_prob"], slice(start, stop)) if "log_prob" in columns else None,
         trace=section("trace/", start, stop),
         rewards=section("rewards/", start, stop),
         **{**scalars, "source": Source(scalars["source"])},
     )
-
-
-def _cut(value: Any, start: int, stop: int) -> Any:
-    return value.take(np.arange(start, stop)) if isinstance(value, Ragged) else value[start:stop]
 
 
 def _check(what: str, trajectory: Trajectory, schema: Schema) -> None:

@@ -33,8 +33,6 @@ from embodied_rft.pools.protocol import (
     check_action,
     check_mask,
     check_seeds,
-    decode_text,
-    encode_text,
     field_of,
     fields_of,
     finite_rows,
@@ -196,7 +194,7 @@ class VectorPool:
         state["pool/reports_success"] = np.array(self._reports_success)
         for key, value in self._observation.items():
             if isinstance(value, list):
-                text = encode_text(value)
+                text = Ragged.of_texts(value)
                 state |= {f"pool/text/{key}": text.values, f"pool/offsets/{key}": text.offsets}
             else:
                 state[f"pool/observation/{key}"] = value.copy()
@@ -215,7 +213,7 @@ class VectorPool:
         self._reports_success = bool(state["pool/reports_success"])
         for key, each in self.fields.items():
             if each.kind == "ragged":
-                self._observation[key] = decode_text(Ragged(state[f"pool/text/{key}"], state[f"pool/offsets/{key}"]))
+                self._observation[key] = Ragged(state[f"pool/text/{key}"], state[f"pool/offsets/{key}"]).texts()
             else:
                 self._observation[key] = state[f"pool/observation/{key}"].copy()
         self.host.observation = self._observation

@@ -8,14 +8,14 @@ Legend: N environments, A action dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from gymnasium import spaces
 
-from embodied_rft.data import Field, Ragged, Space, Tree
+from embodied_rft.data import Field, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import Incidents as Incidents
 from embodied_rft.seeding import FIRST_EVALUATION_SEED, check_training_seeds
@@ -111,7 +111,7 @@ def flatten_observation(space: Space, batch: Any, *, prefix: str = "") -> dict[s
 
 
 def fields_of(space: Space) -> dict[str, Field]:
-    """Columns for observations of `space`: floats as float32, other dtypes as they are, text as UTF-8 bytes.
+    """Columns for observations of `space`: floats as float32, other dtypes as they are, text as strings.
 
     Raises:
         ValueError: for a space without fixed-size or text leaves (Tuple, Graph, Sequence, OneOf).
@@ -122,7 +122,7 @@ def fields_of(space: Space) -> dict[str, Field]:
 def field_of(key: str, space: Space) -> Field:
     """The column for one leaf space; `key` is only for the error text."""
     if is_text(space):
-        return Field((), "uint8", "ragged")
+        return Field((), "str", "ragged")
     if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         assert space.dtype is not None and space.shape is not None
         dtype = "float32" if np.issubdtype(space.dtype, np.floating) else np.dtype(space.dtype).name
@@ -131,16 +131,6 @@ def field_of(key: str, space: Space) -> Field:
         f"{key!r} has the space {type(space).__name__}; expected Box, Discrete, MultiDiscrete, MultiBinary, Text or a "
         "Dict of them. Wrap the environment so that it gives one of these."
     )
-
-
-def encode_text(texts: Sequence[str]) -> Ragged:
-    """Strings as UTF-8 bytes, one row each: how text columns are stored."""
-    return Ragged.of([np.frombuffer(text.encode(), dtype=np.uint8) for text in texts], dtype=np.uint8)
-
-
-def decode_text(rows: Ragged) -> list[str]:
-    """The inverse of `encode_text`."""
-    return [row.tobytes().decode() for row in rows]
 
 
 def check_action(action: Any, space: Space, *, num_envs: int) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from embodied_rft.data import Decisions, Ragged, Space
+from embodied_rft.data import Decisions, Ragged, Space, pick_tree
 from embodied_rft.device import seeded
 from embodied_rft.names import UserError
 from embodied_rft.policy import HasMode, Refuses, able, require_policy
@@ -71,10 +71,6 @@ def _readable(policy: Any, space: Space, observation: dict[str, Any]) -> dict[st
         else:
             raise UserError(f"{type(policy).__name__} can answer no text of this space, however short: {reason}")
     return observation
-
-
-def _rows(value: Any, rows: slice) -> Any:
-    return value.take(np.arange(len(value))[rows]) if isinstance(value, Ragged) else value[rows]
 
 
 def _tensors(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +146,7 @@ def _check_rows(name: str, policy: Any, observation: dict[str, Any], count: int)
     """A row's greedy answer may not depend on its neighbours (1e-5: matrix products round by batch size)."""
     whole = policy.act(observation, greedy=True).action
     for rows in (slice(0, 1), slice(1, count)):
-        part = policy.act({k: _rows(v, rows) for k, v in observation.items()}, greedy=True).action
+        part = policy.act(pick_tree(observation, rows), greedy=True).action
         if isinstance(whole, list):
             equal = part == whole[rows]
         else:

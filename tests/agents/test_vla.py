@@ -20,7 +20,7 @@ from embodied_rft.buffer.columns import Schema
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.policy import Reparametrised, able, build_policy
 from embodied_rft.pools.chunks import ChunkBox
-from embodied_rft.pools.protocol import encode_text, fields_of
+from embodied_rft.pools.protocol import fields_of
 from embodied_rft.testing.check_policy import check_policy
 from tests.lab.helpers_vla import HEADS, KINDS, SPACE, STEP, chunks, observation, policy, rng, same, tensors
 
@@ -41,7 +41,6 @@ def test_contract(kind, head, horizon, execute):
 def test_the_first_ratio_through_the_buffer_is_one(head):
     agent = build_agent(policy(head=head, horizon=2).spec, SPACE, ChunkBox(STEP, horizon=2), rng())
     p, seen = agent.policy, observation(4)
-    seen["instruction"] = encode_text(seen["instruction"])
     schema = Schema(fields_of(SPACE), fields_of(agent.spaces.action)["observation"], dict(p.trace_fields), p.num_units)
     buffer = Buffer(schema, 100)
     taken = p.act(seen, rng=rng(1))
@@ -166,7 +165,6 @@ def test_a_fixed_instruction_equals_the_same_text_in_the_observation():
     seen = observation(2) | {"instruction": ["push", "push"]}
     by_text = policy().act(seen, greedy=True)
     assert same(by_text, policy(instruction="push").act(seen, greedy=True))
-    assert same(by_text, policy().act(seen | {"instruction": encode_text(["push", "push"])}, greedy=True))
 
 
 def error_after_imitation(head, *, shift):

@@ -14,7 +14,7 @@ from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.networks.trainable import tune
 from embodied_rft.objectives import build_objective
 from embodied_rft.policy import Values, able
-from embodied_rft.pools.protocol import encode_text, fields_of
+from embodied_rft.pools.protocol import fields_of
 from tests.lab.helpers_vla import SPACE, STEP, chunks, observation, policy, rng, same, tensors
 
 # --- what is trained -------------------------------------------------------------------------------------------------
@@ -39,7 +39,6 @@ def updated(train, **options):
     buffers = {n: b.clone() for n, b in p.named_buffers()}
     schema = Schema(fields_of(SPACE), fields_of(STEP)["observation"], dict(p.trace_fields), p.num_units)
     buffer = Buffer(schema, 100)
-    seen["instruction"] = encode_text(seen["instruction"])
     never = np.zeros(8, bool)
     taken = Decisions(chunks(8).numpy(), np.full((8, p.num_units), np.nan, np.float32))
     buffer.add(
@@ -98,7 +97,6 @@ def test_ppo_with_each_kind_of_value(value):
     )
     learner = Learner(agent, objective)
     p, seen = agent.policy, observation(4)
-    seen["instruction"] = encode_text(seen["instruction"])
     schema = Schema(fields_of(SPACE), fields_of(STEP)["observation"], dict(p.trace_fields), p.num_units)
     buffer, never = Buffer(schema, 100), np.zeros(4, bool)
     for step in range(2):

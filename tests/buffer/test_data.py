@@ -27,6 +27,11 @@ def test_ragged_is_a_list_of_lists(rows, data):
     assert [row.tolist() for row in ragged.take(np.array(index, np.int64))] == [rows[i] for i in index]
 
 
+@given(st.lists(st.text()))
+def test_texts_survive_as_bytes(texts):
+    assert Ragged.of_texts(texts).texts() == texts
+
+
 @settings(deadline=None)
 @given(rows=lists, side=st.sampled_from(["left", "right"]))
 def test_padding_adds_nothing_but_the_value(rows, side):

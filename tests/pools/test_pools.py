@@ -5,12 +5,10 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv
-from hypothesis import given
-from hypothesis import strategies as st
 
 from embodied_rft.data import Field
 from embodied_rft.pools.pool import VectorPool, make_pool
-from embodied_rft.pools.protocol import decode_text, encode_text, fields_of, flatten_space
+from embodied_rft.pools.protocol import fields_of, flatten_space
 from embodied_rft.seeding import evaluation_seed
 from tests.lab.helpers_envs import TROUBLE_SEED, TROUBLE_STEP
 
@@ -36,16 +34,11 @@ def test_fields_and_flat_keys_of_nested_spaces():
         "choice": Field((), "int64"),
         "image/front": Field((8, 8, 3), "uint8"),
         "state": Field((4,), "float32"),
-        "word": Field((), "uint8", "ragged"),
+        "word": Field((), "str", "ragged"),
     }
     assert list(flatten_space(spaces.Box(0, 1, (2,)))) == ["observation"]
     with pytest.raises(ValueError, match="Wrap the environment"):
         fields_of(spaces.Tuple([space]))
-
-
-@given(st.lists(st.text()))
-def test_text_survives_the_ragged_column(texts):
-    assert decode_text(encode_text(texts)) == texts
 
 
 def test_pool_repeats_single_environments_exactly():
