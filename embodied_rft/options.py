@@ -121,10 +121,9 @@ def validate_plugin_config(kind: str, id: str, options: Mapping[str, Any], *, pa
     """
     path = path or kind
     try:
-        target = registry.find(kind, id)
+        config = registry.config_of(kind, id)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
-    config = getattr(target, "Config", None)
     if config is None:
         if options:
             raise ConfigError(f"{path}: {kind} {id!r} has no options; got {', '.join(map(str, options))}")
@@ -234,7 +233,7 @@ def _home(cls: Any, given: Mapping[str, Any], key: str) -> str:
         id = value.get("id") if isinstance(value, Mapping) else value
         if spec is None or id not in registry.known(spec.kind):
             continue
-        config = getattr(registry.find(spec.kind, str(id)), "Config", None)
+        config = registry.config_of(spec.kind, str(id))
         if key in _keys_at(config, ()):
             return f"it is an option of the {spec.kind}: `{name}: {{id: {id}, {key}: {given[key]!r}}}`"
     return ""

@@ -62,6 +62,11 @@ def find(kind: str, id: str) -> Any:
         raise UserError(f"unknown {kind} {id!r}; {nearest(id, _tables[kind])}") from None
 
 
+def config_of(kind: str, id: str) -> Any:
+    """The dataclass `Config` of a plug-in's options; None: it has none."""
+    return getattr(find(kind, id), "Config", None)
+
+
 def known(kind: str) -> list[str]:
     """All ids of a kind, sorted."""
     load_plugins()

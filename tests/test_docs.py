@@ -289,7 +289,7 @@ def test_the_options_of_every_plugin_survive_the_dump(kind):
     """A run's recipe.yaml holds all defaults, and reading it gives the same run."""
     checked = 0
     for id in registry.known(kind):
-        config = getattr(registry.find(kind, id), "Config", None)
+        config = registry.config_of(kind, id)
         required = config and [f.name for f in dataclasses.fields(config) if is_required(f)]
         if config is None or required:
             continue

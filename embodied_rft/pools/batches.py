@@ -19,8 +19,8 @@ from embodied_rft.data import Space
 from embodied_rft.names import UserError
 from embodied_rft.pools.answers import Unfit, as_success, leaves_of
 from embodied_rft.pools.incidents import describe_error
-from embodied_rft.pools.promises import Seeding, find_seeding, narrow_seed
-from embodied_rft.pools.protocol import flatten_observation, merge
+from embodied_rft.pools.promises import find_seeding, narrow_seed
+from embodied_rft.pools.protocol import Seeding, flatten_observation, merge
 from embodied_rft.pools.singles import DEADLINE, FIRST_TIME, Answer
 from embodied_rft.pools.watch import Alarm, Hang, Watch
 
@@ -67,6 +67,11 @@ class Batch:
     def can_save(self) -> bool:
         """Whether the environments can be saved inside an episode."""
         return hasattr(self.vector_env, "get_state") and hasattr(self.vector_env, "set_state")
+
+    @property
+    def unwrapped(self) -> VectorEnv:
+        """The vector environment itself."""
+        return self.vector_env.unwrapped
 
     def reset(self, seeds: np.ndarray, mask: np.ndarray, options: Mapping[str, Any] | None) -> Answer:
         """New episodes where `mask`; see `pool.VectorPool.reset`."""

@@ -20,8 +20,7 @@ from gymnasium import spaces
 
 from embodied_rft.data import Field, Space, Tree, pick_tree
 from embodied_rft.names import UserError
-from embodied_rft.pools.incidents import Incidents
-from embodied_rft.pools.protocol import Pool, StepResult, merge
+from embodied_rft.pools.protocol import Pool, Seeding, StepResult, merge
 from embodied_rft.pools.spaces import ActionBox, what_suits
 
 BASE_ACTION = "base_action"  # the observation key of a queued plan
@@ -78,7 +77,55 @@ def step_space(space: Space) -> Space:
     return space.step_space if isinstance(space, ChunkBox) else space
 
 
-class ChunkPool:
+class Around(Pool):
+    """A Pool of the environments of another one, which it is but for what it says otherwise."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool, self.num_envs, self.incidents = pool, pool.num_envs, pool.incidents
+        self.observation_space, self.fields = pool.observation_space, pool.fields
+        self.action_space, self.action_field = pool.action_space, pool.action_field
+
+    @property
+    def can_save(self) -> bool:
+        """Whether `get_state` works inside an episode."""
+        return self.pool.can_save
+
+    @property
+    def seeding(self) -> Seeding | None:
+        """What seeds promise."""
+        return self.pool.seeding
+
+    @property
+    def observation(self) -> Tree:
+        """The current observation of all N."""
+        return self.pool.observation
+
+    def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
+        """As the pool inside."""
+        return self.pool.reset(seeds, mask, options)
+
+    def skip_images(self, skip: bool) -> None:
+        """Likewise."""
+        self.pool.skip_images(skip)
+
+    def ask(self, name: str) -> Any:
+        """Likewise."""
+        return self.pool.ask(name)
+
+    def get_state(self) -> dict[str, np.ndarray] | None:
+        """That of the pool inside."""
+        return self.pool.get_state()
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from what `get_state` gave."""
+        self.pool.set_state(state)
+
+    def close(self) -> None:
+        """Free everything."""
+        self.pool.close()
+
+
+class ChunkPool(Around):
     """A Pool in which one decision is a chunk of which `execute` steps are carried out, open loop.
 
     The reward of a decision is sum_j gamma^j r_j over the steps executed; with gamma < 1, an objective's own discount
@@ -96,29 +143,11 @@ class ChunkPool:
         self.execute = Chunk.of(horizon, execute).execute
         if not 0 < gamma <= 1:
             raise UserError(f"gamma {gamma} inside a chunk: in (0, 1] is expected")
-        self.pool, self.horizon, self.gamma = pool, horizon, gamma
-        self.num_envs = pool.num_envs
-        self.observation_space, self.fields = pool.observation_space, pool.fields
+        super().__init__(pool)
+        self.horizon, self.gamma = horizon, gamma
         chunks = ChunkBox(pool.action_space, horizon=horizon)
-        self.action_space: Space = chunks
-        self.action_field = Field(chunks.shape, "float32")
+        self.action_space, self.action_field = chunks, Field(chunks.shape, "float32")
         self._size = chunks.shape[0]
-        self.incidents: Incidents = pool.incidents
-        self._skip_images = getattr(pool, "skip_images", lambda skip: None)  # only the images after a chunk are read
-
-    @property
-    def can_save(self) -> bool:
-        """Whether `get_state` works inside an episode."""
-        return self.pool.can_save
-
-    @property
-    def observation(self) -> Tree:
-        """The current observation of all N."""
-        return self.pool.observation
-
-    def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
-        """As the pool inside."""
-        return self.pool.reset(seeds, mask, options)
 
     def step(self, action: Any) -> StepResult:
         """Execute `action` [N, H * A] (or [N, H, A])."""
@@ -129,13 +158,13 @@ class ChunkPool:
         total: StepResult | None = None
         try:
             for index in range(self.execute):
-                self._skip_images(index + 1 < self.execute)
+                self.skip_images(index + 1 < self.execute)  # only those after a chunk are read
                 result = self.pool.step(np.ascontiguousarray(steps[:, index]))
                 total = self._first(result) if total is None else self._add(total, result, index)
                 if (total.terminated | total.truncated).all():
                     break
         finally:
-            self._skip_images(False)
+            self.skip_images(False)
         assert total is not None
         return total
 
@@ -157,18 +186,6 @@ class ChunkPool:
             np.where(running, new.valid, total.valid),
         )
 
-    def get_state(self) -> dict[str, np.ndarray] | None:
-        """That of the pool inside: between decisions nothing else is left to know."""
-        return self.pool.get_state()
-
-    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Continue from what `get_state` gave."""
-        self.pool.set_state(state)
-
-    def close(self) -> None:
-        """Free everything."""
-        self.pool.close()
-
 
 class Planner(Protocol):
     """What a QueuedPool asks for plans: a frozen chunk policy (agent id "queued")."""
@@ -179,7 +196,7 @@ class Planner(Protocol):
         """Observation arrays [n, ...] to the next actions [n, E, A]."""
 
 
-class QueuedPool:
+class QueuedPool(Around):
     """A Pool of single steps whose observation says what a frozen chunk policy would do now: key "base_action" [A].
 
     Where an episode starts, and whenever E planned steps have passed, the planner is asked for the next E actions of
@@ -196,24 +213,17 @@ class QueuedPool:
             raise UserError(f"the observation has a key {BASE_ACTION!r} already: the pool is queued twice")
         if not isinstance(pool.action_space, spaces.Box) or len(pool.action_space.shape) != 1:
             raise UserError(f"action space {pool.action_space}: a queued plan needs a Box of shape (A,)")
-        self.pool, self.planner = pool, planner
-        self.action_space: Space = pool.action_space
-        self.num_envs, self.action_field = pool.num_envs, pool.action_field
+        super().__init__(pool)
+        self.planner = planner
         leaves = pool.observation_space
         inner = dict(leaves.spaces) if isinstance(leaves, spaces.Dict) else {"observation": leaves}
         shown = ActionBox(pool.action_space.low, pool.action_space.high, dtype=pool.action_space.dtype.type)
-        self.observation_space: Space = spaces.Dict({**inner, BASE_ACTION: shown})
+        self.observation_space = spaces.Dict({**inner, BASE_ACTION: shown})
         self.fields = {**pool.fields, BASE_ACTION: Field(pool.action_space.shape, "float32")}
-        self.incidents: Incidents = pool.incidents
         weights = planner.parameters() if isinstance(planner, torch.nn.Module) else iter(())
         self.seed, self.rng = seed, torch.Generator(next((w.device for w in weights), "cpu"))
         self._queue = np.zeros((self.num_envs, planner.execute, *pool.action_space.shape), dtype=np.float32)
         self._position = np.zeros(self.num_envs, dtype=np.int64)
-
-    @property
-    def can_save(self) -> bool:
-        """Whether `get_state` works inside an episode."""
-        return self.pool.can_save
 
     @property
     def observation(self) -> Tree:
@@ -266,10 +276,6 @@ class QueuedPool:
         before = torch.from_numpy(np.array(state["queue/rng"]))
         if before.shape == self.rng.get_state().shape:  # else it was on another kind of device
             self.rng.set_state(before)
-
-    def close(self) -> None:
-        """Free everything."""
-        self.pool.close()
 
 
 # --- which pool a policy needs -----------------------------------------------------------------------------------

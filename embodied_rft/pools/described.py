@@ -67,7 +67,7 @@ def describe_pool(pool: Pool) -> Description | None:
     return None if shown is None or taken is None else {"observation": shown, "action": taken}
 
 
-class DescribedPool:
+class DescribedPool(Pool):
     """A Pool of one environment that cannot run: it has spaces and columns."""
 
     num_envs = 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import gymnasium
 import numpy as np
@@ -25,10 +25,10 @@ from embodied_rft.pools.batches import Batch
 from embodied_rft.pools.config import EnvConfig
 from embodied_rft.pools.incidents import MAX_INCIDENTS, Incidents
 from embodied_rft.pools.making import find_spec, make_single
-from embodied_rft.pools.promises import Seeding
 from embodied_rft.pools.protocol import (
     Pool,
     Purpose,
+    Seeding,
     StepResult,
     check_action,
     check_mask,
@@ -48,7 +48,14 @@ TimeLimitIs = Literal["truncated", "terminal"]
 Host = Singles | Batch  # what holds the N environments of a `VectorPool`
 
 
-class VectorPool:
+@runtime_checkable
+class SkipsImages(Protocol):
+    """A vector environment that need not draw what nobody reads."""
+
+    skip_images: bool  # True: a step draws only where an episode ends
+
+
+class VectorPool(Pool):
     """A Pool in this process, over single environments or a `gymnasium.vector.VectorEnv`.
 
     A vector environment must have been made with AutoresetMode.DISABLED and honour `options={"reset_mask": mask}`.
@@ -84,11 +91,6 @@ class VectorPool:
         self._seeds = np.zeros(self.num_envs, dtype=np.int64)  # of the running episodes, for messages
         self._reports_success = False
         self._closed = False
-
-    @property
-    def vector_env(self) -> VectorEnv | None:
-        """The vector environment inside, where there is one."""
-        return self.host.vector_env if isinstance(self.host, Batch) else None
 
     @property
     def seeding(self) -> Seeding | None:
@@ -152,14 +154,13 @@ class VectorPool:
 
     def ask(self, name: str) -> Any:
         """What the (first) environment says under `name`, called if it is a method; None if it does not have it."""
-        env = self.host.vector_env if isinstance(self.host, Batch) else self.host.slots[0].env
-        found = getattr(getattr(env, "unwrapped", env), name, None)
+        found = getattr(self.host.unwrapped, name, None)
         return found() if callable(found) else found
 
     def skip_images(self, skip: bool) -> None:
         """Whether steps may leave images as they were, but where an episode ends: nobody reads them. A hint."""
-        if hasattr(self.vector_env, "skip_images"):
-            cast(Any, self.vector_env).skip_images = skip
+        if isinstance(env := self.host.unwrapped, SkipsImages):
+            env.skip_images = skip
 
     def _clean(self, answer: Answer) -> tuple[dict[str, Any], np.ndarray]:
         """The observation, with old rows where new ones are no good, and [N] bool of the environments that failed."""

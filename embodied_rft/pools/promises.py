@@ -15,14 +15,14 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
 import numpy as np
 
 from embodied_rft.data import Space
-from embodied_rft.pools.protocol import is_text
+from embodied_rft.pools.protocol import Pool, Seeding, is_text
 from embodied_rft.seeding import FIRST_EVALUATION_SEED
 
 WAYS = ("reset", "method", "global", "remake")
@@ -31,42 +31,9 @@ PROBES = tuple(2**32 - 1 - k for k in (0, 1, 1000, 3001))
 NUM_STEPS = 3  # with the same actions: a goal that no observation shows, shows in the reward
 
 
-@dataclass(frozen=True)
-class Seeding:
-    """How an environment is seeded, and what that promises.
-
-    An environment that draws from `numpy.random` and takes C integers: Seeding("global", narrow=True, repeats=True).
-    """
-
-    way: str = "reset"
-    narrow: bool = False  # seeds reach the environment with 31 bits
-    repeats: bool = True  # one seed always gives one initial state
-    varies: bool = True  # two seeds give two
-
-    @property
-    def held_out(self) -> bool:
-        """Whether evaluation starts from states that can be promised, and that training never saw."""
-        return self.repeats and self.varies
-
-    @property
-    def note(self) -> str:
-        """What a run should say about it; empty where all is as it should be."""
-        if not self.repeats:
-            return (
-                "the environment ignores its seed, and no other way of seeding it was found: held-out initial states "
-                "cannot be promised, evaluations are not repeatable"
-            )
-        if not self.varies:
-            return (
-                "the environment starts from the same state whatever the seed: evaluation has no initial states that "
-                "training never saw"
-            )
-        return ""
-
-
-def held_out(pool: Any) -> dict[str, Any]:
+def held_out(pool: Pool) -> dict[str, Any]:
     """What an evaluation in `pool` may claim of its initial states: {"held_out": True, "seeding": ""}."""
-    found = getattr(pool, "seeding", None) or Seeding()
+    found = pool.seeding or Seeding()
     return {"held_out": found.held_out, "seeding": found.note}
 
 

@@ -41,11 +41,44 @@ class StepResult:
     valid: np.ndarray  # [N] bool; False: crash, hang, non-finite numbers or idle: learn nothing from this row
 
 
+@dataclass(frozen=True)
+class Seeding:
+    """How an environment is seeded, and what that promises.
+
+    An environment that draws from `numpy.random` and takes C integers: Seeding("global", narrow=True, repeats=True).
+    """
+
+    way: str = "reset"
+    narrow: bool = False  # seeds reach the environment with 31 bits
+    repeats: bool = True  # one seed always gives one initial state
+    varies: bool = True  # two seeds give two
+
+    @property
+    def held_out(self) -> bool:
+        """Whether evaluation starts from states that can be promised, and that training never saw."""
+        return self.repeats and self.varies
+
+    @property
+    def note(self) -> str:
+        """What a run should say about it; empty where all is as it should be."""
+        if not self.repeats:
+            return (
+                "the environment ignores its seed, and no other way of seeding it was found: held-out initial states "
+                "cannot be promised, evaluations are not repeatable"
+            )
+        if not self.varies:
+            return (
+                "the environment starts from the same state whatever the seed: evaluation has no initial states that "
+                "training never saw"
+            )
+        return ""
+
+
 class Pool(Protocol):
     """N environments that step together. There is no autoreset: who steps a pool resets what has ended.
 
     An environment that has ended (or broke) and was not reset is idle: its row of the action is ignored, its
-    observation stays, its steps come back with valid False.
+    observation stays, its steps come back with valid False. A class derived from this has the defaults.
     """
 
     num_envs: int
@@ -63,11 +96,24 @@ class Pool(Protocol):
     def observation(self) -> Tree:
         """The current observation of all N, as the last call gave it."""
 
+    @property
+    def seeding(self) -> Seeding | None:
+        """What seeds promise; None: not known (yet)."""
+        return None
+
     def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """Start new episodes from `seeds` [N] where `mask` [N] (default: all); returns the observation of all N."""
 
     def step(self, action: Any) -> StepResult:
         """Execute `action` ([N, A], [N] integers or a list of N strings)."""
+
+    def skip_images(self, skip: bool) -> None:
+        """Steps may leave images as they were, but where an episode ends: nobody reads them. A hint."""
+        return None
+
+    def ask(self, name: str) -> Any:
+        """What the (first) environment says under `name`, called if it is a method; None: nothing (see `states`)."""
+        return None
 
     def get_state(self) -> dict[str, np.ndarray] | None:
         """Everything needed to continue exactly, or None if the environments cannot tell."""

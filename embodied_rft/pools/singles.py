@@ -105,6 +105,12 @@ class Singles:
         """Whether the environments can be saved inside an episode."""
         return self.offers_state and (self.seeding is None or self.seeding.way in ("reset", "method"))
 
+    @property
+    def unwrapped(self) -> gymnasium.Env | None:
+        """The first environment itself; None while it is broken."""
+        env = self.slots[0].env
+        return None if env is None else env.unwrapped
+
     @contextmanager
     def _watched(self, index: int, seconds: float) -> Any:
         self.watch.begin(index, seconds)

@@ -10,27 +10,21 @@ Both are optional, of the environment or its vector form, and any environment ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from embodied_rft.data import Tree
 from embodied_rft.names import UserError
+from embodied_rft.pools.protocol import Pool
 from embodied_rft.seeding import held_out_index
 
 SHOWN = 5  # names in a message
 
 
-def ask(pool: Any, name: str) -> Any:
-    """What the environments of a pool say under `name`, called if it is a method; None if they do not have it."""
-    while hasattr(pool, "pool"):  # chunks and queues around a pool
-        pool = pool.pool
-    return pool.ask(name) if hasattr(pool, "ask") else None
-
-
-def num_held_out_states(pool: Any) -> int | None:
+def num_held_out_states(pool: Pool) -> int | None:
     """How many distinct states evaluation can show; None: more than anybody counts, or unknown."""
-    count = ask(pool, "num_held_out_states")
+    count = pool.ask("num_held_out_states")
     if count is not None and (isinstance(count, bool) or int(count) != count or count < 0):
         raise UserError(
             f"the environment says num_held_out_states = {count!r}; expected how many states evaluation can show"
@@ -43,15 +37,18 @@ def distinct_seeds(seeds: Sequence[int], num_states: int) -> list[int]:
     return list({held_out_index(int(seed), num_states): int(seed) for seed in reversed(seeds)}.values())[::-1]
 
 
-def unreadable(pool: Any, policy: Any) -> list[str]:
-    """Names of initial states that `policy` is to leave out because it cannot read them.
+def unreadable(pool: Pool, check: Callable[[Tree], Mapping[int, str]], *, leave_out: bool) -> list[str]:
+    """Names of initial states that are to be left out because a policy cannot read them.
+
+    Args:
+        pool: of the environments.
+        check: the rows that the policy cannot read, and why.
+        leave_out: whether they may be left out.
 
     Raises:
-        ValueError: there are some, and the policy does not say that they are to be left out; or none is left.
+        ValueError: there are some, and they may not be left out; or none is left.
     """
-    check = getattr(policy, "unreadable", None)
-    states = None if check is None else ask(pool, "initial_observations")
-    if check is None or not states:
+    if not (states := pool.ask("initial_observations")):
         return []
     names, rows = list(states), [one if isinstance(one, Mapping) else {"observation": one} for one in states.values()]
     columns = {key: [row[key] for row in rows] for key in rows[0]}
@@ -60,7 +57,7 @@ def unreadable(pool: Any, policy: Any) -> list[str]:
         return []
     found = "; ".join(f"{names[row]}: {reasons[row]}" for row in sorted(reasons)[:SHOWN])
     more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
-    if len(reasons) == len(names) or not getattr(policy, "leaves_out", False):
+    if len(reasons) == len(names) or not leave_out:
         raise UserError(
             f"{len(reasons)} of {len(names)} prompts cannot be answered by this policy: {found}{more}. Mend them, give "
             "the model more room, or leave them out with agent.long_prompts: skip"

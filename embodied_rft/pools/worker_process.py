@@ -19,15 +19,14 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import cloudpickle  # comes with gymnasium, whose AsyncVectorEnv needs it for the same purpose
 import numpy as np
 
 from embodied_rft.data import Space, Tree
 from embodied_rft.names import UserError
-from embodied_rft.pools.promises import Seeding
-from embodied_rft.pools.protocol import Pool, flatten_space, is_text
+from embodied_rft.pools.protocol import Pool, Seeding, flatten_space, is_text
 from embodied_rft.pools.watch import Note
 
 Layout = dict[str, tuple[tuple[int, ...], str, int]]  # name -> shape, dtype, offset in bytes
@@ -217,7 +216,7 @@ class _Host:
         assert self.shared is not None
         seeds, mask = (self.shared.arrays[name][self.envs].copy() for name in ("seed", "begins"))
         texts = self._write(self.pool.reset(seeds, mask, options))
-        found = getattr(self.pool, "seeding", None)
+        found = self.pool.seeding
         told, self.seeding = (None if found == self.seeding else found), found
         return texts, self._news(), told
 
@@ -226,8 +225,9 @@ class _Host:
         counts, texts = self.pool.incidents.news()
         return (counts, texts) if counts else None
 
-    def step(self, text_action: list[str] | None) -> tuple[dict[str, list[str]], Any, bool]:
+    def step(self, text_action: list[str] | None, skip_images: bool) -> tuple[dict[str, list[str]], Any, bool]:
         assert self.shared is not None
+        self.pool.skip_images(skip_images)
         arrays = self.shared.arrays
         result = self.pool.step(arrays["action"][self.envs].copy() if text_action is None else text_action)
         texts = self._write(result.observation)
@@ -238,7 +238,7 @@ class _Host:
         return texts, self._news(), reports
 
     def ask(self, name: str) -> Any:
-        return cast(Any, self.pool).ask(name)
+        return self.pool.ask(name)
 
     def get_state(self) -> dict[str, np.ndarray] | None:
         return self.pool.get_state()

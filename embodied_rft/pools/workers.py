@@ -32,10 +32,10 @@ import numpy as np
 from embodied_rft.data import Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import MAX_INCIDENTS, EnvironmentFailure, Incidents
-from embodied_rft.pools.promises import Seeding
 from embodied_rft.pools.protocol import (
     Pool,
     Purpose,
+    Seeding,
     StepResult,
     check_action,
     check_mask,
@@ -64,8 +64,11 @@ class _StartError(Exception):
         self.kind, self.text, self.error = kind, text, error
 
 
-class WorkerPool:
+class WorkerPool(Pool):
     """A Pool over W supervised processes; see the head of this file."""
+
+    can_save: bool = False
+    seeding: Seeding | None = None  # what seeds promise; None before the first reset
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class WorkerPool:
         self.num_envs, self.purpose = num_envs, purpose
         self.deadline, self.max_restarts = deadline, max_restarts
         self.incidents = Incidents(max_incidents, num_envs)
-        self.seeding: Seeding | None = None  # what seeds promise; None before the first reset
+        self._skips_images = False
         self._make_slice = _pickled(make_slice)
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(list(preload))
@@ -187,7 +190,8 @@ class WorkerPool:
         arrays["valid"][:] = False  # whoever does not answer stays invalid
         idle, active = self._idle, ~(self._idle | self._bad_start)
         running = {w: worker.envs for w, worker in enumerate(self._workers) if active[worker.envs].any()}
-        answers = self._exchange({w: ("step", (None if texts is None else texts[s],)) for w, s in running.items()})
+        skip = self._skips_images
+        answers = self._exchange({w: ("step", (None if texts is None else texts[s], skip)) for w, s in running.items()})
         for w, (observed, news, reports) in answers.items():
             self._hear(w, observed, news)
             self._reports_success |= reports
@@ -201,6 +205,10 @@ class WorkerPool:
         self._idle, self._bad_start = terminated | truncated, np.zeros_like(idle)
         self.incidents.judge(ended=int((self._idle & valid).sum()), failed=int((~valid & ~idle).sum()))
         return StepResult(self.observation, reward, terminated, truncated, info, valid)
+
+    def skip_images(self, skip: bool) -> None:
+        """Whether workers may leave images as they were; see `VectorPool.skip_images`."""
+        self._skips_images = skip
 
     def ask(self, name: str) -> Any:
         """What the first environment says under `name`; see `VectorPool.ask`."""

@@ -68,8 +68,7 @@ def options_of(kind: str, id: str) -> list[Option]:
         raise UserError(f"unknown kind {kind!r}; {nearest(kind, KINDS)}")
     if kind == "env":
         return of_environment(id)
-    target = registry.find(kind, id)
-    config = getattr(target, "Config", None)
+    target, config = registry.find(kind, id), registry.config_of(kind, id)
     if config is not None:
         return of_dataclass(config)
     if kind in ("stage", "objective", "agent", "credit"):
@@ -80,8 +79,8 @@ def options_of(kind: str, id: str) -> list[Option]:
 
 def base_of(kind: str, id: str) -> str | None:
     """The id whose options this one has, too, with other defaults: of "td3", "sac"."""
-    ids = {getattr(registry.find(kind, known), "Config", None): known for known in reversed(registry.known(kind))}
-    config = getattr(registry.find(kind, id), "Config", None)
+    ids = {registry.config_of(kind, known): known for known in reversed(registry.known(kind))}
+    config = registry.config_of(kind, id)
     bases = () if config is None else config.__mro__[1:]
     return next((ids[base] for base in bases if base in ids and ids[base] != id), None)
 

@@ -21,7 +21,7 @@ from embodied_rft.data import Trajectory
 from embodied_rft.experience.collect import action_field
 from embodied_rft.experience.recut import chunk_trajectories
 from embodied_rft.learning.agent import Agent, Spaces
-from embodied_rft.policy import Retraces, able
+from embodied_rft.policy import Refuses, Retraces, able
 from embodied_rft.pools.chunks import Chunk, fit_pool
 from embodied_rft.pools.described import DescribedPool, Description, describe_pool
 from embodied_rft.pools.making import make_single
@@ -84,7 +84,10 @@ class Rig:
 
     def leave_out_unreadable(self) -> None:
         """Initial states that the policy cannot read are refused now, or left out, and counted, if it says so."""
-        names = unreadable(self.step_pool("training"), self.agent.policy)
+        policy = self.agent.policy
+        if (reader := able(policy, Refuses)) is None:
+            return
+        names = unreadable(self.step_pool("training"), reader.unreadable, leave_out=policy.leaves_out)
         if names:
             self.close_pools()
             exclude = [*self.env.options.get("exclude", ()), *names]

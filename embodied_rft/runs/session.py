@@ -221,7 +221,7 @@ class Session(resume.State):
             counts, texts = pool.incidents.news()
             fresh.update(counts)
             known["latest"] = [*known["latest"], *texts][-SHOWN:]
-            note = getattr(getattr(pool, "seeding", None), "note", "")
+            note = held_out(pool)["seeding"]
             if note and note not in self._said:
                 self._said.add(note)
                 self.logger.message(f"warning: {note}", style="yellow")

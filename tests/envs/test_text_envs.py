@@ -177,7 +177,7 @@ def test_state_is_exact(kind):
     def draw(p):
         if kind == "sync":
             return [slot.env.reset()[0]["prompt"] for slot in p.host.slots]
-        return p.vector_env.reset(options={"reset_mask": np.ones(3, bool)})[0]["prompt"]
+        return p.host.vector_env.reset(options={"reset_mask": np.ones(3, bool)})[0]["prompt"]
 
     again = [draw(p) for p in (pool, other)]
     assert tuple(again[0]) == tuple(again[1])

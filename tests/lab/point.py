@@ -5,6 +5,7 @@ Pools as in docs/architecture.md, without physics. Legend: N environments.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -14,7 +15,7 @@ import torch
 from embodied_rft.data import Batch, Field, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import Incidents
-from embodied_rft.pools.protocol import StepResult, flatten_space
+from embodied_rft.pools.protocol import Pool, StepResult, flatten_space
 from embodied_rft.pools.spaces import DISCRETE, Choices
 from embodied_rft.seeding import FIRST_EVALUATION_SEED
 
@@ -69,7 +70,7 @@ def _random_actions(space: Space, size: int, rng: np.random.Generator) -> tuple[
     return choices.action(torch.from_numpy(index)).numpy(), len(choices.sizes)
 
 
-class PointReach:
+class PointReach(Pool):
     """A point in the unit square must come within `radius` of a goal; it moves by `speed` times the action a step.
 
     Observation {"observation": [x, y, goal x - x, goal y - y]}; the best policy is known: straight to the goal, which
@@ -85,6 +86,8 @@ class PointReach:
         trap: half width of a square around the centre that ends an episode without success; 0: none.
         purpose: "training" or "evaluation": which seeds are allowed.
     """
+
+    can_save = True
 
     def __init__(
         self,
@@ -104,7 +107,6 @@ class PointReach:
         self.fields = {"observation": Field((4,))}
         self.action_field = Field((2,))
         self.incidents = Incidents()
-        self.can_save = True
         self.position = np.zeros((num_envs, 2))
         self.goal = np.zeros((num_envs, 2))
         self.elapsed = np.zeros(num_envs, dtype=np.int64)
@@ -157,7 +159,7 @@ class PointReach:
         """Everything, as arrays."""
         return {"position": self.position.copy(), "goal": self.goal.copy(), "elapsed": self.elapsed.copy()}
 
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on from `get_state`."""
         self.position, self.goal, self.elapsed = (state[k].copy() for k in ("position", "goal", "elapsed"))
 

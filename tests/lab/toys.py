@@ -5,11 +5,13 @@ import numpy as np
 
 from embodied_rft.data import Field
 from embodied_rft.pools.incidents import Incidents
-from embodied_rft.pools.protocol import StepResult
+from embodied_rft.pools.protocol import Pool, StepResult
 
 
-class SeedPool:
+class SeedPool(Pool):
     """Episode of seed s: 1 + s % 5 steps, reward 1 each, success if s % 3 == 0; the observation is [seed, step]."""
+
+    can_save = True
 
     def __init__(self, num_envs, *, break_once=(), break_always=(), break_at=1, can_save=True):
         self.num_envs = num_envs

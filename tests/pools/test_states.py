@@ -17,7 +17,6 @@ from embodied_rft.evaluation.evaluate import evaluate, evaluation_seeds
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.options import parse
 from embodied_rft.pools.pool import make_pool
-from embodied_rft.pools.states import ask
 from embodied_rft.runs.recipe import Recipe
 from embodied_rft.seeding import evaluation_seed, held_out_index
 from embodied_rft.testing.check_env import check_env
@@ -96,7 +95,7 @@ def test_held_out_problems_are_judged_once_each(tmp_path, kind):
     outcome = evaluate(say, pool, evaluation_seeds(200))
     shown = {pool.reset(np.array([seed] * 4, np.int64))["prompt"][0] for seed in outcome.seeds}
     assert outcome.episodes == outcome.states == len(shown) < 20
-    assert shown == {one["prompt"] for one in ask(pool, "initial_observations").values()} - training_prompts(options)
+    assert shown == {one["prompt"] for one in pool.ask("initial_observations").values()} - training_prompts(options)
     pool.close()
 
 
@@ -123,7 +122,7 @@ def test_generated_tasks_know_how_few_problems_they_have():
     counts = {"Sum": 100, "Format": 36, "Countdown": None}
     for name, count in counts.items():
         pool = make_pool(f"embodied_rft/Text{name}-v0", 2, purpose="evaluation")
-        assert ask(pool, "num_held_out_states") == count
+        assert pool.ask("num_held_out_states") == count
         pool.close()
 
 

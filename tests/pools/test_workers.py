@@ -20,6 +20,7 @@ from embodied_rft.pools.worker_process import SharedArrays
 from embodied_rft.pools.workers import WorkerPool
 from tests.lab import ROOT
 from tests.lab.helpers_envs import TROUBLE_SEED, TROUBLE_STEP
+from tests.lab.point import PointReach
 
 FETCH = "embodied_rft/FetchPickAndPlace-v0"
 
@@ -54,6 +55,31 @@ def distance(ours, theirs):
     pairs = [(a[key], b[key]) for a, b in zip(ours, theirs) for key in a]
     assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in pairs)
     return max(float(np.abs(a.astype(float) - b.astype(float)).max()) for a, b in pairs)
+
+
+class Sketch(PointReach):
+    """Shows whether it was told that nobody looks, in place of its last number."""
+
+    skips = False
+
+    def skip_images(self, skip):
+        self.skips = skip
+
+    def _observe(self):
+        shown = super()._observe()["observation"]
+        shown[:, -1] = self.skips
+        return {"observation": shown}
+
+
+def test_workers_hear_that_nobody_looks_at_images():
+    pool = WorkerPool(lambda n, **_: Sketch(n), 2, num_workers=1)
+    try:
+        pool.reset(np.arange(2))
+        for skip in (True, False):
+            pool.skip_images(skip)
+            assert pool.step(np.zeros((2, 2), np.float32)).observation["observation"][:, -1].tolist() == [skip] * 2
+    finally:
+        pool.close()
 
 
 def test_workers_and_in_process_agree_bit_for_bit():

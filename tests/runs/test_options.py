@@ -106,7 +106,7 @@ def test_defaults_that_are_listed_are_those_that_are_used():
     import yaml
 
     for kind, id in everything():
-        config = getattr(registry.find(kind, id), "Config", None) if kind != "env" else None
+        config = registry.config_of(kind, id) if kind != "env" else None
         listed = [] if config is None else options_of(kind, id)
         if not listed or any(row.default == "required" for row in listed):
             continue
