@@ -193,7 +193,7 @@ def doctor() -> int:
     return examine()
 
 
-def unquittable(verb: Callable[..., Any]) -> Callable[..., int | None]:
+def unquittable(verb: Callable[..., int | None]) -> Callable[..., int | None]:
     """The verb, in which `sys.exit` of something that it runs is an error: exit code 0 means that the work is done."""
 
     @functools.wraps(verb)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rft import registry
+from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.data import Batch, Decisions, Field, Space, Tree
 from embodied_rft.device import device_of
 from embodied_rft.names import UserError
-from embodied_rft.networks.encoder import Encoder
+from embodied_rft.networks.encoder import Encoder, Features
 from embodied_rft.networks.tensors import as_tensors
 from embodied_rft.networks.trainable import LoraOptions, Train, adapters_of, freeze, retune, select_own
 from embodied_rft.options import validate_plugin_config
@@ -45,6 +46,7 @@ class Policy(nn.Module):
     lacks: frozenset[type] = frozenset()  # capabilities that its class has, but its options take away
     stochastic: bool = True  # whether `rsample` tells the entropy of the action itself (that of a chain does not)
     random_start: bool = False  # greedy decisions draw where they start from, if they are given an rng
+    noise_space: Space | None = None  # of what `choose` gives, where it steers a base
     unit_size: int | None = None  # action numbers of a unit; None: there is no such number
     leaves_out: bool = False  # initial states that it cannot read are left out, not refused
     lora: LoraOptions | None = None  # of its own options
@@ -73,7 +75,7 @@ class Policy(nn.Module):
         """The log-probability of decisions taken earlier and their entropy, [B, U] each, with gradient."""
         raise NotImplementedError
 
-    def make_encoder(self, *, rng: torch.Generator) -> nn.Module | None:
+    def make_encoder(self, *, rng: torch.Generator) -> Features | None:
         """What a new part of the agent reads the observation by; by default like the policy's own `encoder`, if any."""
         own = self._modules.get("encoder")
         return own.like(rng) if isinstance(own, Encoder) else None
@@ -99,7 +101,7 @@ class Adapter(Policy):
         base: the frozen policy, whose chunks and plans are its own.
     """
 
-    base: Any  # a policy
+    base: Policy
 
     def __init__(self, base: Policy) -> None:
         super().__init__()
@@ -124,7 +126,7 @@ class Adapter(Policy):
     @property
     def planner(self) -> Planner | None:
         """That of the base."""
-        return self.base.planner  # type: ignore[no-any-return]
+        return self.base.planner
 
 
 # --- what some policies can do -------------------------------------------------------------------------------------
@@ -187,6 +189,14 @@ class Imitates(Protocol):
 
 
 @runtime_checkable
+class Measures(Protocol):
+    """It has statistics of the data beside those of its encoders, of actions for instance."""
+
+    def fit_statistics(self, buffer: Buffer, rows: np.ndarray) -> None:
+        """Take them of rows [B]; once."""
+
+
+@runtime_checkable
 class Retraces(Protocol):
     """It knows which trace it would have left on somebody else's decisions."""
 
@@ -243,9 +253,16 @@ class Refuses(Protocol):
         """Rows that it cannot answer, and why."""
 
 
-def able(policy: Any, what: type[C]) -> C | None:
+def able(policy: Policy, what: type[C]) -> C | None:
     """The policy as something that can do `what`, one of the protocols above; None if it cannot."""
-    return None if not isinstance(policy, what) or what in policy.lacks else policy  # type: ignore[attr-defined]
+    return policy if what not in policy.lacks and isinstance(policy, what) else None
+
+
+def require(policy: Policy, what: type[C], otherwise: str = "") -> C:
+    """Likewise, or a ValueError that says what to do `otherwise`."""
+    if (found := able(policy, what)) is None:
+        raise UserError(otherwise or f"policy {type(policy).__name__} is no {what.__name__} (see embodied_rft.policy)")
+    return found
 
 
 def require_policy(policy: Any, what: str) -> Policy:

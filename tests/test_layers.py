@@ -14,7 +14,7 @@ PLUGINS = ("envs", "agents", "configs")  # found by id, never imported by the en
 # A room imports only from rooms before it.
 LAYERS = """
     data names registry options files seeding device distributed
-    pools networks tokens policy buffer experience learning objectives
+    pools networks tokens buffer policy experience learning objectives
     evaluation runs stages report testing doctor train cli
 """.split()
 ORDER = [*LAYERS, "embodied_rft"]  # the package itself is the front door: it re-exports what plug-in authors need

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from embodied_rft.buffer.columns import STORED_AS, Schema
 from embodied_rft.data import Decisions, Field, Ragged, Tree
@@ -74,7 +75,7 @@ def check_tree(
     return columns
 
 
-def check_label(name: str, rows: np.ndarray, values: Any, capacity: int) -> np.ndarray:
+def check_label(name: str, rows: np.ndarray, values: ArrayLike, capacity: int) -> np.ndarray:
     """What a stream of reward is labelled with [B], for rows [B] of a buffer: numbers, or NaN where it is unknown.
 
     Raises:

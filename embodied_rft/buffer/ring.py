@@ -103,7 +103,7 @@ class Ring:
         if self.written > self.capacity:
             ring = np.roll(ring, self.pinned - self.head)
         rows = np.concatenate([np.arange(self.pinned), ring])
-        return rows[self.side[rows] > 0]
+        return rows.compress(self.side[rows] > 0)
 
     def age_order(self, rows: np.ndarray) -> np.ndarray:
         """A number for each row that is smaller the older the row is."""
@@ -198,7 +198,7 @@ class Streams:
         needed = int(streams.max(initial=-1)) + 1
         if needed > len(self.table):
             self.table = np.concatenate([self.table, np.tile(self.NONE, (needed - len(self.table), 1))])
-        states = self.table[streams]
+        states: np.ndarray = self.table[streams]
         if running and states[:, self.ENDED].any():
             stream = streams[states[:, self.ENDED] > 0][0]
             raise ValueError(f"the episode of stream {stream} has ended: close() it before its next decision")

@@ -204,7 +204,7 @@ def _digest(arrays: Mapping[str, np.ndarray], description: Mapping[str, Any]) ->
 
 def _check_lengths(description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[int]:
     """The lengths of the episodes; every list of offsets must climb from 0 to the number of its values."""
-    lengths = description["lengths"]
+    lengths: list[int] = description["lengths"]
     if not lengths or not all(isinstance(length, int) and length > 0 for length in lengths):
         raise UserError(f"lengths of episodes must be positive whole numbers, given {str(lengths)[:80]}")
     for name, offsets in arrays.items():

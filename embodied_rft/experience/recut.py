@@ -14,7 +14,8 @@ from embodied_rft.pools.chunks import Chunk
 def action_windows(action: np.ndarray, *, horizon: int) -> np.ndarray:
     """The next H actions of every step of an episode: [T, A] -> [T, H * A]; past the end the last one is repeated."""
     index = np.minimum(np.arange(len(action))[:, None] + np.arange(horizon)[None, :], len(action) - 1)
-    return action[index].reshape(len(action), -1)
+    windows: np.ndarray = action[index]
+    return windows.reshape(len(action), -1)
 
 
 def chunk_trajectories(
@@ -50,4 +51,5 @@ def chunk_trajectories(
 def _summed(reward: np.ndarray, starts: np.ndarray, execute: int, gamma: float) -> np.ndarray:
     padded = np.append(np.asarray(reward, dtype=np.float32), np.zeros(execute, dtype=np.float32))
     factors = gamma ** np.arange(execute, dtype=np.float32)
-    return (padded[starts[:, None] + np.arange(execute)] * factors).sum(1).astype(np.float32)
+    summed: np.ndarray = (padded[starts[:, None] + np.arange(execute)] * factors).sum(1)
+    return summed.astype(np.float32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -22,9 +22,11 @@ from embodied_rft.data import Decisions, Space, Tree
 from embodied_rft.device import device_of
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks import critics
-from embodied_rft.networks.encoder import Encoder
-from embodied_rft.policy import Adapter, Spec, build_policy
+from embodied_rft.networks.encoder import Encoder, Features
+from embodied_rft.policy import Adapter, Policy, Spec, build_policy
 from embodied_rft.pools.spaces import what_suits
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +46,9 @@ class Agent(nn.Module):
         rng: draws the weights of parts that objectives ask for later.
     """
 
-    policy: Any  # an nn.Module with the methods of a policy
-    parts: Any  # an nn.ModuleDict
     version: Tensor
 
-    def __init__(self, policy: nn.Module, spaces: Spaces, *, rng: torch.Generator) -> None:
+    def __init__(self, policy: Policy, spaces: Spaces, *, rng: torch.Generator) -> None:
         super().__init__()
         self.policy = policy
         self.spaces = spaces
@@ -72,7 +72,12 @@ class Agent(nn.Module):
         return self.state_dict()
 
     def act(
-        self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None, policy: Any = None
+        self,
+        observation: Tree,
+        *,
+        greedy: bool = False,
+        rng: torch.Generator | None = None,
+        policy: Policy | None = None,
     ) -> Decisions:
         """N decisions for observation arrays [N, ...]: the one way in which an agent acts, wherever it does.
 
@@ -94,7 +99,9 @@ class Agent(nn.Module):
 
     def decision_space(self, judges: str = "action") -> Space:
         """The space of what a critic judges: "action", or the "noise" that a steering policy chooses."""
-        return self.spaces.action if judges == "action" else self.policy.noise_space
+        space = self.spaces.action if judges == "action" else self.policy.noise_space
+        assert space is not None, "the policy chooses no noise"
+        return space
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +115,12 @@ class Agent(nn.Module):
         if name not in self.parts:
             raise UserError(f"the agent has no part {name!r}; {nearest(name, ['policy', *self.parts])}")
         return self.parts[name]
+
+    def part(self, name: str, kind: type[M]) -> M:
+        """The part `name`, which is a `kind`: `agent.part("critic", Critic)(observation, action)`."""
+        found = self.parts[name]
+        assert isinstance(found, kind), f"part {name!r} is a {type(found).__name__}, no {kind.__name__}"
+        return found
 
     def trainable(self, name: str) -> list[nn.Parameter]:
         """The weights of a part that may change (a frozen base is none of them)."""
@@ -158,7 +171,7 @@ class Agent(nn.Module):
             self.parts[target].requires_grad_(False)
         return self.parts[target]
 
-    def ensure_copy(self, name: str) -> nn.Module:
+    def ensure_copy(self, name: str) -> Policy:
         """The part `name`: a copy of the policy as it is now, without gradients. Frozen weights are shared."""
         shared = {id(p): p for p in self.policy.parameters() if not p.requires_grad}
         self.part_specs[name] = {"copy_of": "policy"}
@@ -169,7 +182,7 @@ class Agent(nn.Module):
         self.parts[name] = copied
         return copied
 
-    def encoder(self) -> Any:
+    def encoder(self) -> Features:
         """A fresh encoder that reads what the policy reads, for a new part; a policy's own way is `make_encoder`."""
         own = self.policy.make_encoder(rng=self.rng)
         return Encoder(self.spaces.observation, rng=self.rng) if own is None else own
@@ -205,7 +218,7 @@ def build_agent(spec: Spec, observation_space: Space, action_space: Space, rng: 
     return Agent(policy, Spaces(observation_space, policy.chunk.space(action_space)), rng=rng)
 
 
-def wrap_policy(id: str, agent: Agent, rng: torch.Generator, **options: Any) -> nn.Module:
+def wrap_policy(id: str, agent: Agent, rng: torch.Generator, **options: Any) -> Adapter:
     """A new adapter policy around a copy of the agent's trained policy, which becomes its base.
 
     Args:

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field as Option
 from pydantic import NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from embodied_rft import distributed
 from embodied_rft.buffer.buffer import Buffer
@@ -35,7 +35,7 @@ from embodied_rft.learning.optimizer import AdamW, gradient_norms
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.options import STRICT
-from embodied_rft.policy import Batches, able
+from embodied_rft.policy import Batches, Policy, able
 from embodied_rft.tokens.micro_batches import plan_units
 
 
@@ -97,7 +97,7 @@ class Learner:
             if not parameters:
                 raise UserError(f"part {name!r} has no trainable weights: it is frozen, or cannot be trained")
         self.optimizers = {name: self._optimizer(name) for name in objective.losses}
-        self.averaged: nn.Module | None = None  # the EMA of the policy
+        self.averaged: Policy | None = None  # the EMA of the policy
         if self.config.ema is not None:
             shared = {id(p): p for p in agent.policy.parameters() if not p.requires_grad}
             self.averaged = copy.deepcopy(agent.policy, shared).requires_grad_(False)
@@ -245,7 +245,7 @@ class Learner:
         return torch.autocast(self.agent.device.type, dtype=torch.bfloat16)
 
     @property
-    def judged(self) -> Any:
+    def judged(self) -> Policy:
         """The policy that evaluations see: the averaged one, if there is one. Experience is collected by the other."""
         return self.agent.policy if self.averaged is None else self.averaged
 

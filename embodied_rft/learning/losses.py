@@ -7,6 +7,7 @@ unit), not yet averaged: the caller divides by the size of the whole batch, so t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Reduction = Literal["min", "mean", "mean_of_pair_minima", "first"]
+Bound = float | Tensor | None  # of a ratio: for all units, or for each [U]; None: there is none
 RatioLevel = Literal["unit", "decision", "mean", "episode", "episode_mean", "none"]
 KLEstimator = Literal["k1", "k2", "k3"]
 Correction = Literal["truncate", "mask"]
@@ -41,7 +43,8 @@ def td_target(
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """(prediction - target)^2, broadcast: [E, B] against [B]."""
-    return torch.ops.aten.mse_loss(prediction, target, 0)  # F.mse_loss, which would expand the target first
+    each: Tensor = torch.ops.aten.mse_loss(prediction, target, 0)  # F.mse_loss, which would expand the target first
+    return each
 
 
 def huber(error: Tensor, *, delta: float = 1.0) -> Tensor:
@@ -115,8 +118,8 @@ def clipped_surrogate(
     old_log_prob: Tensor | float,
     advantage: Tensor,
     *,
-    low: float | None = 0.2,
-    high: float | None = 0.2,
+    low: Bound = 0.2,
+    high: Bound = 0.2,
     dual: float | None = None,
 ) -> Tensor:
     """-min(ratio A, clip(ratio, 1 - low, 1 + high) A) per unit (Schulman et al. 2017, PPO, eq. 7).
@@ -141,8 +144,10 @@ def clipped_surrogate(
 class _Pessimistic(torch.autograd.Function):
     """-min(ratio A, clip(ratio) A) as one node; constant where clipping binds."""
 
+    apply: Callable[..., Tensor]
+
     @staticmethod
-    def forward(ctx: Any, log_ratio: Tensor, advantage: Tensor, low: float | None, high: float | None) -> Tensor:
+    def forward(ctx: Any, log_ratio: Tensor, advantage: Tensor, low: Any, high: Any) -> Tensor:
         ratio = log_ratio.exp()
         bounded = ratio.clamp(None if low is None else 1 - low, None if high is None else 1 + high).mul_(advantage)
         free = ratio.mul_(advantage)

@@ -17,6 +17,7 @@ from embodied_rft.buffer.plans import Fresh, Replay
 from embodied_rft.data import Batch, Decisions, Tree
 from embodied_rft.learning.agent import Agent
 from embodied_rft.networks.encoder import Encoder
+from embodied_rft.policy import Measures, require
 
 Metrics = dict[str, float]
 LossFunction = Callable[[Agent, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
@@ -99,7 +100,7 @@ def fit_normalizers(agent: Agent, buffer: Buffer, rows: np.ndarray, *, limit: in
     """Give standardising encoders the statistics of at most `limit` rows, spread evenly; once."""
     own = [m for m in agent.policy.modules() if hasattr(m, "fitted") and not isinstance(m, Encoder)]
     if len(rows) and any(not bool(m.fitted) for m in own):  # statistics of a policy's own, of actions too
-        agent.policy.fit_statistics(buffer, rows)
+        require(agent.policy, Measures).fit_statistics(buffer, rows)
     waiting = agent.normalizers()
     if waiting and len(rows):
         spread = rows[:: max(1, len(rows) // limit)][:limit]

@@ -7,14 +7,14 @@ that is passed in; the global one is never touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from embodied_rft.data import Space, Tree
 from embodied_rft.names import UserError
-from embodied_rft.networks.encoder import Encoder
+from embodied_rft.networks.encoder import Features
 from embodied_rft.networks.fused import Activation
 from embodied_rft.networks.mlp import MLP, EnsembleMLP
 from embodied_rft.networks.mlp import linear as linear
@@ -23,6 +23,8 @@ from embodied_rft.pools.spaces import DISCRETE, ActionScale, Choices, one_choice
 
 class ActionReader(nn.Module):
     """What a network reads of an action [B, ...] in its space's units: [B, size], vectors scaled to [-1, 1]."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, space: Space) -> None:
         super().__init__()
@@ -40,9 +42,11 @@ class Critic(nn.Module):
     Actions come in the units of their space; the networks read them in [-1, 1] (choices: as one-hot vectors).
     """
 
+    __call__: Callable[..., Tensor]
+
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Features,
         space: Space,
         *,
         rng: torch.Generator,
@@ -69,9 +73,11 @@ class Critic(nn.Module):
 class ActionValues(nn.Module):
     """An ensemble of the values of all options of one choice: observation -> [E, B, n]."""
 
+    __call__: Callable[..., Tensor]
+
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Features,
         space: Space,
         *,
         rng: torch.Generator,
@@ -95,9 +101,11 @@ class ActionValues(nn.Module):
 class Value(nn.Module):
     """A state value V(o): observation -> [B]."""
 
+    __call__: Callable[..., Tensor]
+
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Features,
         *,
         rng: torch.Generator,
         hidden: Sequence[int] = (256, 256),
@@ -161,7 +169,7 @@ class Density(nn.Module):
     weight: Tensor
 
     def __init__(
-        self, encoder: Encoder, space: Space, *, rng: torch.Generator, hidden: Sequence[int] = (256, 256)
+        self, encoder: Features, space: Space, *, rng: torch.Generator, hidden: Sequence[int] = (256, 256)
     ) -> None:
         super().__init__()
         self.action = ActionScale(space)

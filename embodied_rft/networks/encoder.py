@@ -8,7 +8,7 @@ Legend: B rows, F features.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -202,7 +202,14 @@ class ImageEncoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Encoder(nn.Module):
+class Features(nn.Module):
+    """What reads an observation for a network: a tree of tensors [B, ...] to features [B, size]."""
+
+    size: int
+    __call__: Callable[..., Tensor]
+
+
+class Encoder(Features):
     """An observation tree as one feature vector: numbers side by side, images through a small CNN each.
 
     With `normalize`, numbers without a scale of their own (floats, integers without bounds) are shifted and scaled by
@@ -241,7 +248,7 @@ class Encoder(nn.Module):
         leaves = select_leaves(space, keys)
         pictures: dict[str, Any] = {key: leaf for key, leaf in leaves.items() if is_image(leaf)}
         self.options: dict[str, Any] = {"keys": keys, "num_image_features": num_image_features, "normalize": normalize}
-        self.space = space
+        self.space, self.normalize = space, normalize
         self.image_keys, self.state_keys = list(pictures), [key for key in leaves if key not in pictures]
         readers = [Numbers(key, leaves[key]) for key in self.state_keys]
         self.numbers: Any = nn.ModuleList(readers)
@@ -269,11 +276,6 @@ class Encoder(nn.Module):
             self.register_buffer("count", torch.zeros((), dtype=torch.float64))
             self.register_buffer("squares", torch.zeros(size, dtype=torch.float64))
             self.register_buffer("center", torch.zeros(size, dtype=torch.float64))
-
-    @property
-    def normalize(self) -> Normalize:
-        """Whether numbers are standardised, and by which statistics."""
-        return self.options["normalize"]
 
     @property
     def waits(self) -> bool:

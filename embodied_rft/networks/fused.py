@@ -6,7 +6,7 @@ On networks of a few hundred units the bookkeeping of the autograd graph costs m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,8 @@ Activation = Literal["relu", "tanh"]
 
 class Dense(torch.autograd.Function):
     """A whole MLP as one node. The values are those of its layers one by one, but for the last bits of tanh."""
+
+    apply: Callable[..., Tensor]  # of `forward`, here and below: torch leaves its type open
 
     @staticmethod
     def forward(ctx: Any, activation: Activation, x: Tensor, *weights: Tensor) -> Tensor:
@@ -83,6 +85,8 @@ class GaussianLogProb(torch.autograd.Function):
     Gaussian's.
     """
 
+    apply: Callable[..., tuple[Tensor, Tensor]]
+
     @staticmethod
     def forward(ctx: Any, u: Tensor, mean: Tensor, log_std: Tensor, squashed: bool) -> tuple[Tensor, Tensor]:
         """Of z = (u - mean) / std."""
@@ -115,6 +119,8 @@ class GaussianLogProb(torch.autograd.Function):
 
 class GaussianSample(torch.autograd.Function):
     """u = mean + std * noise [B, A] and its log-density [B], as one node; arguments as those of `GaussianLogProb`."""
+
+    apply: Callable[..., tuple[Tensor, Tensor]]
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, log_std: Tensor, noise: Tensor, squashed: bool) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -36,6 +36,8 @@ class ActorHead(nn.Module):
         activation: of the hidden layers.
         rng: draws the weights.
     """
+
+    __call__: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(
         self,

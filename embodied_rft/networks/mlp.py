@@ -58,6 +58,8 @@ def linear(
 class MLP(nn.Module):
     """Linear, optional LayerNorm, ReLU (or Tanh) for each hidden size, then one linear layer: [B, in] -> [B, out]."""
 
+    __call__: Callable[..., Tensor]  # of `forward`, here and elsewhere: nn.Module leaves its type open
+
     def __init__(
         self,
         in_features: int,
@@ -86,7 +88,8 @@ class MLP(nn.Module):
         """[B, in] -> [B, out]."""
         weights = self._weights()
         if weights is None or x.dim() != 2 or x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
-            return self.last(self.hidden(x))
+            out: Tensor = self.last(self.hidden(x))
+            return out
         if torch.is_grad_enabled():
             return Dense.apply(self.activation, x, *weights)
         return run_layers(self.activation, x, weights)[-1]
@@ -107,6 +110,8 @@ class EnsembleMLP(nn.Module):
 
     The last layer is a dot product, not a product with a one-column matrix, whose backward pass is many times slower.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -154,4 +159,5 @@ class EnsembleMLP(nn.Module):
                 gain, shift = self.norms[i] if members is None else self.norms[i][:, members]
                 x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), gain)
             x = torch.relu_(x)
-        return torch.linalg.vecdot(x.to(last.dtype), last) + pick(self.last_bias)
+        out: Tensor = torch.linalg.vecdot(x.to(last.dtype), last)
+        return out + pick(self.last_bias)

@@ -72,7 +72,7 @@ def tune(policy: Any, train: Train, *, rng: torch.Generator, lora: LoraOptions |
         raise UserError(f"the policy has adapters with {known} already: leave the options out, or give the same")
     lora = known or lora or own or LoraOptions()
     policy.select(train, lora=lora, rng=rng)
-    kept = dataclasses.asdict(lora) if policy.adapters() else None  # type: ignore[call-overload]
+    kept = dataclasses.asdict(lora) if policy.adapters() else None
     policy.spec = {**policy.spec, "tuned": {"train": train, "lora": kept}}
 
 

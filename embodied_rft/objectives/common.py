@@ -18,7 +18,9 @@ from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.learner import to_device
 from embodied_rft.learning.returns import monte_carlo, pad_segments
 from embodied_rft.names import UserError, nearest
+from embodied_rft.networks.critics import Temperature
 from embodied_rft.options import STRICT
+from embodied_rft.policy import Imitates, require
 from embodied_rft.pools.chunks import ChunkBox
 from embodied_rft.registry import register
 
@@ -79,7 +81,13 @@ def imitation(agent: Agent, batch: Batch, rng: torch.Generator) -> Tensor:
     space = agent.spaces.action
     mask = carried_out(batch, space.horizon) if isinstance(space, ChunkBox) else None
     mask = None if mask is None else mask.to(agent.device)
-    return agent.policy.imitation_loss(batch.observation, batch.action, rng=rng, trace=batch.trace, mask=mask)
+    policy = require(agent.policy, Imitates)
+    return policy.imitation_loss(batch.observation, batch.action, rng=rng, trace=batch.trace, mask=mask)
+
+
+def temperature_of(agent: Agent) -> Tensor:
+    """The entropy weight, a scalar without gradient."""
+    return agent.part("temperature", Temperature).alpha
 
 
 def carried_out(batch: Batch, horizon: int) -> Tensor | None:
@@ -97,7 +105,7 @@ def carried_out(batch: Batch, horizon: int) -> Tensor | None:
 
 
 def annotate_returns(
-    buffer: Any, rows: np.ndarray, *, gamma: float, reward_weights: dict[str, float] | None = None
+    buffer: Buffer, rows: np.ndarray, *, gamma: float, reward_weights: dict[str, float] | None = None
 ) -> dict[str, float]:
     """Write the note "mc_return": the discounted return of each decision, a floor for its value.
 
@@ -126,7 +134,7 @@ def annotate_returns(
     return {"data/mc_return": float(known.mean())} if len(known) else {}
 
 
-def readable(buffer: Any, rows: np.ndarray) -> np.ndarray:
+def readable(buffer: Buffer, rows: np.ndarray) -> np.ndarray:
     """Those of `rows` that can be read: not what was invalidated, nor what nothing follows yet."""
     return np.intersect1d(rows, buffer.rows(), assume_unique=True)
 
@@ -162,7 +170,7 @@ def score_in_chunks(
 
 
 def segment_returns(
-    buffer: Any, segments: list[np.ndarray], *, reward_weights: dict[str, float] | None = None, size: int = 4096
+    buffer: Buffer, segments: list[np.ndarray], *, reward_weights: dict[str, float] | None = None, size: int = 4096
 ) -> np.ndarray:
     """Undiscounted sum of the rewards of each segment [S]."""
     if not segments:

@@ -6,18 +6,18 @@ have to unlearn pessimism. It keeps working online with the same losses.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.data import Batch, Tree
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import fit_normalizers
+from embodied_rft.networks.critics import Critic, Temperature
 from embodied_rft.objectives.common import annotate_returns, preset
 from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig, sample
 from embodied_rft.options import STRICT
@@ -45,6 +45,7 @@ class CQL(SAC):
     """
 
     Config: type = CQLConfig
+    config: CQLConfig
     needs_entropy = False  # chains without one, such as ConRFT's, may propose actions
     td_weight = 1.0
 
@@ -76,7 +77,7 @@ class CQL(SAC):
             q: [E, B] values of the data's actions.
             rng: draws the actions.
         """
-        c, critic = self.config, agent.parts["critic"]
+        c, critic = self.config, agent.part("critic", Critic)
         action, log_density = propose(agent, batch, c.num_sampled_actions, rng)
         features = critic.encoder(batch.observation)
         features = features.expand(len(action), *features.shape).flatten(0, 1)
@@ -91,7 +92,7 @@ class CQL(SAC):
         if c.lagrange_gap is not None:
             gap = gap - c.lagrange_gap
             batch.notes["excess_gap"] = gap.detach().mean(0)  # the multiplier's loss of this update reads it
-            weight = weight * agent.parts["conservatism"].alpha.clamp_max(1e6)
+            weight = weight * agent.part("conservatism", Temperature).alpha.clamp_max(1e6)
         return weight * gap.sum() / batch.num_decisions
 
     def multiplier_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -99,10 +100,10 @@ class CQL(SAC):
         excess = batch.notes.get("excess_gap")
         if excess is None:
             with torch.no_grad():
-                q = agent.parts["critic"](batch.observation, self.taken(batch))
+                q = agent.part("critic", Critic)(batch.observation, self.taken(batch))
                 self.critic_penalty(agent, batch, q, rng)
             excess = batch.notes["excess_gap"]
-        multiplier = agent.parts["conservatism"].log_alpha.exp().clamp_max(1e6)
+        multiplier = agent.part("conservatism", Temperature).log_alpha.exp().clamp_max(1e6)
         loss = -multiplier * self.config.conservative_weight * excess.sum() / batch.num_decisions
         return loss, {"conservatism/multiplier": multiplier.detach(), "conservatism/excess": excess.mean()}
 
@@ -122,7 +123,7 @@ class CalQL(CQL):
         """The noted return (rows without one have no floor)."""
         return batch.notes.get("mc_return")
 
-    def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
+    def annotate(self, agent: Agent, buffer: Buffer, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
         """Note the discounted return of each decision."""
         fit_normalizers(agent, buffer, rows)
         return annotate_returns(buffer, rows, gamma=self.config.gamma, reward_weights=self.config.reward_weights)

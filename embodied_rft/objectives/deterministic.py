@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.data import Batch, Tree
 from embodied_rft.learning.agent import Agent
 from embodied_rft.names import UserError
+from embodied_rft.networks.critics import Critic
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.soft_actor_critic import SAC, is_stochastic, sample
+from embodied_rft.policy import Policy
 
 
 @preset("td3", policy_delay=2, policy_value="first", target_noise=0.2)
@@ -44,19 +45,19 @@ class TD3(SAC):
         action, log_prob = self.decide(agent, observation, rng)
         members = torch.zeros(1, dtype=torch.int64, device=action.device)
         only = members if self.config.policy_value == "first" else None
-        return agent.parts["critic"](observation, action, only), action, log_prob
+        return agent.part("critic", Critic)(observation, action, only), action, log_prob
 
     def next_value(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, None]:
         """The target critics' value [B] of the target actor's smoothed action."""
         c = self.config
-        action, _ = sample(agent.parts["target_policy"], batch.next_observation, rng)
+        action, _ = sample(agent.part("target_policy", Policy), batch.next_observation, rng)
         if c.target_noise:
             noise = c.target_noise * torch.randn(action.shape, generator=rng, device=action.device)
             noise = noise.clamp(-c.target_noise_clip, c.target_noise_clip)
             action = self.scale.clip(action + self.scale.half_range * noise)
         return self.target_value(agent, batch.next_observation, action, rng), None
 
-    def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
+    def annotate(self, agent: Agent, buffer: Buffer, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
         """Take the statistics of the observations, once; the target actor has those of the actor."""
         noted = super().annotate(agent, buffer, rows, rng)
         polyak(agent.parts["target_policy"], agent.policy, 0.0)

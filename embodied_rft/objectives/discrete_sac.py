@@ -18,11 +18,11 @@ from embodied_rft.data import Batch, Tree
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
-from embodied_rft.names import UserError
+from embodied_rft.networks.critics import ActionValues, Temperature
 from embodied_rft.networks.tensors import polyak
-from embodied_rft.objectives.common import CriticOptions, ensure_critic, ensure_temperature
+from embodied_rft.objectives.common import CriticOptions, ensure_critic, ensure_temperature, temperature_of
 from embodied_rft.options import STRICT, refuse_idle
-from embodied_rft.policy import Chooses, able
+from embodied_rft.policy import Chooses, require
 from embodied_rft.pools.spaces import one_choice
 from embodied_rft.registry import register
 
@@ -64,18 +64,15 @@ class DiscreteSAC(Objective):
         """Critic, target critic and temperature."""
         c = self.config
         self.choices = one_choice(agent.spaces.action, "objective 'discrete_sac'").to(agent.device)
-        if able(agent.policy, Chooses) is None:
-            raise UserError(
-                f"objective 'discrete_sac' needs a probability of each option, {type(agent.policy).__name__} has none: "
-                "use the agent categorical"
-            )
+        why = f"objective 'discrete_sac' needs a probability of each option, {type(agent.policy).__name__} has none"
+        require(agent.policy, Chooses, f"{why}: use the agent categorical")
         ensure_critic(agent, c, "action_values")
         ensure_temperature(agent, initial=c.initial_temperature, fresh=not c.warm_start)
 
     def critic_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the squared error of the taken option's value, summed over members (eq. 4)."""
         target, index = self.td_target(agent, batch), self.choices.index(batch.action)
-        values = agent.parts["critic"](batch.observation)
+        values = agent.part("critic", ActionValues)(batch.observation)
         q = values.gather(-1, index.expand(len(values), -1, -1))[..., 0]
         loss = 0.5 * losses.squared_error(q, target).sum() / batch.num_decisions
         return loss, {"critic/loss": loss.detach(), "critic/q_mean": q.detach().mean()}
@@ -84,8 +81,8 @@ class DiscreteSAC(Objective):
         """Expectation over the options of alpha log pi - min Q (eq. 12)."""
         log_prob = self._log_prob(agent, batch.observation)
         with torch.no_grad():
-            value = agent.parts["critic"](batch.observation).amin(0)
-        alpha = agent.parts["temperature"].alpha
+            value = agent.part("critic", ActionValues)(batch.observation).amin(0)
+        alpha = temperature_of(agent)
         loss = (log_prob.exp() * (alpha * log_prob - value)).sum() / batch.num_decisions
         batch.notes["policy_log_prob"] = log_prob.detach()  # the temperature loss of this update reads it
         return loss, {"policy/loss": loss.detach(), "policy/q_mean": (log_prob.exp() * value).sum(-1).detach().mean()}
@@ -99,7 +96,7 @@ class DiscreteSAC(Objective):
         size = self.choices.sizes[0]
         wanted = 0.98 * math.log(size) if self.config.target_entropy is None else self.config.target_entropy
         expected = (log_prob.exp() * log_prob).sum(-1)  # minus the entropy
-        log_alpha = agent.parts["temperature"].log_alpha
+        log_alpha = agent.part("temperature", Temperature).log_alpha
         loss = losses.temperature(log_alpha, expected, target_entropy=wanted).sum() / batch.num_decisions
         return loss, {"temperature/alpha": log_alpha.detach().exp(), "policy/entropy": -expected.mean()}
 
@@ -107,13 +104,13 @@ class DiscreteSAC(Objective):
     def td_target(self, agent: Agent, batch: Batch) -> Tensor:
         """[B]: r + gamma E[min Q' - alpha log pi] over the options of the next observation (eq. 3 and 10)."""
         log_prob = self._log_prob(agent, batch.next_observation)
-        value = agent.parts["target_critic"](batch.next_observation).amin(0)
-        soft = (log_prob.exp() * (value - agent.parts["temperature"].alpha * log_prob)).sum(-1)
+        value = agent.part("target_critic", ActionValues)(batch.next_observation).amin(0)
+        soft = (log_prob.exp() * (value - temperature_of(agent) * log_prob)).sum(-1)
         return losses.td_target(batch.reward, batch.discount, soft)
 
     def _log_prob(self, agent: Agent, observation: Tree) -> Tensor:
         """[B, n]."""
-        return agent.policy.log_probs(observation)[0]
+        return require(agent.policy, Chooses).log_probs(observation)[0]
 
     def after_update(self, agent: Agent, update: int) -> None:
         """Move the target critic when it is time."""

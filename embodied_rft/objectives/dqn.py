@@ -6,23 +6,21 @@ epsilon. Its weights go on from imitation or into it like those of any other obj
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.plans import Replay, Share
 from embodied_rft.data import Batch, Decisions, Tree
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
-from embodied_rft.names import UserError
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.options import STRICT
-from embodied_rft.policy import Chooses, able, observe
+from embodied_rft.policy import Chooses, Policy, observe, require
 from embodied_rft.pools.spaces import one_choice
 from embodied_rft.registry import register
 
@@ -59,11 +57,8 @@ class DQN(Objective):
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """The target network; the policy must have a value for each option."""
         self.choices = one_choice(agent.spaces.action, "objective 'dqn'").to(agent.device)
-        if able(agent.policy, Chooses) is None:
-            raise UserError(
-                f"objective 'dqn' needs a value for each option, {type(agent.policy).__name__} has none: use the agent "
-                "categorical"
-            )
+        why = f"objective 'dqn' needs a value for each option, {type(agent.policy).__name__} has none"
+        require(agent.policy, Chooses, f"{why}: use the agent categorical")
         agent.ensure_copy("target_policy")
 
     # --- acting --------------------------------------------------------------------------------------------------
@@ -77,20 +72,21 @@ class DQN(Objective):
     @torch.no_grad()
     def explore(self, agent: Agent, observation: Tree, rng: torch.Generator) -> Decisions:
         """The best option, or with probability epsilon any; its log-probability [N, 1] is exact."""
-        values = agent.policy.logits(observe(observation, agent.policy))
+        policy = require(agent.policy, Chooses)
+        values = policy.logits(observe(observation, agent.policy))
         best, size = values.argmax(-1, keepdim=True), values.shape[-1]
         random = torch.randint(size, best.shape, generator=rng, device=rng.device).to(best.device)
         wander = torch.rand(best.shape, generator=rng, device=rng.device).to(best.device) < self.epsilon
         index = torch.where(wander, random, best)
         share = self.epsilon / size + (1 - self.epsilon) * (index == best)
-        return agent.policy.decisions(index, share.float().log())
+        return policy.decisions(index, share.float().log())
 
     # --- learning ------------------------------------------------------------------------------------------------
 
     def policy_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Error of the taken action's value to r + gamma max Q' (Mnih et al. 2015, algorithm 1)."""
         index = self.choices.index(batch.action)
-        q = agent.policy.logits(batch.observation).gather(-1, index)[:, 0]
+        q = require(agent.policy, Chooses).logits(batch.observation).gather(-1, index)[:, 0]
         error = q - self.td_target(agent, batch)
         each = 0.5 * error.square() if self.config.huber is None else losses.huber(error, delta=self.config.huber)
         loss = each.sum() / batch.num_decisions
@@ -99,12 +95,13 @@ class DQN(Objective):
     @torch.no_grad()
     def td_target(self, agent: Agent, batch: Batch) -> Tensor:
         """[B]: the target network's value of the best next option; with `double`, of what the online one likes best."""
-        values = agent.parts["target_policy"].logits(batch.next_observation)
-        chooser = agent.policy.logits(batch.next_observation) if self.config.double else values
+        target, own = (require(p, Chooses) for p in (agent.part("target_policy", Policy), agent.policy))
+        values = target.logits(batch.next_observation)
+        chooser = own.logits(batch.next_observation) if self.config.double else values
         value = values.gather(-1, chooser.argmax(-1, keepdim=True))[:, 0]
         return losses.td_target(batch.reward, batch.discount, value)
 
-    def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
+    def annotate(self, agent: Agent, buffer: Buffer, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
         """Take the statistics of the observations; the target network reads with the same."""
         fit_normalizers(agent, buffer, rows)
         polyak(agent.parts["target_policy"], agent.policy, 0.0)  # statistics alone

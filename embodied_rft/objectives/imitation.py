@@ -7,7 +7,6 @@ error of a chunk, diffusion or flow matching. Which episodes it copies says a `S
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
 from embodied_rft.objectives.common import imitation, preset, segment_returns
 from embodied_rft.options import STRICT, refuse_idle
-from embodied_rft.policy import Imitates, able
+from embodied_rft.policy import Imitates, require
 from embodied_rft.registry import register
 
 
@@ -116,7 +115,7 @@ class BehaviorCloning(Objective):
 
     Config = BehaviorCloningConfig
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: BehaviorCloningConfig) -> None:
         self.config = config
         self.losses: Losses = {"policy": self.policy_loss}
         self.reading = SelectedReplay(
@@ -128,8 +127,8 @@ class BehaviorCloning(Objective):
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """Check that the policy can imitate."""
-        if able(agent.policy, Imitates) is None:
-            raise UserError(f"policy {type(agent.policy).__name__} has no imitation_loss: bc cannot train it")
+        name = type(agent.policy).__name__
+        require(agent.policy, Imitates, f"policy {name} has no imitation_loss: bc cannot train it")
 
     def policy_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean imitation loss."""

@@ -14,10 +14,11 @@ from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
+from embodied_rft.networks.critics import Critic, Value
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import CriticOptions, ensure_critic, imitation
 from embodied_rft.options import STRICT
-from embodied_rft.policy import Imitates, Retraces, able
+from embodied_rft.policy import Imitates, Retraces, able, require
 from embodied_rft.registry import register
 
 
@@ -58,8 +59,8 @@ class IQL(Objective):
                 f"{name} does not know how likely actions of others are: set extraction: imitation, which weighs its "
                 "own imitation_loss instead"
             )
-        if c.extraction == "imitation" and able(agent.policy, Imitates) is None:
-            raise UserError(f"{name} has no imitation_loss: set extraction: likelihood")
+        if c.extraction == "imitation":
+            require(agent.policy, Imitates, f"{name} has no imitation_loss: set extraction: likelihood")
         ensure_critic(agent, c)
         agent.ensure("value", "value", hidden=c.critic_hidden, layer_norm=c.critic_layer_norm, fresh=not c.warm_start)
 
@@ -67,7 +68,7 @@ class IQL(Objective):
 
     def value_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Expectile regression of V on the target critic (eq. 5)."""
-        value = agent.parts["value"](batch.observation)
+        value = agent.part("value", Value)(batch.observation)
         loss = losses.expectile(self._data_value(agent, batch) - value, tau=self.config.expectile)
         loss = loss.sum() / batch.num_decisions
         return loss, {"value/loss": loss.detach(), "value/mean": value.detach().mean()}
@@ -75,8 +76,9 @@ class IQL(Objective):
     def critic_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """One-step regression of Q on V of the next observation (eq. 6), summed over members."""
         with torch.no_grad():
-            target = losses.td_target(batch.reward, batch.discount, agent.parts["value"](batch.next_observation))
-        q = agent.parts["critic"](batch.observation, batch.action)
+            value = agent.part("value", Value)(batch.next_observation)
+            target = losses.td_target(batch.reward, batch.discount, value)
+        q = agent.part("critic", Critic)(batch.observation, batch.action)
         loss = losses.squared_error(q, target).sum() / batch.num_decisions
         return loss, {"critic/loss": loss.detach(), "critic/q_mean": q.detach().mean()}
 
@@ -84,7 +86,7 @@ class IQL(Objective):
         """Log-likelihood weighted by exp(beta A) (eq. 7), A of the target critic over the value just updated."""
         c = self.config
         with torch.no_grad():
-            advantage = self._data_value(agent, batch) - agent.parts["value"](batch.observation)
+            advantage = self._data_value(agent, batch) - agent.part("value", Value)(batch.observation)
         weight = losses.advantage_weights(
             advantage, inverse_temperature=c.inverse_temperature, largest=c.largest_weight
         )
@@ -96,7 +98,7 @@ class IQL(Objective):
         """The smaller of the target critics' values of the data's actions [B]; computed once an update."""
         if "data_value" not in batch.notes:
             with torch.no_grad():
-                q = agent.parts["target_critic"](batch.observation, batch.action)
+                q = agent.part("target_critic", Critic)(batch.observation, batch.action)
             batch.notes["data_value"] = losses.reduce_ensemble(q, "min")
         return batch.notes["data_value"]
 

@@ -7,8 +7,6 @@ Boundary: what is judged, and by which critic. Legend: B rows, D numbers of a no
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
@@ -19,10 +17,11 @@ from embodied_rft.data import Batch, Tree
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.names import UserError
+from embodied_rft.networks.critics import Critic
 from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig
 from embodied_rft.options import STRICT
-from embodied_rft.policy import Steered, able
+from embodied_rft.policy import Steered, require
 
 
 @preset("dsrl_sac", target_entropy=0.0, critic_layer_norm=True)
@@ -47,7 +46,7 @@ class DSRLSAC(SAC):
         Raises:
             ValueError: somebody else took these decisions.
         """
-        noise = batch.trace["noise"]
+        noise: Tensor = batch.trace["noise"]
         if not noise.isfinite().all():
             raise UserError(
                 "dsrl_sac cannot learn from decisions of others (demonstrations): nobody knows the noise that leads to "
@@ -57,7 +56,7 @@ class DSRLSAC(SAC):
 
     def decide(self, agent: Agent, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """The policy's noise [B, D] and its log-probability [B]."""
-        return agent.policy.choose(observation, rng=rng)
+        return require(agent.policy, Steered).choose(observation, rng=rng)
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -78,9 +77,10 @@ class DSRLNA(SAC):
     """
 
     Config: type = DSRLNAConfig
+    config: DSRLNAConfig
     updates_per_decision = 5.0
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: DSRLNAConfig) -> None:
         super().__init__(config)
         self.every["noise_critic"] = config.noise_critic_delay
 
@@ -95,7 +95,7 @@ class DSRLNA(SAC):
             judges="noise",
             fresh=not c.warm_start,
             hidden=c.critic_hidden,
-            num_members=agent.parts["critic"].num_members,
+            num_members=agent.part("critic", Critic).num_members,
             layer_norm=c.critic_layer_norm,
         )
         first = {"critic": self.losses.pop("critic"), "noise_critic": self.noise_critic_loss}
@@ -103,28 +103,26 @@ class DSRLNA(SAC):
 
     def noise_critic_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the squared error of Q_e(o, w) to the value Q_e of the action that w leads to, at random w."""
+        policy = require(agent.policy, Steered)
         with torch.no_grad():
-            noise = agent.policy.draw_noise(len(batch), rng=rng)
+            noise = policy.draw_noise(len(batch), rng=rng)
             if self.config.own_noise:
-                own, _ = agent.policy.choose(batch.observation, rng=rng)
+                own, _ = policy.choose(batch.observation, rng=rng)
                 rows = torch.rand(len(batch), 1, generator=rng, device=noise.device) < self.config.own_noise
                 noise = torch.where(rows, own, noise)
-            action = agent.policy.from_noise(batch.observation, noise)
-            target = agent.parts["critic"](batch.observation, action)
-        q = agent.parts["noise_critic"](batch.observation, noise)
+            action = policy.from_noise(batch.observation, noise)
+            target = agent.part("critic", Critic)(batch.observation, action)
+        q = agent.part("noise_critic", Critic)(batch.observation, noise)
         loss = 0.5 * losses.squared_error(q, target).sum() / batch.num_decisions
         return loss, {"noise_critic/loss": loss.detach()}
 
     def own_values(self, agent: Agent, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values [E, B] of the policy's noise [B, D]; no gradient passes through the base."""
-        noise, log_prob = agent.policy.choose(observation, rng=rng)
-        return agent.parts["noise_critic"](observation, noise), noise, log_prob
+        noise, log_prob = require(agent.policy, Steered).choose(observation, rng=rng)
+        return agent.part("noise_critic", Critic)(observation, noise), noise, log_prob
 
 
 def require_steering(agent: Agent, objective: str) -> None:
     """Raise ValueError unless the policy chooses the noise of a frozen base."""
-    if able(agent.policy, Steered) is None:
-        raise UserError(
-            f"objective {objective!r} trains the noise of a frozen policy, {type(agent.policy).__name__} has none: put "
-            "`adapt: {with: steering}` before it"
-        )
+    why = f"objective {objective!r} trains the noise of a frozen policy, {type(agent.policy).__name__} has none"
+    require(agent.policy, Steered, why + ": put `adapt: {with: steering}` before it")

@@ -13,9 +13,9 @@ unit. Legend: B decisions, U units.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,18 +24,20 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft import distributed
+from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.plans import Fresh, Share
 from embodied_rft.data import Batch
 from embodied_rft.learning import losses, returns
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
 from embodied_rft.names import UserError
+from embodied_rft.networks.critics import ReturnScale, Value
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import readable, score_in_chunks, units_of, whole_groups
 from embodied_rft.objectives.correction import Correction, correct
 from embodied_rft.objectives.credit import OPTIONS, Credit
 from embodied_rft.options import STRICT, refuse_idle
-from embodied_rft.policy import UnitValues, Values, able
+from embodied_rft.policy import Policy, UnitValues, Values, able, require
 from embodied_rft.registry import find, register
 
 SHARED = {"decision": "decisions", "mean": "decisions", "episode": "episodes", "episode_mean": "episodes"}
@@ -135,9 +137,10 @@ class PPO(Objective):
     """Proximal policy optimisation (Schulman et al. 2017)."""
 
     Config: type = PPOConfig
+    config: PPOConfig
     independent = True  # neither loss reads what the other one's step changes
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PPOConfig) -> None:
         self.config = config
         self.credit: Credit = find("credit", config.credit)
         self.uses_value = getattr(self.credit, "uses_value", False)
@@ -200,7 +203,7 @@ class PPO(Objective):
             refuse_idle(c, ["value_weight"], "on this policy, whose value is a network with a loss of its own")
             agent.ensure("value", "value", hidden=c.value_hidden, activation=c.value_activation)
 
-    def _check(self, policy: Any) -> None:
+    def _check(self, policy: Policy) -> None:
         """Refuse options that this policy cannot serve."""
         if self.config.per_dimension and policy.unit_size is None:
             raise UserError(
@@ -259,6 +262,7 @@ class PPO(Objective):
         ratio = losses.log_ratio(log_prob, old, mask, level=c.ratio, episode=self._episode(batch, log_prob.device))
         if c.per_dimension:
             size = agent.policy.unit_size
+            assert size is not None  # see `_check`
             ratio, entropy = ratio / size, entropy / size
         low, high = self._bounds(ratio)
         each = losses.clipped_surrogate(ratio, 0.0, self._advantage(batch), low=low, high=high, dual=c.dual_clip)
@@ -299,18 +303,19 @@ class PPO(Objective):
         after = (mask.sum(1, keepdim=True) - 1 - torch.arange(mask.shape[1], device=mask.device)).clamp_min(0)
         return (advantage[:, None] if advantage.dim() == 1 else advantage) * decay**after
 
-    def _bounds(self, ratio: Tensor) -> tuple[Any, Any]:
+    def _bounds(self, ratio: Tensor) -> tuple[losses.Bound, losses.Bound]:
         """Clip ranges below and above 1: numbers, or [U] where they grow from the first unit to the last.
 
         At unit u of U, with x = u / (U - 1): first + (last - first) (exp(3 x) - 1) / (exp(3) - 1) (DPPO, appendix).
         """
         c, count = self.config, ratio.shape[1]
-        if c.clip_first is None or count == 1:
-            return c.clip_low, c.clip_high
+        first, low, high = c.clip_first, c.clip_low, c.clip_high
+        if first is None or low is None or high is None or count == 1:
+            return low, high
         share = torch.expm1(CLIP_GROWTH * torch.linspace(0, 1, count, device=ratio.device)) / math.expm1(CLIP_GROWTH)
-        return tuple(c.clip_first + (last - c.clip_first) * share for last in (c.clip_low, c.clip_high))
+        return first + (low - first) * share, first + (high - first) * share
 
-    def _watch(self, ratio: Tensor, batch: Batch, low: Any, high: Any) -> dict[str, Tensor]:
+    def _watch(self, ratio: Tensor, batch: Batch, low: losses.Bound, high: losses.Bound) -> dict[str, Tensor]:
         """How far the policy has moved from the one that acted (KL, k3) and how often the ratio is out of bounds."""
         count = len(batch) / batch.num_decisions * batch.num_units  # units, about
         change = torch.expm1(ratio.clamp(-20, 20))
@@ -321,7 +326,7 @@ class PPO(Objective):
 
     # --- around the losses ---------------------------------------------------------------------------------------
 
-    def annotate(self, agent: Agent, buffer: Any, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
+    def annotate(self, agent: Agent, buffer: Buffer, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
         """Write "advantage", "live" and whatever else the losses read, for those of `rows` that something follows."""
         rows = readable(buffer, rows)
         segments, torn = buffer.segments(rows), {}
@@ -350,16 +355,16 @@ class PPO(Objective):
         metrics |= _count_groups(batch.columns["group"], dead.numpy())
         self._write(buffer, order, batch, credited, live & ~dead if c.drop_even_groups else live)
         if c.kl_weight and c.reference == "moving":
-            polyak(agent.parts["reference"], agent.policy, 1 - c.reference_decay)
+            polyak(agent.part("reference", Policy), agent.policy, 1 - c.reference_decay)
         return metrics
 
     @torch.no_grad()
-    def _score(self, agent: Agent, buffer: Any, batch: Batch, lengths: list[int]) -> None:
+    def _score(self, agent: Agent, buffer: Buffer, batch: Batch, lengths: list[int]) -> None:
         """What networks say about the data, as notes of `batch`: values and log-probabilities, a chunk at a time."""
         c = self.config
-        scorers: dict[str, Any] = {}
+        scorers: dict[str, Callable[[Batch], Tensor]] = {}
         if c.kl_weight:
-            scorers["reference_log_prob"] = lambda b: _log_prob(agent.parts["reference"], b)
+            scorers["reference_log_prob"] = lambda b: _log_prob(agent.part("reference", Policy), b)
         if c.correction is not None:
             scorers["old_log_prob"] = lambda b: _log_prob(agent.policy, b)
         if self.uses_value:
@@ -377,7 +382,7 @@ class PPO(Objective):
             following[torch.from_numpy(last)] = score_in_chunks(scorers["value"], ends, agent.device)
             batch.notes["next_value"] = following
 
-    def _scale(self, agent: Agent, buffer: Any, batch: Batch, segments: list[np.ndarray]) -> dict[str, float]:
+    def _scale(self, agent: Agent, buffer: Buffer, batch: Batch, segments: list[np.ndarray]) -> dict[str, float]:
         """Divide rewards by the running standard deviation of R_t = r_t + gamma R_{t-1} (Engstrom et al. 2020, item 2).
 
         R goes on where an episode does: it is a note of the decision before. Changes `batch`.
@@ -393,7 +398,7 @@ class PPO(Objective):
         carried = [before.get((int(e), int(t)), 0.0) for e, t in zip(starts["episode"], starts["step"], strict=True)]
         running = returns.running_returns(batch.reward, [len(s) for s in segments], carried, gamma=self.config.gamma)
         buffer.annotate("running_return", np.concatenate(segments), running.numpy())
-        scale = agent.parts["return_scale"].update(running)
+        scale = agent.part("return_scale", ReturnScale).update(running)
         batch.reward = batch.reward / scale
         return {"data/return_scale": scale}
 
@@ -414,7 +419,9 @@ class PPO(Objective):
                 batch.reward = batch.reward - c.kl_weight * each.sum(1)
         return metrics
 
-    def _write(self, buffer: Any, order: np.ndarray, batch: Batch, credited: dict[str, Tensor], live: Tensor) -> None:
+    def _write(
+        self, buffer: Buffer, order: np.ndarray, batch: Batch, credited: dict[str, Tensor], live: Tensor
+    ) -> None:
         """Put into the buffer what the losses read."""
         c = self.config
         if c.normalize_advantage == "iteration":
@@ -435,7 +442,7 @@ class PPO(Objective):
             ragged = value.dim() == 2 and buffer.schema.units is None
             buffer.annotate(name, order, units_of(value, batch.mask) if ragged else value.numpy())
 
-    def after_reading(self, agent: Agent, buffer: Any, rows: np.ndarray) -> None:
+    def after_reading(self, agent: Agent, buffer: Buffer, rows: np.ndarray) -> None:
         """Take the statistics of the observations now: while they were learned from, ratios had to begin at 1."""
         fit_normalizers(agent, buffer, readable(buffer, rows))
 
@@ -443,7 +450,7 @@ class PPO(Objective):
 # --- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _log_prob(policy: Any, batch: Batch) -> Tensor:
+def _log_prob(policy: Policy, batch: Batch) -> Tensor:
     """[B, U]."""
     return policy.log_prob(batch.observation, batch.action, batch.trace)[0]
 
@@ -451,12 +458,14 @@ def _log_prob(policy: Any, batch: Batch) -> Tensor:
 def _values(agent: Agent, batch: Batch) -> Tensor:
     """[B], from the policy's own head or the part "value"."""
     own = able(agent.policy, Values)
-    return agent.parts["value"](batch.observation) if own is None else own.value(batch.observation, batch.trace)
+    if own is not None:
+        return own.value(batch.observation, batch.trace)
+    return agent.part("value", Value)(batch.observation)
 
 
 def _unit_values(agent: Agent, batch: Batch) -> Tensor:
     """[B, U]."""
-    return agent.policy.unit_values(batch.observation, batch.action, batch.trace)
+    return require(agent.policy, UnitValues).unit_values(batch.observation, batch.action, batch.trace)
 
 
 def _count_groups(group: np.ndarray, dead: np.ndarray) -> dict[str, float]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.plans import Replay
@@ -26,6 +26,7 @@ from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
 from embodied_rft.names import UserError
 from embodied_rft.objectives.common import preset, score_in_chunks, segment_returns
 from embodied_rft.options import STRICT
+from embodied_rft.policy import Policy
 from embodied_rft.registry import register
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -169,7 +170,9 @@ class DPO(Objective):
 
     Config: type = DPOConfig
 
-    def __init__(self, config: Any) -> None:
+    config: DPOConfig
+
+    def __init__(self, config: DPOConfig) -> None:
         self.config = config
         self.losses: Losses = {"policy": self.policy_loss}
         names = ("batch_size", "within", "pairing", "segment", "min_gap", "reward_weights")
@@ -180,9 +183,9 @@ class DPO(Objective):
         if self.config.reference == "start":
             agent.ensure_copy("reference")
 
-    def score(self, policy: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def score(self, policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probability of each decision [B], the sum over its units, and how many these are [B]."""
-        log_prob, _ = policy.log_prob(batch.observation, batch.action, batch.trace)  # type: ignore[operator]
+        log_prob, _ = policy.log_prob(batch.observation, batch.action, batch.trace)
         # Of pairs that somebody else wrote, no log-probability was stored: what is behind a reply's end is 0.
         mask = batch.mask if batch.mask.shape == log_prob.shape else log_prob.detach() != 0
         return torch.where(mask, log_prob, 0.0).sum(1), mask.sum(1)
@@ -214,14 +217,15 @@ class DPO(Objective):
         if noted is not None and not bool(noted.isnan().any()):
             return noted
         with torch.no_grad():
-            return self.score(agent.parts["reference"], batch)[0]
+            return self.score(agent.part("reference", Policy), batch)[0]
 
     def annotate(self, agent: Agent, buffer: Buffer, rows: np.ndarray, rng: torch.Generator) -> dict[str, float]:
         """Write "reference_score", one number a decision."""
         fit_normalizers(agent, buffer, rows)
         if self.config.reference == "start" and len(rows):
             batch = buffer.batch(rows, next_observation=False)
-            score = score_in_chunks(lambda b: self.score(agent.parts["reference"], b)[0], batch, agent.device)
+            reference = agent.part("reference", Policy)
+            score = score_in_chunks(lambda b: self.score(reference, b)[0], batch, agent.device)
             buffer.annotate("reference_score", rows, score.numpy())
         return {}
 

@@ -6,7 +6,7 @@ of an ensemble is a sum over members where some papers take the mean: Adam's ste
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,18 @@ from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
+from embodied_rft.networks.critics import Critic, Temperature
 from embodied_rft.networks.tensors import as_tensors, polyak
-from embodied_rft.objectives.common import CriticOptions, ensure_critic, ensure_temperature, imitation, preset
+from embodied_rft.objectives.common import (
+    CriticOptions,
+    ensure_critic,
+    ensure_temperature,
+    imitation,
+    preset,
+    temperature_of,
+)
 from embodied_rft.options import STRICT, refuse_idle
-from embodied_rft.policy import Draws, Imitates, Reparametrised, able
+from embodied_rft.policy import Draws, HasMode, Imitates, Policy, Reparametrised, able, require
 from embodied_rft.pools.spaces import ActionScale
 from embodied_rft.registry import register
 
@@ -70,6 +78,7 @@ class SAC(Objective):
     """
 
     Config: type = SACConfig
+    config: SACConfig
     id = "sac"
     judges = "action"  # what the critic judges: see `Agent.decision_space`
     updates_per_decision: float = 1.0  # gradient steps for each decision of experience, as published
@@ -78,7 +87,7 @@ class SAC(Objective):
     td_weight = 0.5  # of the squared error, each member's
     entropy_per_number = -1.0  # target entropy for each number of a decision, where the options give none
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: SACConfig) -> None:
         refuse_idle(config, self.unused, f"in {self.id!r}, see td3")
         self.config = config
         self.losses: Losses = {}  # filled by setup: whether there is a temperature depends on the policy
@@ -101,8 +110,9 @@ class SAC(Objective):
     def _check(self, agent: Agent) -> None:
         """Refuse a policy that the options do not suit."""
         c = self.config
-        if c.bc_weight and able(agent.policy, Imitates) is None:
-            raise UserError(f"bc_weight {c.bc_weight}: {type(agent.policy).__name__} cannot imitate; set it to 0")
+        if c.bc_weight:
+            name = type(agent.policy).__name__
+            require(agent.policy, Imitates, f"bc_weight {c.bc_weight}: {name} cannot imitate; set it to 0")
         without = not is_stochastic(agent.policy)
         if without and self.needs_entropy:
             raise UserError(
@@ -117,7 +127,7 @@ class SAC(Objective):
     def critic_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the squared error to the bootstrapped target, summed over members (SAC, eq. 5)."""
         target = self.td_target(agent, batch, rng)
-        q = agent.parts["critic"](batch.observation, self.taken(batch))
+        q = agent.part("critic", Critic)(batch.observation, self.taken(batch))
         loss = self.td_weight * losses.squared_error(q, target).sum() / batch.num_decisions
         metrics = {"critic/loss": loss.detach(), "critic/q_mean": q.detach().mean()}
         penalty = self.critic_penalty(agent, batch, q, rng)
@@ -167,7 +177,7 @@ class SAC(Objective):
             assert log_prob is not None  # there is a temperature, so there is an entropy
         entropy = self.config.target_entropy
         entropy = self.entropy_per_number * self.scale.action_dim if entropy is None else entropy
-        log_alpha = agent.parts["temperature"].log_alpha
+        log_alpha = agent.part("temperature", Temperature).log_alpha
         loss = losses.temperature(log_alpha, log_prob, target_entropy=entropy).sum() / batch.num_decisions
         return loss, {"temperature/alpha": log_alpha.detach().exp(), "policy/entropy": -log_prob.mean()}
 
@@ -175,7 +185,8 @@ class SAC(Objective):
 
     def taken(self, batch: Batch) -> Tensor:
         """What the critic judges of decisions in the buffer [B, A]."""
-        return batch.action
+        action: Tensor = batch.action
+        return action
 
     def decide(self, agent: Agent, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """What the critic judges of a new decision [B, A], and its log-probability [B]."""
@@ -184,7 +195,7 @@ class SAC(Objective):
     def own_values(self, agent: Agent, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values [E, B] of the policy's own decisions [B, A], differentiable in its weights; log-probability [B]."""
         action, log_prob = self.decide(agent, observation, rng)
-        return agent.parts["critic"](observation, action), action, log_prob
+        return agent.part("critic", Critic)(observation, action), action, log_prob
 
     def next_value(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """The target critic's value [B] of a next decision, and that decision's log-probability [B]."""
@@ -193,7 +204,7 @@ class SAC(Objective):
 
     def target_value(self, agent: Agent, observation: Tree, action: Tensor, rng: torch.Generator) -> Tensor:
         """What of the ensemble of target critics a target is made of, [B]."""
-        target_critic = agent.parts["target_critic"]
+        target_critic = agent.part("target_critic", Critic)
         if self.config.target == "random_subset":  # Chen et al. 2021 (REDQ), algorithm 1
             chosen = torch.randperm(target_critic.num_members, generator=rng, device=action.device)
             return target_critic(observation, action, chosen[: self.config.subset_size]).amin(0)
@@ -286,6 +297,7 @@ class E2O(SAC):
     """Less pessimism and optimistic exploration for a critic ensemble trained offline (Zhao et al. 2023, E2O)."""
 
     Config: type = E2OConfig
+    config: E2OConfig
 
     @torch.no_grad()
     def explore(self, agent: Agent, observation: Tree, rng: torch.Generator) -> Decisions:
@@ -294,7 +306,7 @@ class E2O(SAC):
         repeated = {k: np.repeat(v, count, axis=0) for k, v in observation.items() if isinstance(v, np.ndarray)}
         proposed = agent.policy.act(repeated, rng=rng)
         action = torch.as_tensor(proposed.action, dtype=torch.float32, device=agent.device)
-        q = agent.parts["critic"](as_tensors(repeated, agent.device), action)
+        q = agent.part("critic", Critic)(as_tensors(repeated, agent.device), action)
         bonus = q.std(0, correction=0) if len(q) > 1 else 0.0
         score = (q.mean(0) + self.config.explore_bonus * bonus).reshape(-1, count)
         chosen = score.argmax(1).cpu().numpy() + count * np.arange(len(score))
@@ -304,23 +316,18 @@ class E2O(SAC):
         )
 
 
-def is_stochastic(policy: Any) -> bool:
+def is_stochastic(policy: Policy) -> bool:
     """Whether the policy exposes an entropy; one that does not is trained as in TD3."""
     return policy.stochastic and able(policy, Reparametrised) is not None
 
 
-def sample(policy: Any, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
+def sample(policy: Policy, observation: Tree, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
     """The policy's action [B, A] and its log-probability [B]; None for a policy without entropy.
 
     A policy without entropy may still be random (a chain that starts from noise): it has `draw`, else its mode counts.
     """
     if is_stochastic(policy):
-        return policy.rsample(observation, rng=rng)
+        return require(policy, Reparametrised).rsample(observation, rng=rng)
     if drawn := able(policy, Draws):
         return drawn.draw(observation, rng=rng), None
-    return policy.mode(observation), None
-
-
-def temperature_of(agent: Agent) -> Tensor:
-    """The entropy weight, a scalar without gradient."""
-    return agent.parts["temperature"].alpha
+    return require(policy, HasMode).mode(observation), None

@@ -16,6 +16,7 @@ from embodied_rft.data import Batch
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
+from embodied_rft.networks.critics import Density
 from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.deterministic import TD3
 from embodied_rft.objectives.soft_actor_critic import SACConfig
@@ -51,7 +52,8 @@ class DensityObjective(Objective):
 
     def density_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean negative evidence bound."""
-        each = agent.parts["density"].negative_elbo(batch.observation, batch.action, beta=self.config.beta, rng=rng)
+        density, beta = agent.part("density", Density), self.config.beta
+        each = density.negative_elbo(batch.observation, batch.action, beta=beta, rng=rng)
         loss = each.sum() / batch.num_decisions
         return loss, {"density/negative_elbo": loss.detach()}
 
@@ -76,6 +78,7 @@ class SPOT(TD3):
     """Supported policy optimisation (Wu et al. 2022, eq. 11): TD3, Q of mean size 1, + lambda * -log density."""
 
     Config: type = SPOTConfig
+    config: SPOTConfig
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """As TD3; the density must exist."""
@@ -84,13 +87,13 @@ class SPOT(TD3):
             raise UserError(
                 "spot needs a density of the data: put the stage `pretrain: {objective: density}` before it"
             )
-        agent.parts["density"].weight.fill_(self.config.support_weight)
+        agent.part("density", Density).weight.fill_(self.config.support_weight)
 
     penalises = True
 
     def policy_penalty(self, agent: Agent, batch: Batch, action: Tensor, rng: torch.Generator) -> Tensor:
         """Lambda * negative evidence bound of the action."""
-        density = agent.parts["density"]
+        density = agent.part("density", Density)
         each = density.negative_elbo(batch.observation, action, beta=self.config.beta, rng=rng)
         penalty = density.weight * each.sum() / batch.num_decisions
         imitation = super().policy_penalty(agent, batch, action, rng)
@@ -102,4 +105,5 @@ class SPOT(TD3):
         c = self.config
         if c.final_support_weight is not None:
             done = min(1.0, update / c.cooling_updates)
-            agent.parts["density"].weight.fill_(c.support_weight + done * (c.final_support_weight - c.support_weight))
+            weight = c.support_weight + done * (c.final_support_weight - c.support_weight)
+            agent.part("density", Density).weight.fill_(weight)

@@ -20,15 +20,15 @@ from embodied_rft.pools.text_spaces import AnyText, ChatText
 KINDS: tuple[type[Space], ...] = (
     spaces.Dict, spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Text
 )  # fmt: skip
-TEXTS: tuple[Any, ...] = (AnyText, ChatText)  # they know their letters
+TEXTS = {cls.__name__: cls for cls in (AnyText, ChatText)}  # they know their letters
 Description = dict[str, Any]  # plain data and arrays, as a checkpoint holds them
 
 
 def describe(space: Space) -> Description | None:
     """A space as plain data, from which `space_of` makes an equal one; None: a class that is not known here."""
-    if type(space) not in (*KINDS, *TEXTS):
-        return None
     name = type(space).__name__
+    if type(space) not in (*KINDS, *TEXTS.values()):
+        return None
     if isinstance(space, spaces.Dict):
         leaves = {str(key): describe(child) for key, child in space.spaces.items()}
         return {"kind": name, "leaves": leaves, "keys": list(leaves)} if all(leaves.values()) else None
@@ -49,13 +49,13 @@ def describe(space: Space) -> Description | None:
 def space_of(given: Mapping[str, Any]) -> Space:
     """The space that `describe` wrote down."""
     options = {key: value for key, value in given.items() if key != "kind"}
-    kind = {cls.__name__: cls for cls in (*KINDS, *TEXTS)}[given["kind"]]
+    if given["kind"] in TEXTS:
+        return TEXTS[given["kind"]](given["max_length"])
+    kind = {cls.__name__: cls for cls in KINDS}[given["kind"]]
     if kind is spaces.Dict:
         return spaces.Dict({key: space_of(given["leaves"][key]) for key in given["keys"]})
     if kind is spaces.Box:
         return spaces.Box(**options, dtype=given["low"].dtype.type)
-    if kind in TEXTS:
-        return kind(given["max_length"])
     if "dtype" in given:
         options["dtype"] = np.dtype(given["dtype"]).type
     return kind(**options)

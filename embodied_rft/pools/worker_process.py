@@ -149,7 +149,7 @@ def _follow_parent() -> None:
     """Die when the parent dies, also from inside a step or while stopped; leave to it what a whole group is sent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     if (alive := getattr(server, "_forkserver_alive_fd", None)) is not None:
         os.close(alive)  # else the fork server lives as long as we do, although its owner is gone
         server._forkserver_alive_fd = None

@@ -299,7 +299,8 @@ class WorkerPool(Pool):
             raise _StartError("crash", _death(worker.process)) from None
         if answer == "failed":
             raise _StartError("error", payload[1], payload[0])
-        return cloudpickle.loads(payload)
+        promised: tuple[Space, Space, bool] = cloudpickle.loads(payload)
+        return promised
 
     def _due(self, w: int, end: float) -> float:
         """When worker `w` counts as hanging: at `end`, or later where an environment may take longer."""
@@ -308,7 +309,7 @@ class WorkerPool(Pool):
     def _attachment(self) -> tuple[str, Layout]:
         return self._shared[1].memory.name, self._shared[1].layout
 
-    def _exchange(self, requests: dict[int, tuple[str, tuple]]) -> dict[int, Any]:
+    def _exchange(self, requests: dict[int, tuple[str, tuple[Any, ...]]]) -> dict[int, Any]:
         """Send a command to some workers and collect the answers; who fails is replaced and is not in the result."""
         self._serial += 1
         answers: dict[int, Any] = {}
@@ -372,7 +373,8 @@ class WorkerPool(Pool):
 
 def _pickled(make_slice: Callable[..., Pool]) -> bytes:
     try:
-        return cloudpickle.dumps(make_slice)
+        pickled: bytes = cloudpickle.dumps(make_slice)
+        return pickled
     except Exception as error:
         raise UserError(
             f"this environment cannot be sent to worker processes ({type(error).__name__}: {error}). Register it as "

@@ -121,7 +121,7 @@ def _inner_dataclasses(hint: Any) -> Iterator[tuple[str, Any]]:
             yield from _inner_dataclasses(part)
 
 
-def _default(each: dataclasses.Field) -> Any:
+def _default(each: dataclasses.Field[Any]) -> Any:
     if each.default_factory is not dataclasses.MISSING:
         return each.default_factory()
     return each.default

@@ -33,7 +33,7 @@ MOST_FILES = 10_000  # of a folder whose content is looked at
 
 def keep(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     """Copy what the recipe names into `folder`; the recipe as plain data that names the copies, relative to it."""
-    tree = to_plain(recipe)
+    tree: dict[str, Any] = to_plain(recipe)
     hashes = dict(tree["inputs"])
 
     def kept(path: Path) -> str:

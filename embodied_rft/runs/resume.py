@@ -124,7 +124,7 @@ def read_state(folder: RunFolder, which: Which = "newest") -> dict[str, Any]:
     if which == "best":
         if not folder.best.is_dir():
             raise UserError(f"{folder} has no best checkpoint: its recipe draws no learning curve (evaluate_every)")
-        state = load(folder.best)
+        state: dict[str, Any] = load(folder.best)
     else:
         newest = Checkpoints(folder.checkpoints, holds=HOLDS).newest()
         if newest is None:

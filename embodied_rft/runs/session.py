@@ -199,7 +199,7 @@ class Session(resume.State):
 
     def seconds(self) -> float:
         """Wall time that this run has used so far, over all its restarts."""
-        return self.counters["seconds"] + time.perf_counter() - self._clock
+        return float(self.counters["seconds"]) + time.perf_counter() - self._clock
 
     def log(self, metrics: dict[str, float], **labels: str) -> None:
         """One line in every log; what went wrong in the environments since the last one is part of it."""

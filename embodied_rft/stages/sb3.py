@@ -19,7 +19,7 @@ import numpy as np
 from gymnasium import spaces
 from pydantic.dataclasses import dataclass
 
-from embodied_rft.data import Decisions, Tree
+from embodied_rft.data import Decisions, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.pools.making import find_spec, make_single
@@ -110,7 +110,7 @@ class SB3Stage(Stage):
         }
 
 
-def uses_hindsight(config: SB3Stage.Config, space: spaces.Space) -> bool:
+def uses_hindsight(config: SB3Stage.Config, space: Space) -> bool:
     """Whether HER relabels this run: asked for, or an off-policy algorithm on a goal environment."""
     goals = isinstance(space, spaces.Dict) and set(space.spaces) >= GOAL_KEYS
     if config.hindsight is not None and not goals:

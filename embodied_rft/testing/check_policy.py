@@ -32,7 +32,7 @@ def check_policy(policy: Any, observation_space: Space, action_space: Space, *, 
     name = type(policy).__name__
     require_policy(policy, "the policy")
     observation = _readable(policy, observation_space, _observations(observation_space, count))
-    before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
+    before = torch.random.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()
     decisions = policy.act(observation, rng=seeded(0))
     _check_decisions(name, policy, decisions, action_space, count)
     _check_agreement(name, policy, observation, decisions)
@@ -40,7 +40,7 @@ def check_policy(policy: Any, observation_space: Space, action_space: Space, *, 
     _check_rows(name, policy, observation, count)
     _check_mode(name, policy, observation, action_space)
     _check_weights(name, policy, observation)
-    after = torch.random.get_rng_state(), np.random.get_state()[1]  # type: ignore[index]
+    after = torch.random.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]
     if not (torch.equal(before[0], after[0]) and np.array_equal(before[1], after[1])):
         raise UserError(f"{name} drew from the global generator of torch or NumPy; draw from the `rng` passed to it")
 

@@ -8,6 +8,7 @@ Legend: T tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, s
 
 class _TokenLogProbs(torch.autograd.Function):
     """p = softmax(z): d log p(y) / dz = onehot(y) - p, d entropy / dz = -p (log p + entropy)."""
+
+    apply: Callable[..., tuple[Tensor, Tensor]]
 
     @staticmethod
     def forward(

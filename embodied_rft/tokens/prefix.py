@@ -201,7 +201,8 @@ def run(
         position = position.clamp_min(0)
     # use_cache only asks for a cache when none is given, and checkpointing of layers refuses it.
     output = decoder(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=False)
-    return output.last_hidden_state
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
 def reply_states(

@@ -36,7 +36,8 @@ class Tree:
     @property
     def lengths(self) -> np.ndarray:
         """[n] tokens of each node."""
-        return self.end - self.start
+        lengths: np.ndarray = self.end - self.start
+        return lengths
 
     @property
     def branches(self) -> np.ndarray:

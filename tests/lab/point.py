@@ -198,4 +198,5 @@ class PointDemonstrator:
             action[:, axis] = offset[:, axis]
         action = self.skill * action / np.maximum(np.abs(action).max(1, keepdims=True), self.speed)
         action = np.where(rng.random((len(action), 1)) < self.wrong, -action, action)
-        return (action + self.noise * rng.standard_normal(action.shape)).clip(-1, 1).astype(np.float32)
+        noisy: np.ndarray = action + self.noise * rng.standard_normal(action.shape)
+        return noisy.clip(-1, 1).astype(np.float32)
