@@ -22,7 +22,7 @@ from embodied_rft.agents.models import sb3_files
 from embodied_rft.agents.models.sb3_files import save_normalizer as save_normalizer  # for those who write such files
 from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.names import UserError
-from embodied_rft.options import STRICT
+from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import Policy, require_rng
 from embodied_rft.registry import register
 
@@ -41,6 +41,11 @@ class SB3Config:
     keys: tuple[str, ...] | None = None  # observation keys that the model was trained on, in its order
     normalize: str | None = None  # file of VecNormalize.save or of save_normalizer
     trust: bool = False  # let SB3 unpickle the zip, which runs what is in it: only for files that you made yourself
+
+    def __post_init__(self) -> None:
+        """Refuse what has no effect."""
+        if self.trust:
+            refuse_idle(self, ["algorithm", "policy", "policy_kwargs"], "with trust: the unpickled file says it all")
 
 
 @register("agent", "sb3")

@@ -48,6 +48,7 @@ class EnvBatch(ABC):
     num_envs: int  # N
     arrays: tuple[str, ...] = ()  # names of the attributes, each [N, ...], that hold all that episodes change
     reset_options: Collection[str] = ()  # names of what `reset(options=...)` may hold
+    one_decision: ClassVar[bool] = False  # every episode ends with its first one
     metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 25}
 
     def __init__(self, *, num_envs: int) -> None:
@@ -151,6 +152,10 @@ class BatchVectorEnv(gymnasium.vector.VectorEnv):
         if render_mode not in (None, *RENDER_MODES):
             raise UserError(f"unknown render_mode {render_mode!r}; expected None, 'rgb_array' or 'ansi'")
         self.batch = make_batch(batch, num_envs=num_envs, **options)
+        if self.batch.one_decision and max_episode_steps is not None:
+            raise UserError(
+                f"max_episode_steps {max_episode_steps} has no effect where an episode is one decision: leave it out"
+            )
         self.num_envs, self.max_episode_steps, self.render_mode = num_envs, max_episode_steps, render_mode
         self.metadata = {**self.batch.metadata, "autoreset_mode": self.autoreset_mode}
         self.single_action_space, self.single_observation_space = self.batch.action_space, self.batch.observation_space

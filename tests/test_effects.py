@@ -171,8 +171,13 @@ def of_objective(id):
     return Walk(f"objective {id}", config, functools.partial(run_objective, id), base, values, CONTEXTS, SITUATIONS)
 
 
+def walks():
+    """All of this file."""
+    return [of_objective(id) for id in registry.shipped("objective")]
+
+
 def test_options_of_objectives():
-    found = tally([of_objective(id) for id in registry.shipped("objective")])
+    found = tally(walks())
     print(found)
     assert not found["dead"], found["dead"]
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from embodied_rft import registry
+from embodied_rft.pools.states import unreadable
 from tests.lab.effects import Walk, Work, tally
 from tests.lab.scene import Scene, experience, make_agent
 from tests.test_effects import CHAIN, GAUSSIAN, TALKS, learn
@@ -28,7 +29,6 @@ AGENTS = {  # (id, what is special): (base options, scene)
     ("consistency", ""): ({**PLAIN, "num_levels": 6}, {"sees": BOTH}),
     ("language", ""): ({**TALKS, "key": "prompt"}, {"sees": ("prompt", "instruction"), "acts": "text"}),
 }
-NOT_WALKED = {"sb3", "lerobot", "vision_language", "vla"}  # their options: tests/agents
 AGENT_VALUES = {
     "keys": ["state"],
     "horizon": 2,
@@ -48,6 +48,7 @@ AGENT_VALUES = {
     "statistics": "min_max",
     **dict.fromkeys(("min_std", "parallel.min_std", "flow.min_std"), 0.3),
     "cache_bytes": 0,
+    "model.tiny.max_tokens": 8,
 }
 ADAPTED = {"train": "lora"}
 AGENT_CONTEXTS = {
@@ -59,19 +60,20 @@ AGENT_CONTEXTS = {
     **dict.fromkeys(("lora.rank", "lora.alpha", "lora.targets"), ADAPTED),
 }
 # Options that spare time or memory: results stay what they are, and what is computed for them does not.
-WORK = ("gradient_checkpointing", "token_chunk", "share_prefix", "cache_bytes")
-
-
-EXEMPT = {
-    "model.tiny.max_tokens": "a limit: what is longer is refused (tests/agents/test_language.py)",
-    "long_prompts": "asked of environments that list their prompts (tests/envs)",
-}
+WORK = dict.fromkeys(("gradient_checkpointing", "token_chunk", "share_prefix", "cache_bytes"), "work")
+SITUATIONS = {**WORK, "long_prompts": "listed"}
+LIMITS = {"model.tiny.max_tokens": "exceed the model's context of 8 tokens"}
+PROMPTS = {"short": {"prompt": "1?"}, "long": {"prompt": "1" * 5_000}}
 
 
 def run_agent(id, scene, options, situation):
     """Acting in the scene, imitating and improving what was done, acting greedily."""
-    with Work() if situation == "work" else contextlib.nullcontext() as work:
+    options = {**options, "freeze_vision": True} if situation == "frozen" else options
+    with Work() if situation in ("work", "frozen") else contextlib.nullcontext() as work:
         agent, pool = make_agent({"id": id, **options}, Scene(4, **scene))
+        if situation == "listed":  # the environment says what it may begin with
+            pool.ask = {"initial_observations": PROMPTS}.get
+            return unreadable(pool, agent.policy)
         buffer = experience(agent, pool, episodes=8, demonstrations=4, group_size=2)
         found = [buffer.state_dict()]
         trainable = bool(agent.trainable("policy"))
@@ -87,14 +89,17 @@ def of_agent(id, special):
     """The walk over one agent's options."""
     base, scene = AGENTS[id, special]
     values = AGENT_VALUES | ({"base": {**GAUSSIAN, "hidden": [4]}} if id == "residual" else {})
-    situations = dict.fromkeys(WORK, "work")
     run = functools.partial(run_agent, id, scene)
     config = registry.find("agent", id).Config
-    return Walk(f"agent {id} {special}".strip(), config, run, base, values, AGENT_CONTEXTS, situations, EXEMPT)
+    return Walk(f"agent {id} {special}".strip(), config, run, base, values, AGENT_CONTEXTS, SITUATIONS, limits=LIMITS)
+
+
+def walks():
+    """All of this file."""
+    return [of_agent(*key) for key in AGENTS]
 
 
 def test_options_of_agents():
-    assert {id for id, _ in AGENTS} | NOT_WALKED == set(registry.shipped("agent"))
-    found = tally([of_agent(*key) for key in AGENTS])
+    found = tally(walks())
     print(found)
     assert not found["dead"], found["dead"]

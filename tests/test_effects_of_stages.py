@@ -272,12 +272,12 @@ ENV = Walk(
     EnvConfig,
     step,
     MOODY,
-    values={"id": "Brisk-v0", "options": {"stride": 0.1}, "evaluation_envs": 3, "max_incidents": 0.0}
+    values={"id": "Brisk-v0", "options": {"stride": 0.1}, "evaluation_envs": 3, "max_incidents": 0.0, "pool": "native"}
     | {"wrappers": [{"id": "TimeLimit", "max_episode_steps": 3}]},
     situations={"max_incidents": "broken"},
+    limits={"pool": "has no native vector form"},
     exempt={
-        "pool": "where environments run is no business of the results (tests/pools)",
-        "num_workers": "likewise",
+        "num_workers": "how many processes share the work is no business of the results (tests/pools)",
         "deadline": "how long a hanging environment is waited for (tests/pools)",
     },
 )

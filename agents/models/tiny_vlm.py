@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from embodied_rft.agents.models.tiny_lm import tiny_tokenizer
 from embodied_rft.names import UserError
-from embodied_rft.options import STRICT
+from embodied_rft.options import STRICT, refuse_idle
 
 IMAGE, VISION_START, VISION_END = "<image>", "<|vision_start|>", "<|vision_end|>"
 AROUND, GLOBAL = "<fake_token_around_image>", "<global-img>"
@@ -32,6 +32,11 @@ class TinyVLMConfig:
     vision_size: int = 32  # width of the vision tower
     vision_layers: int = 1  # depth of the tower
     vocab_size: int | None = None  # rows of the embedding; None: as many as the tokenizer knows
+
+    def __post_init__(self) -> None:
+        """Refuse what has no effect."""
+        if self.kind == "qwen2_5_vl":
+            refuse_idle(self, ["image_size"], "with kind 'qwen2_5_vl', which takes images of any size")
 
 
 def tiny_vlm(config: TinyVLMConfig | None = None, *, rng: torch.Generator) -> tuple[Any, Any]:

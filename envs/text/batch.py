@@ -34,6 +34,7 @@ class TextBatch(EnvBatch):
     """
 
     arrays = ("evaluates", "place", "before", "shown")
+    one_decision: ClassVar[bool] = True
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 1}
 
     def __init__(

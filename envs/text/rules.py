@@ -99,6 +99,8 @@ def numeric(reply: str, answer: str, *, tolerance: float = 0.0, relative: bool =
         tolerance: largest difference that counts as equal.
         relative: whether it is a share of the answer.
     """
+    if relative and not tolerance:
+        raise UserError("relative has no effect without a tolerance: give one, or leave it out")
     expected, given = last_number(answer), last_number(reply)
     if expected is None:
         raise UserError(f"the answer {answer!r} is no number: rule 'numeric' cannot judge it; use 'exact'")

@@ -13,12 +13,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import yaml
 from pydantic.fields import FieldInfo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from embodied_rft.data import Ragged
 from embodied_rft.names import UserError
 from embodied_rft.options import to_key, to_plain
+from embodied_rft.runs import catalogue
 
 REQUIRED = dataclasses.MISSING
 ELSEWHERE = {"LearnerConfig", "EnvConfig", "BufferConfig", "LogConfig"}  # walked on their own
@@ -31,7 +33,7 @@ class Option:
     name: str
     hint: Any
     default: Any
-    declared: type
+    declared: Any
 
 
 def options_of(config: Any, prefix: str = "") -> list[Option]:
@@ -53,6 +55,15 @@ def options_of(config: Any, prefix: str = "") -> list[Option]:
             found.append(Option(name, hint, to_plain(default), declared))
         if inner is not None and inner[1].__name__ not in ELSEWHERE:
             found += options_of(inner[1], f"{name}.{inner[0]}")
+    return found
+
+
+def listed(kind: str, id: str, declared: Any) -> list[Option]:
+    """The options of what declares them as keyword arguments, as `erft list` shows them."""
+    found = []
+    for row in catalogue.options_of(kind, id):
+        default = REQUIRED if row.default == "required" else yaml.safe_load(row.default)
+        found.append(Option(row.name, type(default), default, declared))
     return found
 
 
@@ -132,7 +143,7 @@ class Walk:
 
     Args:
         what: of a failure's message.
-        config: the declaration.
+        config: the declaration, or the options themselves.
         run: (options, situation) -> a print of what was computed and written, or a UserError: refused.
         base: options of the plain run.
         values: {name: another value}, where the type does not say enough.
@@ -159,7 +170,8 @@ class Walk:
 
     def options(self) -> list[Option]:
         """Those that are walked."""
-        return [option for option in options_of(self.config) if option.name.startswith(self.among)]
+        options = self.config if isinstance(self.config, list) else options_of(self.config)
+        return [option for option in options if option.name.startswith(self.among)]
 
     def examine(self, option: Option) -> str:
         """What became of it: effect, refused (alone, not in its context), refused alone, exempt or dead."""
@@ -250,8 +262,8 @@ def _feed(digest: Any, thing: Any) -> None:
 def tally(walks: list[Walk]) -> dict[str, Any]:
     """{"walked", "effect", "refused", "exempt": names, "dead": names} over all options of several plug-ins."""
     counts: dict[str, Any] = {"walked": 0, "effect": 0, "refused": 0, "exempt": [], "dead": []}
-    acting: set[tuple[type, str]] = set()
-    refused: dict[tuple[type, str], str] = {}
+    acting: set[tuple[Any, str]] = set()
+    refused: dict[tuple[Any, str], str] = {}
     for walk in walks:
         for option in walk.options():
             found = walk.examine(option)

@@ -31,7 +31,7 @@ class Scene(PointReach):
 
     Args:
         num_envs: N.
-        sees: of "state", "image", "instruction", "prompt", "goal".
+        sees: of "state", "image", "side" (a second camera), "instruction", "prompt", "goal".
         acts: "box", "choice", or "text": a reply of odd length goes right, any other one left.
         **options: of PointReach.
     """
@@ -42,7 +42,11 @@ class Scene(PointReach):
         self.dull = np.zeros(num_envs, bool)
         self.sees, self.acts = tuple(sees), acts
         parts = {"state": {"state": VECTOR}, "image": {"image": PIXELS}, "instruction": {"instruction": TEXT}}
-        parts |= {"prompt": {"prompt": TEXT}, "goal": dict.fromkeys(("achieved_goal", "desired_goal"), PAIR)}
+        parts |= {
+            "side": {"side": PIXELS},
+            "prompt": {"prompt": TEXT},
+            "goal": dict.fromkeys(("achieved_goal", "desired_goal"), PAIR),
+        }
         self.observation_space = gym.spaces.Dict({k: v for name in self.sees for k, v in parts[name].items()})
         self.action_space = {"box": self.action_space, "choice": gym.spaces.Discrete(4), "text": TEXT}[acts]
         self.fields, self.action_field = fields_of(self.observation_space), action_field(self.action_space)
@@ -55,7 +59,7 @@ class Scene(PointReach):
         said = [f"{x:.1f},{y:.1f}?" for x, y in self.position]
         goals = {"achieved_goal": self.position.astype(np.float32), "desired_goal": self.goal.astype(np.float32)}
         told = [f"go to {text}" for text in said]
-        seen = {"state": state, "image": image, "instruction": told, "prompt": said, **goals}
+        seen = {"state": state, "image": image, "side": image[:, ::-1], "instruction": told, "prompt": said, **goals}
         return {key: seen[key] for key in self.fields}
 
     def step(self, action):

@@ -1,0 +1,145 @@
+"""No option without effect, of environments, demonstrators and rules: what is seen, paid, done or judged changes."""
+
+import functools
+import json
+import re
+
+import gymnasium
+import numpy as np
+
+import embodied_rft.envs  # noqa: F401
+from embodied_rft import registry
+from embodied_rft.experience.demonstrate import make_demonstrator
+from embodied_rft.pools.pool import make_pool
+from tests.lab.effects import Walk, listed, tally
+
+SMALL = {"cameras": ["front"], "image_size": 16, "num_threads": 1}
+VALUES = {
+    "reward_type": "dense",
+    "engine": "rollout",
+    "cameras": ["side"],
+    "image_size": 24,
+    "max_episode_steps": 2,
+    "template": "What is {sum}?",
+    "rule": "exact",
+    "checker": "contains",
+    "overlong": [1, 2],
+    "held_out": 0.5,
+    "exclude": ["problems.jsonl, line 2"],
+    "max_chars": 70,
+}
+EXEMPT = {"num_threads": "how many threads step is no business of the results (tests/envs)"}
+TASKS = {  # id: its options
+    "embodied_rft/FetchReach-v0": SMALL,
+    "embodied_rft/PegInsert-v0": {**SMALL, "cameras": ["wrist"]},
+    **{f"embodied_rft/Text{task}-v0": {} for task in ("Sum", "Countdown", "Format", "Jsonl")},
+}
+SAME = {f"embodied_rft/Fetch{task}-v0" for task in ("PickAndPlace", "Push", "Slide")}  # the options of FetchReach
+REPLIES = ["7", "<think>7</think><answer>7</answer>", '{"a": 7}']
+
+
+def visit(id, options, situation):
+    """Three steps of eight environments; of those that answer texts, three episodes."""
+    pool = make_pool(id, 8, options=options)
+    try:
+        seen = [pool.reset(np.arange(8))]
+        rng = np.random.default_rng(0)
+        for _ in range(3):
+            if isinstance(pool.action_space, gymnasium.spaces.Text):
+                action = [*REPLIES, *map(add, seen[-1]["prompt"][len(REPLIES) :])]
+            else:
+                action = rng.uniform(-1, 1, (8, *pool.action_space.shape)).astype(np.float32)
+            told = pool.step(action)
+            seen.append((told.observation, told.reward, told.terminated, told.truncated, told.info))
+            if (told.terminated | told.truncated).all():
+                seen.append(pool.reset(np.arange(8) + 8))
+        seen.append(pool.get_state())
+        return seen, str(pool.observation_space)
+    finally:
+        pool.close()
+
+
+def add(prompt):
+    """A sentence with the sum of its numbers."""
+    return f"It is {sum(map(int, re.findall(r'[0-9]+', prompt)))}."
+
+
+def of_task(id, folder):
+    """The walk over the options of one environment."""
+    base, values = TASKS[id], dict(VALUES)
+    if "Jsonl" in id:
+        base, values["path"] = {"path": problems(folder, 7)}, problems(folder, 11)
+    if "Peg" in id:
+        values["cameras"] = ["front"]
+    options, made = listed("env", id, "env"), functools.partial(visit, id)
+    return Walk(f"env {id}", options, made, base, values, exempt=EXEMPT)
+
+
+def problems(folder, answer):
+    """A file of problems."""
+    path = folder / str(answer) / "problems.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    lines = [{"prompt": f"{number} + {answer - number} =", "answer": str(answer)} for number in range(8)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+def demonstrate(id, options, situation):
+    """What a demonstrator does in twelve steps."""
+    pool = make_pool(id, 4, options={} if "Text" in id else {"num_threads": 1})
+    demonstrator, rng, done = make_demonstrator(id, **options), np.random.default_rng(0), []
+    try:
+        observation = pool.reset(np.arange(4))
+        for _ in range(12):
+            done.append(demonstrator.act(observation, rng))
+            result = pool.step(done[-1])
+            over = result.terminated | result.truncated
+            observation = pool.reset(np.arange(4), over) if over.any() else result.observation
+        return done
+    finally:
+        pool.close()
+
+
+def of_demonstrator(id):
+    """The walk over the options of one."""
+    options = listed("demonstrator", id, f"demonstrator {id}")
+    return Walk(f"demonstrator {id}", options, functools.partial(demonstrate, id))
+
+
+THINKING = [f"<think>t</think><answer>{number}</answer>" for number in (7, 8)]
+
+
+def judge(id, options, situation):
+    """What a rule says of some replies."""
+    rule = registry.find("reward", id)
+    answer = "seven" if id == "exact" else "7"
+    told = ["7", "It is 7.", "7.2", "11.0", "<a>7</a>", *THINKING, "Seven", "seven"]
+    return [rule(reply, answer, **options) for reply in told]
+
+
+def of_rule(id):
+    """The walk over the options of one."""
+    values = {"tolerance": 0.3, "tags": ["a"], "rule": "numeric"}
+    contexts = {"relative": {"tolerance": 0.6}}
+    options = listed("reward", id, f"reward {id}")
+    return Walk(f"reward {id}", options, functools.partial(judge, id), values=values, contexts=contexts)
+
+
+def walks(folder):
+    """All of this file."""
+    tasks = [of_task(id, folder) for id in TASKS]
+    own = [id for id in registry.shipped("demonstrator") if "/" in id]  # by their environment; and by a name as well
+    return [*tasks, *map(of_demonstrator, own), *map(of_rule, registry.shipped("reward"))]
+
+
+def test_options_of_tasks(tmp_path):
+    found = tally(walks(tmp_path))
+    print(found)
+    assert not found["dead"], found["dead"]
+
+
+def test_every_task_is_walked():
+    shipped = {id for id in gymnasium.registry if id.startswith("embodied_rft/")}
+    assert shipped == set(TASKS) | SAME
+    first = [option.name for option in listed("env", "embodied_rft/FetchReach-v0", "env")]
+    assert all([option.name for option in listed("env", id, "env")] == first for id in SAME)
