@@ -7,12 +7,13 @@ unit), not yet averaged: the caller divides by the size of the whole batch, so t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from embodied_rft.networks import fused
 
 Reduction = Literal["min", "mean", "mean_of_pair_minima", "first"]
 Bound = float | Tensor | None  # of a ratio: for all units, or for each [U]; None: there is none
@@ -137,26 +138,8 @@ def clipped_surrogate(
     if (low, high) == (None, None):
         loss = log_ratio.exp() * -advantage
     else:
-        loss = _Pessimistic.apply(log_ratio, advantage, low, high)
+        loss = fused.pessimistic(log_ratio, advantage, low, high)
     return loss if dual is None else torch.where(advantage < 0, torch.minimum(loss, -dual * advantage), loss)
-
-
-class _Pessimistic(torch.autograd.Function):
-    """-min(ratio A, clip(ratio) A) as one node; constant where clipping binds."""
-
-    apply: Callable[..., Tensor]
-
-    @staticmethod
-    def forward(ctx: Any, log_ratio: Tensor, advantage: Tensor, low: Any, high: Any) -> Tensor:
-        ratio = log_ratio.exp()
-        bounded = ratio.clamp(None if low is None else 1 - low, None if high is None else 1 + high).mul_(advantage)
-        free = ratio.mul_(advantage)
-        ctx.save_for_backward(free * (free <= bounded))
-        return torch.minimum(free, bounded).neg_()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return (gradient * ctx.saved_tensors[0]).neg_(), None, None, None
 
 
 def log_ratio(

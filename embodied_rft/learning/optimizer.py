@@ -8,11 +8,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from embodied_rft.names import UserError
+from embodied_rft.networks import fused
+
+KERNEL = getattr(torch, "_fused_adamw_", None) if fused.ENABLED else None  # no public name; else torch's plain form
 
 
 class AdamW:
@@ -47,22 +52,20 @@ class AdamW:
         self.steps += 1
         rows = [(p, p.grad, m, v) for p, m, v in zip(self.parameters, self.first, self.second, strict=True)]
         parameters, gradients, first, second = zip(*(row for row in rows if row[1] is not None), strict=True)
-        torch._fused_adamw_(
-            parameters,
-            gradients,
-            first,
-            second,
-            [],
-            [self.steps] * len(parameters),
-            amsgrad=False,
-            lr=self.learning_rate,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            weight_decay=self.weight_decay,
-            eps=self.epsilon,
-            maximize=False,
-            grad_scale=None if shrink is None else self.steps.new_full((), shrink),
-        )
+        options: dict[str, Any] = {
+            "lr": self.learning_rate,
+            "beta1": self.betas[0],
+            "beta2": self.betas[1],
+            "eps": self.epsilon,
+        }
+        options |= {"weight_decay": self.weight_decay, "amsgrad": False, "maximize": False}
+        if KERNEL is not None:
+            scale, steps = None if shrink is None else self.steps.new_full((), shrink), [self.steps] * len(parameters)
+            KERNEL(parameters, gradients, first, second, [], steps, grad_scale=scale, **options)
+            return
+        scaled = [g if shrink is None else g / shrink for g in gradients]
+        before = [self.steps - 1 for _ in parameters]
+        adamw([*parameters], scaled, [*first], [*second], [], before, foreach=False, **options)
 
     def clear(self) -> None:
         """Forget the gradients."""

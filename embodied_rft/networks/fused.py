@@ -1,11 +1,13 @@
-"""Autograd nodes of what always comes together: a whole perceptron, the density and the sample of a Gaussian.
+"""Autograd nodes of what always comes together, each beside its plain form: perceptron, Gaussian, PPO's surrogate.
 
-On networks of a few hundred units the bookkeeping of the autograd graph costs more than the arithmetic.
+On networks of a few hundred units the bookkeeping of the autograd graph costs more than the arithmetic. With
+EMBODIED_RFT_FUSED=0 in the environment the plain forms run: equal but for rounding, and with second derivatives.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -14,8 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from embodied_rft.names import UserError
+
 aten = torch.ops.aten
 Activation = Literal["relu", "tanh"]
+ENABLED = os.environ.get("EMBODIED_RFT_FUSED", "1") != "0"
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise UserError("a fused network has no second derivatives: set EMBODIED_RFT_FUSED=0 in the environment")
+
+
+# --- perceptrons; the plain form is that of their layers, in `mlp` ---------------------------------------------------
 
 
 class Dense(torch.autograd.Function):
@@ -34,7 +47,7 @@ class Dense(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the input and of the weights, as far as they are wanted."""
-        assert torch.compiler.is_compiling() or not torch.is_grad_enabled(), "an MLP has no second derivatives"
+        _refuse_second_derivatives()
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
         inputs, weights = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         found: list[Tensor | None] = []
@@ -78,12 +91,40 @@ def activate_(x: Tensor, activation: Activation) -> Tensor:
     return x
 
 
-class GaussianLogProb(torch.autograd.Function):
-    """Log-density [B] of `u` [B, A] under independent Gaussians, and their entropy [B], as one node.
+# --- Gaussians -------------------------------------------------------------------------------------------------------
+
+
+def gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor, squashed: bool) -> tuple[Tensor, Tensor]:
+    """Log-density [B] of `u` [B, A] under independent Gaussians, and their entropy [B].
 
     mean is [B, A], log std [B, A] or [A]. With `squashed` the density is that of tanh(u), the entropy still the
     Gaussian's.
     """
+    if ENABLED:
+        return GaussianLogProb.apply(u, mean, log_std, squashed)
+    entropy = (log_std + 0.5 * (1 + math.log(2 * math.pi))).sum(-1)
+    log_prob = gaussian_log_probs(u, mean, log_std, squashed).sum(-1)
+    return log_prob, entropy.expand_as(log_prob)
+
+
+def gaussian_log_probs(u: Tensor, mean: Tensor, log_std: Tensor, squashed: bool) -> Tensor:
+    """The same of each number, [B, A]."""
+    each = torch.distributions.Normal(mean, log_std.exp()).log_prob(u)
+    if squashed:  # log(1 - tanh(u)^2)
+        each = each - 2 * (math.log(2) - u - F.softplus(-2 * u))
+    return each
+
+
+def gaussian_sample(mean: Tensor, log_std: Tensor, noise: Tensor, squashed: bool) -> tuple[Tensor, Tensor]:
+    """The value u = mean + std * noise [B, A] and its log-density [B], differentiable; arguments as above."""
+    if ENABLED:
+        return GaussianSample.apply(mean, log_std, noise, squashed)
+    u = mean + log_std.exp() * noise
+    return u, gaussian_log_probs(u, mean, log_std, squashed).sum(-1)
+
+
+class GaussianLogProb(torch.autograd.Function):
+    """`gaussian_log_prob` as one node."""
 
     apply: Callable[..., tuple[Tensor, Tensor]]
 
@@ -103,7 +144,7 @@ class GaussianLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         """d/d mean = z / std = -d/du (but for the Jacobian of tanh); d/d log std = z^2 - 1, of the entropy 1."""
-        assert not torch.is_grad_enabled(), "a Gaussian has no second derivatives here"
+        _refuse_second_derivatives()
         u, z, precision = ctx.saved_tensors
         gradient = (torch.zeros_like(u[:, 0]) if gradient is None else gradient)[:, None]
         weighted = z * gradient
@@ -118,7 +159,7 @@ class GaussianLogProb(torch.autograd.Function):
 
 
 class GaussianSample(torch.autograd.Function):
-    """u = mean + std * noise [B, A] and its log-density [B], as one node; arguments as those of `GaussianLogProb`."""
+    """`gaussian_sample` as one node."""
 
     apply: Callable[..., tuple[Tensor, Tensor]]
 
@@ -134,7 +175,7 @@ class GaussianSample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_u: Tensor, by_log_prob: Tensor) -> tuple[Tensor | None, ...]:
         """The Gaussian's density depends on log std alone; that of tanh(u) on u, too."""
-        assert not torch.is_grad_enabled(), "a Gaussian has no second derivatives here"
+        _refuse_second_derivatives()
         u, std, noise = ctx.saved_tensors
         by_log_prob, by_log_std = by_log_prob[:, None], None
         if ctx.squashed:
@@ -152,3 +193,36 @@ def log_density(z: Tensor, u: Tensor, scale: Tensor, squashed: bool) -> Tensor:
         each.sub_(torch.logaddexp(u, -u), alpha=4)
         constant += math.log(4)
     return torch.add(scale + constant * z.shape[-1], each.sum(-1), alpha=0.5).neg_()
+
+
+# --- PPO's surrogate -------------------------------------------------------------------------------------------------
+
+
+def pessimistic(log_ratio: Tensor, advantage: Tensor, low: Any, high: Any) -> Tensor:
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A); constant where clipping binds, None: no bound there."""
+    if ENABLED:
+        return Pessimistic.apply(log_ratio, advantage, low, high)
+    ratio = log_ratio.exp()
+    bounded = ratio.clamp(None if low is None else 1 - low, None if high is None else 1 + high)
+    return -torch.minimum(ratio * advantage, bounded * advantage)
+
+
+class Pessimistic(torch.autograd.Function):
+    """`pessimistic` as one node."""
+
+    apply: Callable[..., Tensor]
+
+    @staticmethod
+    def forward(ctx: Any, log_ratio: Tensor, advantage: Tensor, low: Any, high: Any) -> Tensor:
+        """The advantage is a constant."""
+        ratio = log_ratio.exp()
+        bounded = ratio.clamp(None if low is None else 1 - low, None if high is None else 1 + high).mul_(advantage)
+        free = ratio.mul_(advantage)
+        ctx.save_for_backward(free * (free <= bounded))
+        return torch.minimum(free, bounded).neg_()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """Ratio times advantage where the ratio is free."""
+        _refuse_second_derivatives()
+        return (gradient * ctx.saved_tensors[0]).neg_(), None, None, None

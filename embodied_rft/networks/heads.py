@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embodied_rft.names import UserError
-from embodied_rft.networks.fused import Activation, GaussianLogProb, GaussianSample
+from embodied_rft.networks.fused import Activation, gaussian_log_prob, gaussian_log_probs, gaussian_sample
 from embodied_rft.networks.mlp import MLP, Init
 
 
@@ -104,20 +104,18 @@ class ActorHead(nn.Module):
         """A reparametrised (action [B, A], log_prob [B], u [B, A])."""
         centre, log_std = self(features)
         noise = torch.randn(centre.shape, generator=rng, device=centre.device)
-        u, log_prob = GaussianSample.apply(centre, log_std, noise, self.squashed)
+        u, log_prob = gaussian_sample(centre, log_std, noise, self.squashed)
         return self.squash(u), log_prob, u
 
     def log_prob(self, features: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability [B] of raw values, and entropy [B] of the Gaussian before squashing (a usual stand-in)."""
         centre, log_std = self(features)
-        return GaussianLogProb.apply(u, centre, log_std, self.squashed)
+        return gaussian_log_prob(u, centre, log_std, self.squashed)
 
     def log_prob_where(self, features: Tensor, u: Tensor, mask: Tensor) -> Tensor:
         """Log-probability [B] of those numbers of raw values u [B, A] that are under the mask [B, A]."""
         centre, log_std = self(features)
-        each = torch.distributions.Normal(centre, log_std.exp()).log_prob(u)
-        if self.squashed:  # log(1 - tanh(u)^2)
-            each = each - 2 * (math.log(2) - u - torch.nn.functional.softplus(-2 * u))
+        each = gaussian_log_probs(u, centre, log_std, self.squashed)
         return torch.where(mask, each, 0.0).sum(-1)
 
     def unsquash(self, action: Tensor, *, margin: float = 1e-3) -> Tensor:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embodied_rft.names import UserError
+from embodied_rft.networks import fused
 from embodied_rft.networks.fused import Activation, Dense, run_layers
 
 Init = Literal["uniform", "orthogonal"]
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of an nn.Module
 L = TypeVar("L", bound=nn.Module)
 
 
@@ -86,7 +88,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in] -> [B, out]."""
-        weights = self._weights()
+        weights = self._weights() if fused.ENABLED else None
         if weights is None or x.dim() != 2 or x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
             out: Tensor = self.last(self.hidden(x))
             return out
@@ -95,9 +97,11 @@ class MLP(nn.Module):
         return run_layers(self.activation, x, weights)[-1]
 
     def _weights(self) -> list[Tensor] | None:
-        """Weight and bias of each layer; None if there are other layers as well (LayerNorm, LoRA)."""
+        """Weight and bias of each layer; None: there are others (LayerNorm, LoRA), or hooks, which must be heard."""
         found: list[Any] = []
         for layer in (*self.hidden._modules.values(), self.last):
+            if any(layer.__dict__[hooks] for hooks in HOOKS):  # type: ignore[union-attr]
+                return None
             if type(layer) is nn.Linear:
                 found += layer._parameters.values()
             elif not isinstance(layer, nn.ReLU | nn.Tanh):

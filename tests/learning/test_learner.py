@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from embodied_rft.learning import optimizer
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig, NonFiniteLossError
 from embodied_rft.learning.optimizer import AdamW
@@ -359,17 +360,22 @@ def test_half_precision_stays_close_and_keeps_weights_in_fp32():
         assert results[1][key] != results[0][key]
 
 
+@pytest.mark.parametrize("kernel", [optimizer.KERNEL, None], ids=["fused", "plain"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_the_optimiser_equals_that_of_torch(decay):
+def test_the_optimiser_equals_that_of_torch(decay, kernel, monkeypatch):
+    monkeypatch.setattr(optimizer, "KERNEL", kernel)
     weights_ = [torch.randn(5, 3, generator=generator(i)) for i in range(2)]
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in weights_] for _ in range(2))
     a = AdamW(ours, learning_rate=0.01, weight_decay=decay)
     b = torch.optim.AdamW(theirs, lr=0.01, weight_decay=decay)
     for i in range(5):
-        for parameters, optimizer in ((ours, a), (theirs, b)):
+        for parameters in (ours, theirs):
             for k, parameter in enumerate(parameters):
                 parameter.grad = torch.randn(5, 3, generator=generator(10 * i + k))
-            optimizer.step()
+        for parameter in ours:
+            parameter.grad *= 3
+        a.step(3.0)
+        b.step()
     for x, y in zip(ours, theirs, strict=True):
         torch.testing.assert_close(x, y, atol=1e-7, rtol=1e-6)
     a.clear()

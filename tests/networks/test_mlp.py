@@ -1,5 +1,12 @@
 """An MLP as one node of the graph is its layers one by one; the Gaussian as one node is torch's."""
 
+import functools
+import itertools
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +15,8 @@ from torch import nn
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
+from embodied_rft.names import UserError
+from embodied_rft.networks import fused
 from embodied_rft.networks.fused import GaussianLogProb, GaussianSample
 from embodied_rft.networks.mlp import MLP
 
@@ -83,8 +92,85 @@ def test_a_layer_that_was_replaced_is_used():
 
 def test_a_second_derivative_is_refused():
     x = torch.randn(3, 4, requires_grad=True)
-    with pytest.raises(AssertionError, match="second"):
+    with pytest.raises(UserError, match="EMBODIED_RFT_FUSED=0"):
         torch.autograd.grad(MLP(4, [5], 1, rng=generator())(x).sum(), x, create_graph=True)
+
+
+def test_hooks_on_a_layer_are_heard():
+    mlp, heard = MLP(6, [8], 2, rng=generator()), []
+    x = torch.randn(5, 6, generator=generator(1))
+    before = mlp(x)
+    hooks = [
+        mlp.hidden[0].register_forward_hook(lambda layer, given, out: 2 * out),
+        mlp.last.register_forward_pre_hook(lambda layer, given: heard.append(given[0])),
+        mlp.last.register_full_backward_hook(lambda layer, *gradients: heard.append(gradients)),
+    ]
+    mlp(x).sum().backward()
+    torch.testing.assert_close(heard[0], torch.relu(2 * mlp.hidden[0].bias + 2 * x @ mlp.hidden[0].weight.T))
+    assert len(heard) == 2
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(mlp(x), before)
+
+
+def values_and_gradients(function, *given):
+    """What a function gives, and the gradients of a weighted sum of it."""
+    given = [g.clone().requires_grad_() for g in given]
+    found = function(*given)
+    found = found if isinstance(found, tuple) else (found,)
+    weights = [torch.randn(x.shape, generator=generator(9), dtype=x.dtype) for x in found]
+    sum((x * w).sum() for x, w in zip(found, weights, strict=True)).backward()
+    return [*found, *(g.grad for g in given)]
+
+
+def wide(*shape, seed):
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64)
+
+
+def two_forms():
+    """{name: (function, arguments that gradients are taken of)}."""
+    for activation in ("relu", "tanh"):
+        yield activation, MLP(3, [5, 4], 2, rng=generator(), activation=activation), wide(7, 3, seed=0).float()
+    for low, high in ((0.2, 0.3), (None, 0.3), (0.2, None)):
+        advantage = wide(40, 1, seed=1)
+        surrogate = functools.partial(fused.pessimistic, advantage=advantage, low=low, high=high)
+        yield f"surrogate {low} {high}", surrogate, wide(40, 3, seed=0)
+    for shape, squashed in itertools.product(((3,), (7, 3)), (False, True)):
+        density = functools.partial(fused.gaussian_log_prob, squashed=squashed)
+        yield f"density {shape} {squashed}", density, wide(7, 3, seed=0), wide(7, 3, seed=1), wide(*shape, seed=2)
+        sample = functools.partial(fused.gaussian_sample, noise=wide(7, 3, seed=0), squashed=squashed)
+        yield f"sample {shape} {squashed}", sample, wide(7, 3, seed=1), wide(*shape, seed=2)
+
+
+TWO_FORMS = {name: form for name, *form in two_forms()}
+
+
+@pytest.mark.parametrize("name", TWO_FORMS)
+def test_the_fused_form_is_the_plain_one(name, monkeypatch):
+    function, *given = TWO_FORMS[name]
+    one = values_and_gradients(function, *given)
+    monkeypatch.setattr(fused, "ENABLED", False)
+    torch.testing.assert_close(one, values_and_gradients(function, *given))
+
+
+def test_an_environment_variable_chooses_the_plain_form():
+    script = """
+        import torch
+        from embodied_rft.networks.mlp import MLP
+        x = torch.randn(3, 4, requires_grad=True)
+        y = MLP(4, [5], 1, rng=torch.Generator(), activation="tanh")(x)
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        assert torch.autograd.grad(first.square().sum(), x)[0].abs().sum() > 0
+    """
+    for value, code in (("0", 0), ("1", 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            env=os.environ | {"EMBODIED_RFT_FUSED": value},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done.stderr
+        assert ("set EMBODIED_RFT_FUSED=0" in done.stderr) == bool(code)
 
 
 def squash_if(squashed, gaussian):
