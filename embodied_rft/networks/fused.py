@@ -109,7 +109,7 @@ def gaussian_log_prob(u: Tensor, mean: Tensor, log_std: Tensor, squashed: bool) 
 
 def gaussian_log_probs(u: Tensor, mean: Tensor, log_std: Tensor, squashed: bool) -> Tensor:
     """The same of each number, [B, A]."""
-    each = torch.distributions.Normal(mean, log_std.exp()).log_prob(u)
+    each: Tensor = torch.distributions.Normal(mean, log_std.exp()).log_prob(u)
     if squashed:  # log(1 - tanh(u)^2)
         each = each - 2 * (math.log(2) - u - F.softplus(-2 * u))
     return each

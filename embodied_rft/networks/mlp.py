@@ -100,7 +100,7 @@ class MLP(nn.Module):
         """Weight and bias of each layer; None: there are others (LayerNorm, LoRA), or hooks, which must be heard."""
         found: list[Any] = []
         for layer in (*self.hidden._modules.values(), self.last):
-            if any(layer.__dict__[hooks] for hooks in HOOKS):  # type: ignore[union-attr]
+            if any(layer.__dict__[hooks] for hooks in HOOKS):
                 return None
             if type(layer) is nn.Linear:
                 found += layer._parameters.values()

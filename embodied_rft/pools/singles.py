@@ -20,13 +20,13 @@ from embodied_rft.names import UserError
 from embodied_rft.pools.answers import Unfit, as_end, as_reward, leaves_of, success_of
 from embodied_rft.pools.incidents import describe_error
 from embodied_rft.pools.promises import (
-    Seeding,
     call_seed_method,
     find_seeding,
     first_moves,
     global_generators,
     narrow_seed,
 )
+from embodied_rft.pools.protocol import Seeding
 from embodied_rft.pools.watch import Alarm, Hang, Watch
 from embodied_rft.pools.wrappers import offers_state, set_single_state, single_state
 
