@@ -11,7 +11,7 @@ if __name__ != "embodied_rft.envs":  # one module must have one name
 
 from embodied_rft.envs.serving import serve
 
-_ARMS, _TEXT = f"{__name__}.manipulation", f"{__name__}.text"
+_ARMS, _TEXT, _GAMES = f"{__name__}.manipulation", f"{__name__}.text", f"{__name__}.games"
 
 for _name in ("Reach", "Push", "Slide", "PickAndPlace"):
     _fetch = {"batch": f"{_ARMS}.fetch:FetchSimulation", "task": f"{_ARMS}.fetch:FetchTask", "name": _name}
@@ -22,3 +22,11 @@ serve("embodied_rft/PegInsert-v0", **_peg, max_episode_steps=60)
 
 for _name in ("Sum", "Countdown", "Format", "Jsonl"):
     serve(f"embodied_rft/Text{_name}-v0", f"{_TEXT}.batch:TextBatch", task=f"{_TEXT}.tasks:{_name}Task")
+
+_FILES = {
+    "NumberLine": "number_line", "EZPoints": "points", "Points24": "points", "BlackJack": "black_jack",
+    "GeneralPoints": "general_points", "TwentyFortyEight": "twenty_forty_eight", "ShisenSho": "shisen_sho",
+    "Swap": "swap", "Sokoban": "sokoban", "FrozenLake": "frozen_lake",
+}  # fmt: skip
+for _name, _file in _FILES.items():
+    serve(f"embodied_rft/{_name}-v0", f"{_GAMES}.batch:GameBatch", task=f"{_GAMES}.{_file}:{_name}")

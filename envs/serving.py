@@ -35,6 +35,7 @@ class Outcome(NamedTuple):
     reward: np.ndarray  # [K]
     terminated: np.ndarray  # [K] bool
     success: np.ndarray | None = None  # [K] bool: solved at this moment; None: they do not say
+    info: Mapping[str, np.ndarray] = {}  # each [K]: whatever else is told, the same names at every step
 
 
 class EnvBatch(ABC):
@@ -46,6 +47,7 @@ class EnvBatch(ABC):
     observation_space: Space  # of one environment
     action_space: Space
     num_envs: int  # N
+    max_episode_steps: int | None = None  # the time limit, where the id names none; it may depend on options
     arrays: tuple[str, ...] = ()  # names of the attributes, each [N, ...], that hold all that episodes change
     reset_options: Collection[str] = ()  # names of what `reset(options=...)` may hold
     one_decision: ClassVar[bool] = False  # every episode ends with its first one
@@ -129,7 +131,7 @@ class BatchVectorEnv(gymnasium.vector.VectorEnv):
         num_envs: N.
         autoreset_mode: NEXT_STEP (the step after an episode's end resets it: reward 0, action ignored) or DISABLED (the
             caller resets with `options={"reset_mask": mask}`).
-        max_episode_steps: the time limit, in decisions; None: no limit.
+        max_episode_steps: the time limit, in decisions; None: the batch's own, if it has one.
         render_mode: None, "rgb_array" or "ansi".
         options: of the batch, and of its task.
     """
@@ -156,7 +158,8 @@ class BatchVectorEnv(gymnasium.vector.VectorEnv):
             raise UserError(
                 f"max_episode_steps {max_episode_steps} has no effect where an episode is one decision: leave it out"
             )
-        self.num_envs, self.max_episode_steps, self.render_mode = num_envs, max_episode_steps, render_mode
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self.max_episode_steps = self.batch.max_episode_steps if max_episode_steps is None else max_episode_steps
         self.metadata = {**self.batch.metadata, "autoreset_mode": self.autoreset_mode}
         self.single_action_space, self.single_observation_space = self.batch.action_space, self.batch.observation_space
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -217,8 +220,9 @@ class BatchVectorEnv(gymnasium.vector.VectorEnv):
             outcome = self.batch.step(rows, actions)
             reward[rows], terminated[rows] = outcome.reward, outcome.terminated
             if outcome.success is not None:
-                info = {"is_success": np.zeros(self.num_envs, np.float32), "_is_success": stepped}
-                info["is_success"][rows] = outcome.success
+                info = _spread("is_success", np.asarray(outcome.success, np.float32), stepped)
+            for name, told in outcome.info.items():
+                info |= _spread(name, told, stepped)
         self.elapsed[rows] += 1
         truncated = np.zeros(self.num_envs, dtype=bool)
         if self.max_episode_steps is not None:
@@ -330,6 +334,13 @@ def _load(what: Maker) -> Any:
 def _first(tree: Any) -> Any:
     """The observation of the first environment."""
     return {key: _first(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree[0]
+
+
+def _spread(name: str, told: np.ndarray, stepped: np.ndarray) -> dict[str, np.ndarray]:
+    """What rows told, as Gymnasium's vector environments do: an array of all [N], and a mask of those who told."""
+    every = np.zeros(len(stepped), told.dtype)
+    every[stepped] = told
+    return {name: every, f"_{name}": stepped}
 
 
 def _kept(owner: object, names: Sequence[str]) -> State:

@@ -177,11 +177,21 @@ def _check_state(env: gymnasium.Env, name: str) -> None:
         if any(env.step(action)[2:4]):
             return
     state = {key: np.array(value) for key, value in base.get_state().items()}
-    first = [base.step(action)[:4] for action in actions[3:]]
+    first = _steps(base, actions[3:])
     base.set_state({key: value.copy() for key, value in state.items()})
-    second = [base.step(action)[:4] for action in actions[3:]]
+    second = _steps(base, actions[3:])
     advice = "get_state must return copies of all that the future depends on, set_state must restore all of it"
     _require_equal(first, second, f"{name}: 5 steps before and after set_state(get_state())", advice)
+
+
+def _steps(env: Any, actions: list[Any]) -> list[Any]:
+    """What an environment answers, up to the end of the episode."""
+    said: list[Any] = []
+    for action in actions:
+        said.append(env.step(action)[:4])
+        if any(said[-1][2:]):
+            break
+    return said
 
 
 def _check_vector_form(spec: EnvSpec, options: dict[str, Any], *, tolerance: float = 1e-6) -> None:
