@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from embodied_rft.evaluation.samples import Sample, Samples, summarize
-from embodied_rft.experience.collect import Act, Endless, Say
+from embodied_rft.experience.schedule import Act, Played, Say, Schedule
 from embodied_rft.names import UserError
-from embodied_rft.pools.protocol import Pool, StepResult
+from embodied_rft.pools.protocol import Pool
 from embodied_rft.pools.states import distinct_seeds, num_held_out_states
 from embodied_rft.seeding import evaluation_seed
 
@@ -142,28 +142,12 @@ def evaluate(
     if states:  # no state counts twice
         seeds = distinct_seeds(seeds, states)
     episodes = _Episodes(list(seeds), max_retries)
-    running = np.full(pool.num_envs, -1, dtype=np.int64)  # index of the episode in each environment
-    current = np.full(pool.num_envs, seeds[0] if len(seeds) else evaluation_seed(0), dtype=np.int64)
-    observation: Any = None
-    over, endless = np.ones(pool.num_envs, dtype=bool), Endless(say)
-    while episodes.waiting or (running >= 0).any():
-        idle = np.flatnonzero(running < 0)
-        fresh = idle[: len(episodes.waiting)]
-        running[fresh] = [episodes.waiting.pop() for _ in fresh]
-        current[fresh] = [seeds[i] for i in running[fresh]]
-        over[fresh] = True
-        if over.any():  # those without an episode left start an old one again, which nobody looks at
-            observation = pool.reset(current, None if observation is None else over)
-        action, shown = act(observation).action, observation
-        result = pool.step(action)
-        observation = result.observation
-        over = result.terminated | result.truncated | ~result.valid
-        endless.step(bool((over & (running >= 0)).any()))
-        for env in np.flatnonzero(running >= 0):
-            episodes.step(int(running[env]), result, int(env))
-            if result.valid[env]:
-                episodes.said.add(int(running[env]), shown, action, result.reward[env], int(env))
-        running[over] = -1
+    schedule = Schedule(pool, episodes.deal, say=say)
+    schedule.fill()
+    while schedule.playing.any():
+        played = schedule.play(act)
+        episodes.count(played, schedule)
+        schedule.fill(played.over)
         if progress is not None:
             progress(len(episodes.ended), episodes.so_far())
     if len(seeds) and not episodes.ended:
@@ -193,21 +177,27 @@ class _Episodes:
         self.told = False
         self.said = Samples()
 
-    def step(self, episode: int, result: StepResult, env: int) -> None:
-        """Count one step of an episode that runs in environment `env`."""
-        if not result.valid[env]:
-            self.returns[episode] = self.lengths[episode] = 0
+    def deal(self, count: int) -> list[tuple[int, int]]:
+        """The next ones, and their seeds."""
+        numbers = [self.waiting.pop() for _ in range(min(count, len(self.waiting)))]
+        return [(number, self.seeds[number]) for number in numbers]
+
+    def count(self, played: Played, schedule: Schedule) -> None:
+        """One decision of every episode that runs."""
+        success = played.result.info.get("success")
+        self.told |= success is not None
+        for env in played.streams.tolist():
+            reward = played.result.reward[env]
+            self.said.add(int(schedule.episode[env]), played.observation, played.decisions.action, reward, env)
+        for env in played.ended:
+            episode = int(schedule.episode[env])
+            self.returns[episode], self.lengths[episode] = schedule.returned[env], schedule.step[env]
+            self.ended[episode] = success is not None and bool(success[env])
+        for episode in schedule.episode[played.broken].tolist():
             self.said.forget(episode)
             self.failures[episode] += 1
             if self.failures[episode] <= self.max_retries:
                 self.waiting.append(episode)
-            return
-        self.returns[episode] += float(result.reward[env])
-        self.lengths[episode] += 1
-        success = result.info.get("success")
-        self.told |= success is not None
-        if result.terminated[env] or result.truncated[env]:
-            self.ended[episode] = success is not None and bool(success[env])
 
     def so_far(self) -> dict[str, float]:
         """Success of the episodes that have ended, or their mean return."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from embodied_rft.experience.collect import Act
+from embodied_rft.experience.schedule import Act, Schedule
 from embodied_rft.pools.config import EnvConfig
 from embodied_rft.pools.making import make_single
 from embodied_rft.pools.pool import VectorPool
@@ -34,21 +35,24 @@ def roll_out(
     single = functools.partial(make_single, env.id, options=env.options, wrappers=env.wrappers, render_mode=render_mode)
     envs = Singles(single, 1, deadline=env.deadline)
     pool = fit(VectorPool(envs, purpose="evaluation"))
+    todo = iter([(0, seed)])
+    schedule = Schedule(pool, lambda count: list(itertools.islice(todo, count)))
     frames: list[Any] = []
-    total, over, success = 0.0, False, None
+    success = None
+
+    def draw() -> None:
+        frame = None if render_mode is None else envs.render(0)
+        frames.extend([] if frame is None else [frame])
+
     try:
-        observation = pool.reset(np.array([seed]))
-        while True:
-            if render_mode is not None:
-                frame = envs.render(0)
-                frames += [] if frame is None else [frame]
-            if over:
-                break
-            result = pool.step(act(observation).action)
-            observation, total = result.observation, total + float(result.reward[0])
-            over = bool(result.terminated[0] or result.truncated[0] or not result.valid[0])
-            success = result.info.get("success")
+        schedule.fill()
+        draw()
+        while schedule.playing.any():
+            played = schedule.play(act)
+            success = played.result.info.get("success")
+            draw()
+            schedule.fill(played.over)
     finally:
         pool.close()
     drawn = np.stack(frames).astype(np.uint8) if frames else np.zeros((0, 0, 0, 3), np.uint8)
-    return Rolled(drawn, total, bool(success is not None and success[0]), success is not None)
+    return Rolled(drawn, float(schedule.returned[0]), bool(success is not None and success[0]), success is not None)

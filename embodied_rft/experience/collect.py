@@ -2,25 +2,25 @@
 
 Knows pools and decisions, not algorithms. A `Recording` is written into the buffer by its owner, so that physics may
 run on one thread while the learner samples on another and the rows arrive between two updates, never during one.
-Legend: N environments of the pool, K of them active.
+Legend: N environments of the pool.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from embodied_rft import distributed
-from embodied_rft.data import Decisions, Field, Source, Space, Tree, pick_tree
+from embodied_rft.data import Field, Source, Space, Tree, pick_tree
 from embodied_rft.experience.recording import Ahead, Broken, Last, Recording, Taken
+from embodied_rft.experience.schedule import Act, Played, Say, Schedule
 from embodied_rft.names import UserError
 from embodied_rft.pools.protocol import Pool, StepResult, fields_of
 from embodied_rft.seeding import training_seed
 
-Act = Callable[[Tree], Decisions]
-Say = Callable[[str], None]
+KEPT = ("episode", "seed", "step", "returned")  # of the schedule
 
 
 class Collector:
@@ -48,17 +48,11 @@ class Collector:
         source: Source = Source.ONLINE,
         say: Say | None = None,
     ) -> None:
-        self.pool, self.run_seed, self.group_size, self.source = pool, run_seed, group_size, source
+        self.run_seed, self.group_size, self.source = run_seed, group_size, source
         self.next_episode = -(-first_episode // group_size) * group_size  # a group begins with its first sibling
-        count = pool.num_envs
-        self.episode = np.full(count, -1, dtype=np.int64)  # -1: idle
-        self.seed = np.zeros(count, dtype=np.int64)
-        self.step = np.zeros(count, dtype=np.int64)
-        self.returned = np.zeros(count, dtype=np.float64)
-        self.observation: Tree | None = None
+        self.schedule = Schedule(pool, self._deal, say=say)
         self._last_episode: int | None = None
         self._unsaved = False  # the running episodes are those of a checkpoint, the environments are not
-        self._endless = Endless(say)
 
     def collect(
         self, act: Act, *, decisions: int | None = None, episodes: int | None = None, version: int = 0
@@ -72,11 +66,14 @@ class Collector:
             raise UserError("give either decisions or episodes")
         recording = Recording()
         self._last_episode = None if episodes is None else self.next_episode + episodes
-        if episodes is not None and (self.episode >= 0).any():
+        if episodes is not None and self.schedule.playing.any():
             raise UserError("episodes can only be counted from a fresh start; call cut() first")
-        self._begin(np.flatnonzero(self.episode < 0))
-        while (self.episode >= 0).any() and (decisions is None or recording.decisions < decisions):
-            self._advance(act, recording, version)
+        self.schedule.fill()
+        while self.schedule.playing.any() and (decisions is None or recording.decisions < decisions):
+            played = self.schedule.play(act)
+            self._take(recording, played, version)
+            self._finish(recording, played)
+            self.schedule.fill(played.over)
         running = self._running()
         if len(running):  # their newest decisions are learned from now, not when the next ones are known
             recording.rows.append(Ahead(running, self._shown(running)))
@@ -87,7 +84,7 @@ class Collector:
         recording, running = Recording(), self._running()
         if len(running):
             recording.rows.append(Last(running, self._shown(running)))
-        self.episode[:] = -1
+        self.schedule.episode[:] = -1
         return recording
 
     def begin_anew(self) -> Recording:
@@ -96,107 +93,78 @@ class Collector:
             return Recording()
         lost = len(self._running())
         recording = self.cut()
-        recording.lost, self.observation, self._unsaved = lost, None, False
+        recording.lost, self.schedule.observation, self._unsaved = lost, None, False
         return recording
 
     def _running(self) -> np.ndarray:
         """Environments in the middle of an episode."""
-        return np.flatnonzero((self.episode >= 0) & (self.step > 0))
+        return np.flatnonzero(self.schedule.playing & (self.schedule.step > 0))
 
-    def _begin(self, idle: np.ndarray) -> None:
-        if not len(idle):
-            return
-        mask = np.zeros(self.pool.num_envs, dtype=bool)
-        mask[idle] = True  # those that stay idle start an old episode again, which nobody records
+    def _deal(self, count: int) -> list[tuple[int, int]]:
         if self._last_episode is not None:
-            idle = idle[: max(0, self._last_episode - self.next_episode)]
-        self.episode[idle] = self.next_episode + np.arange(len(idle))
-        self.next_episode += len(idle)
-        rank, group = distributed.rank(), self.episode[idle] // self.group_size
-        self.seed[idle] = [training_seed(self.run_seed, rank, int(number)) for number in group]
-        self.step[idle] = 0
-        self.returned[idle] = 0.0
-        first = self.observation is None  # the pool has never been reset: all of it must be, once
-        self.observation = self.pool.reset(self.seed, None if first else mask)
+            count = min(count, max(0, self._last_episode - self.next_episode))
+        numbers, rank = range(self.next_episode, self.next_episode + count), distributed.rank()
+        self.next_episode += count
+        return [(number, training_seed(self.run_seed, rank, number // self.group_size)) for number in numbers]
 
-    def _advance(self, act: Act, recording: Recording, version: int) -> None:
-        """One decision in every environment."""
-        assert self.observation is not None
-        taken = act(self.observation)
-        result = self.pool.step(taken.action)
-        active = self.episode >= 0
-        valid = active & result.valid
-        chosen, observation, kept = np.arange(self.pool.num_envs), self.observation, taken
-        if not valid.all():
-            chosen = np.flatnonzero(valid)
-            observation, kept = pick_tree(observation, chosen), taken.take(chosen)
+    def _take(self, recording: Recording, played: Played, version: int) -> None:
+        """The decisions, as rows."""
+        streams, result, schedule = played.streams, played.result, self.schedule
+        shown, taken = played.observation, played.decisions
+        if len(streams) < len(result.reward):
+            shown, taken = pick_tree(shown, streams), taken.take(streams)
         span = result.info.get("env_steps", -1)  # of a chunk, how much of it
         recording.rows.append(
             Taken(
-                streams=chosen,
-                observation=observation,
-                decisions=kept,
-                reward=pick_tree(_streams(result), chosen),
-                terminated=result.terminated[chosen],
-                truncated=result.truncated[chosen],
-                group=self.episode[chosen] // self.group_size,
-                seed=self.seed[chosen],
-                step=self.step[chosen],
+                streams=streams,
+                observation=shown,
+                decisions=taken,
+                reward=pick_tree(_streams(result), streams),
+                terminated=result.terminated[streams],
+                truncated=result.truncated[streams],
+                group=schedule.episode[streams] // self.group_size,
+                seed=schedule.seed[streams],
+                step=schedule.step[streams] - 1,
                 version=version,
                 source=self.source,
-                span=span[chosen] if isinstance(span, np.ndarray) else span,
+                span=span[streams] if isinstance(span, np.ndarray) else span,
             )
         )
-        recording.decisions += len(chosen)
-        if "cut" in kept.trace:
-            recording.cut = (recording.cut or 0) + int(np.sum(kept.trace["cut"]))
-        self.returned[chosen] += result.reward[chosen]
-        self.step[chosen] += 1
-        self.observation = result.observation
-        over = result.terminated | result.truncated
-        self._endless.step((over & active).any())
-        self._finish(recording, active & ~result.valid, valid & over, result.info)
-        if (over | ~result.valid).any():
-            self._begin(np.flatnonzero(self.episode < 0))
+        recording.decisions += len(streams)
+        if "cut" in taken.trace:
+            recording.cut = (recording.cut or 0) + int(np.sum(taken.trace["cut"]))
 
-    def _finish(self, recording: Recording, broken: np.ndarray, ended: np.ndarray, info: Mapping[str, Any]) -> None:
+    def _finish(self, recording: Recording, played: Played) -> None:
         """Close ended episodes, throw broken ones away."""
-        if broken.any():
-            failed = np.flatnonzero(broken)
+        failed, done = played.broken, played.ended
+        if len(failed):
             recording.rows.append(Broken(failed))
             recording.invalid += len(failed)
             if self._last_episode is not None:  # a counted episode that failed is run again, from another state
                 self._last_episode += len(failed)
-            self.episode[failed] = -1
-        if ended.any():
-            done = np.flatnonzero(ended)
+        if len(done):
             recording.rows.append(Last(done, self._shown(done)))
-            success = info.get("success")
+            success = played.result.info.get("success")
             recording.told |= success is not None
             recording.successes += [False] * len(done) if success is None else [bool(s) for s in success[done]]
-            recording.returns += self.returned[done].tolist()
-            recording.lengths += self.step[done].tolist()
-            self.episode[done] = -1
+            recording.returns += self.schedule.returned[done].tolist()
+            recording.lengths += self.schedule.step[done].tolist()
 
     def _shown(self, streams: np.ndarray) -> Tree:
         """What these environments show now."""
-        assert self.observation is not None
-        return pick_tree(self.observation, streams)
+        assert self.schedule.observation is not None
+        return pick_tree(self.schedule.observation, streams)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly here; without "pool" if the environments cannot be saved."""
-        if self.observation is None:
+        observation = self.schedule.observation
+        if observation is None:
             return {"next_episode": self.next_episode}
-        pool = self.pool.get_state()
+        pool = self.schedule.pool.get_state()
         return ({} if pool is None else {"pool": pool}) | {
             "next_episode": self.next_episode,
-            "episode": self.episode.copy(),
-            "seed": self.seed.copy(),
-            "step": self.step.copy(),
-            "returned": self.returned.copy(),
-            "observation": {
-                k: np.asarray(v) if not isinstance(v, list) else list(v) for k, v in self.observation.items()
-            },
+            **{name: getattr(self.schedule, name).copy() for name in KEPT},
+            "observation": {k: np.asarray(v) if not isinstance(v, list) else list(v) for k, v in observation.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -204,33 +172,13 @@ class Collector:
         self.next_episode = int(state["next_episode"])
         if "observation" not in state:
             return
-        self.episode[:], self.seed[:], self.step[:] = state["episode"], state["seed"], state["step"]
-        self.returned[:] = state["returned"]
-        self.observation = dict(state["observation"])
+        for name in KEPT:
+            getattr(self.schedule, name)[:] = state[name]
+        self.schedule.observation = dict(state["observation"])
         self._unsaved = "pool" not in state
         if not self._unsaved:
-            self.pool.reset(self.seed)  # builds what is built lazily; the state below replaces its effect
-            self.pool.set_state(state["pool"])
-
-
-class Endless:
-    """Says when no episode ends: after a thousand steps of each environment, and whenever it has been twice as long."""
-
-    ADVICE = (
-        "returns and success are those of episodes that end. If some should have by now, give the environment a limit: "
-        "env: {wrappers: [{id: TimeLimit, max_episode_steps: 200}]}"
-    )
-
-    def __init__(self, say: Say | None) -> None:
-        self.say, self.steps, self.limit = say, 0, 1_000
-
-    def step(self, ended: bool) -> None:
-        """One step of every environment; whether an episode ended or broke in any of them."""
-        self.steps = 0 if ended else self.steps + 1
-        if self.steps >= self.limit:
-            if self.say is not None:
-                self.say(f"no episode has ended in the last {self.steps:,} steps of each environment; {self.ADVICE}")
-            self.limit *= 2
+            self.schedule.pool.reset(self.schedule.seed)  # builds what is built lazily; the state replaces its effect
+            self.schedule.pool.set_state(state["pool"])
 
 
 def _streams(result: StepResult) -> dict[str, np.ndarray]:

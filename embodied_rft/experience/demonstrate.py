@@ -12,7 +12,8 @@ from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
 from embodied_rft.buffer.trajectories import OUTSIDE, within, write_trajectories
 from embodied_rft.data import Decisions, Ragged, Source, Tree
-from embodied_rft.experience.collect import Act, Collector, action_field
+from embodied_rft.experience.collect import Collector, action_field
+from embodied_rft.experience.schedule import Act
 from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.pool import make_pool
 from embodied_rft.pools.protocol import Pool

@@ -19,7 +19,8 @@ from embodied_rft import distributed
 from embodied_rft.data import Decisions, Source, Tree
 from embodied_rft.device import on_device, resolve_device, restored_generator, seeded
 from embodied_rft.evaluation.evaluate import Evaluation, evaluate, evaluation_seeds, latest_incident
-from embodied_rft.experience.collect import Act, Collector
+from embodied_rft.experience.collect import Collector
+from embodied_rft.experience.schedule import Act
 from embodied_rft.files import write_atomically, write_json
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig

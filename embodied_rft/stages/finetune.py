@@ -13,8 +13,8 @@ from pydantic.dataclasses import dataclass
 
 from embodied_rft import distributed
 from embodied_rft.buffer.plans import Share
-from embodied_rft.experience.collect import Endless
 from embodied_rft.experience.recording import Recording
+from embodied_rft.experience.schedule import Endless
 from embodied_rft.learning.learner import LearnerConfig
 from embodied_rft.learning.objective import Metrics
 from embodied_rft.names import UserError
@@ -154,7 +154,7 @@ class Finetune(Stage):
     @contextmanager
     def _turns(self, session: Session, learning: FromReplay | FromFresh) -> Iterator[InTurn | Overlapped]:
         """Who collects and learns, after what a resumed run has lost is accounted for."""
-        config, num_envs = self.config, session.running_collector.pool.num_envs
+        config, num_envs = self.config, session.running_collector.schedule.pool.num_envs
         amount = learning.iteration(num_envs)
         if config.decisions_per_iteration is not None:
             amount = distributed.share(config.decisions_per_iteration, "decisions_per_iteration")

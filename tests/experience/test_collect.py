@@ -6,7 +6,8 @@ import pytest
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
 from embodied_rft.data import Decisions
-from embodied_rft.experience.collect import Collector, action_field
+from embodied_rft.experience.collect import KEPT, Collector, action_field
+from embodied_rft.pools.promises import same
 from embodied_rft.pools.protocol import StepResult
 from embodied_rft.seeding import training_seed
 from tests.lab.toys import SeedPool
@@ -109,8 +110,7 @@ def test_state_is_restored_in_the_middle_of_an_episode():
     again.load_state_dict(saved)
     again.collect(act, decisions=40)
     assert again.next_episode == collector.next_episode
-    assert np.array_equal(again.episode, collector.episode) and np.array_equal(again.step, collector.step)
-    assert np.array_equal(again.observation["observation"], collector.observation["observation"])
+    assert same(*({name: getattr(c.schedule, name) for name in (*KEPT, "observation")} for c in (again, collector)))
 
 
 def test_after_every_call_the_newest_decisions_can_be_read_and_no_row_is_stored_twice():
@@ -123,7 +123,7 @@ def test_after_every_call_the_newest_decisions_can_be_read_and_no_row_is_stored_
         batch = buffer.batch(buffer.rows())
         now, after = (tree["observation"].numpy() for tree in (batch.observation, batch.next_observation))
         assert (after[:, 0] == now[:, 0]).all() and (after[:, 1] == now[:, 1] + 1).all()
-        running = int(((collector.episode >= 0) & (collector.step > 0)).sum())
+        running = int((collector.schedule.playing & (collector.schedule.step > 0)).sum())
         assert buffer.size == len(recorded) + sum(1 for t in buffer.trajectories() if t.end == "terminated") + running
 
 
@@ -132,7 +132,7 @@ def test_running_episodes_that_no_checkpoint_can_hold_are_cut_counted_and_bootst
     collector = Collector(pool, run_seed=3)
     collector.collect(act, decisions=35).write(buffer)
     saved, rows = collector.state_dict(), buffer.state_dict()
-    running = int(((collector.episode >= 0) & (collector.step > 0)).sum())
+    running = int((collector.schedule.playing & (collector.schedule.step > 0)).sum())
     assert "pool" not in saved and running
 
     def go_on():

@@ -34,15 +34,16 @@ class SeedPool(Pool):
         return self._observe()
 
     def step(self, action):
-        assert not self.over.any(), "stepped an environment that has ended"
-        self.steps += 1
+        running = ~self.over
+        assert running.any(), "no environment has a running episode"
+        self.steps += running
         terminated = self.steps >= 1 + self.seeds % 5
         broken = np.array([s in self.break_once or s in self.break_always for s in self.seeds])
-        broken &= self.steps == self.break_at
+        broken &= running & (self.steps == self.break_at)
         self.break_once -= set(self.seeds[broken].tolist())
-        self.over = terminated | broken
-        reward, info = np.ones(self.num_envs, np.float32), {"success": terminated & (self.seeds % 3 == 0)}
-        return StepResult(self._observe(), reward, terminated & ~broken, broken, info, ~broken)
+        self.over, valid = self.over | terminated | broken, running & ~broken
+        reward, info = valid.astype(np.float32), {"success": terminated & (self.seeds % 3 == 0)}
+        return StepResult(self._observe(), reward, terminated & valid, ~valid, info, valid)
 
     def get_state(self):
         if not self.can_save:
