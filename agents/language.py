@@ -19,10 +19,11 @@ import gymnasium as gym
 import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from embodied_rft.agents.models.causal_lm import CausalLM, load_model
 from embodied_rft.agents.models.tiny_lm import TinyConfig
+from embodied_rft.agents.parts.features import FrozenFeatures, standardized
 from embodied_rft.data import Batch, Decisions, Field, Ragged, Space, Tree
 from embodied_rft.device import drawn_on
 from embodied_rft.names import UserError
@@ -277,23 +278,26 @@ class LanguagePolicy(Policy):
 
     # --- values and files ----------------------------------------------------------------------------------------
 
-    def value(self, observation: Tree, trace: Tree) -> Tensor:
-        """[B]: what reward to expect after each prompt, from the state of its last token."""
+    def features(self, observation: Tree) -> Tensor:
+        """What values are read from [B, H]: the state of the prompt's last token."""
         from embodied_rft.tokens.prefix import prompt_states
 
-        states = prompt_states(self.lm.decoder, self.prompt_ids(observation))
-        return self.head(_standardize(states)).squeeze(-1)
+        return standardized(prompt_states(self.lm.decoder, self.prompt_ids(observation)))
+
+    def value(self, observation: Tree, trace: Tree) -> Tensor:
+        """[B]: what reward to expect after each prompt, from the state of its last token."""
+        return self.head(self.features(observation)).squeeze(-1)
 
     def unit_values(self, observation: Tree, action: Any, trace: Tree) -> Tensor:
         """[B, U]: the same before each token of the replies, 0 behind their ends; the first is that of the prompt."""
         states, replies = self._reply_states(observation, action, trace)
         mask = torch.from_numpy(replies.pad()[1]).to(states.device)
-        flat = self.head(_standardize(states)).squeeze(-1)
+        flat = self.head(standardized(states)).squeeze(-1)
         return torch.zeros(mask.shape, device=states.device).masked_scatter(mask, flat)
 
-    def make_encoder(self, *, rng: torch.Generator) -> PromptEncoder:
-        """What a value function reads: the state of the prompt's last token, without gradient into this model."""
-        return PromptEncoder(self)
+    def make_encoder(self, *, rng: torch.Generator) -> FrozenFeatures:
+        """What a value function reads: `features`, without gradient into this model."""
+        return FrozenFeatures(self, self.lm.hidden_size)
 
     @property
     def device(self) -> torch.device:
@@ -303,33 +307,6 @@ class LanguagePolicy(Policy):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model (adapters merged into it) and tokenizer: `model: folder` and Hugging Face read it."""
         self.lm.save(Path(folder))
-
-
-class PromptEncoder(nn.Module):
-    """Features [B, H] of the prompts in an observation: the policy's own, detached, so a value head costs one layer."""
-
-    def __init__(self, policy: LanguagePolicy) -> None:
-        super().__init__()
-        self.size = policy.lm.hidden_size
-        self._policy: Callable[[], LanguagePolicy] = lambda: policy  # not a submodule: its weights are the policy's
-
-    @torch.no_grad()
-    def forward(self, observation: Tree) -> Tensor:
-        """The state of the last prompt token, standardised per row."""
-        from embodied_rft.tokens.prefix import prompt_states
-
-        policy = self._policy()
-        states = prompt_states(policy.lm.decoder, policy.prompt_ids(observation))
-        return _standardize(states)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PromptEncoder:
-        policy = self._policy()
-        return PromptEncoder(memo.get(id(policy), policy))  # of the copied policy where that is copied, too
-
-
-def _standardize(states: Tensor) -> Tensor:
-    """Each state with mean 0 and variance 1, float32."""
-    return nn.functional.layer_norm(states.float(), states.shape[-1:])
 
 
 def texts(column: Any) -> list[str]:

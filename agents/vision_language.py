@@ -18,14 +18,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from embodied_rft.agents.language import text_key, texts
 from embodied_rft.agents.models.causal_lm import CausalLM
 from embodied_rft.agents.models.feature_cache import content_keys
 from embodied_rft.agents.models.tiny_vlm import TinyVLMConfig
 from embodied_rft.agents.models.vlm import Context, load_vlm
-from embodied_rft.agents.vla import TrunkEncoder
+from embodied_rft.agents.parts.features import FrozenFeatures, standardized
 from embodied_rft.data import Decisions, Field, Ragged, Space, Tree
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.encoder import cameras
@@ -199,12 +199,11 @@ class VisionLanguagePolicy(Policy):
 
     def features(self, observation: Tree) -> Tensor:
         """What values are read from [B, H]: the last hidden state of the prompt, standardised per row."""
-        last = self.vlm.states(self.context(observation))[:, -1].float()
-        return nn.functional.layer_norm(last, last.shape[-1:])
+        return standardized(self.vlm.states(self.context(observation))[:, -1])
 
-    def make_encoder(self, *, rng: torch.Generator) -> TrunkEncoder:
+    def make_encoder(self, *, rng: torch.Generator) -> FrozenFeatures:
         """What a value reads: the trunk's features, without gradient into it."""
-        return TrunkEncoder(self)
+        return FrozenFeatures(self, self.vlm.hidden_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model (adapters merged into it), tokenizer and image processor: `model: folder` reads it."""

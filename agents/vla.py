@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from embodied_rft.agents.language import texts
 from embodied_rft.agents.models.tiny_vlm import TinyVLMConfig
 from embodied_rft.agents.models.vlm import VLM, Context, load_vlm
 from embodied_rft.agents.parts.chain import Codec, Scaling
+from embodied_rft.agents.parts.features import FrozenFeatures, standardized
 from embodied_rft.agents.parts.vla_heads import HEADS, FlowOptions, ParallelOptions, Size, TokenOptions
 from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.device import drawn_on
@@ -249,8 +249,7 @@ class VLAPolicy(Policy):
 
     def features(self, observation: Tree) -> Tensor:
         """What values are read from [B, H]: the last hidden state of the prompt, standardised per row."""
-        last = self.vlm.states(self.context(observation))[:, -1].float()
-        return nn.functional.layer_norm(last, last.shape[-1:])
+        return standardized(self.vlm.states(self.context(observation))[:, -1])
 
     def value(self, observation: Tree, trace: Tree | None = None) -> Tensor:
         """Values [B] by a head on the policy's trunk, gradients included (RL4VLA: Liu et al. 2025, section 4.1)."""
@@ -260,7 +259,7 @@ class VLAPolicy(Policy):
         """What a value of its own reads: the trunk's features without gradient, or images and state by a network."""
         if self.config.value == "own":
             return Encoder(self.observation_space, keys=[*self.image_keys, *self.state_keys], rng=rng)
-        return TrunkEncoder(self)
+        return FrozenFeatures(self, self.vlm.hidden_size)
 
     def fit_statistics(self, buffer: Any, rows: np.ndarray | None = None, *, limit: int = 20_000) -> None:
         """Take the statistics of actions and state from at most `limit` rows, spread evenly; once."""
@@ -320,23 +319,6 @@ class VLAPolicy(Policy):
         statistics = self.codec.statistics
         if statistics is not None and not bool(statistics.fitted):
             raise UserError(f"{path} was saved without statistics of its data: fit them and save it again")
-
-
-class TrunkEncoder(nn.Module):
-    """Features [B, H] of the policy's trunk at the end of the prompt, without gradient into it."""
-
-    def __init__(self, policy: VLAPolicy) -> None:
-        super().__init__()
-        self.size = policy.vlm.hidden_size
-        self._policy: Callable[[], VLAPolicy] = lambda: policy  # not a submodule: its weights are the policy's
-
-    @torch.no_grad()
-    def forward(self, observation: Tree) -> Tensor:
-        """See `VLAPolicy.features`."""
-        return self._policy().features(observation)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrunkEncoder:
-        return TrunkEncoder(self._policy())
 
 
 class Identity(nn.Module):

@@ -238,12 +238,12 @@ def merge(mask: np.ndarray, new: Tree, old: Tree) -> dict[str, Any]:
     if mask.all():
         return dict(new)
 
-    def pick(a: Any, b: Any) -> Any:
+    def either(a: Any, b: Any) -> Any:
         if isinstance(a, list):
             return [x if chosen else y for x, y, chosen in zip(a, b, mask, strict=True)]
         return np.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-    return {key: pick(value, old[key]) for key, value in new.items()}
+    return {key: either(value, old[key]) for key, value in new.items()}
 
 
 def finite_rows(array: Any, *, num_envs: int) -> np.ndarray | None:

@@ -300,7 +300,7 @@ FINETUNE = {
 
 
 def run(folder, *stages, actions="discrete", agent=SMALL, seed=0):
-    env = {"id": "ChoiceCorridor-v0", "num_envs": 4, "options": {"actions": actions}}
+    env = {"id": "Chain-v0", "num_envs": 4, "options": {"actions": actions}}
     tree = {
         "env": env,
         "agent": agent,

@@ -1,11 +1,11 @@
-"""Tiny environments: a corridor that needs bootstrapping, and observations that need to be standardised."""
+"""Tiny environments: a chain of cells that needs bootstrapping, and observations that need to be standardised."""
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
 
-class Corridor(gymnasium.Env):
+class Chain(gymnasium.Env):
     """Cells 0 to 6, a start in 2 or 3; cell 0 ends it with reward 0.2, cell 6 with 1 and success.
 
     Args:
@@ -75,7 +75,7 @@ class Faraway(gymnasium.Env):
 
 
 def register():
-    """ChoiceCorridor-v0 and Faraway-v0."""
-    for name, cls in {"ChoiceCorridor-v0": Corridor, "Faraway-v0": Faraway}.items():
+    """Chain-v0 and Faraway-v0."""
+    for name, cls in {"Chain-v0": Chain, "Faraway-v0": Faraway}.items():
         if name not in gymnasium.registry:
             gymnasium.register(name, cls)

@@ -11,6 +11,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from embodied_rft.seeding import pack_generator, unpack_generator
+
 TROUBLE_SEED = 13
 TROUBLE_STEP = 2
 
@@ -70,16 +72,12 @@ class Moody(gymnasium.Env):
         return float("inf") if self.trouble == "inf_reward" else reward
 
     def get_state(self):
-        rng = np.array([self.np_random.bit_generator.state["state"][k] for k in ("state", "inc")], dtype=object)
-        words = np.array([[int(v) >> 64, int(v) & (2**64 - 1)] for v in rng], dtype=np.uint64)
-        return {"position": self.position.copy(), "steps": np.array(self.steps), "rng": words}
+        rng = pack_generator(self.np_random)
+        return {"position": self.position.copy(), "steps": np.array(self.steps), "rng": rng}
 
     def set_state(self, state):
         self.position, self.steps = state["position"].copy(), int(state["steps"])
-        values = [(int(high) << 64) | int(low) for high, low in state["rng"]]
-        full = self.np_random.bit_generator.state
-        full["state"] = {"state": values[0], "inc": values[1]}
-        self.np_random.bit_generator.state = full
+        unpack_generator(self.np_random, state["rng"])
 
 
 class Chatter(gymnasium.Env):
