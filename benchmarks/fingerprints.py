@@ -74,8 +74,9 @@ def fingerprint(name: str) -> dict[str, str]:
         assert newest is not None
         state = newest[1]
         rows = state["buffer"] and {k: v for k, v in state["buffer"].items() if "time" not in k}
-        if rows:  # a key that images of older versions have: hashes go on being comparable with theirs
+        if rows:  # as older versions wrote it, so that hashes go on being comparable with theirs
             rows["images"] = {"compress": False, **rows["images"]}
+            rows["schema"] = rows["schema"].replace("dtype='str'", "dtype='uint8'")
         return {"weights": digest(state["agent"]), "experience": digest(rows)}
 
 

@@ -142,7 +142,7 @@ def test_prompts_without_room_are_named_before_the_run_starts(tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     session = train(recipe(options, stages, long_prompts="skip"), tmp_path / "run", quiet=True, report=False)
     assert "1 initial states are left out" in (tmp_path / "run" / "run.log").read_text()
-    seen = {bytes(p).decode() for each in session.buffer.trajectories() for p in each.observation["prompt"]}
+    seen = {text for each in session.buffer.trajectories() for text in each.observation["prompt"]}
     assert prompts[41] not in seen and len(seen) > 20
     content = json.loads((tmp_path / "run" / "evaluations" / "1-0.json").read_text())
     assert content["episodes"] == content["states"] < 20
