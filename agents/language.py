@@ -24,7 +24,7 @@ from torch import Tensor
 from embodied_rft.agents.models.causal_lm import CausalLM, load_model
 from embodied_rft.agents.models.tiny_lm import TinyConfig
 from embodied_rft.agents.parts.features import FrozenFeatures, standardized
-from embodied_rft.data import Batch, Decisions, Field, Ragged, Space, Tree
+from embodied_rft.data import CUT, Batch, Decisions, Field, Ragged, Space, Tree
 from embodied_rft.device import drawn_on
 from embodied_rft.names import UserError
 from embodied_rft.networks.mlp import linear
@@ -92,7 +92,7 @@ class LanguagePolicy(Policy):
     trace_fields = {  # noqa: RUF012
         "prompt": Field((), "int64", "ragged"),
         "reply": Field((), "int64", "ragged"),
-        "cut": Field((), "bool"),
+        CUT: Field((), "bool"),
     }
     spec: dict[str, Any]
 
@@ -153,7 +153,7 @@ class LanguagePolicy(Policy):
             allowed=self.lm.allowed,
         )
         text = [self.reply_text(ids) for ids in replies.ids]
-        return Decisions(text, replies.log_prob, {"prompt": prompts, "reply": replies.ids, "cut": replies.cut})
+        return Decisions(text, replies.log_prob, {"prompt": prompts, "reply": replies.ids, CUT: replies.cut})
 
     def reply_text(self, ids: np.ndarray) -> str:
         """What the environment gets: without special tokens, and only up to a stop text."""
@@ -242,7 +242,7 @@ class LanguagePolicy(Policy):
         prompts = self.prompt_ids({self.key: texts(observation[self.key])[:count]})  # a trajectory has one more
         replies = Ragged.of([np.append(self._encode(text, False), self._end) for text in action], dtype=np.int64)
         self._check_length(prompts.lengths, replies.lengths)
-        return {"prompt": prompts, "reply": replies, "cut": np.zeros(count, dtype=bool)}
+        return {"prompt": prompts, "reply": replies, CUT: np.zeros(count, dtype=bool)}
 
     def prompt_ids(self, observation: Tree) -> Ragged:
         """Token ids of N prompts."""

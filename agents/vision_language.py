@@ -26,7 +26,7 @@ from embodied_rft.agents.models.feature_cache import content_keys
 from embodied_rft.agents.models.tiny_vlm import TinyVLMConfig
 from embodied_rft.agents.models.vlm import Context, load_vlm
 from embodied_rft.agents.parts.features import FrozenFeatures, standardized
-from embodied_rft.data import Decisions, Field, Ragged, Space, Tree
+from embodied_rft.data import CUT, Decisions, Field, Ragged, Space, Tree
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.encoder import cameras
 from embodied_rft.networks.trainable import LoraOptions, Train, refuse_idle_beside
@@ -71,7 +71,7 @@ class VisionLanguagePolicy(Policy):
 
     Config = VisionLanguageConfig
     num_units = None
-    trace_fields = {"reply": Field((), "int64", "ragged"), "cut": Field((), "bool")}  # noqa: RUF012
+    trace_fields = {"reply": Field((), "int64", "ragged"), CUT: Field((), "bool")}  # noqa: RUF012
     spec: dict[str, Any]
 
     def __init__(
@@ -123,7 +123,7 @@ class VisionLanguagePolicy(Policy):
 
         if not len(texts(observation[self.key])):
             none = Ragged.of([], dtype=np.int64)
-            return Decisions([], Ragged.of([], dtype=np.float32), {"reply": none, "cut": np.zeros(0, dtype=bool)})
+            return Decisions([], Ragged.of([], dtype=np.float32), {"reply": none, CUT: np.zeros(0, dtype=bool)})
         context, kind = self._distinct(observe(observation, self))
         self.vlm.check_length(context, self.config.max_new_tokens)
         generator = None if greedy else require_rng(rng)
@@ -146,7 +146,7 @@ class VisionLanguagePolicy(Policy):
             last = decoding.step(self.vlm.model.get_input_embeddings()(token))
         replies = Ragged.of(ids, dtype=np.int64)
         said = [str(self.vlm.tokenizer.decode(reply.tolist(), skip_special_tokens=True)) for reply in replies]
-        return Decisions(said, Ragged.of(log_probs, dtype=np.float32), {"reply": replies, "cut": open_})
+        return Decisions(said, Ragged.of(log_probs, dtype=np.float32), {"reply": replies, CUT: open_})
 
     def log_prob(self, observation: Tree, action: Any, trace: Tree) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of every reply token, [B, U] each, zero behind the end of a reply."""
@@ -180,7 +180,7 @@ class VisionLanguagePolicy(Policy):
         """The trace of given replies: their ids, with an end token."""
         tokenizer = self.vlm.tokenizer
         ids = [[*tokenizer(t, add_special_tokens=False)["input_ids"], self._end] for t in texts(action)]
-        return {"reply": Ragged.of(ids, dtype=np.int64), "cut": np.zeros(len(ids), dtype=bool)}
+        return {"reply": Ragged.of(ids, dtype=np.int64), CUT: np.zeros(len(ids), dtype=bool)}
 
     def context(self, observation: Tree) -> Context:
         """What the trunk reads, from a tree of tensors [B, ...] and texts."""

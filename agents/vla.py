@@ -261,17 +261,9 @@ class VLAPolicy(Policy):
             return Encoder(self.observation_space, keys=[*self.image_keys, *self.state_keys], rng=rng)
         return FrozenFeatures(self, self.vlm.hidden_size)
 
-    def fit_statistics(self, buffer: Any, rows: np.ndarray | None = None, *, limit: int = 20_000) -> None:
-        """Take the statistics of actions and state from at most `limit` rows, spread evenly; once."""
-        rows = buffer.rows() if rows is None else rows
-        spread = rows[:: max(1, len(rows) // limit)][:limit]
-        if len(spread) == 0:
-            raise UserError("there is no data to take statistics of: fill the buffer with demonstrations first")
-        batch = buffer.batch(spread, next_observation=False)
-        if self.state_keys:
-            reader: Any = self.state["reader"]
-            reader.fit({key: batch.observation[key].to(self.device) for key in self.state_keys})
-        self.codec.fit(buffer, rows, limit=limit)
+    def fit_statistics(self, buffer: Any, rows: np.ndarray | None = None) -> None:
+        """Take the statistics of actions; once."""
+        self.codec.fit(buffer, buffer.rows() if rows is None else rows)
 
     # --- files ---------------------------------------------------------------------------------------------------
 

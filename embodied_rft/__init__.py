@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from embodied_rft.objectives.common import annotate_returns as annotate_returns
     from embodied_rft.objectives.common import preset as preset
     from embodied_rft.objectives.common import segment_returns as segment_returns
+    from embodied_rft.objectives.credit import Credit as Credit
     from embodied_rft.objectives.soft_actor_critic import SAC as SAC
+    from embodied_rft.policy import Adapter as Adapter
     from embodied_rft.policy import Policy as Policy
     from embodied_rft.registry import register as register
     from embodied_rft.runs.recipe import load_recipe as load_recipe
+    from embodied_rft.runs.sinks import Sink as Sink
     from embodied_rft.runs.trained import load_policy as load_policy
     from embodied_rft.seeding import held_out_index as held_out_index
     from embodied_rft.stages.base import Stage as Stage
@@ -47,8 +50,10 @@ if not (_here / "envs").is_dir():
     __path__.append(str(_here.parent))
 
 _WHERE = {
+    "Adapter": "policy",
     "Agent": "learning.agent",
     "Batch": "data",
+    "Credit": "objectives.credit",
     "Decisions": "data",
     "Field": "data",
     "Finding": "data",
@@ -59,6 +64,7 @@ _WHERE = {
     "Ragged": "data",
     "Replay": "buffer.plans",
     "SAC": "objectives.soft_actor_critic",
+    "Sink": "runs.sinks",
     "Stage": "stages.base",
     "Trajectory": "data",
     "UserError": "names",

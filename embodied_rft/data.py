@@ -134,6 +134,9 @@ def pick_tree(tree: Tree, index: slice | np.ndarray) -> dict[str, Any]:
     return {key: pick(value, index) for key, value in tree.items()}
 
 
+CUT = "cut"  # key of a trace, bool: the decision ran into a length limit
+
+
 @dataclass(slots=True)
 class Decisions:
     """N decisions as they were taken: one call of the policy.
@@ -145,7 +148,7 @@ class Decisions:
 
     action: Any  # what env.step receives: [N, A] array, [N] int array, or a list of N strings
     log_prob: np.ndarray | Ragged  # behaviour log-probability of each unit, [N, U] or ragged
-    trace: dict[str, Any] = field(default_factory=dict)  # what is needed to score the same decision again
+    trace: dict[str, Any] = field(default_factory=dict)  # what is needed to score the same decision again; and `CUT`
 
     def take(self, index: slice | np.ndarray) -> Decisions:
         """Some of them."""

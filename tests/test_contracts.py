@@ -19,9 +19,8 @@ def questions(source):
 ALLOWED = {
     "buffer/intake.py": (1, "arrays of anybody"),
     "files.py": (2, "numbers of NumPy and torch"),
-    "learning/objective.py": (1, "modules with statistics of their own inside a policy"),
+    "learning/optimizer.py": (1, "what a version of torch has"),
     "networks/trainable.py": (1, "layers that peft has wrapped"),
-    "objectives/policy_gradient.py": (4, "credit functions, which a third party writes as plain functions"),
     "options.py": (2, "dataclasses of anybody"),
     "pools/batches.py": (2, "Gymnasium environments"),
     "pools/making.py": (1, "modules of anybody"),
@@ -30,14 +29,10 @@ ALLOWED = {
     "pools/worker_process.py": (1, "Python's fork server"),
     "pools/workers.py": (1, "the operating system"),
     "pools/wrappers.py": (5, "Gymnasium wrappers"),
-    "runs/catalogue.py": (3, "what plug-ins say of their options"),
+    "runs/catalogue.py": (2, "constraints of pydantic, docstrings of anybody"),
     "registry.py": (1, "options of plug-ins, which may be plain functions"),
     "runs/console.py": (1, "the terminal"),
     "runs/inputs.py": (2, "modules of anybody"),
-    "runs/judge.py": (1, "Gymnasium environments"),
-    "runs/listing.py": (2, "what plug-ins say of themselves"),
-    "runs/log.py": (2, "sinks that may show texts"),
-    "runs/walk.py": (1, "stages that hold stages"),
     "tokens/prefix.py": (2, "configurations of Hugging Face"),
 }
 

@@ -135,10 +135,12 @@ class Codec(nn.Module):
         half = (high - low) / 2
         return (high + low) / 2, torch.where(half == 0, 1.0, half)
 
-    def fit(self, buffer: Any, rows: np.ndarray, *, limit: int) -> None:
+    def fit(self, buffer: Any, rows: np.ndarray, *, limit: int = 20_000) -> None:
         """Take the statistics of actions, once: the extremes of all rows, the rest of at most about `limit` of them."""
         if self.statistics is None or bool(self.statistics.fitted):
             return
+        if len(rows) == 0:
+            raise UserError("there is no data to take statistics of: fill the buffer with demonstrations first")
         ends, spread = [], []
         step = max(1, len(rows) // limit)
         for start in range(0, len(rows), step * 4096):
@@ -355,15 +357,9 @@ class ChainPolicy(Policy):
         """A reparametrised chunk [B, D] as `act` draws it: for objectives that need no log-probability."""
         return self.rsample(observation, rng=rng)[0]
 
-    def fit_statistics(self, buffer: Any, rows: np.ndarray | None = None, *, limit: int = 20_000) -> None:
-        """Take the statistics of observations and actions from at most `limit` rows, spread evenly; once."""
-        rows = buffer.rows() if rows is None else rows
-        spread = rows[:: max(1, len(rows) // limit)][:limit]
-        if len(spread) == 0:
-            raise UserError("there is no data to take statistics of: fill the buffer with demonstrations first")
-        batch = buffer.batch(spread, next_observation=False)
-        self.encoder.fit({k: v.to(self.start.device) for k, v in batch.observation.items() if isinstance(v, Tensor)})
-        self.codec.fit(buffer, rows, limit=limit)
+    def fit_statistics(self, buffer: Any, rows: np.ndarray | None = None) -> None:
+        """Take the statistics of actions; once."""
+        self.codec.fit(buffer, buffer.rows() if rows is None else rows)
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, first: int | None = None) -> Tensor:

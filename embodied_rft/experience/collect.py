@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from embodied_rft import distributed
-from embodied_rft.data import Field, Source, Space, Tree, pick_tree
+from embodied_rft.data import CUT, Field, Source, Space, Tree, pick_tree
 from embodied_rft.experience.recording import Ahead, Broken, Last, Recording, Taken
 from embodied_rft.experience.schedule import Act, Played, Say, Schedule
 from embodied_rft.names import UserError
@@ -131,8 +131,8 @@ class Collector:
             )
         )
         recording.decisions += len(streams)
-        if "cut" in taken.trace:
-            recording.cut = (recording.cut or 0) + int(np.sum(taken.trace["cut"]))
+        if CUT in taken.trace:
+            recording.cut = (recording.cut or 0) + int(np.sum(taken.trace[CUT]))
 
     def _finish(self, recording: Recording, played: Played) -> None:
         """Close ended episodes, throw broken ones away."""

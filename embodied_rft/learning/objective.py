@@ -16,8 +16,7 @@ from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.plans import Fresh, Replay
 from embodied_rft.data import Batch, Decisions, Tree
 from embodied_rft.learning.agent import Agent
-from embodied_rft.networks.encoder import Encoder
-from embodied_rft.policy import Measures, require
+from embodied_rft.policy import Measures, able
 
 Metrics = dict[str, float]
 LossFunction = Callable[[Agent, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
@@ -98,9 +97,8 @@ class Objective:
 
 def fit_normalizers(agent: Agent, buffer: Buffer, rows: np.ndarray, *, limit: int = 20_000) -> None:
     """Give standardising encoders the statistics of at most `limit` rows, spread evenly; once."""
-    own = [m for m in agent.policy.modules() if hasattr(m, "fitted") and not isinstance(m, Encoder)]
-    if len(rows) and any(not bool(m.fitted) for m in own):  # statistics of a policy's own, of actions too
-        require(agent.policy, Measures).fit_statistics(buffer, rows)
+    if len(rows) and (own := able(agent.policy, Measures)) is not None:
+        own.fit_statistics(buffer, rows)
     waiting = agent.normalizers()
     if waiting and len(rows):
         spread = rows[:: max(1, len(rows) // limit)][:limit]

@@ -26,7 +26,7 @@ from torch import Tensor
 from embodied_rft import distributed
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.plans import Fresh, Share
-from embodied_rft.data import Batch
+from embodied_rft.data import CUT, Batch
 from embodied_rft.learning import losses, returns
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
@@ -35,10 +35,10 @@ from embodied_rft.networks.critics import ReturnScale, Value
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import readable, score_in_chunks, units_of, whole_groups
 from embodied_rft.objectives.correction import Correction, correct
-from embodied_rft.objectives.credit import OPTIONS, Credit
+from embodied_rft.objectives.credit import OPTIONS, make_credit
 from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import Policy, UnitValues, Values, able, require
-from embodied_rft.registry import find, register
+from embodied_rft.registry import register
 
 SHARED = {"decision": "decisions", "mean": "decisions", "episode": "episodes", "episode_mean": "episodes"}
 OF_OWN_VALUE = ("value_hidden", "value_activation")  # options of a value that is a network of its own
@@ -142,10 +142,9 @@ class PPO(Objective):
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
-        self.credit: Credit = find("credit", config.credit)
-        self.uses_value = getattr(self.credit, "uses_value", False)
-        self.per_unit = getattr(self.credit, "per_unit", False)
-        self.needs_groups = getattr(self.credit, "needs_groups", False)
+        self.credit = make_credit(config.credit)
+        self.uses_value, self.per_unit = self.credit.uses_value, self.credit.per_unit
+        self.needs_groups = self.credit.needs_groups
         self.prefix = "unit_" if self.per_unit else ""  # of the notes that credit writes
         self._check_credit()
         if config.normalize_advantage == "minibatch" and config.batch_size == 1 and not self.per_unit:
@@ -171,8 +170,7 @@ class PPO(Objective):
     def _check_credit(self) -> None:
         """Refuse options that this credit does not read."""
         c, why = self.config, f"with credit {self.config.credit!r}"
-        reads = getattr(self.credit, "reads", OPTIONS)
-        idle = [name for name in OPTIONS if name not in reads and (name != "gamma" or not c.scale_reward)]
+        idle = [name for name in OPTIONS if name not in self.credit.reads and (name != "gamma" or not c.scale_reward)]
         refuse_idle(c, idle, why)
         if not self.uses_value:
             self._refuse_warm_up(f"{why}, which has no value")
@@ -210,6 +208,8 @@ class PPO(Objective):
                 f"per_dimension needs to know how many action numbers a unit has, {type(policy).__name__} does not say "
                 "(unit_size): leave it out"
             )
+        if CUT not in policy.trace_fields:
+            refuse_idle(self.config, ["cut"], "on this policy, whose decisions run into no length limit")
         if self.config.clip_first is not None and policy.num_units is None:
             raise UserError("clip_first needs a fixed number of units in a decision (a chain's steps): leave it out")
 
@@ -348,8 +348,8 @@ class PPO(Objective):
             weight, rejected, more = correct(now, batch.log_prob, batch.mask, c.correction)
             batch.notes["weight"], live, metrics = weight, live & ~rejected, metrics | more
         metrics |= self._shape(batch)
-        if c.cut == "drop" and "cut" in batch.trace:
-            live &= ~batch.trace["cut"].bool()
+        if c.cut == "drop":
+            live &= ~batch.trace[CUT].bool()
         credited = self.credit(agent, batch, [len(s) for s in segments], c)
         dead = credited.pop("dead", torch.zeros_like(live))
         metrics |= _count_groups(batch.columns["group"], dead.numpy())
@@ -369,7 +369,7 @@ class PPO(Objective):
             scorers["old_log_prob"] = lambda b: _log_prob(agent.policy, b)
         if self.uses_value:
             scorers["value"] = lambda b: _values(agent, b)
-        if self.uses_value and self.per_unit and able(agent.policy, UnitValues):
+        if self.uses_value and self.per_unit and able(agent.policy, UnitValues) is not None:
             scorers["unit_value"] = lambda b: _unit_values(agent, b)
         for name, scorer in scorers.items():
             batch.notes[name] = score_in_chunks(scorer, batch, agent.device)

@@ -1,11 +1,12 @@
 """What an environment can say about the states that its episodes begin with, where there is a finite list of them.
 
-Both are optional, of the environment or its vector form, and any environment may have them:
+All are optional, of the environment or its vector form, and any environment may have them (`Pool.ask`):
 
     num_held_out_states     attribute: how many distinct states evaluation can show; the one of a seed is number
                             `seeding.held_out_index(seed, num_held_out_states)`. Each is then judged once.
     initial_observations()  {name: observation} of all of them, held out or not; with it goes an option `exclude`, names
                             that are never shown. A policy that has `unreadable` is then asked before the run starts.
+    official_id             attribute: the id of the environment that this one reproduces (`erft eval --official`).
 """
 
 from __future__ import annotations

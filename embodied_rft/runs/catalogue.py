@@ -21,7 +21,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import yaml
 from pydantic import WrapValidator
@@ -200,20 +200,31 @@ def _comments(cls: Any) -> dict[str, str]:
     return found
 
 
+@runtime_checkable
+class Describes(Protocol):
+    """Makes environments of several ids, and tells of one of them by the `kwargs` that it is registered with."""
+
+    def describe(self, **kwargs: Any) -> str:
+        """One line."""
+
+    def option_sources(self, **kwargs: Any) -> tuple[Callable[..., Any], ...]:
+        """Whose keyword arguments are options, too."""
+
+
 # --- keyword arguments -------------------------------------------------------------------------------
 
 
 def of_environment(id: str) -> list[Option]:
     """What `env.options` may hold: the keyword arguments of what makes the environment.
 
-    A creator with further options than its own says where they go: `option_sources(**kwargs)` gives callables.
+    A creator with further options than its own says where they go.
     """
     from gymnasium.envs.registration import load_env_creator
 
     spec = find_spec(id)
     creators = [c for c in (spec.entry_point, spec.vector_entry_point) if c is not None]
     targets = [load_env_creator(c) if isinstance(c, str) else c for c in creators]
-    sources = getattr(targets[0], "option_sources", lambda **_: ())(**spec.kwargs)
+    sources = targets[0].option_sources(**spec.kwargs) if isinstance(targets[0], Describes) else ()
     meanings = {name: text for target in reversed([*targets, *sources]) for name, text in _documented(target).items()}
     rows: dict[str, Option] = {}
     for target in (*sources, targets[0]):

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import gymnasium
 
 from embodied_rft.evaluation.evaluate import Evaluation, evaluate, evaluation_seeds
 from embodied_rft.names import UserError
 from embodied_rft.pools.config import EnvConfig
-from embodied_rft.pools.making import find_spec
 from embodied_rft.pools.pool import num_envs_for, open_pool
 from embodied_rft.pools.promises import held_out
 from embodied_rft.runs.folder import RunFolder
@@ -53,7 +49,7 @@ def evaluate_run(
     with opened(folder, checkpoint, device=device, trust=trust) as session:
         own = session.env
         count = num_envs or min(num_envs_for(own, "evaluation"), episodes)
-        changed = _asked(own, env, official=official)
+        changed = _asked(own, env, reproduced=session.step_pool("training").ask("official_id") if official else "")
         changed = replace(changed, num_workers=own.num_workers and min(own.num_workers, count))
         pool = open_pool(changed, purpose="evaluation", num_envs=count)
         try:
@@ -80,26 +76,16 @@ def evaluate_run(
     return outcome
 
 
-def _asked(own: EnvConfig, env: str | None, *, official: bool) -> EnvConfig:
-    """The environments to evaluate in: the run's own ones, others, or the official ones."""
-    if official:
+def _asked(own: EnvConfig, env: str | None, *, reproduced: str | None) -> EnvConfig:
+    """The environments to evaluate in: the run's own ones, others, or those that it reproduces ("": not asked for)."""
+    if reproduced != "":
         if env is not None:
             raise UserError(f"--official and --env {env} exclude each other")
-        changed = replace(own, id=official_id(own.id, own.options), options={})
+        if reproduced is None:
+            raise UserError(f"{own.id} reproduces no official environment")
+        changed = replace(own, id=reproduced, options={})
     else:
         changed = own if env is None else replace(own, id=env)
     if changed.id != own.id and own.pool == "native":
         changed = replace(changed, pool="auto")  # another one may have no native form
     return changed
-
-
-def official_id(id: str, options: dict[str, Any]) -> str:
-    """The id of the environment that `id` reproduces."""
-    single = gymnasium.make(find_spec(id), **options)
-    try:
-        official = getattr(single.unwrapped, "official_id", None)
-    finally:
-        single.close()
-    if official is None:
-        raise UserError(f"{id} reproduces no official environment")
-    return str(official)

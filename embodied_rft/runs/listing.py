@@ -9,7 +9,7 @@ from typing import Any
 
 from embodied_rft import registry
 from embodied_rft.names import UserError, nearest, visible
-from embodied_rft.runs.catalogue import KINDS, TOPICS, Option, of_dataclass, options_of
+from embodied_rft.runs.catalogue import KINDS, TOPICS, Describes, Option, of_dataclass, options_of
 from embodied_rft.runs.recipe import describe_recipes
 
 
@@ -42,13 +42,12 @@ def describe_env(spec: Any) -> str:
     from gymnasium.envs.registration import load_env_creator
 
     creator = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
-    describe = getattr(creator, "describe", None)
-    return first_line(creator) if describe is None else describe(**spec.kwargs)
+    return creator.describe(**spec.kwargs) if isinstance(creator, Describes) else first_line(creator)
 
 
 def first_line(target: object) -> str:
     """The first line of the docstring of a class or function."""
-    return (getattr(target, "__doc__", None) or "").strip().partition("\n")[0]
+    return (target.__doc__ or "").strip().partition("\n")[0]
 
 
 def print_options(kind: str, id: str | None) -> None:

@@ -157,13 +157,10 @@ class Logger:
 
     def show_samples(self, name: str, samples: Sequence[Sample], *, decisions: int) -> None:
         """What agents that write text said in an evaluation, for the logs that show it."""
-        if samples and any(hasattr(sink, "show_samples") for sink in self._opened()):
+        if samples:
+            self._open()
             tag = re.sub(r"[^\w .:+-]", "_", name).strip(". ") or "policy"  # it becomes part of the name of a file
-            self._derive(lambda sink: getattr(sink, "show_samples", lambda *_: None)(tag, samples, decisions))
-
-    def _opened(self) -> list[Any]:
-        self._open()
-        return self._sinks
+            self._derive(lambda sink: sink.show_samples(tag, samples, decisions))
 
     def _derive(self, write: Callable[[Any], None]) -> None:
         """Write to what is derived from the lines; a full disk ends such a log, not the run."""

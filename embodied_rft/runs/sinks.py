@@ -11,9 +11,10 @@ import inspect
 import io
 import shutil
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal
 
 from embodied_rft import registry
 from embodied_rft.evaluation.samples import Sample, as_markdown, pick, rows_of
@@ -28,18 +29,22 @@ NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # as JSON lines and tables have t
 Records = Callable[[], Sequence[Mapping[str, Any]]]
 
 
-class Sink(Protocol):
-    """A further place for log lines; register one with `@register("logger", id)`.
+class Sink(ABC):
+    """A further place for log lines; register a class derived from this with `@register("logger", id)`.
 
     It is made as `cls(folder, step=last_step, **options)`; with a parameter `recipe` it is given the resolved recipe as
     plain data. A resumed run starts at an earlier step than it was killed at and repeats the lines in between exactly,
-    so writing a step again changes nothing. A method `show_samples(name, samples, decisions)` is called with what
-    agents that write text said in an evaluation, if there is one (see `samples`).
+    so writing a step again changes nothing.
     """
 
+    @abstractmethod
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """Take one line: counters, labels and finite numbers; `step` is its number."""
 
+    def show_samples(self, name: str, samples: Sequence[Sample], decisions: int) -> None:  # noqa: B027  (a default)
+        """Take what agents that write text said in an evaluation (see `samples`); nothing by default."""
+
+    @abstractmethod
     def close(self) -> None:
         """Flush and give back what is held."""
 
@@ -62,7 +67,7 @@ class Axis:
         return values, decisions
 
 
-class Table:
+class Table(Sink):
     """metrics.csv: derived from the JSON lines, written anew when a resume or a new metric changes its past."""
 
     def __init__(self, path: Path, records: Records) -> None:
@@ -106,7 +111,7 @@ def cell(value: Any) -> Any:
     return value
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """Scalars and samples in tensorboard/; written anew from the lines when a run is continued."""
 
     def __init__(self, folder: RunFolder, *, records: Records, recipe: Mapping[str, Any] | None) -> None:
@@ -140,7 +145,7 @@ class TensorBoardSink:
         self.writer.close()
 
 
-class WandbSink:
+class WandbSink(Sink):
     """Weights & Biases. The run's id is kept in the folder, so that a resumed run goes on in the same one."""
 
     def __init__(
@@ -198,4 +203,7 @@ def make_plugin_sink(
     """The sink that a third party registered under `id`."""
     cls = registry.find("logger", id)
     given = {"recipe": recipe} if "recipe" in inspect.signature(cls).parameters else {}
-    return cls(folder, step=step, **given, **options)  # type: ignore[no-any-return]
+    made = cls(folder, step=step, **given, **options)
+    if not isinstance(made, Sink):
+        raise UserError(f"logger {id!r} is a {type(made).__name__}: derive the class from embodied_rft.runs.sinks.Sink")
+    return made

@@ -15,8 +15,9 @@ def walk(stages: list[StageSpec], prefix: tuple[int, ...] = ()) -> Iterator[tupl
         path = (*prefix, index)
         stage = registry.find("stage", spec.word)(spec.config, path)
         stage.word = spec.word
-        if hasattr(stage, "expand"):
-            for inner_path, inner in stage.expand():
-                yield from walk(inner, inner_path)
-        else:
+        inside = stage.expand()
+        if inside is None:
             yield path, stage
+        else:
+            for inner_path, inner in inside:
+                yield from walk(inner, inner_path)

@@ -1,15 +1,17 @@
-"""What all leaf stages share, and the order in which the stages of a recipe run."""
+"""What all stages share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from embodied_rft.options import StageSpec
 from embodied_rft.runs.progress import Progress
 from embodied_rft.runs.session import Session
 
 
 class Stage:
-    """A leaf of a recipe. `config` is an instance of the class's own `Config`."""
+    """A part of a recipe. `config` is an instance of the class's own `Config`."""
 
     Config: ClassVar[Any]
     Progress: ClassVar[type[Progress]] = Progress  # what a checkpoint keeps of how far it is
@@ -29,6 +31,10 @@ class Stage:
 
     def check(self, session: Session) -> None:
         """Refuse, before anything has run, what the environments do not give; nothing by default."""
+
+    def expand(self) -> Iterator[tuple[tuple[int, ...], list[StageSpec]]] | None:
+        """Lists of stages that run in place of this one, in their order, each under a path; None: it runs itself."""
+        return None
 
     def prepare(self, session: Session) -> None:
         """Make the networks that this stage needs; nothing by default."""

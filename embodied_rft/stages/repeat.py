@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from pydantic import NonNegativeInt
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.options import STRICT, Stages, StageSpec
 from embodied_rft.registry import register
+from embodied_rft.stages.base import Stage
 
 
 @register("stage", "repeat")
-class Repeat:
+class Repeat(Stage):
     """Runs its stages `times` times in a row."""
-
-    word: str = ""
 
     @dataclass(config=STRICT, kw_only=True)
     class Config:
@@ -24,9 +22,6 @@ class Repeat:
 
         times: NonNegativeInt  # how often
         stages: Stages  # what is repeated
-
-    def __init__(self, config: Any, path: tuple[int, ...]) -> None:
-        self.config, self.path = config, path
 
     def expand(self) -> Iterator[tuple[tuple[int, ...], list[StageSpec]]]:
         """The body once for every round, each round under a path of its own."""

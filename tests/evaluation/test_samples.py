@@ -16,6 +16,7 @@ from embodied_rft.pools.text_spaces import write_chat
 from embodied_rft.report.figures import part
 from embodied_rft.runs.log import LogConfig, Logger
 from embodied_rft.runs.recipe import Recipe
+from embodied_rft.runs.sinks import Sink
 from embodied_rft.train import train
 
 NASTY = "<script>alert(1)</script> | [/red] `code` \x1b[31m\u202e =cmd"
@@ -132,7 +133,7 @@ def test_names_of_evaluations_lead_nowhere(tmp_path):
     """Weights & Biases makes files of them."""
     seen = []
 
-    class Shown:
+    class Shown(Sink):
         def write(self, step, record):
             pass
 

@@ -20,7 +20,7 @@ from embodied_rft.data import Field, Ragged, Trajectory
 from embodied_rft.learning.agent import Agent, Spaces
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.objectives.credit import bi_level_gae_credit
+from embodied_rft.objectives.credit import BiLevelGAE
 from embodied_rft.policy import Policy, Values, able
 from tests.lab.spelling import CLASSES, END, LONGEST, Lab
 from tests.objectives.test_policy_gradient import gradients, moved
@@ -195,7 +195,7 @@ def test_unit_rewards_count_once_in_bi_level_gae():
     notes = {"unit_reward": paid, "unit_value": value, "value": value[:, 0], "next_value": following}
     batch = SimpleNamespace(reward=reward, mask=mask, notes=notes, discount=torch.tensor(discount, dtype=torch.float64))
     config = SimpleNamespace(trace_decay=1.0, unit_gamma=1.0, unit_trace_decay=1.0)
-    target = bi_level_gae_credit(None, batch, [3, 2], config)["value_target"]
+    target = BiLevelGAE()(None, batch, [3, 2], config)["value_target"]
     after = 0.0
     for turn in reversed(range(5)):
         after = float(reward[turn]) + discount[turn] * after

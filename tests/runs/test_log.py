@@ -13,6 +13,7 @@ from embodied_rft.files import write_json
 from embodied_rft.runs.console import Console, describe, number
 from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.log import LogConfig, Logger, read_records
+from embodied_rft.runs.sinks import Sink
 
 
 def write(logger, count, *, start=0, extra=None):
@@ -112,7 +113,7 @@ def test_a_third_party_sink_gets_every_line(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "load_plugins", lambda: None)
     seen: list = []
 
-    class Recorder:
+    class Recorder(Sink):
         def __init__(self, folder, *, step, prefix):
             seen.append((prefix, step))
 

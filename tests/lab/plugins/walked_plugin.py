@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from embodied_rft import register
+from embodied_rft import Sink, register
 
 
 @register("logger", "counting")
-class Counting:
+class Counting(Sink):
     """Writes how many lines there were.
 
     Args:
