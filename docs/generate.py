@@ -86,7 +86,7 @@ def options_tables() -> str:
     import gymnasium
 
     from embodied_rft import registry
-    from embodied_rft.runs.catalogue import KINDS, TOPICS, base_of, of_dataclass, options_of
+    from embodied_rft.runs.catalogue import KINDS, TOPICS, of_dataclass, options_of
 
     registry.load_plugins()
     parts = ["## Parts of a recipe"]
@@ -105,6 +105,16 @@ def options_tables() -> str:
             twin = shown.setdefault(table, id)
             parts += [f"### `{id}`", table if twin == id or base is not None else f"As `{twin}`."]
     return "\n\n".join(parts)
+
+
+def base_of(kind: str, id: str) -> str | None:
+    """The id whose options this one has, too, with other defaults: of "td3", "sac"."""
+    from embodied_rft import registry
+
+    ids = {registry.config_of(kind, known): known for known in reversed(registry.known(kind))}
+    config = registry.config_of(kind, id)
+    bases = () if config is None else config.__mro__[1:]
+    return next((ids[base] for base in bases if base in ids and ids[base] != id), None)
 
 
 def contract(name: str) -> str:

@@ -37,23 +37,20 @@ def write_demos(
     episodes: int = 100,
     noise: float = 0.0,
     seed: int = 0,
-    num_envs: int = 64,
-    with_: str = "scripted",
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run a demonstrator and write its episodes to `out`, atomically. Returns {"episodes", "decisions", "success"}."""
     if episodes < 1:
         raise UserError(f"episodes is {episodes}; expected at least 1")
-    pool = make_pool(env_id, num_envs=min(num_envs, episodes), options=options or {}, purpose="training")
+    pool = make_pool(env_id, num_envs=min(64, episodes), options=options or {}, purpose="training")
     try:
-        demonstrator = make_demonstrator(env_id, with_, noise=noise)
+        demonstrator = make_demonstrator(env_id, noise=noise)
         collector = Collector(pool, run_seed=seed, source=Source.DEMONSTRATION)
         recording = collector.collect(demonstrator_act(demonstrator, spawn_generator(seed, 1), 1), episodes=episodes)
         metrics = recording.metrics()
         buffer = Buffer(step_schema(pool, recording.rewards), recording.decisions + 2 * episodes)
         recording.write(buffer)
-        whose = f"demonstrator {with_!r}"
-        inside = within(list(buffer.trajectories()), pool.action_space, outside=OUTSIDE, what=whose)
+        inside = within(list(buffer.trajectories()), pool.action_space, outside=OUTSIDE, what="demonstrator 'scripted'")
         write_trajectories(Path(out), inside)
     finally:
         pool.close()

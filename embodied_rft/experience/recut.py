@@ -19,7 +19,7 @@ def action_windows(action: np.ndarray, *, horizon: int) -> np.ndarray:
 
 
 def chunk_trajectories(
-    trajectories: Sequence[Trajectory], *, horizon: int, execute: int | None = None, gamma: float = 1.0
+    trajectories: Sequence[Trajectory], *, horizon: int, execute: int | None = None
 ) -> list[Trajectory]:
     """Single-step episodes as episodes of chunk decisions, as ChunkPool would have recorded them.
 
@@ -38,8 +38,8 @@ def chunk_trajectories(
                     each,
                     observation=pick_tree(each.observation, rows),
                     action=windows[starts],
-                    reward=_summed(each.reward, starts, execute, gamma),
-                    rewards={k: _summed(v, starts, execute, gamma) for k, v in each.rewards.items()},
+                    reward=_summed(each.reward, starts, execute),
+                    rewards={k: _summed(v, starts, execute) for k, v in each.rewards.items()},
                     log_prob=None,
                     trace={},
                     span=np.minimum(horizon, len(each) - starts),
@@ -48,8 +48,7 @@ def chunk_trajectories(
     return chunked
 
 
-def _summed(reward: np.ndarray, starts: np.ndarray, execute: int, gamma: float) -> np.ndarray:
+def _summed(reward: np.ndarray, starts: np.ndarray, execute: int) -> np.ndarray:
     padded = np.append(np.asarray(reward, dtype=np.float32), np.zeros(execute, dtype=np.float32))
-    factors = gamma ** np.arange(execute, dtype=np.float32)
-    summed: np.ndarray = (padded[starts[:, None] + np.arange(execute)] * factors).sum(1)
+    summed: np.ndarray = padded[starts[:, None] + np.arange(execute)].sum(1)
     return summed.astype(np.float32)

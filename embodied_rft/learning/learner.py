@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from embodied_rft import distributed
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.plans import Fresh, Replay
-from embodied_rft.data import Batch
+from embodied_rft.data import LEAVES, TREES, Batch
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Metrics, Objective
 from embodied_rft.learning.optimizer import AdamW, gradient_norms
@@ -371,10 +371,5 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     def move(value: Any) -> Any:
         return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-    def moved() -> Iterator[tuple[str, Any]]:
-        for name in ("observation", "next_observation", "trace", "next_trace", "notes"):
-            yield name, {k: move(v) for k, v in getattr(batch, name).items()}
-        for name in ("action", "reward", "discount", "log_prob", "mask"):
-            yield name, move(getattr(batch, name))
-
-    return replace(batch, **dict(moved()))
+    trees: dict[str, Any] = {n: {k: move(v) for k, v in getattr(batch, n).items()} for n in TREES}
+    return replace(batch, **trees, **{name: move(getattr(batch, name)) for name in LEAVES})

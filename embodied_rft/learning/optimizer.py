@@ -17,6 +17,7 @@ from torch.optim.adamw import adamw
 from embodied_rft.names import UserError
 from embodied_rft.networks import fused
 
+BETAS = (0.9, 0.999)  # decay of the two moments
 KERNEL = getattr(torch, "_fused_adamw_", None) if fused.ENABLED else None  # no public name; else torch's plain form
 
 
@@ -27,7 +28,6 @@ class AdamW:
         parameters: the weights; those without a gradient are left alone by a step.
         learning_rate: of all of them.
         weight_decay: relative to the learning rate.
-        betas: decay of the two moments.
         epsilon: added to the root of the second moment.
     """
 
@@ -37,11 +37,10 @@ class AdamW:
         *,
         learning_rate: float,
         weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
         epsilon: float = 1e-8,
     ) -> None:
         self.parameters = list(parameters)
-        self.learning_rate, self.weight_decay, self.betas, self.epsilon = learning_rate, weight_decay, betas, epsilon
+        self.learning_rate, self.weight_decay, self.epsilon = learning_rate, weight_decay, epsilon
         self.steps = torch.zeros((), device=self.parameters[0].device)
         self.first = [torch.zeros_like(p) for p in self.parameters]
         self.second = [torch.zeros_like(p) for p in self.parameters]
@@ -54,8 +53,8 @@ class AdamW:
         parameters, gradients, first, second = zip(*(row for row in rows if row[1] is not None), strict=True)
         options: dict[str, Any] = {
             "lr": self.learning_rate,
-            "beta1": self.betas[0],
-            "beta2": self.betas[1],
+            "beta1": BETAS[0],
+            "beta2": BETAS[1],
             "eps": self.epsilon,
         }
         options |= {"weight_decay": self.weight_decay, "amsgrad": False, "maximize": False}

@@ -128,23 +128,19 @@ class Around(Pool):
 class ChunkPool(Around):
     """A Pool in which one decision is a chunk of which `execute` steps are carried out, open loop.
 
-    The reward of a decision is sum_j gamma^j r_j over the steps executed; with gamma < 1, an objective's own discount
-    should be gamma^E. A chunk stops where its episode ends or breaks. `info` has the success of the last step and
-    "env_steps" [N], the number of steps executed.
+    The reward of a decision is the sum over the steps executed. A chunk stops where its episode ends or breaks. `info`
+    has the success of the last step and "env_steps" [N], the number of steps executed.
 
     Args:
         pool: of single steps.
         horizon: H, steps of the action that arrives.
         execute: E <= H; default H.
-        gamma: discount inside a chunk, in (0, 1].
     """
 
-    def __init__(self, pool: Pool, *, horizon: int, execute: int | None = None, gamma: float = 1.0) -> None:
+    def __init__(self, pool: Pool, *, horizon: int, execute: int | None = None) -> None:
         self.execute = Chunk.of(horizon, execute).execute
-        if not 0 < gamma <= 1:
-            raise UserError(f"gamma {gamma} inside a chunk: in (0, 1] is expected")
         super().__init__(pool)
-        self.horizon, self.gamma = horizon, gamma
+        self.horizon = horizon
         chunks = ChunkBox(pool.action_space, horizon=horizon)
         self.action_space, self.action_field = chunks, Field(chunks.shape, "float32")
         self._size = chunks.shape[0]
@@ -160,7 +156,7 @@ class ChunkPool(Around):
             for index in range(self.execute):
                 self.skip_images(index + 1 < self.execute)  # only those after a chunk are read
                 result = self.pool.step(np.ascontiguousarray(steps[:, index]))
-                total = self._first(result) if total is None else self._add(total, result, index)
+                total = self._first(result) if total is None else self._add(total, result)
                 if (total.terminated | total.truncated).all():
                     break
         finally:
@@ -171,11 +167,11 @@ class ChunkPool(Around):
     def _first(self, result: StepResult) -> StepResult:
         return replace(result, info={**result.info, "env_steps": result.valid.astype(np.int64)})
 
-    def _add(self, total: StepResult, new: StepResult, index: int) -> StepResult:
-        """Step `index` on top of those before: only where the episode still ran (elsewhere the pool was idle)."""
+    def _add(self, total: StepResult, new: StepResult) -> StepResult:
+        """A step on top of those before: only where the episode still ran (elsewhere the pool was idle)."""
         running = ~(total.terminated | total.truncated)
         fine = running & new.valid
-        reward = total.reward + np.where(fine, np.float32(self.gamma**index) * new.reward, np.float32(0))
+        reward = total.reward + np.where(fine, new.reward, np.float32(0))
         info = {k: np.where(running, v, total.info.get(k, np.zeros_like(v))) for k, v in new.info.items()}
         return StepResult(
             merge(running, new.observation, total.observation),
@@ -205,10 +201,9 @@ class QueuedPool(Around):
     Args:
         pool: of single steps; its observations are a tree.
         planner: asked for plans.
-        seed: of the planner's random numbers.
     """
 
-    def __init__(self, pool: Pool, planner: Planner, *, seed: int = 0) -> None:
+    def __init__(self, pool: Pool, planner: Planner) -> None:
         if BASE_ACTION in pool.fields:
             raise UserError(f"the observation has a key {BASE_ACTION!r} already: the pool is queued twice")
         if not isinstance(pool.action_space, spaces.Box) or len(pool.action_space.shape) != 1:
@@ -221,7 +216,7 @@ class QueuedPool(Around):
         self.observation_space = spaces.Dict({**inner, BASE_ACTION: shown})
         self.fields = {**pool.fields, BASE_ACTION: Field(pool.action_space.shape, "float32")}
         weights = planner.parameters() if isinstance(planner, torch.nn.Module) else iter(())
-        self.seed, self.rng = seed, torch.Generator(next((w.device for w in weights), "cpu"))
+        self.rng = torch.Generator(next((w.device for w in weights), "cpu"))
         self._queue = np.zeros((self.num_envs, planner.execute, *pool.action_space.shape), dtype=np.float32)
         self._position = np.zeros(self.num_envs, dtype=np.int64)
 
@@ -236,7 +231,7 @@ class QueuedPool(Around):
         Where all start, so do the random numbers: equal seeds give equal plans, whatever came before.
         """
         if mask is None:
-            state = np.random.SeedSequence([self.seed, *np.asarray(seeds).tolist()]).generate_state(1, np.uint64)
+            state = np.random.SeedSequence([0, *np.asarray(seeds).tolist()]).generate_state(1, np.uint64)
             self.rng.manual_seed(int(state[0]))
         observation = self.pool.reset(seeds, mask, options)
         self._plan(observation, np.ones(self.num_envs, dtype=np.bool_) if mask is None else np.asarray(mask))

@@ -48,12 +48,10 @@ class Incidents:
         self.counts[kind] += 1
         self.latest.append(f"{kind}: {text}")
 
-    def take(self, counts: Mapping[str, int], texts: list[str], *, prefix: str = "") -> None:
+    def take(self, counts: Mapping[str, int], texts: list[str]) -> None:
         """Add what `news` of another pool told."""
         self.counts.update(counts)
-        for text in texts:
-            kind, _, what = text.partition(": ")
-            self.latest.append(f"{kind}: {prefix}{what}")
+        self.latest.extend(texts)
 
     def news(self) -> tuple[dict[str, int], list[str]]:
         """Counts and texts (at most 32) since the last call."""

@@ -246,17 +246,16 @@ def num_envs_for(env: EnvConfig, purpose: Purpose) -> int:
     return env.evaluation_envs or env.num_envs if purpose == "evaluation" else env.num_envs
 
 
-def open_pool(env: EnvConfig, *, purpose: Purpose, num_envs: int | None = None, id: str | None = None) -> Pool:
+def open_pool(env: EnvConfig, *, purpose: Purpose, num_envs: int | None = None) -> Pool:
     """The environments of a recipe.
 
     Args:
         env: as the recipe says.
         purpose: "training" or "evaluation".
         num_envs: how many; None: as the recipe says.
-        id: another environment in place of the recipe's.
     """
     return make_pool(
-        id or env.id,
+        env.id,
         num_envs or num_envs_for(env, purpose),
         options=env.options,
         wrappers=env.wrappers,

@@ -77,14 +77,6 @@ def options_of(kind: str, id: str) -> list[Option]:
     return of_callable(target, skip=skipped, without={"step", "recipe", "prompt", "columns"})
 
 
-def base_of(kind: str, id: str) -> str | None:
-    """The id whose options this one has, too, with other defaults: of "td3", "sac"."""
-    ids = {registry.config_of(kind, known): known for known in reversed(registry.known(kind))}
-    config = registry.config_of(kind, id)
-    bases = () if config is None else config.__mro__[1:]
-    return next((ids[base] for base in bases if base in ids and ids[base] != id), None)
-
-
 # --- dataclasses -------------------------------------------------------------------------------------
 
 

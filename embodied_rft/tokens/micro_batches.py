@@ -7,8 +7,6 @@ Legend: B rows, P prompt tokens, C reply tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from embodied_rft.data import Ragged
@@ -16,22 +14,6 @@ from embodied_rft.names import UserError
 from embodied_rft.tokens.prefix_tree import computed, count_tokens, in_order, shared_with_previous
 
 PASS = 256.0  # what a further micro-batch costs, in tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a row costs, in units of one token through the linear layers.
-
-    A 0.5B decoder of width 896 spends as much on attention as on its linear layers at about 6 * 896 tokens of context:
-    Cost(quadratic=1 / (6 * 896)).
-    """
-
-    quadratic: float = 1 / 5376  # of a pair of tokens that attend to each other
-
-    def tokens(self, count: np.ndarray) -> np.ndarray:
-        """Cost of texts of these lengths."""
-        count = np.asarray(count, dtype=np.float64)
-        return count + self.quadratic * count**2 / 2
 
 
 def distinct_rows(ragged: Ragged) -> tuple[np.ndarray, np.ndarray]:
@@ -55,7 +37,6 @@ def plan_micro_batches(
     replies: Ragged,
     *,
     budget: float,
-    cost: Cost | None = None,
     atoms: np.ndarray | None = None,
     share: bool = True,
 ) -> list[np.ndarray]:
@@ -68,8 +49,7 @@ def plan_micro_batches(
     Args:
         prompts: B rows of token ids.
         replies: B rows of token ids.
-        budget: largest cost of a micro-batch, about its number of tokens.
-        cost: what tokens cost; default `Cost()`.
+        budget: largest cost of a micro-batch: its number of tokens.
         atoms: [B] rows of one number are never separated (the two sides of a pair).
         share: whether shared beginnings will be computed once.
     """
@@ -77,7 +57,7 @@ def plan_micro_batches(
         raise UserError(f"budget is {budget}; expected the number of tokens that fit into one micro-batch, e.g. 8192")
     if not len(prompts):
         return []
-    cost, sequences = cost or Cost(), computed(prompts, replies)
+    sequences = computed(prompts, replies)
     order, whose = in_order(sequences), np.arange(len(prompts)) if atoms is None else np.asarray(atoms)
     if atoms is not None:
         rank, kind = np.argsort(order), np.unique(whose, return_inverse=True)[1]
@@ -85,7 +65,7 @@ def plan_micro_batches(
         np.minimum.at(leader, kind, rank)
         order = np.lexsort((rank, leader[kind]))
     common = shared_with_previous(sequences, order) if share else np.zeros_like(order)
-    whole, shared = cost.tokens(sequences.lengths[order]), cost.tokens(common)
+    whole, shared = sequences.lengths[order].astype(np.float64), common.astype(np.float64)
     new_atom = np.append(True, np.diff(whose[order]) != 0)
     return [np.sort(order[a:b]) for a, b in _cuts(whole, shared, np.flatnonzero(new_atom), budget)]
 
@@ -126,8 +106,7 @@ def plan_within(
     """
     target = float(most)
     while True:  # padding is known only when the rows of a micro-batch are: aim lower until it fits
-        cost = Cost(quadratic=0.0)
-        plan = plan_micro_batches(prompts, replies, budget=target, cost=cost, atoms=atoms, share=share)
+        plan = plan_micro_batches(prompts, replies, budget=target, atoms=atoms, share=share)
         sizes = [count_tokens(prompts.take(rows), replies.take(rows), share=share).computed for rows in plan]
         cuttable = [len(rows if atoms is None else np.unique(atoms[rows])) > 1 for rows in plan]
         largest = max((size for size, cut in zip(sizes, cuttable, strict=True) if cut), default=0)

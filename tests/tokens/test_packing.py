@@ -90,15 +90,13 @@ def cost_of(sequences, rows):
 def test_micro_batches(rows, seed, budget):
     prompts, replies = cut_in_two(rows, seed)
     sequences = [np.concatenate([p, r[:-1]]).tolist() for p, r in zip(prompts, replies, strict=True)]
-    plan = micro_batches.plan_micro_batches(prompts, replies, budget=budget, cost=micro_batches.Cost(quadratic=0.0))
+    plan = micro_batches.plan_micro_batches(prompts, replies, budget=budget)
     assert sorted(np.concatenate(plan).tolist()) == list(range(len(rows)))
     assert all(cost_of(sequences, part) <= budget or len(part) == 1 for part in plan)
     if cost_of(sequences, range(len(rows))) <= budget:
         assert len(plan) == 1
     order = np.random.default_rng(seed).permutation(len(rows))  # the order of the rows changes nothing but their names
-    again = micro_batches.plan_micro_batches(
-        prompts.take(order), replies.take(order), budget=budget, cost=micro_batches.Cost(quadratic=0.0)
-    )
+    again = micro_batches.plan_micro_batches(prompts.take(order), replies.take(order), budget=budget)
     spelled = [sorted(sequences[i] for i in part) for part in plan]
     assert [sorted(sequences[order[i]] for i in part) for part in again] == spelled
 
@@ -131,9 +129,7 @@ def test_a_group_is_cut_only_where_it_must_be():
     kind = np.repeat(np.arange(12), 4)
     prompts = [rng.integers(5, 250, size=100) for _ in range(12)]
     rows = Ragged.of([prompts[k] for k in kind]), Ragged.of(list(rng.integers(5, 250, size=(48, 21))))
-    plan = micro_batches.plan_micro_batches(
-        *rows, budget=400, cost=micro_batches.Cost(quadratic=0.0)
-    )  # two groups of 180
+    plan = micro_batches.plan_micro_batches(*rows, budget=400)  # two groups of 180
     assert len(plan) == 6 and all(len(set(kind[part])) == 2 for part in plan)
 
 
@@ -141,10 +137,6 @@ def test_a_budget_of_nothing_is_refused():
     rows = Ragged.of([[1], [2]], dtype=np.int64)
     with pytest.raises(ValueError, match="budget"):
         micro_batches.plan_micro_batches(rows, rows, budget=0)
-
-
-def test_long_contexts_cost_more_than_their_tokens():
-    assert micro_batches.Cost(quadratic=1 / (6 * 256)).tokens(np.array(6 * 256)) == 1.5 * 6 * 256
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=3), max_size=12))
