@@ -170,7 +170,7 @@ class LanguagePolicy(Policy):
 
     # --- scoring -------------------------------------------------------------------------------------------------
 
-    def log_prob(self, observation: Tree, action: Any, trace: Tree) -> tuple[Tensor, Tensor]:
+    def log_prob(self, observation: Tree, action: Sequence[str], trace: Tree) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of every reply token, [B, U] each, zero behind the end of a reply.
 
         Scores the ids in the trace; only rows without them (somebody else's decisions) are tokenised, each text once.
@@ -183,7 +183,7 @@ class LanguagePolicy(Policy):
         log_prob, entropy = (torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, f) for f in flat)
         return log_prob, entropy
 
-    def _reply_states(self, observation: Tree, action: Any, trace: Tree) -> tuple[Tensor, Ragged]:
+    def _reply_states(self, observation: Tree, action: Sequence[str], trace: Tree) -> tuple[Tensor, Ragged]:
         """The states [sum of U, H] before every reply token, and the replies."""
         from embodied_rft.tokens.prefix import reply_states
 
@@ -203,7 +203,7 @@ class LanguagePolicy(Policy):
     def imitation_loss(
         self,
         observation: Tree,
-        action: Any,
+        action: Sequence[str],
         *,
         rng: torch.Generator | None = None,
         trace: Tree | None = None,
@@ -214,7 +214,7 @@ class LanguagePolicy(Policy):
         log_prob, _ = self.log_prob(observation, action, trace)
         return -log_prob.sum(1) / torch.from_numpy(trace["reply"].lengths).to(log_prob).clamp_min(1)
 
-    def _complete(self, observation: Tree, action: Any, trace: Tree) -> dict[str, Ragged]:
+    def _complete(self, observation: Tree, action: Sequence[str], trace: Tree) -> dict[str, Ragged]:
         """Prompt and reply ids of every row: the trace's, or those of the texts where a row has none.
 
         A prompt is never empty, so an empty one is what a buffer keeps of a decision that came without a trace.
@@ -235,7 +235,7 @@ class LanguagePolicy(Policy):
             for name in ("prompt", "reply")
         }
 
-    def retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
+    def retrace(self, observation: Tree, action: Sequence[str]) -> dict[str, Any]:
         """The trace of given replies: each text as token ids and an end token."""
         action = texts(action)
         count = len(action)
@@ -288,7 +288,7 @@ class LanguagePolicy(Policy):
         """[B]: what reward to expect after each prompt, from the state of its last token."""
         return self.head(self.features(observation)).squeeze(-1)
 
-    def unit_values(self, observation: Tree, action: Any, trace: Tree) -> Tensor:
+    def unit_values(self, observation: Tree, action: Sequence[str], trace: Tree) -> Tensor:
         """[B, U]: the same before each token of the replies, 0 behind their ends; the first is that of the prompt."""
         states, replies = self._reply_states(observation, action, trace)
         mask = torch.from_numpy(replies.pad()[1]).to(states.device)
@@ -309,7 +309,7 @@ class LanguagePolicy(Policy):
         self.lm.save(Path(folder))
 
 
-def texts(column: Any) -> list[str]:
+def texts(column: Sequence[str]) -> list[str]:
     """A column of texts, which one text is not."""
     if isinstance(column, str):
         raise UserError(f"{column!r:.60} is one text; a list of texts, one for each row, is expected")

@@ -267,16 +267,17 @@ def load_policy(path: str, policy: str | None) -> Any:
     return loaded
 
 
-def import_class(name: str) -> Any:
+def import_class(name: str) -> type:
     """The class that "package.module:Class" names."""
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found: type = getattr(importlib.import_module(module), attribute)
+        return found
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"policy {name!r} cannot be imported ({error}); expected 'package.module:Class'") from None
 
 
-def lerobot_class(path: str) -> Any:
+def lerobot_class(path: str) -> type:
     """LeRobot's own class for the "type" that the folder's config.json names."""
     file = Path(path).expanduser() / "config.json"
     try:

@@ -10,6 +10,7 @@ Legend: N observations, B rows, P tokens of a prompt, U reply tokens, H hidden s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -148,7 +149,7 @@ class VisionLanguagePolicy(Policy):
         said = [str(self.vlm.tokenizer.decode(reply.tolist(), skip_special_tokens=True)) for reply in replies]
         return Decisions(said, Ragged.of(log_probs, dtype=np.float32), {"reply": replies, CUT: open_})
 
-    def log_prob(self, observation: Tree, action: Any, trace: Tree) -> tuple[Tensor, Tensor]:
+    def log_prob(self, observation: Tree, action: Sequence[str], trace: Tree) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of every reply token, [B, U] each, zero behind the end of a reply."""
         replies = (trace if "reply" in trace else self.retrace(observation, action))["reply"]
         self.lm.check_ids(replies.values)
@@ -165,7 +166,7 @@ class VisionLanguagePolicy(Policy):
     def imitation_loss(
         self,
         observation: Tree,
-        action: Any,
+        action: Sequence[str],
         *,
         rng: torch.Generator | None = None,
         trace: Tree | None = None,
@@ -176,7 +177,7 @@ class VisionLanguagePolicy(Policy):
         log_prob, _ = self.log_prob(observation, action, {"reply": replies})
         return -log_prob.sum(1) / torch.from_numpy(replies.lengths).to(log_prob.device)
 
-    def retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
+    def retrace(self, observation: Tree, action: Sequence[str]) -> dict[str, Any]:
         """The trace of given replies: their ids, with an end token."""
         tokenizer = self.vlm.tokenizer
         ids = [[*tokenizer(t, add_special_tokens=False)["input_ids"], self._end] for t in texts(action)]

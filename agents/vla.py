@@ -25,6 +25,7 @@ from embodied_rft.agents.models.vlm import VLM, Context, load_vlm
 from embodied_rft.agents.parts.chain import Codec, Scaling
 from embodied_rft.agents.parts.features import FrozenFeatures, standardized
 from embodied_rft.agents.parts.vla_heads import HEADS, FlowOptions, ParallelOptions, Size, TokenOptions
+from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.device import drawn_on
 from embodied_rft.names import UserError, nearest
@@ -222,7 +223,7 @@ class VLAPolicy(Policy):
         """The chunk [B, D] that noise [B, D] becomes without further noise; differentiable in the noise."""
         return self.codec.decode(self.head.walk(self.vlm, self.context(observation), noise, None).chunk)
 
-    def retrace(self, observation: Tree, action: Any) -> dict[str, Any]:
+    def retrace(self, observation: Tree, action: np.ndarray) -> dict[str, Any]:
         """The trace of given chunks [B, D], as arrays."""
         chunk = self.codec.encode(torch.as_tensor(action, dtype=torch.float32, device=self.device))
         return {name: value.cpu().numpy() for name, value in self.head.retrace(chunk).items()}
@@ -261,7 +262,7 @@ class VLAPolicy(Policy):
             return Encoder(self.observation_space, keys=[*self.image_keys, *self.state_keys], rng=rng)
         return FrozenFeatures(self, self.vlm.hidden_size)
 
-    def fit_statistics(self, buffer: Any, rows: np.ndarray | None = None) -> None:
+    def fit_statistics(self, buffer: Buffer, rows: np.ndarray | None = None) -> None:
         """Take the statistics of actions; once."""
         self.codec.fit(buffer, buffer.rows() if rows is None else rows)
 

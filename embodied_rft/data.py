@@ -15,6 +15,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 Space = gym.Space[Any]  # of observations or of actions; the type of its values is known only when it runs
@@ -67,7 +68,7 @@ class Ragged:
     offsets: np.ndarray  # [rows + 1] int64, offsets[0] == 0
 
     @classmethod
-    def of(cls, rows: Sequence[Any], dtype: Any = None, shape: tuple[int, ...] = ()) -> Ragged:
+    def of(cls, rows: Sequence[Any], dtype: DTypeLike | None = None, shape: tuple[int, ...] = ()) -> Ragged:
         """From a list of arrays; `dtype` and trailing `shape` matter only when there is no value at all."""
         arrays = [np.asarray(row, dtype=dtype).reshape(-1, *shape) for row in rows]
         offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
@@ -117,6 +118,9 @@ class Ragged:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self.row(i) for i in range(len(self)))
+
+
+Action = np.ndarray | Sequence[str]  # what N environments receive: [N, A] numbers, [N, ...] choices, or N strings
 
 
 def pick(value: Any, index: slice | np.ndarray) -> Any:

@@ -9,7 +9,6 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent  # the engine's own folder; in a checkout it lies in the root
 
@@ -39,12 +38,12 @@ def given_stem(stem: str) -> str:
     return re.sub(r"-[0-9a-f]{12}$", "", stem)
 
 
-def write_json(path: str | Path, content: Any) -> None:
+def write_json(path: str | Path, content: object) -> None:
     """A JSON file for people and machines, whole or not at all; NaN and infinities as strings."""
     write_atomically(path, json.dumps(_plain_tree(content), indent=1, allow_nan=False) + "\n")
 
 
-def plain_number(value: Any) -> Any:
+def plain_number(value: object) -> object:
     """A metric as JSON: 0-d tensors and arrays as numbers, NaN and infinities as "NaN", "Infinity", "-Infinity"."""
     if hasattr(value, "item"):
         value = value.item()
@@ -53,7 +52,7 @@ def plain_number(value: Any) -> Any:
     return value
 
 
-def _plain_tree(value: Any) -> Any:
+def _plain_tree(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _plain_tree(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, ValidationInfo, WrapValidator
 from pydantic.dataclasses import is_pydantic_dataclass, rebuild_dataclass
@@ -31,6 +31,12 @@ class ConfigError(UserError):
 T = TypeVar("T")
 MOST_LAYERS = 1_000  # more would take the machine before anything is said
 STRICT = ConfigDict(extra="forbid")  # of every `Config`: an unknown key is an error
+
+
+class Dataclass(Protocol):
+    """An instance of any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def validate_plugin_config(kind: str, id: str, options: Mapping[str, Any], *, pa
     return parse(config, options, path)
 
 
-def parse(cls: type[T], mapping: Any, path: str = "") -> T:
+def parse(cls: type[T], mapping: object, path: str = "") -> T:
     """Build a dataclass from plain data, checking every key and value.
 
     Args:
@@ -155,7 +161,7 @@ def parse(cls: type[T], mapping: Any, path: str = "") -> T:
     return made
 
 
-def refuse_idle(config: Any, names: Iterable[str], why: str) -> None:
+def refuse_idle(config: Dataclass, names: Iterable[str], why: str) -> None:
     """Refuse options that nothing would read: those of `names` that do not have their default.
 
     Args:
@@ -256,7 +262,7 @@ def _dataclasses_in(hint: Any) -> Iterator[Any]:
             yield from _dataclasses_in(argument)
 
 
-def to_plain(value: Any) -> Any:
+def to_plain(value: object) -> Any:
     """Dataclasses, enums, tuples and paths as what YAML and JSON know; a StageSpec as {word: options}."""
     if isinstance(value, StageSpec):
         return {value.word: to_plain(value.config) or {}}

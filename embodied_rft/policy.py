@@ -6,7 +6,7 @@ What not every policy can do is a capability, a protocol below; `able(policy, Re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ class Adapter(Policy):
         self.base.load_state_dict(policy.state_dict())
         freeze(self.base)
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> Self:
         """As nn.Module.train, but the base stays in evaluation mode."""
         super().train(mode)
         self.base.eval()
@@ -265,7 +265,7 @@ def require(policy: Policy, what: type[C], otherwise: str = "") -> C:
     return found
 
 
-def require_policy(policy: Any, what: str) -> Policy:
+def require_policy(policy: object, what: str) -> Policy:
     """The policy, or a ValueError: its class does not derive from `Policy`."""
     if not isinstance(policy, Policy):
         raise UserError(f"{what} is a {type(policy).__name__}: derive the class from embodied_rft.policy.Policy")

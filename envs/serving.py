@@ -20,7 +20,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from embodied_rft.data import Space, pick
+from embodied_rft.data import Action, Space, pick
 from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.protocol import check_action, check_mask
 from embodied_rft.seeding import pack_generator, unpack_generator
@@ -64,14 +64,14 @@ class EnvBatch(ABC):
         """New episodes in `rows` [K]; their generators have been made from `seeds` [K] (None: they go on)."""
 
     @abstractmethod
-    def step(self, rows: np.ndarray, actions: Any) -> Outcome:
+    def step(self, rows: np.ndarray, actions: Action) -> Outcome:
         """One decision in `rows` [K], at least one; `actions` [K] as `check_actions` gave them."""
 
     @abstractmethod
     def observe(self, rows: np.ndarray) -> Any:
         """The observation of all N, fresh arrays; what costs much need only be made anew for `rows`."""
 
-    def check_actions(self, actions: Any) -> Any:
+    def check_actions(self, actions: Action) -> Action:
         """The actions of all N as `step` wants them. Raises ValueError if one cannot be executed."""
         return check_action(actions, self.action_space, num_envs=self.num_envs)
 
@@ -83,7 +83,7 @@ class EnvBatch(ABC):
         """Continue from `get_state`, bit by bit; the generators follow."""
         _put_back(self, self.arrays, state)
 
-    def render(self, row: int, mode: str) -> Any:
+    def render(self, row: int, mode: str) -> np.ndarray | str | None:
         """How one environment looks: "rgb_array" [H, W, 3] uint8, "ansi" a text; None where it has no such look."""
         return None
 
@@ -202,7 +202,7 @@ class BatchVectorEnv(gymnasium.vector.VectorEnv):
         self.elapsed[rows], self.started[rows], self.ended[rows] = 0, True, False
         return self.batch.observe(rows)
 
-    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: Action) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One decision everywhere: observation, reward [N] float64, terminated, truncated [N] bool, info.
 
         info["is_success"] is float32 [N]; info["_is_success"] is False where the step was a reset.
@@ -259,7 +259,7 @@ class BatchVectorEnv(gymnasium.vector.VectorEnv):
         mode = self.render_mode
         return None if mode is None else tuple(self.batch.render(row, mode) for row in range(self.num_envs))
 
-    def close_extras(self, **kwargs: Any) -> None:
+    def close_extras(self, **kwargs: object) -> None:
         """Close the batch."""
         self.batch.close()
 
@@ -317,7 +317,7 @@ class BatchEnv(gymnasium.Env):
         self.batch.generators[0] = self.np_random
         return _first(self.vector.set_state(state))
 
-    def render(self) -> Any:
+    def render(self) -> np.ndarray | str | None:
         """How it looks; None without a render_mode."""
         frames = self.vector.render()
         return None if frames is None else frames[0]

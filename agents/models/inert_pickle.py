@@ -34,7 +34,7 @@ class Inert:
         made.state, made.arguments = {}, arguments
         return made
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         self.state: dict[str, Any]
 
     def __setstate__(self, state: Any) -> None:
@@ -44,7 +44,7 @@ class Inert:
             if isinstance(part, dict):
                 self.state.update(part)
 
-    def __call__(self, *_: Any, **__: Any) -> Inert:
+    def __call__(self, *_: object, **__: object) -> Inert:
         """Nothing happens."""
         return self
 
@@ -52,10 +52,10 @@ class Inert:
         """Items of a container class."""
         self.state[key] = value
 
-    def append(self, _: Any) -> None:
+    def append(self, _: object) -> None:
         """Items of a list class are not kept."""
 
-    def extend(self, _: Any) -> None:
+    def extend(self, _: object) -> None:
         """Items of a list class are not kept."""
 
     def __hash__(self) -> int:

@@ -136,7 +136,7 @@ def read_trusted(path: str) -> tuple[type, dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def recorded_space(entry: Any) -> Inert | None:
+def recorded_space(entry: object) -> Inert | None:
     """The stand-in of a space that the zip has pickled, or None where it cannot be read as data."""
     serialized = entry.get(":serialized:") if isinstance(entry, dict) else None
     if isinstance(serialized, str):

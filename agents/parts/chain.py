@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embodied_rft.agents.parts.normalisation import Statistics
+from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.networks import critics
@@ -135,7 +136,7 @@ class Codec(nn.Module):
         half = (high - low) / 2
         return (high + low) / 2, torch.where(half == 0, 1.0, half)
 
-    def fit(self, buffer: Any, rows: np.ndarray, *, limit: int = 20_000) -> None:
+    def fit(self, buffer: Buffer, rows: np.ndarray, *, limit: int = 20_000) -> None:
         """Take the statistics of actions, once: the extremes of all rows, the rest of at most about `limit` of them."""
         if self.statistics is None or bool(self.statistics.fitted):
             return
@@ -144,9 +145,8 @@ class Codec(nn.Module):
         ends, spread = [], []
         step = max(1, len(rows) // limit)
         for start in range(0, len(rows), step * 4096):
-            action = buffer.column("action/", rows[start : start + step * 4096]).reshape(
-                -1, self.horizon, self.action_dim
-            )
+            action = np.asarray(buffer.column("action/", rows[start : start + step * 4096]))
+            action = action.reshape(-1, self.horizon, self.action_dim)
             ends += [action.min((0, 1)), action.max((0, 1))]
             spread.append(action[::step])
         data = torch.from_numpy(np.concatenate(spread))
@@ -211,13 +211,13 @@ class ChainPolicy(Policy):
     """
 
     stochastic = False
-    config: Any
+    config: ChunkConfig
     spec: dict[str, Any]
     start: Tensor  # [D], the noise of greedy decisions that draw none
 
     def __init__(
         self,
-        config: Any,
+        config: ChunkConfig,
         *,
         observation_space: Space,
         action_space: Space,
@@ -357,7 +357,7 @@ class ChainPolicy(Policy):
         """A reparametrised chunk [B, D] as `act` draws it: for objectives that need no log-probability."""
         return self.rsample(observation, rng=rng)[0]
 
-    def fit_statistics(self, buffer: Any, rows: np.ndarray | None = None) -> None:
+    def fit_statistics(self, buffer: Buffer, rows: np.ndarray | None = None) -> None:
         """Take the statistics of actions; once."""
         self.codec.fit(buffer, buffer.rows() if rows is None else rows)
 

@@ -8,15 +8,16 @@ Legend: C capacity, N streams stepped together, B rows of a batch, T decisions o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from embodied_rft.buffer.columns import BOOKKEEPING, DenseColumns, ImageColumn, Notes, RaggedColumn, Schema
+from embodied_rft.buffer.columns import BOOKKEEPING, Column, DenseColumns, ImageColumn, Notes, RaggedColumn, Schema
 from embodied_rft.buffer.hindsight import Goals
 from embodied_rft.buffer.images import BlobStore
 from embodied_rft.buffer.intake import check_decisions, check_label, check_tree, per_row
-from embodied_rft.buffer.reading import ENDS, TERMINATED, TRUNCATED, Reading, Store, episode, read
+from embodied_rft.buffer.reading import ENDS, TERMINATED, TRUNCATED, HowToRead, Reading, Store, episode, read
 from embodied_rft.buffer.ring import BOTH, OFFLINE, ONLINE, Ring, Streams
 from embodied_rft.data import Batch, Decisions, Ragged, Source, Trajectory, Tree, pick, pick_tree
 from embodied_rft.names import UserError
@@ -101,16 +102,16 @@ class Buffer:
         streams: np.ndarray,
         observation: Tree,
         decisions: Decisions,
-        reward: Any,
+        reward: ArrayLike | Tree,
         terminated: np.ndarray,
         truncated: np.ndarray,
         *,
-        group: Any = -1,
-        seed: Any = -1,
-        step: Any = None,
-        version: Any = 0,
-        source: Any = Source.ONLINE,
-        span: Any = -1,
+        group: ArrayLike = -1,
+        seed: ArrayLike = -1,
+        step: ArrayLike | None = None,
+        version: ArrayLike = 0,
+        source: ArrayLike = Source.ONLINE,
+        span: ArrayLike = -1,
     ) -> np.ndarray:
         """Store N rows, each the next decision of stream streams[i]; all of them or, on an error, none.
 
@@ -253,7 +254,7 @@ class Buffer:
             raise ValueError(f"the episode of stream {self._streams.open[0]} is open: close() it before pin()")
         self._ring.pin()
 
-    def annotate(self, name: str, rows: np.ndarray, values: Any) -> None:
+    def annotate(self, name: str, rows: np.ndarray, values: np.ndarray | Ragged) -> None:
         """Write a note: a column that an objective computes, such as the advantage.
 
         Args:
@@ -377,7 +378,7 @@ class Buffer:
         *,
         offline_share: float | None = None,
         hindsight: int = 0,
-        **reading: Any,
+        **reading: Unpack[HowToRead],
     ) -> Batch:
         """B decisions drawn with replacement, uniformly.
 
@@ -408,7 +409,7 @@ class Buffer:
             raise UserError("hindsight: this buffer does not know how goals are paid, set its `goals`")
         return self.goals.relabel(self._store, batch, how, rng, hindsight)
 
-    def batch(self, rows: np.ndarray, **reading: Any) -> Batch:
+    def batch(self, rows: np.ndarray, **reading: Unpack[HowToRead]) -> Batch:
         """These decisions [B] as tensors.
 
         Args:
@@ -441,7 +442,7 @@ class Buffer:
         for run in self.segments(self.rows() if rows is None else rows):
             yield episode(self._store, self.schema, run)
 
-    def column(self, name: str, rows: np.ndarray) -> Any:
+    def column(self, name: str, rows: np.ndarray) -> Column:
         """One column of rows [B]: "action/", "observation/KEY", "reward/env"."""
         return self._store.column(name, rows)
 

@@ -25,6 +25,7 @@ STORED_AS = {name: name for name in ("float16", "float32", "bool", "uint8", "int
     "uint16": "int32",  # torch computes with signed integers
     "uint32": "int64",
 }
+Column = np.ndarray | Ragged | list[str] | list[list[np.ndarray]]  # of B rows: numbers, units, texts, images
 BOOKKEEPING = ("group", "episode", "step", "version", "source", "seed", "span")  # int64 columns of every buffer
 BOOKKEEPING_BYTES = len(BOOKKEEPING) * 8 + 8 + 2  # a row: columns, next row, flags
 KINDS = ("dense", "ragged", "images")
@@ -116,7 +117,7 @@ class DenseColumns:
         """Bytes of all matrices."""
         return sum(m.nbytes for m in self.matrices.values())
 
-    def write(self, name: str, rows: np.ndarray | slice, values: Any) -> None:
+    def write(self, name: str, rows: np.ndarray | slice, values: np.ndarray | float) -> None:
         """Put values [B, *shape], or one scalar for all, into rows [B]."""
         dtype, place = self.places[name]
         if isinstance(values, np.ndarray) and values.ndim:
@@ -190,7 +191,7 @@ class RaggedColumn:
         flat = np.repeat(self.starts[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Ragged(self.values[flat], offsets)
 
-    def read(self, rows: np.ndarray) -> Any:
+    def read(self, rows: np.ndarray) -> Ragged | list[str]:
         """Rows [B] as a `Ragged`, or a list of B strings for a text column."""
         taken = self.take(rows)
         return taken.texts() if self.text else taken
@@ -265,7 +266,7 @@ class Notes:
         """Bytes of all notes."""
         return sum(a.nbytes for a in self.dense.values()) + sum(c.nbytes for c in self.ragged.values())
 
-    def write(self, name: str, rows: np.ndarray, values: Any) -> None:
+    def write(self, name: str, rows: np.ndarray, values: np.ndarray | Ragged) -> None:
         """Write one value each for rows [B]: [B], [B, k] or a `Ragged`."""
         if len(values) != len(rows):
             raise UserError(f"note {name!r} has {len(values)} values for {len(rows)} rows: one each is expected")

@@ -20,7 +20,7 @@ FINITE = ("observation", "action", "reward")  # not the trace: it may hold maske
 
 
 def check_decisions(
-    schema: Schema, streams: np.ndarray, observation: Tree, decisions: Decisions, reward: Any
+    schema: Schema, streams: np.ndarray, observation: Tree, decisions: Decisions, reward: ArrayLike | Tree
 ) -> dict[str, Any]:
     """All columns of N new decisions, in the form that is stored, or ValueError. `reward`: [N], or one a stream."""
     unknown = np.full(len(streams), np.nan, np.float32)
@@ -153,7 +153,7 @@ def _check_images(name: str, values: Any) -> Any:
     return values
 
 
-def check_finite(name: str, values: Any, streams: np.ndarray) -> None:
+def check_finite(name: str, values: np.ndarray | Ragged, streams: np.ndarray) -> None:
     """Raise ValueError if any number of [B, ...] is NaN or infinite, naming the first stream [B] with one."""
     array = values.values if isinstance(values, Ragged) else np.asarray(values)
     if array.dtype.kind != "f":

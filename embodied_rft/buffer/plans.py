@@ -7,7 +7,7 @@ state: a run resumes from the buffer and the generator alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Unpack
 
 import numpy as np
 from pydantic import Field as Option
@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
 from embodied_rft.buffer.hindsight import Goals
+from embodied_rft.buffer.reading import HowToRead
 from embodied_rft.data import Batch
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
@@ -105,7 +106,7 @@ class Fresh:
         groups, episodes = book["group"], book["episode"]
         if not len(rows) or len(np.unique(groups)) < self.min_groups:
             return
-        reading: dict[str, Any] = {"reward_weights": self.reward_weights, "next_observation": self.next_observation}
+        reading: HowToRead = {"reward_weights": self.reward_weights, "next_observation": self.next_observation}
         for _ in range(self.num_epochs):
             for batch in read_ahead(buffer, self._parts(rows, groups, episodes, rng), **reading):
                 if self.whole_groups:
@@ -137,7 +138,9 @@ class Fresh:
         yield rows[start:end]
 
 
-def read_ahead(buffer: Buffer, parts: Iterable[np.ndarray], *, rows: int = 1024, **reading: Any) -> Iterator[Batch]:
+def read_ahead(
+    buffer: Buffer, parts: Iterable[np.ndarray], *, rows: int = 1024, **reading: Unpack[HowToRead]
+) -> Iterator[Batch]:
     """A batch for each of `parts`; small ones are gathered together and handed out as views.
 
     Args:
@@ -157,7 +160,7 @@ def read_ahead(buffer: Buffer, parts: Iterable[np.ndarray], *, rows: int = 1024,
         yield from _together(buffer, waiting, reading)
 
 
-def _together(buffer: Buffer, parts: list[np.ndarray], reading: dict[str, Any]) -> Iterator[Batch]:
+def _together(buffer: Buffer, parts: list[np.ndarray], reading: HowToRead) -> Iterator[Batch]:
     if len(parts) == 1:
         yield buffer.batch(parts[0], **reading)
         return

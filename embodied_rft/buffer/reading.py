@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from embodied_rft.buffer.columns import BOOKKEEPING, DenseColumns, ImageColumn, Notes, RaggedColumn, Schema
+from embodied_rft.buffer.columns import BOOKKEEPING, Column, DenseColumns, ImageColumn, Notes, RaggedColumn, Schema
 from embodied_rft.buffer.ring import Ring
 from embodied_rft.data import Batch, End, Ragged, Source, Trajectory
 from embodied_rft.names import UserError, nearest
@@ -35,6 +35,15 @@ class Reading:
     reward_weights: Mapping[str, float] | None = None  # such as {"env": 1, "success": 0.5}; None: the environment's
 
 
+class HowToRead(TypedDict, total=False):
+    """The same, of which nothing need be given."""
+
+    num_steps: int
+    gamma: float
+    next_observation: bool
+    reward_weights: Mapping[str, float] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """Where the rows of a buffer lie: its columns and links, shared with it."""
@@ -52,7 +61,7 @@ class Store:
         book = self.book.take(rows, 0)
         return {name: book[:, i] for i, name in enumerate(BOOKKEEPING)} | {"end": self.end[rows]}
 
-    def column(self, name: str, rows: np.ndarray) -> Any:
+    def column(self, name: str, rows: np.ndarray) -> Column:
         """One column of rows [B]: "action/", "observation/KEY", "reward/env"."""
         column = self.ragged.get(name)
         return self.dense.column(name, rows) if column is None else column.read(rows)
@@ -82,12 +91,14 @@ def episode(store: Store, schema: Schema, run: np.ndarray) -> Trajectory:
     numbers, success = store.columns(run), rewards.get("success")
     first = {name: int(numbers[name][0]) for name in ("version", "group", "seed")}
     won = None if success is None else True if (success > 0).any() else None if np.isnan(success).any() else False
+    log_prob = store.column("log_prob/", run)
+    assert not isinstance(log_prob, list)
     return Trajectory(
         observation={key: store.column(f"observation/{key}", whole) for key in schema.observation},
         action=store.column("action/", run),
         reward=rewards.pop("env"),
         end=ENDS[store.end[last]],
-        log_prob=store.column("log_prob/", run),
+        log_prob=log_prob,
         trace={key: store.column(f"trace/{key}", run) for key in schema.trace},
         rewards=rewards,
         source=Source(int(numbers["source"][0])),
@@ -153,11 +164,11 @@ def _window(store: Store, rows: np.ndarray, reading: Reading) -> tuple[Tensor, T
     return torch.from_numpy(reward.astype(np.float32)), torch.from_numpy(discount.astype(np.float32)), steps[-1]
 
 
-def mix(store: Store, rows: np.ndarray, weights: Mapping[str, float] | None) -> Any:
+def mix(store: Store, rows: np.ndarray, weights: Mapping[str, float] | None) -> np.ndarray:
     """The environment's reward [B], or the weighted sum of streams of reward; NaN where one of them is unknown."""
     if weights is None:
         return store.stream("env", rows)
-    return sum(weight * store.stream(name, rows) for name, weight in weights.items())
+    return np.asarray(sum(weight * store.stream(name, rows) for name, weight in weights.items()))
 
 
 def _refuse_unknown(store: Store, rows: np.ndarray, reading: Reading) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from embodied_rft.data import Action
 from embodied_rft.files import write_atomically
 from embodied_rft.names import visible
 from embodied_rft.pools.text_spaces import read_chat
@@ -33,7 +34,7 @@ class Samples:
     def __init__(self) -> None:
         self.turns: dict[int, list[dict[str, Any]]] = {}
 
-    def add(self, episode: int, observation: Mapping[str, Any], action: Any, reward: float, env: int) -> None:
+    def add(self, episode: int, observation: Mapping[str, Any], action: Action, reward: float, env: int) -> None:
         """One decision of environment `env`; nothing happens where actions are no texts."""
         if isinstance(action, list) and isinstance(action[env], str):
             shown = {key: value[env] for key, value in observation.items() if isinstance(value, list)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from embodied_rft import registry
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
 from embodied_rft.buffer.trajectories import OUTSIDE, within, write_trajectories
-from embodied_rft.data import Decisions, Ragged, Source, Tree
+from embodied_rft.data import Action, Decisions, Ragged, Source, Tree
 from embodied_rft.experience.collect import Collector, action_field
 from embodied_rft.experience.schedule import Act
 from embodied_rft.names import UserError, nearest
@@ -20,14 +20,22 @@ from embodied_rft.pools.protocol import Pool
 from embodied_rft.seeding import spawn_generator
 
 
-def make_demonstrator(env_id: str, id: str = "scripted", **options: Any) -> Any:
+class Demonstrator(Protocol):
+    """Whoever knows how a task is done."""
+
+    def act(self, observation: Tree, rng: np.random.Generator) -> Action:
+        """For observation arrays [N, ...]."""
+
+
+def make_demonstrator(env_id: str, id: str = "scripted", **options: Any) -> Demonstrator:
     """The demonstrator `id`; "scripted" means the one registered for the environment."""
     known = registry.known("demonstrator")
     if id == "scripted":
         if env_id not in known:
             raise UserError(f"no scripted demonstrator for {env_id!r}; {nearest(env_id, known)}")
         id = env_id
-    return registry.find("demonstrator", id)(**options)
+    found: Demonstrator = registry.find("demonstrator", id)(**options)
+    return found
 
 
 def write_demos(
@@ -67,7 +75,7 @@ def step_schema(pool: Pool, rewards: tuple[str, ...] = ("env",)) -> Schema:
     return Schema(observation=dict(pool.fields), action=action_field(pool.action_space), rewards=rewards)
 
 
-def demonstrator_act(demonstrator: Any, rng: np.random.Generator, units: int | None) -> Act:
+def demonstrator_act(demonstrator: Demonstrator, rng: np.random.Generator, units: int | None) -> Act:
     """A demonstrator as something that acts. Its log-probabilities are unknown and stored as 0, or as empty."""
 
     def act(observation: Tree) -> Decisions:

@@ -155,7 +155,7 @@ def add_adapters(module: nn.Module, lora: LoraOptions, rng: torch.Generator, *, 
         parameter.requires_grad_("lora_" in name)
 
 
-def merged(module: nn.Module) -> Any:
+def merged(module: M) -> M:
     """A copy without adapters, what they have learned added to the weights; a library can save and load it."""
     module = copy.deepcopy(module)
     adapted = [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "get_base_layer")]

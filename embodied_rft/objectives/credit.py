@@ -11,7 +11,7 @@ Legend: B decisions, S segments (runs of consecutive decisions of one episode), 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,15 @@ from embodied_rft.registry import find, register
 OPTIONS = ("gamma", "trace_decay", "unit_gamma", "unit_trace_decay")  # of `ppo`, for some credits
 
 
+class Discounts(Protocol):
+    """What credits read of an objective's options: `OPTIONS`."""
+
+    gamma: float
+    trace_decay: float
+    unit_gamma: float
+    unit_trace_decay: float
+
+
 class Credit(ABC):
     """Rewards to credit, and what it wants for that."""
 
@@ -38,7 +47,7 @@ class Credit(ABC):
     reads: ClassVar[tuple[str, ...]] = OPTIONS  # of OPTIONS; others are refused beside it
 
     @abstractmethod
-    def __call__(self, agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
+    def __call__(self, agent: Agent, batch: Batch, lengths: list[int], config: Discounts) -> dict[str, Tensor]:
         """Notes about decisions [B] that lie segment after segment.
 
         Args:
@@ -70,7 +79,7 @@ class GAE(Credit):
 
     uses_value, reads = True, ("gamma", "trace_decay")
 
-    def __call__(self, agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
+    def __call__(self, agent: Agent, batch: Batch, lengths: list[int], config: Discounts) -> dict[str, Tensor]:
         """See the class."""
         advantage = _gae(batch, lengths, config)
         return {"advantage": advantage, "value_target": advantage + batch.notes["value"]}
@@ -85,7 +94,7 @@ class BiLevelGAE(Credit):
 
     uses_value = per_unit = True
 
-    def __call__(self, agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
+    def __call__(self, agent: Agent, batch: Batch, lengths: list[int], config: Discounts) -> dict[str, Tensor]:
         """See the class."""
         reward = batch.notes.get("unit_reward")
         inside = torch.zeros_like(batch.reward) if reward is None else torch.where(batch.mask, reward, 0.0).sum(1)
@@ -104,7 +113,7 @@ class BiLevelGAE(Credit):
         return {"advantage": advantage, "value_target": advantage + value}
 
 
-def _gae(batch: Batch, lengths: list[int], config: Any, extra: Tensor | None = None) -> Tensor:
+def _gae(batch: Batch, lengths: list[int], config: Discounts, extra: Tensor | None = None) -> Tensor:
     index, mask = (torch.from_numpy(a) for a in returns.pad_segments(lengths))
     reward = batch.reward if extra is None else batch.reward + extra
     columns = (reward, batch.discount, batch.notes["value"], batch.notes["next_value"])
@@ -124,7 +133,7 @@ class Return(Credit):
 
     per_unit, reads = True, ("gamma",)
 
-    def __call__(self, agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
+    def __call__(self, agent: Agent, batch: Batch, lengths: list[int], config: Discounts) -> dict[str, Tensor]:
         """See the class."""
         index, mask = (torch.from_numpy(a) for a in returns.pad_segments(lengths))
         inside = batch.notes.get("unit_reward")
@@ -140,7 +149,7 @@ class GroupCredit(Credit):
     needs_groups, reads = True, ()
     baseline: ClassVar[Literal["grpo", "dr_grpo", "rloo"]]
 
-    def __call__(self, agent: Agent, batch: Batch, lengths: list[int], config: Any) -> dict[str, Tensor]:
+    def __call__(self, agent: Agent, batch: Batch, lengths: list[int], config: Discounts) -> dict[str, Tensor]:
         """See the class."""
         index, mask = (torch.from_numpy(a) for a in returns.pad_segments(lengths))
         reward = torch.where(mask, batch.reward[index], 0.0).double()

@@ -37,11 +37,11 @@ class Leaf:
         self.shape: tuple[int, ...] = () if self.text else tuple(space.shape or ())
         self.dtype = np.dtype(object if self.text else space.dtype)
 
-    def empty(self, num_envs: int) -> Any:
+    def empty(self, num_envs: int) -> np.ndarray | list[str]:
         """Zeros [N, ...], or N empty strings."""
         return [""] * num_envs if self.text else np.zeros((num_envs, *self.shape), dtype=self.dtype)
 
-    def find(self, observation: Any) -> Any:
+    def find(self, observation: object) -> np.ndarray | str:
         """This leaf of an observation, in the dtype and shape of the space; Unfit otherwise."""
         value = observation
         for part in self.path:
@@ -52,7 +52,7 @@ class Leaf:
             return value
         return self.fit(value)
 
-    def fit(self, value: Any, lead: tuple[int, ...] = ()) -> Any:
+    def fit(self, value: object, lead: tuple[int, ...] = ()) -> np.ndarray | str:
         """`value` of shape [*lead, ...] in the dtype of the space, where nothing is lost by it; Unfit otherwise."""
         if self.text:
             if not isinstance(value, str):
@@ -88,7 +88,7 @@ def fits(array: np.ndarray, dtype: np.dtype) -> bool:
     return array.dtype.kind in "iu" and bool((array.astype(dtype) == array).all())
 
 
-def as_reward(value: Any) -> float:
+def as_reward(value: object) -> float:
     """A reward as one number (an array of one element counts as one); Unfit otherwise."""
     if type(value) is float:
         return value
@@ -99,21 +99,21 @@ def as_reward(value: Any) -> float:
     raise Unfit(f"the reward is {_short(value)}; expected one number")
 
 
-def as_end(value: Any, name: str) -> bool:
+def as_end(value: object, name: str) -> bool:
     """`terminated` or `truncated` as a bool; Unfit for anything but True, False, 0 or 1."""
     if value is True or value is False:
         return value
     return _truth(value, name)
 
 
-def as_success(value: Any, key: str) -> bool:
+def as_success(value: object, key: str) -> bool:
     """What `info` says of success; Unfit for anything but True, False, 0 or 1."""
     if value is True or value is False:
         return value
     return _truth(value, f"info[{key!r}]")
 
 
-def success_of(info: Any) -> bool | None:
+def success_of(info: object) -> bool | None:
     """Success as `info` tells it under "is_success" or "success"; None where it does not."""
     if not isinstance(info, Mapping):
         raise Unfit(f"info is {_short(info)}; expected a dict")
@@ -123,7 +123,7 @@ def success_of(info: Any) -> bool | None:
     return None
 
 
-def _truth(value: Any, name: str) -> bool:
+def _truth(value: object, name: str) -> bool:
     if isinstance(value, (int, float, np.number, np.bool_, np.ndarray)) or type(value).__name__ == "Tensor":
         array = np.asarray(value)
         if array.size == 1 and array.dtype.kind in "bifu" and array.reshape(()) in (0, 1):
@@ -131,7 +131,7 @@ def _truth(value: Any, name: str) -> bool:
     raise Unfit(f"{name} is {_short(value)}; expected True or False")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     """A value for a message: arrays by dtype and shape."""
     if isinstance(value, np.ndarray) and value.ndim:
         return f"an array {value.dtype} {value.shape}"

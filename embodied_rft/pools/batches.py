@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from embodied_rft.data import Space
+from embodied_rft.data import Action, Space
 from embodied_rft.names import UserError
 from embodied_rft.pools.answers import Unfit, as_success, leaves_of
 from embodied_rft.pools.incidents import describe_error
@@ -84,7 +84,7 @@ class Batch:
 
         return self._guarded(call, mask, FIRST_TIME if self._broken or not self._started else 1)
 
-    def step(self, action: Any, running: np.ndarray) -> Answer:
+    def step(self, action: Action, running: np.ndarray) -> Answer:
         """One step of those that are `running` [N]."""
 
         def call() -> Answer:

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import ArrayLike
 
-from embodied_rft.data import Field, Space, Tree, pick_tree
+from embodied_rft.data import Action, Field, Space, Tree, pick_tree
 from embodied_rft.names import UserError
 from embodied_rft.pools.protocol import Pool, Seeding, StepResult, merge
 from embodied_rft.pools.spaces import ActionBox, what_suits
@@ -100,7 +101,7 @@ class Around(Pool):
         """The current observation of all N."""
         return self.pool.observation
 
-    def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
+    def reset(self, seeds: ArrayLike, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """As the pool inside."""
         return self.pool.reset(seeds, mask, options)
 
@@ -145,7 +146,7 @@ class ChunkPool(Around):
         self.action_space, self.action_field = chunks, Field(chunks.shape, "float32")
         self._size = chunks.shape[0]
 
-    def step(self, action: Any) -> StepResult:
+    def step(self, action: Action) -> StepResult:
         """Execute `action` [N, H * A] (or [N, H, A])."""
         action = np.asarray(action)
         if action.shape[:1] != (self.num_envs,) or action.size != self.num_envs * self._size:
@@ -225,7 +226,7 @@ class QueuedPool(Around):
         """The current observation of all N, with the planned action."""
         return self._observe(self.pool.observation)
 
-    def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
+    def reset(self, seeds: ArrayLike, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """Start new episodes where `mask`, each with a fresh plan.
 
         Where all start, so do the random numbers: equal seeds give equal plans, whatever came before.
@@ -237,7 +238,7 @@ class QueuedPool(Around):
         self._plan(observation, np.ones(self.num_envs, dtype=np.bool_) if mask is None else np.asarray(mask))
         return self._observe(observation)
 
-    def step(self, action: Any) -> StepResult:
+    def step(self, action: Action) -> StepResult:
         """Execute one action [N, A] in every environment; the plans move on by one step."""
         result = self.pool.step(action)
         self._position = self._position + result.valid

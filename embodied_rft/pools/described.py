@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 from gymnasium import spaces
+from numpy.typing import ArrayLike
 
-from embodied_rft.data import Space, Tree
+from embodied_rft.data import Action, Space, Tree
 from embodied_rft.pools.incidents import Incidents
 from embodied_rft.pools.protocol import Pool, StepResult, field_of, fields_of
 from embodied_rft.pools.text_spaces import AnyText, ChatText
@@ -84,11 +85,11 @@ class DescribedPool(Pool):
         """There is none."""
         return self._refuse()
 
-    def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
+    def reset(self, seeds: ArrayLike, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """Refused."""
         return self._refuse()
 
-    def step(self, action: Any) -> StepResult:
+    def step(self, action: Action) -> StepResult:
         """Refused."""
         return self._refuse()
 

@@ -18,8 +18,9 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
+from numpy.typing import ArrayLike
 
-from embodied_rft.data import Ragged, Tree
+from embodied_rft.data import Action, Ragged, Tree
 from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.batches import Batch
 from embodied_rft.pools.config import EnvConfig
@@ -107,7 +108,7 @@ class VectorPool(Pool):
         """The current observation of all N, as the last call gave it; empty before the first reset."""
         return dict(self._observation)
 
-    def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
+    def reset(self, seeds: ArrayLike, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """Start new episodes where `mask`; `options` go to every environment that is reset.
 
         An environment that fails here keeps its old observation (zeros at first), and its first step is invalid.
@@ -130,7 +131,7 @@ class VectorPool(Pool):
         self._observation = self.host.observation = new
         return dict(new)
 
-    def step(self, action: Any) -> StepResult:
+    def step(self, action: Action) -> StepResult:
         """Execute one action in every environment; see `StepResult`; idle ones are not heard."""
         idle = self._idle
         if idle.all():

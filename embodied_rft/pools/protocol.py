@@ -14,8 +14,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from gymnasium import spaces
+from numpy.typing import ArrayLike
 
-from embodied_rft.data import Field, Space, Tree
+from embodied_rft.data import Action, Field, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import Incidents as Incidents
 from embodied_rft.seeding import FIRST_EVALUATION_SEED, check_training_seeds
@@ -101,10 +102,10 @@ class Pool(Protocol):
         """What seeds promise; None: not known (yet)."""
         return None
 
-    def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
+    def reset(self, seeds: ArrayLike, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """Start new episodes from `seeds` [N] where `mask` [N] (default: all); returns the observation of all N."""
 
-    def step(self, action: Any) -> StepResult:
+    def step(self, action: Action) -> StepResult:
         """Execute `action` ([N, A], [N] integers or a list of N strings)."""
 
     def skip_images(self, skip: bool) -> None:
@@ -179,7 +180,7 @@ def field_of(key: str, space: Space) -> Field:
     )
 
 
-def check_action(action: Any, space: Space, *, num_envs: int) -> Any:
+def check_action(action: Action, space: Space, *, num_envs: int) -> np.ndarray | list[str]:
     """`action` for `num_envs` environments in the dtype of `space`; ValueError on a wrong shape, kind or value."""
     if is_text(space):
         if isinstance(action, str) or len(action) != num_envs or not all(isinstance(a, str) for a in action):
@@ -204,7 +205,7 @@ def check_action(action: Any, space: Space, *, num_envs: int) -> Any:
     return array.astype(space.dtype, copy=False)
 
 
-def check_seeds(seeds: Any, mask: np.ndarray, *, purpose: Purpose) -> np.ndarray:
+def check_seeds(seeds: ArrayLike, mask: np.ndarray, *, purpose: Purpose) -> np.ndarray:
     """`seeds` [N] as int64; those under `mask` must belong to `purpose` (see `seeding`)."""
     array = np.asarray(seeds)
     if array.shape != mask.shape or not np.issubdtype(array.dtype, np.integer):
@@ -246,7 +247,7 @@ def merge(mask: np.ndarray, new: Tree, old: Tree) -> dict[str, Any]:
     return {key: either(value, old[key]) for key, value in new.items()}
 
 
-def finite_rows(array: Any, *, num_envs: int) -> np.ndarray | None:
+def finite_rows(array: object, *, num_envs: int) -> np.ndarray | None:
     """[N] bool, or None when every number is finite as the float32 that is stored: the common case costs one pass."""
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         return None

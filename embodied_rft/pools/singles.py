@@ -16,6 +16,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from embodied_rft.data import Action
 from embodied_rft.names import UserError
 from embodied_rft.pools.answers import Unfit, as_end, as_reward, leaves_of, success_of
 from embodied_rft.pools.incidents import describe_error
@@ -135,7 +136,7 @@ class Singles:
         self.observation = answer.observation
         return answer
 
-    def step(self, action: Any, running: np.ndarray) -> Answer:
+    def step(self, action: Action, running: np.ndarray) -> Answer:
         """One step of those that are `running` [N]."""
         answer = self._blank()
         actions = list(action) if isinstance(action, list) else np.array(action)  # environments write into theirs

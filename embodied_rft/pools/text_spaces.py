@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from gymnasium import spaces
 
@@ -24,11 +23,11 @@ class AnyText(spaces.Text):
     def __init__(self, max_length: int) -> None:
         super().__init__(max_length, min_length=0, charset=string.ascii_letters + string.digits + " +-*/=.,")
 
-    def contains(self, x: Any) -> bool:
+    def contains(self, x: object) -> bool:
         """Whether it is a string that is not too long."""
         return isinstance(x, str) and len(x) <= self.max_length
 
-    def sample(self, mask: Any = None, probability: Any = None) -> str:
+    def sample(self, mask: object = None, probability: object = None) -> str:
         """At least one character, at most `LONGEST_SAMPLE`."""
         length = int(self.np_random.integers(1, min(LONGEST_SAMPLE, self.max_length) + 1))
         return "".join(self.np_random.choice(list(self.character_set), size=length))
@@ -37,19 +36,19 @@ class AnyText(spaces.Text):
 class ChatText(AnyText):
     """A list of messages, as `write_chat` writes it: ChatText(999).contains('[{"role": "user", "content": "Hi"}]')."""
 
-    def contains(self, x: Any) -> bool:
+    def contains(self, x: object) -> bool:
         """Whether it is a chat."""
         try:
-            return super().contains(x) and bool(read_chat(x))
+            return isinstance(x, str) and super().contains(x) and bool(read_chat(x))
         except ValueError:
             return False
 
-    def sample(self, mask: Any = None, probability: Any = None) -> str:
+    def sample(self, mask: object = None, probability: object = None) -> str:
         """One message of the user."""
         return write_chat([{"role": "user", "content": super().sample()}])
 
 
-def check_messages(messages: Any) -> list[Message]:
+def check_messages(messages: object) -> list[Message]:
     """A chat that a model may be asked to go on with.
 
     Raises:

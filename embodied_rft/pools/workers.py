@@ -28,8 +28,9 @@ from typing import Any
 
 import cloudpickle
 import numpy as np
+from numpy.typing import ArrayLike
 
-from embodied_rft.data import Space, Tree
+from embodied_rft.data import Action, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import MAX_INCIDENTS, EnvironmentFailure, Incidents
 from embodied_rft.pools.protocol import (
@@ -158,7 +159,7 @@ class WorkerPool(Pool):
             for key in self.fields
         }
 
-    def reset(self, seeds: Any, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
+    def reset(self, seeds: ArrayLike, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
         """Start new episodes where `mask`; see `stepping.Pool`. Where a worker fails, the first step is invalid."""
         mask = check_mask(mask, num_envs=self.num_envs)
         seeds = check_seeds(seeds, mask, purpose=self.purpose)
@@ -178,7 +179,7 @@ class WorkerPool(Pool):
         self._idle &= ~mask
         return self.observation
 
-    def step(self, action: Any) -> StepResult:
+    def step(self, action: Action) -> StepResult:
         """Execute one action in every environment; see `stepping.StepResult`."""
         if self._idle.all():
             raise RuntimeError("no environment has a running episode: call reset before step")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -47,7 +46,7 @@ class Curve:
     dots: bool = True
 
 
-def part(name: str, *arguments: Any, **options: Any) -> str:
+def part(name: str, *arguments: object, **options: object) -> str:
     """A part of templates/parts.html, such as "success_bars": markup, which templates do not escape again."""
     return getattr(TEMPLATES.get_template("parts.html").module, name)(*arguments, **options)  # type: ignore[no-any-return]
 

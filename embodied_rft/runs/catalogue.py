@@ -119,7 +119,7 @@ def _default(each: dataclasses.Field[Any]) -> Any:
     return each.default
 
 
-def as_yaml(value: Any) -> str:
+def as_yaml(value: object) -> str:
     """A default as a recipe would write it."""
     if value is dataclasses.MISSING or value is inspect.Parameter.empty or repr(value) == "PydanticUndefined":
         return "required"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Checkpoints:
         """The folder of one checkpoint."""
         return self.root / f"{step:012d}"
 
-    def write(self, step: int, tree: Any) -> Path:
+    def write(self, step: int, tree: Mapping[str, Any]) -> Path:
         """Save a checkpoint, then remove those that are no longer needed. Raises CheckpointError like `save`."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ class Bar:
         self._task = None if live is None else live.add_task(console._writable(title), total=total, detail="")
         self._spoke = time.monotonic()
 
-    def update(self, done: int, **values: Any) -> None:
+    def update(self, done: int, **values: object) -> None:
         """How much is done, and numbers worth seeing beside it. Cheap: may be called often."""
         if self.live is not None and self._task is not None:
             self.live.update(self._task, completed=done, detail=self._detail(values))
@@ -104,7 +104,7 @@ def describe(values: Mapping[str, Any]) -> str:
     return "  ".join(f"{name} {number(value)}" for name, value in values.items() if not _is_empty(value))
 
 
-def number(value: Any) -> str:
+def number(value: object) -> str:
     """Three places for fractions, thousands separated for the rest."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)

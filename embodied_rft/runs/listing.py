@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from embodied_rft import registry
 from embodied_rft.names import UserError, nearest, visible
 from embodied_rft.runs.catalogue import KINDS, TOPICS, Describes, Option, of_dataclass, options_of
 from embodied_rft.runs.recipe import describe_recipes
+
+if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
 
 
 def print_known(kinds: Sequence[str]) -> None:
@@ -37,7 +40,7 @@ def known_of(kind: str) -> dict[str, str]:
     return {id: first_line(registry.find(singular, id)) for id in registry.known(singular)}
 
 
-def describe_env(spec: Any) -> str:
+def describe_env(spec: EnvSpec) -> str:
     """One line about a registered environment: what its creator's `describe(**kwargs)` says, else its docstring."""
     from gymnasium.envs.registration import load_env_creator
 

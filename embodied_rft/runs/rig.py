@@ -21,7 +21,7 @@ from embodied_rft.data import Trajectory
 from embodied_rft.experience.collect import action_field
 from embodied_rft.experience.recut import chunk_trajectories
 from embodied_rft.learning.agent import Agent, Spaces
-from embodied_rft.policy import Refuses, Retraces, able
+from embodied_rft.policy import Policy, Refuses, Retraces, able
 from embodied_rft.pools.chunks import Chunk, fit_pool
 from embodied_rft.pools.described import DescribedPool, Description, describe_pool
 from embodied_rft.pools.making import make_single
@@ -125,7 +125,7 @@ class Rig:
             rewards=("env", "success") if self.recipe.buffer.success else ("env",),
         )
 
-    def replace_policy(self, policy: Any) -> None:
+    def replace_policy(self, policy: Policy) -> None:
         """Another policy on the same experience: rows are carried over, their traces recomputed for the new policy.
 
         Single steps become chunks for a policy that takes chunks, and keys that are no longer observed are left out.

@@ -102,7 +102,7 @@ class Table(Sink):
             self._file = None
 
 
-def cell(value: Any) -> Any:
+def cell(value: object) -> object:
     """A value as a spreadsheet may open it: a text that it would take for a formula begins with an apostrophe."""
     if isinstance(value, list):
         return ".".join(map(str, value))

@@ -33,7 +33,7 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint is damaged, or could not be written; the message says which and what to do."""
 
 
-def save(folder: str | Path, tree: Any) -> None:
+def save(folder: str | Path, tree: object) -> None:
     """Write a tree as one checkpoint folder: all of it or nothing.
 
     Args:

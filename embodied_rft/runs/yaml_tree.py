@@ -161,6 +161,6 @@ def _whole(value: Any, folder: Path, change: Callable[[Path], str]) -> Any:
     return value
 
 
-def dump_plain(tree: Any) -> str:
+def dump_plain(tree: object) -> str:
     """Plain data as the YAML of `dump_recipe`."""
     return str(yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100))

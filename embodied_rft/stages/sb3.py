@@ -13,13 +13,14 @@ import time
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from gymnasium import spaces
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.data import Decisions, Space, Tree
+from embodied_rft.experience.schedule import Act
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
 from embodied_rft.pools.making import find_spec, make_single
@@ -29,6 +30,10 @@ from embodied_rft.runs.progress import Progress
 from embodied_rft.runs.session import Interrupted, Session
 from embodied_rft.seeding import training_seed
 from embodied_rft.stages.base import Stage
+
+if TYPE_CHECKING:  # imported only where it is used
+    from stable_baselines3.common.base_class import BaseAlgorithm
+    from stable_baselines3.common.vec_env import VecEnv
 
 GOAL_KEYS = {"observation", "achieved_goal", "desired_goal"}
 
@@ -121,7 +126,7 @@ def uses_hindsight(config: SB3Stage.Config, space: Space) -> bool:
     return (goals and config.algorithm != "PPO") if config.hindsight is None else config.hindsight
 
 
-def make_model(config: SB3Stage.Config, env: Any, *, seed: int, max_episode_steps: int) -> Any:
+def make_model(config: SB3Stage.Config, env: VecEnv, *, seed: int, max_episode_steps: int) -> BaseAlgorithm:
     """The untrained model: SB3's defaults, one update for each decision, what `options` says on top."""
     import stable_baselines3
 
@@ -139,12 +144,13 @@ def make_model(config: SB3Stage.Config, env: Any, *, seed: int, max_episode_step
     image = any(len(leaf.shape or ()) == 3 for leaf in leaves.values())
     policy = "MultiInputPolicy" if dictionary else "CnnPolicy" if image else "MlpPolicy"
     try:
-        return getattr(stable_baselines3, config.algorithm)(policy, env, **{**options, **config.options})
+        model: BaseAlgorithm = getattr(stable_baselines3, config.algorithm)(policy, env, **(options | config.options))
+        return model
     except TypeError as error:
         raise UserError(f"SB3's {config.algorithm} refused the options {config.options}: {error}") from error
 
 
-def greedy_act(model: Any) -> Any:
+def greedy_act(model: BaseAlgorithm) -> Act:
     """`act(observation tree) -> Decisions` of the model's deterministic actions."""
     dictionary = isinstance(model.observation_space, spaces.Dict)
 
@@ -155,7 +161,7 @@ def greedy_act(model: Any) -> Any:
     return act
 
 
-def save_model(model: Any, path: Path) -> None:
+def save_model(model: BaseAlgorithm, path: Path) -> None:
     """Write the zip so that a crash leaves the old one or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"unfinished-{path.name}")
@@ -163,7 +169,7 @@ def save_model(model: Any, path: Path) -> None:
     os.replace(unfinished, path)
 
 
-def _make_watch(stage: SB3Stage, session: Session, model: Any) -> Any:
+def _make_watch(stage: SB3Stage, session: Session, model: BaseAlgorithm) -> Any:
     """SB3's callback: learning curve, progress bar, limits, Ctrl-C. A function, so that SB3 is imported only here."""
     from stable_baselines3.common.callbacks import BaseCallback
 

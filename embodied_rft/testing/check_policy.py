@@ -12,12 +12,12 @@ from gymnasium import spaces
 from embodied_rft.data import Decisions, Ragged, Space, pick_tree
 from embodied_rft.device import seeded
 from embodied_rft.names import UserError
-from embodied_rft.policy import HasMode, Refuses, able, require_policy
+from embodied_rft.policy import HasMode, Policy, Refuses, able, require_policy
 from embodied_rft.pools.promises import random_actions, same
 from embodied_rft.pools.protocol import flatten_space
 
 
-def check_policy(policy: Any, observation_space: Space, action_space: Space, *, count: int = 6) -> None:
+def check_policy(policy: Policy, observation_space: Space, action_space: Space, *, count: int = 6) -> None:
     """Check a policy: shapes, act and log_prob agree, randomness from `rng` alone, independent rows, full state_dict.
 
     Args:

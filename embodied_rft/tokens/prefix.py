@@ -36,7 +36,9 @@ from embodied_rft.tokens.prefix_tree import (
 class Recorder(DynamicLayer):
     """Keeps the keys and values [D, K, P, E] of one layer of the prompt pass, with their gradients."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """See transformers' `CacheLayerMixin`."""
         self.keys, self.values, self.is_initialized = key_states, value_states, True
         return key_states, value_states
@@ -62,7 +64,9 @@ class Beginning(DynamicLayer):
         self.prompt, self.member_of, self.count = (keys, values), member_of, count
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """See transformers' `CacheLayerMixin`."""
         keys, values = (self._for_members(part) for part in self.prompt)
         whole = torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)

@@ -10,7 +10,7 @@ Shapes: N environments; observations as in `FetchTask`; lengths in metres.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -190,7 +190,7 @@ def _norm(vectors: np.ndarray) -> np.ndarray:
     return np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def demonstrator_for(env_id: str) -> Any:
+def demonstrator_for(env_id: str) -> type[FetchDemonstrator]:
     """The demonstrator class of an environment. Raises ValueError with the nearest id that has one."""
     return registry.find("demonstrator", env_id)
 

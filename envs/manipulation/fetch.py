@@ -11,6 +11,7 @@ gripper.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -232,7 +233,7 @@ class FetchTask(Task):
         """One line about a task."""
         return f"Fetch arm: {VARIANTS[name].instruction} (Plappert et al. 2018)"
 
-    def start(self, rng: np.random.Generator, options: Any) -> tuple[np.ndarray, np.ndarray]:
+    def start(self, rng: np.random.Generator, options: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Draw object position, then goal: numbers in the order of the official environment."""
         variant, scene = self.variant, self.scene
         physics = scene.physics.copy()
@@ -339,7 +340,7 @@ class FetchSimulation(Simulation):
 
     task: FetchTask
 
-    def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: Any) -> np.ndarray:
+    def compute_reward(self, achieved_goal: np.ndarray, desired_goal: np.ndarray, info: object) -> np.ndarray:
         """The reward for other goals, [...] for points [..., 3]; `info` is not used."""
         return self.task.compute_reward(achieved_goal, desired_goal)
 

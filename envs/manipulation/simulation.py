@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 
-from embodied_rft.data import Space
+from embodied_rft.data import Action, Space
 from embodied_rft.envs.manipulation import physics as engines
 from embodied_rft.envs.manipulation import rendering
 from embodied_rft.envs.manipulation.task import Observation, Task
@@ -106,7 +106,7 @@ class Simulation(EnvBatch):
         space = self.task.action_space
         return np.clip(action + self.task.action_noise * noise, space.low, space.high)
 
-    def check_actions(self, actions: Any) -> np.ndarray:
+    def check_actions(self, actions: Action) -> np.ndarray:
         """The actions [N, A], clipped, in float32 or float64 as given. Raises ValueError if they cannot be executed."""
         array, space = np.asarray(actions), self.task.action_space
         expected = (self.num_envs, *space.shape)

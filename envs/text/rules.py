@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import regex as bounded
+from numpy.typing import ArrayLike
 
 from embodied_rft.names import UserError, nearest
 from embodied_rft.registry import find, register
@@ -60,7 +61,7 @@ def make_rule(spec: str | Mapping[str, Any]) -> Judge:
         if name not in known:
             raise UserError(f"rule {id!r} has no option {name!r}; {nearest(name, known)}")
 
-    def judge(reply: str, answer: str, *, prompt: Any = "", columns: Mapping[str, Any] | None = None) -> float:
+    def judge(reply: str, answer: str, *, prompt: object = "", columns: Mapping[str, Any] | None = None) -> float:
         seen = {"prompt": prompt, "columns": dict(columns or {})}
         given = rule(reply, answer, **options, **{name: seen[name] for name in wanted})
         try:
@@ -151,7 +152,7 @@ def tag_format(
     *,
     tags: Sequence[str] = ("think", "answer"),
     rule: Any = None,
-    prompt: Any = "",
+    prompt: object = "",
     columns: Mapping[str, Any] | None = None,
 ) -> float:
     """Whether the reply is exactly <think>...</think><answer>...</answer> (any tags), each once and in order.
@@ -266,7 +267,7 @@ def evaluate_expression(text: str, *, max_length: int = 200) -> tuple[Fraction, 
         return None
 
 
-def overlong_penalty(lengths: Any, *, limit: int, margin: int) -> np.ndarray:
+def overlong_penalty(lengths: ArrayLike, *, limit: int, margin: int) -> np.ndarray:
     """Soft punishment of long replies, in [-1, 0] (Yu et al. 2025, DAPO, eq. 13).
 
     0 up to `limit - margin`, falling linearly to -1 at `limit`, -1 beyond.
