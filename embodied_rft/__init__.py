@@ -49,37 +49,28 @@ _here = Path(__file__).parent
 if not (_here / "envs").is_dir():
     __path__.append(str(_here.parent))
 
-_WHERE = {
-    "Adapter": "policy",
-    "Agent": "learning.agent",
-    "Batch": "data",
-    "Credit": "objectives.credit",
-    "Decisions": "data",
-    "Field": "data",
-    "Finding": "data",
-    "Fresh": "buffer.plans",
-    "Losses": "learning.objective",
-    "Objective": "learning.objective",
-    "Policy": "policy",
-    "Ragged": "data",
-    "Replay": "buffer.plans",
-    "SAC": "objectives.soft_actor_critic",
-    "Sink": "runs.sinks",
-    "Stage": "stages.base",
-    "Trajectory": "data",
-    "UserError": "names",
-    "annotate_returns": "objectives.common",
-    "check_env": "testing.check_env",
-    "check_policy": "testing.check_policy",
-    "held_out_index": "seeding",
-    "load_policy": "runs.trained",
-    "load_recipe": "runs.recipe",
-    "polyak": "networks.tensors",
-    "preset": "objectives.common",
-    "register": "registry",
-    "segment_returns": "objectives.common",
-    "write_trajectories": "buffer.trajectories",
+_DOORS = {  # {module: what is imported from here}
+    "buffer.plans": "Fresh Replay",
+    "buffer.trajectories": "write_trajectories",
+    "data": "Batch Decisions Field Finding Ragged Trajectory",
+    "learning.agent": "Agent",
+    "learning.objective": "Losses Objective",
+    "names": "UserError",
+    "networks.tensors": "polyak",
+    "objectives.common": "annotate_returns preset segment_returns",
+    "objectives.credit": "Credit",
+    "objectives.soft_actor_critic": "SAC",
+    "policy": "Adapter Policy",
+    "registry": "register",
+    "runs.recipe": "load_recipe",
+    "runs.sinks": "Sink",
+    "runs.trained": "load_policy",
+    "seeding": "held_out_index",
+    "stages.base": "Stage",
+    "testing.check_env": "check_env",
+    "testing.check_policy": "check_policy",
 }
+_WHERE = {name: module for module, names in _DOORS.items() for name in names.split()}
 __all__ = list(_WHERE)
 
 
