@@ -78,6 +78,20 @@ def _parse_stage(item: Any, path: str) -> StageSpec:
     return StageSpec(str(word), config, f"{path}.{word}")
 
 
+def walk(stages: list[StageSpec], prefix: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """All leaf stages in the order they run; a stage that holds stages says how (`expand`)."""
+    for index, spec in enumerate(stages):
+        path = (*prefix, index)
+        stage = registry.find("stage", spec.word)(spec.config, path)
+        stage.word = spec.word
+        inside = stage.expand()
+        if inside is None:
+            yield path, stage
+        else:
+            for inner_path, inner in inside:
+                yield from walk(inner, inner_path)
+
+
 def _validate_stages(value: Any, _: Any, info: ValidationInfo) -> list[StageSpec]:
     prefix = (info.context or {}).get("path", "")
     return parse_stages(value, f"{prefix}.{info.field_name}".lstrip("."))

@@ -19,7 +19,7 @@ from embodied_rft.device import generator_state
 from embodied_rft.experience.collect import Collector
 from embodied_rft.learning.learner import Learner
 from embodied_rft.names import UserError
-from embodied_rft.options import parse_stages, to_plain
+from embodied_rft.options import parse_stages, to_plain, walk
 from embodied_rft.pools.described import Description
 from embodied_rft.runs.checkpoint import Checkpoints
 from embodied_rft.runs.folder import RunFolder
@@ -28,7 +28,6 @@ from embodied_rft.runs.progress import Progress
 from embodied_rft.runs.recipe import Recipe, recipe_difference
 from embodied_rft.runs.rig import Rig
 from embodied_rft.runs.tree_file import load
-from embodied_rft.runs.walk import walk
 from embodied_rft.runs.yaml_tree import read_yaml
 
 HOLDS = ("format", "recipe", "path", "finished", "progress", "counters", "records", "agent", "buffer", "learner",

@@ -26,7 +26,7 @@ from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.learning.objective import Objective
 from embodied_rft.objectives import build_objective
-from embodied_rft.options import to_plain
+from embodied_rft.options import to_plain, walk
 from embodied_rft.pools.described import Description
 from embodied_rft.pools.promises import held_out
 from embodied_rft.pools.protocol import Pool
@@ -36,7 +36,6 @@ from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.log import Logger
 from embodied_rft.runs.recipe import Recipe, dump_recipe
 from embodied_rft.runs.tree_file import save
-from embodied_rft.runs.walk import walk
 from embodied_rft.seeding import evaluation_generator, spawn_generator
 
 SHOWN = 8  # texts of incidents that are kept

@@ -10,9 +10,8 @@ from embodied_rft.buffer.plans import Replay
 from embodied_rft.data import Source
 from embodied_rft.learning.learner import Learner
 from embodied_rft.objectives import build_objective
-from embodied_rft.options import parse
+from embodied_rft.options import parse, walk
 from embodied_rft.runs.recipe import Recipe, load_recipe, recipe_names
-from embodied_rft.runs.walk import walk
 from embodied_rft.train import train
 
 TINY = {"critic_hidden": [8]}
