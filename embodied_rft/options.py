@@ -200,7 +200,7 @@ def refuse_idle(config: Dataclass, names: Iterable[str], why: str) -> None:
 def _check_depth(config: Any, path: str) -> None:
     """Refuse networks of so many layers that building them alone would take the machine."""
     for field_ in dataclasses.fields(config):
-        value = getattr(config, field_.name, None)
+        value = vars(config).get(field_.name)
         deep = value if isinstance(value, int) and field_.name.endswith(("_layers", "_blocks")) else 0
         if isinstance(value, (tuple, list)) and field_.name.endswith("hidden"):
             deep = len(value)

@@ -265,13 +265,6 @@ def require(policy: Policy, what: type[C], otherwise: str = "") -> C:
     return found
 
 
-def require_policy(policy: object, what: str) -> Policy:
-    """The policy, or a ValueError: its class does not derive from `Policy`."""
-    if not isinstance(policy, Policy):
-        raise UserError(f"{what} is a {type(policy).__name__}: derive the class from embodied_rft.policy.Policy")
-    return policy
-
-
 def build_policy(spec: Spec, observation_space: Space, action_space: Space, rng: torch.Generator) -> Policy:
     """The policy that {"id": ..., **options} describes, with weights drawn from `rng`."""
     if "id" not in spec:
@@ -281,7 +274,7 @@ def build_policy(spec: Spec, observation_space: Space, action_space: Space, rng:
     config = validate_plugin_config("agent", spec["id"], options)
     cls = registry.find("agent", spec["id"])
     made = cls(config, observation_space=observation_space, action_space=step_space(action_space), rng=rng)
-    policy = require_policy(made, f"agent {spec['id']!r}")
+    policy = registry.kept(Policy, made, f"agent {spec['id']!r}")
     policy.chunk.space(action_space)  # refuses other chunks
     policy.spec = {k: v for k, v in spec.items() if k != "tuned"}
     if "tuned" in spec:

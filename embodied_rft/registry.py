@@ -67,6 +67,14 @@ def config_of(kind: str, id: str) -> Any:
     return getattr(find(kind, id), "Config", None)
 
 
+def kept(contract: type[T], made: object, what: str) -> T:
+    """What a plug-in made, or a ValueError: its class does not derive from the contract of its kind."""
+    if not isinstance(made, contract):
+        name = f"{contract.__module__}.{contract.__qualname__}"
+        raise UserError(f"{what} is a {type(made).__name__}: derive the class from {name}")
+    return made
+
+
 def known(kind: str) -> list[str]:
     """All ids of a kind, sorted."""
     load_plugins()

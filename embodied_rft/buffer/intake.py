@@ -148,7 +148,7 @@ def _check_images(name: str, values: Any) -> Any:
     for images in values:
         for image in images:
             if not (isinstance(image, np.ndarray) and image.dtype == np.uint8):
-                given = getattr(image, "dtype", type(image).__name__)
+                given = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
                 raise UserError(f"{name!r} holds an image of {given}, expected a uint8 array with values in 0..255")
     return values
 

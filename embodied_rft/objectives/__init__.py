@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from embodied_rft.learning.objective import Objective
-from embodied_rft.names import UserError
 from embodied_rft.options import validate_plugin_config
-from embodied_rft.registry import find, import_files
+from embodied_rft.registry import find, import_files, kept
 
 import_files(__name__, __path__)
 
@@ -24,10 +23,4 @@ def build_objective(spec: str | Mapping[str, Any]) -> Objective:
     options = {"id": spec} if isinstance(spec, str) else dict(spec)
     id = str(options.pop("id", ""))
     config = validate_plugin_config("objective", id, options)
-    made = find("objective", id)(config)
-    if not isinstance(made, Objective):
-        raise UserError(
-            f"objective {id!r} is a {type(made).__name__}, which is none: derive the class from "
-            "embodied_rft.learning.objective.Objective"
-        )
-    return made
+    return kept(Objective, find("objective", id)(config), f"objective {id!r}")

@@ -21,7 +21,7 @@ from embodied_rft.data import Batch
 from embodied_rft.learning import returns
 from embodied_rft.learning.agent import Agent
 from embodied_rft.names import UserError
-from embodied_rft.registry import find, register
+from embodied_rft.registry import find, kept, register
 
 OPTIONS = ("gamma", "trace_decay", "unit_gamma", "unit_trace_decay")  # of `ppo`, for some credits
 
@@ -64,10 +64,8 @@ class Credit(ABC):
 
 def make_credit(id: str) -> Credit:
     """The credit that is registered under `id`."""
-    cls = find("credit", id)
-    if not (isinstance(cls, type) and issubclass(cls, Credit)):
-        raise UserError(f"credit {id!r} is {cls!r}: register a class derived from embodied_rft.Credit")
-    return cls()
+    found = find("credit", id)
+    return kept(Credit, found() if isinstance(found, type) else found, f"credit {id!r}")
 
 
 # --- with a value ------------------------------------------------------------------------------------------------

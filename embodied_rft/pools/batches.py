@@ -22,6 +22,7 @@ from embodied_rft.pools.incidents import describe_error
 from embodied_rft.pools.promises import find_seeding, narrow_seed
 from embodied_rft.pools.protocol import Seeding, flatten_observation, merge
 from embodied_rft.pools.singles import DEADLINE, FIRST_TIME, Answer
+from embodied_rft.pools.states import Saves
 from embodied_rft.pools.watch import Alarm, Hang, Watch
 
 
@@ -66,7 +67,7 @@ class Batch:
     @property
     def can_save(self) -> bool:
         """Whether the environments can be saved inside an episode."""
-        return hasattr(self.vector_env, "get_state") and hasattr(self.vector_env, "set_state")
+        return isinstance(self.vector_env, Saves)
 
     @property
     def unwrapped(self) -> VectorEnv:
@@ -201,18 +202,18 @@ class Batch:
 
     def get_state(self) -> dict[str, np.ndarray] | None:
         """The state of the vector environment, or None if it offers none."""
-        if not self.can_save or self._broken:
+        if not isinstance(self.vector_env, Saves) or self._broken:
             return None
-        return {**cast(Any, self.vector_env).get_state(), "batch/ended": self._ended.copy()}
+        return {**self.vector_env.get_state(), "batch/ended": self._ended.copy()}
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from `get_state`."""
-        if not self.can_save:
+        if not isinstance(self.vector_env, Saves):
             raise UserError(f"{self.vector_env} offers no set_state: it cannot continue inside an episode")
         if not self._started:
             self.vector_env.reset(seed=cast(Any, [0] * self.num_envs))  # fills what no state holds
             self._started = True
-        cast(Any, self.vector_env).set_state({k: v for k, v in state.items() if k != "batch/ended"})
+        self.vector_env.set_state({k: v for k, v in state.items() if k != "batch/ended"})
         self._ended = state["batch/ended"].astype(np.bool_)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ All are optional, of the environment or its vector form, and any environment may
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +22,17 @@ from embodied_rft.pools.protocol import Pool
 from embodied_rft.seeding import held_out_index
 
 SHOWN = 5  # names in a message
+
+
+@runtime_checkable
+class Saves(Protocol):
+    """An environment, a vector form or a wrapper that can be continued bit for bit."""
+
+    def get_state(self) -> Mapping[str, np.ndarray]:
+        """All that its future depends on."""
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> Any:
+        """Continue from what `get_state` gave, after a reset."""
 
 
 def num_held_out_states(pool: Pool) -> int | None:

@@ -13,6 +13,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces, wrappers
 
+from embodied_rft.pools.states import Saves
+
 STATELESS: tuple[type, ...] = (
     wrappers.OrderEnforcing, wrappers.PassiveEnvChecker, wrappers.RecordEpisodeStatistics,
     wrappers.DtypeObservation, wrappers.DiscretizeObservation, wrappers.FilterObservation, wrappers.FlattenObservation,
@@ -34,7 +36,7 @@ def _layers(env: gymnasium.Env) -> list[Any]:
 
 def _has_methods(layer: Any) -> bool:
     """Of its own: not what a wrapper passes on from inside."""
-    return hasattr(type(layer), "get_state") and hasattr(type(layer), "set_state")
+    return issubclass(type(layer), Saves)
 
 
 def _is_known(wrapper: gymnasium.Wrapper) -> bool:
@@ -46,7 +48,7 @@ def _is_known(wrapper: gymnasium.Wrapper) -> bool:
 def offers_state(env: gymnasium.Env) -> bool:
     """Whether `single_state` can tell everything that the future of this environment depends on."""
     *outside, base = _layers(env)
-    return all(_is_known(wrapper) for wrapper in outside) and hasattr(base, "get_state") and hasattr(base, "set_state")
+    return isinstance(base, Saves) and all(_is_known(wrapper) for wrapper in outside)
 
 
 def single_state(env: gymnasium.Env) -> dict[str, np.ndarray] | None:

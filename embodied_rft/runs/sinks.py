@@ -203,7 +203,4 @@ def make_plugin_sink(
     """The sink that a third party registered under `id`."""
     cls = registry.find("logger", id)
     given = {"recipe": recipe} if "recipe" in inspect.signature(cls).parameters else {}
-    made = cls(folder, step=step, **given, **options)
-    if not isinstance(made, Sink):
-        raise UserError(f"logger {id!r} is a {type(made).__name__}: derive the class from embodied_rft.runs.sinks.Sink")
-    return made
+    return registry.kept(Sink, cls(folder, step=step, **given, **options), f"logger {id!r}")

@@ -12,9 +12,10 @@ from gymnasium import spaces
 from embodied_rft.data import Decisions, Ragged, Space, pick_tree
 from embodied_rft.device import seeded
 from embodied_rft.names import UserError
-from embodied_rft.policy import HasMode, Policy, Refuses, able, require_policy
+from embodied_rft.policy import HasMode, Policy, Refuses, able
 from embodied_rft.pools.promises import random_actions, same
 from embodied_rft.pools.protocol import flatten_space
+from embodied_rft.registry import kept
 
 
 def check_policy(policy: Policy, observation_space: Space, action_space: Space, *, count: int = 6) -> None:
@@ -30,7 +31,7 @@ def check_policy(policy: Policy, observation_space: Space, action_space: Space, 
         ValueError: names the first rule that is broken.
     """
     name = type(policy).__name__
-    require_policy(policy, "the policy")
+    kept(Policy, policy, "the policy")
     observation = _readable(policy, observation_space, _observations(observation_space, count))
     before = torch.random.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].copy()
     decisions = policy.act(observation, rng=seeded(0))
