@@ -5,6 +5,7 @@ What not every policy can do is a capability, a protocol below; `able(policy, Re
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
@@ -16,10 +17,10 @@ from embodied_rft import registry
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.data import Batch, Decisions, Field, Space, Tree
 from embodied_rft.device import device_of
-from embodied_rft.names import UserError
+from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.encoder import Encoder, Features
 from embodied_rft.networks.tensors import as_tensors
-from embodied_rft.networks.trainable import LoraOptions, Train, adapters_of, freeze, retune, select_own
+from embodied_rft.networks.trainable import WORDS, LoraOptions, Train, adapters_of, add_adapters, freeze, linear_layers
 from embodied_rft.options import validate_plugin_config
 from embodied_rft.pools.chunks import Chunk, Planner, step_space
 from embodied_rft.pools.spaces import check_action_space
@@ -51,7 +52,7 @@ class Policy(nn.Module):
     leaves_out: bool = False  # initial states that it cannot read are left out, not refused
     lora: LoraOptions | None = None  # of its own options
     usage: Usage | None = None  # of a decoder while it scored: how much of what was computed had to be
-    own_weights: list[nn.Parameter] | None = None  # those that could be trained when it was made, see `select_own`
+    own_weights: list[nn.Parameter] | None = None  # those that could be trained when it was made, see `select`
 
     def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
         """N decisions for observation arrays [N, ...], without gradient, as arrays.
@@ -81,8 +82,23 @@ class Policy(nn.Module):
         return own.like(rng) if isinstance(own, Encoder) else None
 
     def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
-        """Choose what is trained from now on; by default its own weights, or adapters on its own linear layers."""
-        select_own(self, train, lora=lora, rng=rng)
+        """Choose what is trained from now on; by default its own weights, or adapters on its own linear layers.
+
+        Its own weights are those that could be trained when it was made (`own_weights`).
+        """
+        name = self.spec.get("id")
+        if self.own_weights is None:
+            self.own_weights = [p for p in self.parameters() if p.requires_grad]
+        if train not in ("full", "lora", "frozen"):
+            raise UserError(f"agent {name!r} has no head that {train!r} could train; possible: full, lora, frozen")
+        if train == "lora" and not self.adapters():
+            own = {id(p) for p in self.own_weights}
+            add_adapters(self, lora, rng, layers={n for n, m in linear_layers(self).items() if id(m.weight) in own})
+        self.requires_grad_(False)
+        adapters = self.adapters()
+        trained = {"full": [*self.own_weights, *adapters], "lora": adapters, "frozen": []}[train]
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
     def adapters(self) -> list[nn.Parameter]:
         """The weights of its low-rank adapters."""
@@ -280,6 +296,42 @@ def build_policy(spec: Spec, observation_space: Space, action_space: Space, rng:
     if "tuned" in spec:
         retune(policy, spec["tuned"], rng=rng)
     return policy
+
+
+def tune(policy: Policy, train: Train, *, rng: torch.Generator, lora: LoraOptions | None = None) -> None:
+    """Train these weights of a policy from now on. A learner has to be made after it.
+
+    May be called again: adapters stay where they are and are frozen or trained with the rest. What was chosen is
+    written into the policy's spec, {"tuned": {"train": "lora", "lora": {"rank": 16, ...}}}, which rebuilds it.
+
+    Args:
+        policy: built by `build_policy`.
+        train: "full" (what is not frozen by construction, as the base of a residual is), "lora" (adapters alone),
+            "lora+head", "head", or "frozen".
+        rng: draws the weights of new adapters.
+        lora: of new adapters; None: those of the policy's own options, else the defaults.
+
+    Raises:
+        ValueError: the policy cannot be trained so, or its adapters have other options.
+    """
+    if train not in WORDS:
+        raise UserError(f"a policy cannot be trained {train!r}; {nearest(train, WORDS)}")
+    made = policy.spec.get("tuned", {}).get("lora")
+    own = policy.lora
+    known = LoraOptions(**made) if made else own if policy.adapters() else None
+    if lora is not None and known is not None and lora != known:
+        raise UserError(f"the policy has adapters with {known} already: leave the options out, or give the same")
+    lora = known or lora or own or LoraOptions()
+    policy.select(train, lora=lora, rng=rng)
+    kept = dataclasses.asdict(lora) if policy.adapters() else None
+    policy.spec = {**policy.spec, "tuned": {"train": train, "lora": kept}}
+
+
+def retune(policy: Policy, tuned: Mapping[str, Any], *, rng: torch.Generator) -> None:
+    """What `tune` wrote into a spec, done again to a policy that was built from it."""
+    if tuned["lora"] is not None:
+        tune(policy, "lora", lora=LoraOptions(**tuned["lora"]), rng=rng)
+    tune(policy, tuned["train"], rng=rng)
 
 
 def require_rng(rng: torch.Generator | None) -> torch.Generator:

@@ -64,7 +64,7 @@ class EnvBatch(ABC):
         """New episodes in `rows` [K]; their generators have been made from `seeds` [K] (None: they go on)."""
 
     @abstractmethod
-    def step(self, rows: np.ndarray, actions: Action) -> Outcome:
+    def step(self, rows: np.ndarray, actions: Any) -> Outcome:
         """One decision in `rows` [K], at least one; `actions` [K] as `check_actions` gave them."""
 
     @abstractmethod

@@ -9,6 +9,9 @@ from tests.lab import ROOT
 
 FOLDERS = ("embodied_rft", "envs", "agents", "configs")
 MAX_FILE, MAX_FUNCTION, MAX_CHAIN = 500, 60, 2
+# What may be anything: plain data (JSON, YAML), options and classes of plug-ins found by id, actions that only their
+# own policy knows, values of Gymnasium, models of other libraries, autograd's ctx. The number may fall.
+MAX_ANY = 89
 ABSTRACT = {"object", "Protocol", "Generic", "ABC", "NamedTuple", "TypedDict"}  # say nothing about behaviour
 ABSTRACT |= {"Objective", "Policy"}  # contracts, whose defaults do next to nothing
 
@@ -49,6 +52,27 @@ def base_chains(trees):
     return {name: length(name) for name in bases}
 
 
+def bare_any(trees):
+    """Arguments and results of public functions that are annotated as plain `Any`."""
+
+    def functions(body, within=""):
+        for node in body:
+            shown = not node.name.startswith("_") if hasattr(node, "name") else False
+            if isinstance(node, ast.ClassDef) and shown:
+                yield from functions(node.body, f"{within}{node.name}.")
+            elif isinstance(node, ast.FunctionDef) and (shown or node.name in ("__init__", "__call__")):
+                yield within + node.name, node
+
+    found = []
+    for file, tree in trees.items():
+        for name, node in functions(tree.body):
+            a = node.args
+            given = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+            hints = {each.arg: each.annotation for each in given} | {"return": node.returns}
+            found += [f"{file}:{name} {key}" for key, hint in hints.items() if hint and ast.unparse(hint) == "Any"]
+    return found
+
+
 def names(paths):
     return {path.relative_to(ROOT).as_posix(): path for path in paths}
 
@@ -64,6 +88,11 @@ def test_no_function_is_longer_than_60_lines():
 def test_base_chains_are_at_most_two():
     chains = base_chains({path: TREES[path] for path in LIBRARY})
     assert {name: length for name, length in chains.items() if length > MAX_CHAIN} == {}
+
+
+def test_public_signatures_say_what_they_take_and_give():
+    found = bare_any({name: TREES[path] for name, path in names(LIBRARY).items()})
+    assert len(found) <= MAX_ANY, "\n".join(found)
 
 
 def test_every_file_says_what_it_is():
@@ -86,6 +115,10 @@ def test_the_measurements_find_violations():
         }
     )
     assert chains == {"A": 1, "B": 2, "C": 3, "P": 0}
+    source = "def f(a: Any, b: dict[str, Any], **c: Any): ...\nclass A:\n  def __init__(self, d: Any) -> Any: ..."
+    assert bare_any({"f": ast.parse(f"{source}\ndef _own(x: Any): ...")}) == [
+        "f:f a", "f:f c", "f:A.__init__ d", "f:A.__init__ return"
+    ]  # fmt: skip
 
 
 # --- README and docs ---

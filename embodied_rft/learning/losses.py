@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from embodied_rft.networks import fused
+from embodied_rft.networks.fused import Bound
 
 Reduction = Literal["min", "mean", "mean_of_pair_minima", "first"]
-Bound = float | Tensor | None  # of a ratio: for all units, or for each [U]; None: there is none
 RatioLevel = Literal["unit", "decision", "mean", "episode", "episode_mean", "none"]
 KLEstimator = Literal["k1", "k2", "k3"]
 Correction = Literal["truncate", "mask"]

@@ -20,6 +20,7 @@ from embodied_rft.names import UserError
 
 aten = torch.ops.aten
 Activation = Literal["relu", "tanh"]
+Bound = float | Tensor | None  # of a ratio: for all units, or for each [U]; None: there is none
 ENABLED = os.environ.get("EMBODIED_RFT_FUSED", "1") != "0"
 
 
@@ -198,13 +199,18 @@ def log_density(z: Tensor, u: Tensor, scale: Tensor, squashed: bool) -> Tensor:
 # --- PPO's surrogate -------------------------------------------------------------------------------------------------
 
 
-def pessimistic(log_ratio: Tensor, advantage: Tensor, low: Any, high: Any) -> Tensor:
+def pessimistic(log_ratio: Tensor, advantage: Tensor, low: Bound, high: Bound) -> Tensor:
     """-min(ratio A, clip(ratio, 1 - low, 1 + high) A); constant where clipping binds, None: no bound there."""
     if ENABLED:
         return Pessimistic.apply(log_ratio, advantage, low, high)
     ratio = log_ratio.exp()
-    bounded = ratio.clamp(None if low is None else 1 - low, None if high is None else 1 + high)
+    bounded = _bounded(ratio, low, high)
     return -torch.minimum(ratio * advantage, bounded * advantage)
+
+
+def _bounded(ratio: Tensor, low: Bound, high: Bound) -> Tensor:
+    limits: Any = None if low is None else 1 - low, None if high is None else 1 + high  # also a number beside a tensor
+    return torch.clamp(ratio, *limits)
 
 
 class Pessimistic(torch.autograd.Function):
@@ -213,10 +219,10 @@ class Pessimistic(torch.autograd.Function):
     apply: Callable[..., Tensor]
 
     @staticmethod
-    def forward(ctx: Any, log_ratio: Tensor, advantage: Tensor, low: Any, high: Any) -> Tensor:
+    def forward(ctx: Any, log_ratio: Tensor, advantage: Tensor, low: Bound, high: Bound) -> Tensor:
         """The advantage is a constant."""
         ratio = log_ratio.exp()
-        bounded = ratio.clamp(None if low is None else 1 - low, None if high is None else 1 + high).mul_(advantage)
+        bounded = _bounded(ratio, low, high).mul_(advantage)
         free = ratio.mul_(advantage)
         ctx.save_for_backward(free * (free <= bounded))
         return torch.minimum(free, bounded).neg_()

@@ -1,15 +1,13 @@
 """Which weights of a policy are trained: all, low-rank adapters, the head, or none; one word for every policy.
 
-A policy that has a head or adapters of its own chooses itself, by `select(train, *, lora, rng)`. Boundary: marks
-weights and adds adapters, in place; takes no gradient. peft is imported when the first adapter is made.
+Boundary: marks weights of modules and adds adapters, in place; which ones a policy chooses is `policy.Policy.select`.
+peft is imported when the first adapter is made.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
-from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -45,62 +43,6 @@ def refuse_idle_beside(config: Any, *full: str) -> None:
         refuse_idle(config, ["lora"], f"with train {config.train!r} (a stage `adapt` has options of its own)")
     if config.train != "full":
         refuse_idle(config, full, f"with train {config.train!r}")
-
-
-def tune(policy: Any, train: Train, *, rng: torch.Generator, lora: LoraOptions | None = None) -> None:
-    """Train these weights of a policy from now on. A learner has to be made after it.
-
-    May be called again: adapters stay where they are and are frozen or trained with the rest. What was chosen is
-    written into the policy's spec, {"tuned": {"train": "lora", "lora": {"rank": 16, ...}}}, which rebuilds it.
-
-    Args:
-        policy: built by `build_policy`.
-        train: "full" (what is not frozen by construction, as the base of a residual is), "lora" (adapters alone),
-            "lora+head", "head", or "frozen".
-        rng: draws the weights of new adapters.
-        lora: of new adapters; None: those of the policy's own options, else the defaults.
-
-    Raises:
-        ValueError: the policy cannot be trained so, or its adapters have other options.
-    """
-    if train not in WORDS:
-        raise UserError(f"a policy cannot be trained {train!r}; {nearest(train, WORDS)}")
-    made = policy.spec.get("tuned", {}).get("lora")
-    own = policy.lora
-    known = LoraOptions(**made) if made else own if policy.adapters() else None
-    if lora is not None and known is not None and lora != known:
-        raise UserError(f"the policy has adapters with {known} already: leave the options out, or give the same")
-    lora = known or lora or own or LoraOptions()
-    policy.select(train, lora=lora, rng=rng)
-    kept = dataclasses.asdict(lora) if policy.adapters() else None
-    policy.spec = {**policy.spec, "tuned": {"train": train, "lora": kept}}
-
-
-def retune(policy: Any, tuned: Mapping[str, Any], *, rng: torch.Generator) -> None:
-    """What `tune` wrote into a spec, done again to a policy that was built from it."""
-    if tuned["lora"] is not None:
-        tune(policy, "lora", lora=LoraOptions(**tuned["lora"]), rng=rng)
-    tune(policy, tuned["train"], rng=rng)
-
-
-def select_own(policy: Any, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
-    """Train a policy without a choice of its own: its weights, or adapters on its linear layers.
-
-    Its own weights are those that could be trained when it was made (`own_weights`).
-    """
-    name = policy.spec.get("id")
-    if policy.own_weights is None:
-        policy.own_weights = [p for p in policy.parameters() if p.requires_grad]
-    if train not in ("full", "lora", "frozen"):
-        raise UserError(f"agent {name!r} has no head that could be trained by {train!r}; possible: full, lora, frozen")
-    if train == "lora" and not policy.adapters():
-        own = {id(p) for p in policy.own_weights}
-        add_adapters(policy, lora, rng, layers={n for n, m in linear_layers(policy).items() if id(m.weight) in own})
-    policy.requires_grad_(False)
-    adapters = policy.adapters()
-    trained = {"full": [*policy.own_weights, *adapters], "lora": adapters, "frozen": []}[train]
-    for parameter in trained:
-        parameter.requires_grad_(True)
 
 
 def linear_layers(module: nn.Module) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
 from embodied_rft.names import UserError
 from embodied_rft.networks.critics import ReturnScale, Value
+from embodied_rft.networks.fused import Bound
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import readable, score_in_chunks, units_of, whole_groups
 from embodied_rft.objectives.correction import Correction, correct
@@ -303,7 +304,7 @@ class PPO(Objective):
         after = (mask.sum(1, keepdim=True) - 1 - torch.arange(mask.shape[1], device=mask.device)).clamp_min(0)
         return (advantage[:, None] if advantage.dim() == 1 else advantage) * decay**after
 
-    def _bounds(self, ratio: Tensor) -> tuple[losses.Bound, losses.Bound]:
+    def _bounds(self, ratio: Tensor) -> tuple[Bound, Bound]:
         """Clip ranges below and above 1: numbers, or [U] where they grow from the first unit to the last.
 
         At unit u of U, with x = u / (U - 1): first + (last - first) (exp(3 x) - 1) / (exp(3) - 1) (DPPO, appendix).
@@ -315,7 +316,7 @@ class PPO(Objective):
         share = torch.expm1(CLIP_GROWTH * torch.linspace(0, 1, count, device=ratio.device)) / math.expm1(CLIP_GROWTH)
         return first + (low - first) * share, first + (high - first) * share
 
-    def _watch(self, ratio: Tensor, batch: Batch, low: losses.Bound, high: losses.Bound) -> dict[str, Tensor]:
+    def _watch(self, ratio: Tensor, batch: Batch, low: Bound, high: Bound) -> dict[str, Tensor]:
         """How far the policy has moved from the one that acted (KL, k3) and how often the ratio is out of bounds."""
         count = len(batch) / batch.num_decisions * batch.num_units  # units, about
         change = torch.expm1(ratio.clamp(-20, 20))

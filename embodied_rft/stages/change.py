@@ -22,7 +22,7 @@ from embodied_rft.learning.agent import wrap_policy
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks import trainable
 from embodied_rft.options import STRICT, parse, plugin_spec, validate_plugin_config
-from embodied_rft.policy import Adapter, build_policy
+from embodied_rft.policy import Adapter, build_policy, tune
 from embodied_rft.registry import register
 from embodied_rft.runs.session import Session
 from embodied_rft.runs.trained import opened
@@ -167,7 +167,7 @@ class Adapt(Stage):
         config, rng = self.config, session.generator("setup")
         if config.with_ in trainable.WORDS:
             lora = parse(trainable.LoraOptions, config.options) if config.options else None
-            trainable.tune(session.agent.policy, config.with_, lora=lora, rng=rng)
+            tune(session.agent.policy, config.with_, lora=lora, rng=rng)
         else:
             session.replace_policy(wrap_policy(config.with_, session.agent, rng, **config.options))
 

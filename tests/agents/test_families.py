@@ -7,8 +7,7 @@ import torch
 
 from embodied_rft.data import Ragged
 from embodied_rft.networks.tensors import as_tensors
-from embodied_rft.networks.trainable import tune
-from embodied_rft.policy import build_policy
+from embodied_rft.policy import build_policy, tune
 from tests.lab.families import DECODERS, HYBRIDS, TEXT, VISION, write_decoder, write_vlm
 
 REPLY = gym.spaces.Text(200)

@@ -11,9 +11,8 @@ from embodied_rft.buffer.columns import Schema
 from embodied_rft.data import Decisions
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
-from embodied_rft.networks.trainable import tune
 from embodied_rft.objectives import build_objective
-from embodied_rft.policy import Values, able
+from embodied_rft.policy import Values, able, tune
 from embodied_rft.pools.protocol import fields_of
 from tests.lab.helpers_vla import SPACE, STEP, chunks, observation, policy, rng, same, tensors
 

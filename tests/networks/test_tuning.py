@@ -8,9 +8,9 @@ import yaml
 
 from embodied_rft.learning.agent import build_agent, wrap_policy
 from embodied_rft.learning.learner import Learner, LearnerConfig
-from embodied_rft.networks.trainable import LoraOptions, tune
+from embodied_rft.networks.trainable import LoraOptions
 from embodied_rft.objectives import build_objective
-from embodied_rft.policy import build_policy
+from embodied_rft.policy import build_policy, tune
 from embodied_rft.pools.chunks import ChunkBox
 from embodied_rft.runs.recipe import load_recipe
 from embodied_rft.train import train
