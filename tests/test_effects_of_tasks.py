@@ -27,6 +27,7 @@ VALUES = {
     "held_out": 0.5,
     "exclude": ["problems.jsonl, line 2"],
     "max_chars": 70,
+    "observation": "state",
 }
 EXEMPT = {"num_threads": "how many threads step is no business of the results (tests/envs)"}
 TASKS = {  # id: its options
@@ -34,27 +35,41 @@ TASKS = {  # id: its options
     "embodied_rft/PegInsert-v0": {**SMALL, "cameras": ["wrist"]},
     **{f"embodied_rft/Text{task}-v0": {} for task in ("Sum", "Countdown", "Format", "Jsonl")},
 }
+GAMES = {  # id: other values of its options
+    "embodied_rft/BlackJack-v0": {},
+    "embodied_rft/EZPoints-v0": {},
+    "embodied_rft/FrozenLake-v0": {"slip": 0.5},
+    "embodied_rft/GeneralPoints-v0": {"face_cards": "rank", "suits": "black", "tries": 1},
+    "embodied_rft/NumberLine-v0": {},
+    "embodied_rft/Points24-v0": {"face_cards": "rank"},
+    "embodied_rft/ShisenSho-v0": {"size": 4, "colors": 5, "shapes": 5},
+    "embodied_rft/Sokoban-v0": {"reward": "sparse"},
+    "embodied_rft/Swap-v0": {"kinds": 5, "moves": 1, "goal": 1, "reward": "score"},
+    "embodied_rft/TwentyFortyEight-v0": {"goal": 8, "reward": "score"},
+}
+TASKS |= dict.fromkeys(GAMES, {"observation": "both"})
+TASKS["embodied_rft/Swap-v0"] = {"observation": "both", "kinds": 4}  # with few kinds some swaps are valid
 SAME = {f"embodied_rft/Fetch{task}-v0" for task in ("PickAndPlace", "Push", "Slide")}  # the options of FetchReach
 REPLIES = ["7", "<think>7</think><answer>7</answer>", '{"a": 7}']
 
 
 def visit(id, options, situation):
-    """Three steps of eight environments; of those that answer texts, three episodes."""
-    pool = make_pool(id, 8, options=options)
+    """A few steps of some environments; of those that answer texts, as many episodes."""
+    count, steps = (32, 6) if id in GAMES else (8, 3)
+    pool = make_pool(id, count, options=options)
+    pool.action_space.seed(0)
     try:
-        seen = [pool.reset(np.arange(8))]
-        rng = np.random.default_rng(0)
-        for _ in range(3):
+        seen = [pool.reset(np.arange(count))]
+        for number in range(steps):
             if isinstance(pool.action_space, gymnasium.spaces.Text):
                 action = [*REPLIES, *map(add, seen[-1]["prompt"][len(REPLIES) :])]
             else:
-                action = rng.uniform(-1, 1, (8, *pool.action_space.shape)).astype(np.float32)
+                action = np.stack([pool.action_space.sample() for _ in range(count)])
             told = pool.step(action)
-            seen.append((told.observation, told.reward, told.terminated, told.truncated, told.info))
-            if (told.terminated | told.truncated).all():
-                seen.append(pool.reset(np.arange(8) + 8))
-        seen.append(pool.get_state())
-        return seen, str(pool.observation_space)
+            seen.append((told.reward, told.terminated, told.truncated, told.info, told.observation))
+            over = told.terminated | told.truncated
+            seen.append(pool.reset(np.arange(count) + count * (number + 1), over) if over.any() else told.observation)
+        return seen, pool.get_state(), str(pool.observation_space)
     finally:
         pool.close()
 
@@ -66,7 +81,7 @@ def add(prompt):
 
 def of_task(id, folder):
     """The walk over the options of one environment."""
-    base, values = TASKS[id], dict(VALUES)
+    base, values = TASKS[id], VALUES | GAMES.get(id, {})
     if "Jsonl" in id:
         base, values["path"] = {"path": problems(folder, 7)}, problems(folder, 11)
     if "Peg" in id:
@@ -86,7 +101,7 @@ def problems(folder, answer):
 
 def demonstrate(id, options, situation):
     """What a demonstrator does in twelve steps."""
-    pool = make_pool(id, 4, options={} if "Text" in id else {"num_threads": 1})
+    pool = make_pool(id, 4, options={"observation": "state"} if id in GAMES else {})
     demonstrator, rng, done = make_demonstrator(id, **options), np.random.default_rng(0), []
     try:
         observation = pool.reset(np.arange(4))

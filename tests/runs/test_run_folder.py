@@ -245,7 +245,7 @@ def test_what_is_still_to_come_may_be_changed(run, change, words):
     ("change", "named"),
     [
         (lambda s: s[2]["finetune"].update(decisions=200), "decisions: 200"),
-        (lambda s: s[2]["finetune"]["objective"].update(batch_size=64), "batch_size: 64"),
+        (lambda s: s[2]["finetune"].update(objective={"id": "sac", "batch_size": 64}), "batch_size: 64"),
         (lambda s: s[1]["pretrain"].update(updates=80), "updates: 80"),
         (lambda s: s[0]["demonstrate"].update(episodes=8), "episodes: 8"),
         (lambda s: s.pop(0), "demonstrate"),
