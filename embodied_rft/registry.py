@@ -33,16 +33,17 @@ KINDS = ("agent", "objective", "demonstrator", "stage", "credit", "reward", "log
 _tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 
 
-def register(kind: str, id: str) -> Callable[[T], T]:
-    """Decorator of classes and functions: make the target known under `id`. A second target for an id raises."""
+def register(kind: str, *ids: str) -> Callable[[T], T]:
+    """Decorator of classes and functions: make the target known under `ids`. A second target for an id raises."""
     if kind not in _tables:
         raise UserError(f"unknown kind of plug-in {kind!r}; {nearest(kind, KINDS)}")
 
     def add(target: T) -> T:
-        known = _tables[kind].get(id)
-        if known is not None and _name(known) != _name(target):
-            raise UserError(f"{kind} {id!r} is registered twice: {known!r} and {target!r}. Choose another id.")
-        _tables[kind][id] = target
+        for id in ids:
+            known = _tables[kind].get(id)
+            if known is not None and _name(known) != _name(target):
+                raise UserError(f"{kind} {id!r} is registered twice: {known!r} and {target!r}. Choose another id.")
+            _tables[kind][id] = target
         return target
 
     return add

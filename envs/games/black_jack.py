@@ -108,8 +108,7 @@ def _name(card: int) -> str:
     return drawing.RANKS[(card - 1) % 13]
 
 
-@register("demonstrator", "embodied_rft/BlackJack-v0")
-@register("demonstrator", "black_jack")
+@register("demonstrator", "black_jack", "embodied_rft/BlackJack-v0")
 class BlackJackPlayer(Player):
     """The best play against a dealer who stands on 17 (Sutton & Barto 2018, fig. 5.2).
 

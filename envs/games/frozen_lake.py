@@ -111,8 +111,7 @@ def distances(maps: np.ndarray) -> np.ndarray:
     return steps
 
 
-@register("demonstrator", "embodied_rft/FrozenLake-v0")
-@register("demonstrator", "frozen_lake")
+@register("demonstrator", "frozen_lake", "embodied_rft/FrozenLake-v0")
 class FrozenLakePlayer(Player):
     """Walks a shortest way, or, where ice is slippery, what value iteration says.
 

@@ -121,8 +121,7 @@ class GeneralPoints(Game):
         return f"Cards: {cards}\nAnswers left: {now['left'][0]}" + (f"\nThe last answer: {said}" if said else "")
 
 
-@register("demonstrator", "embodied_rft/GeneralPoints-v0")
-@register("demonstrator", "general_points")
+@register("demonstrator", "general_points", "embodied_rft/GeneralPoints-v0")
 class GeneralPointsPlayer(Player):
     """Solves the hand.
 

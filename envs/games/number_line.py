@@ -70,8 +70,7 @@ class NumberLine(Game):
         return f"Target: {now['target'][0]}\nCurrent: {now['current'][0]}"
 
 
-@register("demonstrator", "embodied_rft/NumberLine-v0")
-@register("demonstrator", "number_line")
+@register("demonstrator", "number_line", "embodied_rft/NumberLine-v0")
 class NumberLinePlayer(Player):
     """Walks towards the target.
 

@@ -229,8 +229,7 @@ class PointsPlayer(Player):
         return len(self._words("rank" if state[0, 0] else "ten"))
 
 
-@register("demonstrator", "embodied_rft/EZPoints-v0")
-@register("demonstrator", "ez_points")
+@register("demonstrator", "ez_points", "embodied_rft/EZPoints-v0")
 class EZPointsPlayer(PointsPlayer):
     """Finds a formula of two cards and writes it word by word.
 
@@ -241,8 +240,7 @@ class EZPointsPlayer(PointsPlayer):
     game = EZPoints
 
 
-@register("demonstrator", "embodied_rft/Points24-v0")
-@register("demonstrator", "points_24")
+@register("demonstrator", "points_24", "embodied_rft/Points24-v0")
 class Points24Player(PointsPlayer):
     """Finds a formula of four cards and writes it word by word; what cannot be solved it ends at once.
 

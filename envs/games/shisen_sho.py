@@ -140,8 +140,7 @@ class ShisenSho(Game):
         return "\n".join(" | ".join(names[kind] for kind in line) for line in now["board"][0])
 
 
-@register("demonstrator", "embodied_rft/ShisenSho-v0")
-@register("demonstrator", "shisen_sho")
+@register("demonstrator", "shisen_sho", "embodied_rft/ShisenSho-v0")
 class ShisenShoPlayer(Player):
     """Searches for an order that clears the board, and remembers it; finds it none, it takes what comes first.
 

@@ -168,8 +168,7 @@ class Sokoban(Game):
         return "\n".join("".join(SIGNS[kind] for kind in line) for line in self.symbols(now).reshape(self.size, -1))
 
 
-@register("demonstrator", "embodied_rft/Sokoban-v0")
-@register("demonstrator", "sokoban")
+@register("demonstrator", "sokoban", "embodied_rft/Sokoban-v0")
 class SokobanPlayer(Player):
     """Walks a shortest solution (breadth first), and remembers it; where there is none, it walks left.
 

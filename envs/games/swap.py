@@ -150,8 +150,7 @@ class Swap(Game):
         return f"{board}\nScore: {now['score'][0]} of {self.goal}"
 
 
-@register("demonstrator", "embodied_rft/Swap-v0")
-@register("demonstrator", "swap")
+@register("demonstrator", "swap", "embodied_rft/Swap-v0")
 class SwapPlayer(Player):
     """Makes the swap that takes most tiles at once.
 

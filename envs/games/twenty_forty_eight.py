@@ -129,8 +129,7 @@ def _spawn(board: np.ndarray, rows: np.ndarray, dice: Dice) -> None:
         flat[rows, place] = np.where(luck[:, 1] < 0.9, 1, 2)
 
 
-@register("demonstrator", "embodied_rft/TwentyFortyEight-v0")
-@register("demonstrator", "2048")
+@register("demonstrator", "2048", "embodied_rft/TwentyFortyEight-v0")
 class TwentyFortyEightPlayer(Player):
     """Looks two moves ahead: large tiles in a row along the edge, many empty squares.
 

@@ -1,8 +1,7 @@
 """Scripted demonstrators: memoryless closed-loop controllers over a batch of observations, with a noise knob.
 
-They read nothing but the policy's own observation, so they can label any state. Found by id:
-`registry.find("demonstrator", "fetch_pick_and_place")`, or under the id of the environment that they solve
-(`demonstrator_for`).
+They read nothing but the policy's own observation, so they can label any state. Found by id, or under the id of the
+environment that they solve.
 
 Shapes: N environments; observations as in `FetchTask`; lengths in metres.
 """
@@ -10,25 +9,22 @@ Shapes: N environments; observations as in `FetchTask`; lengths in metres.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import numpy as np
 
-from embodied_rft import registry
 from embodied_rft.names import UserError
+from embodied_rft.registry import register
 
 TABLE_HEIGHT = 0.42  # of the gripper when its fingers nearly touch the table
 DECISION = 0.04  # seconds; observed velocities are displacements in one decision
 
 
-class FetchDemonstrator:
-    """What the four share: clip to [-1, 1], add Gaussian noise, clip again.
+class Scripted:
+    """What they share: clip to [-1, 1], add Gaussian noise, clip again.
 
     Args:
         noise: standard deviation of the noise on every action dimension (an action spans [-1, 1]); 0 is deterministic.
     """
-
-    for_env: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, noise: float = 0.0) -> None:
         if not noise >= 0.0:
@@ -47,16 +43,13 @@ class FetchDemonstrator:
         raise NotImplementedError
 
 
-@registry.register("demonstrator", "fetch_reach")
-class FetchReachDemonstrator(FetchDemonstrator):
+@register("demonstrator", "fetch_reach", "embodied_rft/FetchReach-v0")
+class FetchReachDemonstrator(Scripted):
     """Straight to the goal.
 
     Args:
-        noise: as in `FetchDemonstrator`.
         gain: action per metre (20 would cover the distance in one decision).
     """
-
-    for_env = ("embodied_rft/FetchReach-v0",)
 
     def __init__(self, *, noise: float = 0.0, gain: float = 10.0) -> None:
         super().__init__(noise=noise)
@@ -68,17 +61,14 @@ class FetchReachDemonstrator(FetchDemonstrator):
         return np.concatenate([self.gain * error, np.zeros((len(error), 1))], axis=1)
 
 
-@registry.register("demonstrator", "fetch_pick_and_place")
-class FetchPickAndPlaceDemonstrator(FetchDemonstrator):
+@register("demonstrator", "fetch_pick_and_place", "embodied_rft/FetchPickAndPlace-v0")
+class FetchPickAndPlaceDemonstrator(Scripted):
     """Hover over the block with open fingers, descend, shut, carry it to the goal.
 
     Args:
-        noise: as in `FetchDemonstrator`.
         gain: action per metre.
         close_within: shut the fingers when the block's centre is this near to the grip point, metres.
     """
-
-    for_env = ("embodied_rft/FetchPickAndPlace-v0",)
 
     def __init__(self, *, noise: float = 0.0, gain: float = 6.0, close_within: float = 0.022) -> None:
         super().__init__(noise=noise)
@@ -97,17 +87,14 @@ class FetchPickAndPlaceDemonstrator(FetchDemonstrator):
         return np.concatenate([self.gain * target, np.where(near, -1.0, 1.0)[:, None]], axis=1)
 
 
-@registry.register("demonstrator", "fetch_push")
-class FetchPushDemonstrator(FetchDemonstrator):
+@register("demonstrator", "fetch_push", "embodied_rft/FetchPush-v0")
+class FetchPushDemonstrator(Scripted):
     """Go over the block to the side away from the goal, descend, push straight.
 
     Args:
-        noise: as in `FetchDemonstrator`.
         gain: action per metre.
         speed: largest action while pushing.
     """
-
-    for_env = ("embodied_rft/FetchPush-v0",)
 
     def __init__(self, *, noise: float = 0.0, gain: float = 15.0, speed: float = 0.7) -> None:
         super().__init__(noise=noise)
@@ -129,8 +116,8 @@ class FetchPushDemonstrator(FetchDemonstrator):
         return np.where(view.distance < 0.02, 0.0, action)
 
 
-@registry.register("demonstrator", "fetch_slide")
-class FetchSlideDemonstrator(FetchDemonstrator):
+@register("demonstrator", "fetch_slide", "embodied_rft/FetchSlide-v0")
+class FetchSlideDemonstrator(Scripted):
     """Line up behind the puck, hit it as hard as the distance asks for, let go.
 
     How hard the puck is hit depends on where in a decision the fingers meet it, which a controller of one action in
@@ -138,11 +125,8 @@ class FetchSlideDemonstrator(FetchDemonstrator):
     at the goal (seeds 60000 to 60199) and half pass it: demonstrations to improve on, not to imitate.
 
     Args:
-        noise: as in `FetchDemonstrator`.
         gain: action per metre.
     """
-
-    for_env = ("embodied_rft/FetchSlide-v0",)
 
     def __init__(self, *, noise: float = 0.0, gain: float = 16.6) -> None:
         super().__init__(noise=noise)
@@ -188,13 +172,3 @@ class _Line:
 def _norm(vectors: np.ndarray) -> np.ndarray:
     """Lengths [N, 1] of vectors [N, D]."""
     return np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def demonstrator_for(env_id: str) -> type[FetchDemonstrator]:
-    """The demonstrator class of an environment. Raises ValueError with the nearest id that has one."""
-    return registry.find("demonstrator", env_id)
-
-
-for _cls in (FetchReachDemonstrator, FetchPushDemonstrator, FetchSlideDemonstrator, FetchPickAndPlaceDemonstrator):
-    for _env_id in _cls.for_env:
-        registry.register("demonstrator", _env_id)(_cls)

@@ -18,9 +18,10 @@ import mujoco
 import numpy as np
 from gymnasium.spaces import Box, Dict
 
-from embodied_rft import registry
+from embodied_rft.envs.manipulation.demonstrators import Scripted
 from embodied_rft.envs.manipulation.task import Camera, Observation, Task
 from embodied_rft.names import UserError, nearest
+from embodied_rft.registry import register
 
 ENV_ID = "embodied_rft/PegInsert-v0"
 MODEL_PATH = Path(__file__).parent / "assets" / "peg_insert.xml"
@@ -218,39 +219,31 @@ def fixture_pose(goal: np.ndarray) -> np.ndarray:
     return np.stack([goal[:, 0], goal[:, 1], zero, np.cos(half), zero, zero, np.sin(half)], axis=1)
 
 
-@registry.register("demonstrator", ENV_ID)
-@registry.register("demonstrator", "peg_insert")
-class PegInsertDemonstrator:
+@register("demonstrator", "peg_insert", ENV_ID)
+class PegInsertDemonstrator(Scripted):
     """Scripted insertion over a batch, closed loop and without memory.
 
     The peg comes down over the hole in a funnel: as long as it is `e` off (metres, a wrong yaw counting as the way of
     the peg's faces), it stays `funnel * (e - tolerance)` above the block, and goes in once `e` is below `tolerance`.
 
     Args:
-        noise: standard deviation of the Gaussian noise added to the action, which is clipped before and after.
         gain: how much of an error one command asks for; above 1 to overcome the friction of the joints.
         tolerance: error below which the peg goes down into the hole, metres.
         funnel: slope of the funnel, height over error.
     """
 
-    for_env = (ENV_ID,)
-
     def __init__(
         self, *, noise: float = 0.0, gain: float = 2.0, tolerance: float = 0.0006, funnel: float = 1.0
     ) -> None:
-        if not noise >= 0:
-            raise UserError(f"noise is {noise!r}; expected a standard deviation >= 0, for example 0.4")
-        self.noise, self.gain, self.tolerance, self.funnel = noise, gain, tolerance, funnel
+        super().__init__(noise=noise)
+        self.gain, self.tolerance, self.funnel = gain, tolerance, funnel
 
-    def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-        """Actions [K, 4] float32 for {"observation": [K, 18]}; `rng` is drawn from only if there is noise."""
+    def command(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """[K, 4] for {"observation": [K, 18]}."""
         delta = np.asarray(observation["observation"], dtype=np.float64)[:, :4] * OBSERVATION_UNITS[:4]
         height = -delta[:, 2]  # of the peg above the block
         error = np.sqrt(delta[:, 0] ** 2 + delta[:, 1] ** 2) + PEG_HALF_WIDTH * np.abs(delta[:, 3])
         hover = np.minimum(self.funnel * (error - self.tolerance) + 0.0005, 0.03)
         inserting = (error <= self.tolerance) | (height < -0.001)
         delta[:, 2] = np.where(inserting, -HOLE_DEPTH - 0.005, hover) - height
-        action = np.clip(self.gain * delta / ACTION_SCALE, -1.0, 1.0)
-        if self.noise:
-            action = np.clip(action + rng.normal(0.0, self.noise, size=action.shape), -1.0, 1.0)
-        return action.astype(np.float32)
+        return self.gain * delta / ACTION_SCALE

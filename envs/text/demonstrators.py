@@ -15,16 +15,13 @@ from embodied_rft.names import UserError
 from embodied_rft.registry import register
 
 
-@register("demonstrator", "embodied_rft/TextSum-v0")
-@register("demonstrator", "text_sum")
+@register("demonstrator", "text_sum", "embodied_rft/TextSum-v0")
 class SumDemonstrator:
     """Adds the numbers in the prompt.
 
     Args:
         noise: share of replies that are off by one, in [0, 1].
     """
-
-    for_env = ("embodied_rft/TextSum-v0",)
 
     def __init__(self, *, noise: float = 0.0) -> None:
         if not 0 <= noise <= 1:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embodied_rft.envs  # registers
+from embodied_rft import registry
 from embodied_rft.envs.manipulation import demonstrators
 from embodied_rft.envs.manipulation.fetch import VARIANTS, FetchSimulation, FetchTask
 from embodied_rft.envs.manipulation.simulation import Simulation
@@ -373,7 +374,7 @@ def test_demonstrators_are_memoryless_and_seeded():
 
 def test_a_demonstrator_is_found_by_the_id_of_its_environment():
     for name, cls in DEMONSTRATORS.items():
-        assert demonstrators.demonstrator_for(f"embodied_rft/Fetch{name}-v0") is cls
+        assert registry.find("demonstrator", f"embodied_rft/Fetch{name}-v0") is cls
 
 
 # The base, with a task of one joint ----------------------------------------

@@ -348,7 +348,6 @@ def test_dense_reward_rises_with_every_step_of_the_way():
 
 def test_demonstrator_is_found_and_solves_training_seeds():
     assert registry.find("demonstrator", ENV_ID) is registry.find("demonstrator", "peg_insert") is PegInsertDemonstrator
-    assert ENV_ID in PegInsertDemonstrator.for_env
     assert succeed(0.0, list(range(60))).mean() >= 0.95
 
 

@@ -60,8 +60,6 @@ class WalkToDot(gymnasium.Env):
 class Walker:
     """Straight to the dot, with Gaussian noise on the action."""
 
-    for_env = (ID,)
-
     def __init__(self, *, noise=0.0):
         self.noise = noise
 
