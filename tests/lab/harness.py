@@ -36,11 +36,12 @@ class Lab:
     """One agent, one buffer, one task; each method is what a stage of a recipe does.
 
     `tamper(batch)` may break every batch before the learner sees it: that is how most broken twins are made.
+    `make(num_envs, purpose=..., **task)` gives a pool of the task.
     """
 
-    def __init__(self, agent, *, capacity=30_000, num_envs=16, seed=0, tamper=None, **task):
-        self.pool = PointReach(num_envs, **task)
-        self.judge = PointReach(50, purpose="evaluation", **task)
+    def __init__(self, agent, *, capacity=30_000, num_envs=16, seed=0, tamper=None, make=PointReach, **task):
+        self.pool = make(num_envs, purpose="training", **task)
+        self.judge = make(50, purpose="evaluation", **task)
         self.seed, self.capacity, self.tamper = seed, capacity, tamper
         self.rng = torch.Generator().manual_seed(seed)
         self.numbers = np.random.default_rng(seed)

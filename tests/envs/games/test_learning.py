@@ -1,0 +1,47 @@
+"""A small policy learns a game by PPO in seconds, from its symbols; with the wrong credit it does not."""
+
+import pytest
+import torch
+
+from embodied_rft.learning.learner import LearnerConfig
+from embodied_rft.pools.pool import make_pool
+from tests.lab.harness import Lab, fails, require
+
+pytestmark = pytest.mark.learning
+
+PPO = {"id": "ppo", "gamma": 0.9, "num_epochs": 4, "batch_size": 128, "value_hidden": [32]}
+CATEGORICAL = {"id": "categorical", "hidden": [32], "last_gain": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def number_line(num_envs, *, purpose):
+    options = {"observation": "state", "max_position": 7}
+    return make_pool("embodied_rft/NumberLine-v0", num_envs, options=options, purpose=purpose)
+
+
+def learns(*, tamper=None):
+    lab = Lab(CATEGORICAL, make=number_line, tamper=tamper)
+    lab.objective(PPO, LearnerConfig(learning_rate=3e-3))
+    require(lab.success() < 0.7, "it must not know the way yet")
+    lab.finetune(rounds=10, decisions=512, updates=None)
+    assert lab.success() >= 0.95
+
+
+def with_the_credit_of_others(batch):
+    batch.notes = {**batch.notes, "advantage": batch.notes["advantage"].roll(len(batch) // 2 + 1, 0)}
+    return batch
+
+
+def test_ppo_learns_number_line():
+    learns()
+
+
+def test_ppo_with_the_credit_of_others_does_not():
+    fails(learns, tamper=with_the_credit_of_others)
