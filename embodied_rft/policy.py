@@ -22,7 +22,8 @@ from embodied_rft.networks.encoder import Encoder, Features
 from embodied_rft.networks.tensors import as_tensors
 from embodied_rft.networks.trainable import WORDS, LoraOptions, Train, adapters_of, add_adapters, freeze, linear_layers
 from embodied_rft.options import validate_plugin_config
-from embodied_rft.pools.chunks import Chunk, Planner, step_space
+from embodied_rft.pools.chunks import Chunk, ChunkPool, Planner, QueuedPool, step_space
+from embodied_rft.pools.protocol import Pool
 from embodied_rft.pools.spaces import check_action_space
 from embodied_rft.tokens.prefix_tree import Usage
 
@@ -108,6 +109,12 @@ class Policy(nn.Module):
     def planner(self) -> Planner | None:
         """Who plans the steps that it sees as the observation "base_action"; None: nobody."""
         return None
+
+    def fit_pool(self, pool: Pool) -> Pool:
+        """A pool of single steps as one of its decisions: steps, chunks, or steps along a plan."""
+        if self.planner is not None:
+            return QueuedPool(pool, self.planner)
+        return pool if self.chunk.horizon == 1 else ChunkPool(pool, **vars(self.chunk))
 
 
 class Adapter(Policy):

@@ -14,10 +14,9 @@ from embodied_rft import registry
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.names import UserError
 from embodied_rft.objectives import build_objective
-from embodied_rft.options import STRICT, parse_stages
+from embodied_rft.options import STRICT, parse_stages, walk
 from embodied_rft.policy import build_policy
 from embodied_rft.runs.sinks import make_plugin_sink
-from embodied_rft.runs.walk import walk
 from tests.lab import ROOT
 
 BOX = gymnasium.spaces.Box(-1, 1, (2,), np.float32)

@@ -272,26 +272,3 @@ class QueuedPool(Around):
         before = torch.from_numpy(np.array(state["queue/rng"]))
         if before.shape == self.rng.get_state().shape:  # else it was on another kind of device
             self.rng.set_state(before)
-
-
-# --- which pool a policy needs -----------------------------------------------------------------------------------
-
-
-class Decides(Protocol):
-    """A policy, as far as pools know one."""
-
-    @property
-    def chunk(self) -> Chunk:
-        """What a decision is."""
-
-    @property
-    def planner(self) -> Planner | None:
-        """Who plans the steps that it sees."""
-
-
-def fit_pool(pool: Pool, policy: Decides) -> Pool:
-    """A pool of single steps as one of the policy's decisions: steps, chunks, or steps along a plan."""
-    if policy.planner is not None:
-        return QueuedPool(pool, policy.planner)
-    chunk = policy.chunk
-    return pool if chunk.horizon == 1 else ChunkPool(pool, horizon=chunk.horizon, execute=chunk.execute)

@@ -58,7 +58,9 @@ def evaluate_run(
             act = session.actor(greedy=True, rng=evaluation_generator(sheet=sheet))
             name = "policy, evaluated again" if changed.id == own.id else f"policy in {changed.id}"
             name = name if checkpoint == "newest" else f"{checkpoint} {name}"
-            outcome = evaluate(act, session.fit(pool), evaluation_seeds(episodes, sheet=sheet), name=name)
+            outcome = evaluate(
+                act, session.agent.policy.fit_pool(pool), evaluation_seeds(episodes, sheet=sheet), name=name
+            )
         finally:
             pool.close()
         slug = ("again" if changed.id == own.id else changed.id).replace("/", "-")

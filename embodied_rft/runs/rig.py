@@ -22,7 +22,7 @@ from embodied_rft.experience.collect import action_field
 from embodied_rft.experience.recut import chunk_trajectories
 from embodied_rft.learning.agent import Agent, Spaces
 from embodied_rft.policy import Policy, Refuses, Retraces, able
-from embodied_rft.pools.chunks import Chunk, fit_pool
+from embodied_rft.pools.chunks import Chunk
 from embodied_rft.pools.described import DescribedPool, Description, describe_pool
 from embodied_rft.pools.making import make_single
 from embodied_rft.pools.pool import num_envs_for, open_pool
@@ -75,12 +75,8 @@ class Rig:
     def pool(self, purpose: Purpose) -> Pool:
         """The environments as the current policy acts in them."""
         if purpose not in self._fitted:
-            self._fitted[purpose] = self.fit(self.step_pool(purpose))
+            self._fitted[purpose] = self.agent.policy.fit_pool(self.step_pool(purpose))
         return self._fitted[purpose]
-
-    def fit(self, pool: Pool) -> Pool:
-        """A pool of single steps as one of the current policy's decisions: steps, chunks, or steps along a plan."""
-        return fit_pool(pool, self.agent.policy)
 
     def leave_out_unreadable(self) -> None:
         """Initial states that the policy cannot read are refused now, or left out, and counted, if it says so."""

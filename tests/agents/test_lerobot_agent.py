@@ -12,7 +12,7 @@ from torch import nn
 
 from embodied_rft.networks.tensors import as_tensors
 from embodied_rft.policy import build_policy
-from embodied_rft.pools.chunks import ChunkBox, ChunkPool, fit_pool
+from embodied_rft.pools.chunks import ChunkBox, ChunkPool
 from embodied_rft.testing.check_policy import check_policy
 from tests.lab.point import PointReach
 
@@ -151,7 +151,7 @@ def test_it_is_a_base_for_chunks_and_for_residuals(tmp_path):
     assert result.info["env_steps"].tolist() == [2] * 3
     spec = {"id": "residual", "base": {"id": "queued", "base": base}, "hidden": [16], "scale": 0.1}
     residual = build_policy(spec, *spaces, rng)
-    queued = fit_pool(pool, residual)
+    queued = residual.fit_pool(pool)
     observation = queued.reset(np.arange(3))
     planned = residual.base.base.mode(as_tensors({"observation": observation["observation"]}))[:, :2]
     taken = residual.act(observation, rng=rng)

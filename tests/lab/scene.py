@@ -15,7 +15,6 @@ from embodied_rft.data import Decisions, Source
 from embodied_rft.experience.collect import Collector, action_field
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.objective import fit_normalizers
-from embodied_rft.pools.chunks import fit_pool
 from embodied_rft.pools.protocol import fields_of
 from tests.lab.point import PointReach
 
@@ -90,7 +89,7 @@ class PaidForGoals(gym.Env):
 def make_agent(spec, pool, seed=0):
     """The agent, and the pool as it acts there."""
     agent = build_agent(spec, pool.observation_space, pool.action_space, torch.Generator().manual_seed(seed))
-    return agent, fit_pool(pool, agent.policy)
+    return agent, agent.policy.fit_pool(pool)
 
 
 def experience(agent, pool, *, episodes=48, demonstrations=8, rewards=("env", "success"), group_size=4):

@@ -13,7 +13,7 @@ from embodied_rft.experience.recut import chunk_trajectories
 from embodied_rft.learning.agent import build_agent, wrap_policy
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
-from embodied_rft.pools.chunks import ChunkPool, fit_pool
+from embodied_rft.pools.chunks import ChunkPool
 from tests.lab.point import PointDemonstrator, PointReach
 
 pytestmark = pytest.mark.learning
@@ -41,7 +41,7 @@ class Lab:
         self.seed, self.rng, self.numbers = seed, torch.Generator().manual_seed(seed), np.random.default_rng(seed)
         pool, judge = PointReach(16), PointReach(50, purpose="evaluation")
         self.agent = build_agent(spec, pool.observation_space, pool.action_space, self.rng)
-        self.pool, self.judge = (fit_pool(each, self.agent.policy) for each in (pool, judge))
+        self.pool, self.judge = (self.agent.policy.fit_pool(each) for each in (pool, judge))
         self.new_buffer()
 
     def new_buffer(self):

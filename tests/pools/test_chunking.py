@@ -21,7 +21,7 @@ from embodied_rft.networks.tensors import as_tensors
 from embodied_rft.objectives.common import imitation
 from embodied_rft.options import STRICT
 from embodied_rft.policy import Policy, build_policy
-from embodied_rft.pools.chunks import BASE_ACTION, Chunk, ChunkBox, ChunkPool, QueuedPool, fit_pool
+from embodied_rft.pools.chunks import BASE_ACTION, Chunk, ChunkBox, ChunkPool, QueuedPool
 from embodied_rft.pools.pool import make_pool
 from embodied_rft.pools.protocol import StepResult
 from embodied_rft.testing.check_policy import check_policy
@@ -194,7 +194,7 @@ def test_a_policy_says_which_pool_it_needs(spec, chunk, kind):
     pool = reach()
     policy = build_policy(spec, pool.observation_space, pool.action_space, generator())
     assert policy.chunk == chunk
-    assert type(fit_pool(pool, policy)) is kind
+    assert type(policy.fit_pool(pool)) is kind
 
 
 def test_an_option_called_horizon_alone_makes_no_chunks(monkeypatch):
@@ -209,7 +209,7 @@ def test_an_option_called_horizon_alone_makes_no_chunks(monkeypatch):
     monkeypatch.setitem(registry._tables["agent"], "looks", Looks)
     pool = reach()
     policy = build_policy({"id": "looks"}, pool.observation_space, pool.action_space, generator())
-    assert policy.chunk == Chunk() and fit_pool(pool, policy) is pool
+    assert policy.chunk == Chunk() and policy.fit_pool(pool) is pool
 
 
 # --- QueuedPool and the residual on it -----------------------------------------------------------------------------
@@ -310,9 +310,9 @@ def test_residual_corrects_every_step_of_a_planned_chunk():
     agent.policy = wrap_policy("queued", agent, generator(1))
     residual = wrap_policy("residual", agent, generator(2), hidden=[32, 32], scale=0.2)
     assert residual.planner is residual.base
-    pool = fit_pool(reach(num_steps=50), residual)
+    pool = residual.fit_pool(reach(num_steps=50))
     observation = pool.reset(SEEDS)
-    again = fit_pool(reach(num_steps=50), residual).reset(SEEDS)
+    again = residual.fit_pool(reach(num_steps=50)).reset(SEEDS)
     np.testing.assert_array_equal(observation[BASE_ACTION], again[BASE_ACTION])  # equal seeds, equal plans
     plan = pool._queue
     for step in range(3):
