@@ -8,7 +8,8 @@ from embodied_rft.learning.agent import build_agent
 from embodied_rft.options import ConfigError
 from embodied_rft.runs.recipe import dump_recipe, load_recipe, recipe_names
 from embodied_rft.train import train
-from tests.agents.test_agents import ACTION, STATE, generator
+from tests.agents.test_agents import ACTION, STATE
+from tests.lab.draws import generator
 
 SMALL = {
     "episodes": 8,  # a whole group

@@ -15,6 +15,7 @@ from embodied_rft.networks.tensors import as_tensors
 from embodied_rft.objectives import build_objective
 from embodied_rft.policy import build_policy
 from embodied_rft.pools.chunks import ChunkBox
+from tests.lab.draws import generator
 from tests.lab.point import random_batch
 
 STATE = gym.spaces.Box(-np.inf, np.inf, (6,))
@@ -43,10 +44,6 @@ SPECS = {
 }
 READS = {"keys": ["state", "goal", "image/front"]}  # of PIXELS: all but the text
 each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def observations(space, count, seed=0):

@@ -12,8 +12,9 @@ from embodied_rft.data import Ragged
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import LearnerConfig
 from embodied_rft.tokens.generation import Sampling, draw
-from tests.agents.test_families import LONG, REPLY, SPACE, language, rng, seen, vision
+from tests.agents.test_families import LONG, REPLY, SPACE, language, seen, vision
 from tests.lab import helpers_vla
+from tests.lab.draws import generator as rng
 from tests.lab.families import write_vlm
 
 

@@ -24,8 +24,8 @@ from embodied_rft.runs.recipe import Recipe
 from embodied_rft.runs.session import Interrupted, Session
 from embodied_rft.testing.check_policy import check_policy
 from embodied_rft.train import train
-from tests.agents.test_agents import generator
 from tests.lab import chain_env
+from tests.lab.draws import generator
 from tests.lab.point import random_batch
 
 STATE = spaces.Box(-np.inf, np.inf, (4,), np.float32)

@@ -17,6 +17,7 @@ from embodied_rft.networks.tensors import as_tensors
 from embodied_rft.policy import build_policy
 from embodied_rft.pools.chunks import ChunkBox
 from embodied_rft.testing.check_policy import check_policy
+from tests.lab.draws import generator
 
 STATE = gym.spaces.Box(-1, 1, (3,))
 UNIT = gym.spaces.Box(-1, 1, (2,))
@@ -33,10 +34,6 @@ CHAINS = {
 SPECS = {**CHAINS, "last steps": {"id": "last_steps", "base": CHAINS["ddpm"], "num_steps": 2}}
 each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 each_chain = pytest.mark.parametrize("spec", CHAINS.values(), ids=CHAINS)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def build(spec, *, action_space=UNIT, seed=0):

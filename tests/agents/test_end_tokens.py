@@ -3,18 +3,14 @@
 import gymnasium
 import numpy as np
 import pytest
-import torch
 
 from embodied_rft.agents.models.causal_lm import CausalLM
 from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm, tiny_tokenizer
 from embodied_rft.learning.agent import build_agent
+from tests.lab.draws import generator as rng
 
 TEXT = gymnasium.spaces.Text(200)
 SPACE = gymnasium.spaces.Dict({"prompt": TEXT})
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 TEXT_END, TURN_END, OTHER_END = "<|endoftext|>", "<|im_end|>", "<|eot_id|>"

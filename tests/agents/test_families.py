@@ -8,6 +8,7 @@ import torch
 from embodied_rft.data import Ragged
 from embodied_rft.networks.tensors import as_tensors
 from embodied_rft.policy import build_policy, tune
+from tests.lab.draws import generator as rng
 from tests.lab.families import DECODERS, HYBRIDS, TEXT, VISION, write_decoder, write_vlm
 
 REPLY = gym.spaces.Text(200)
@@ -21,10 +22,6 @@ SEEN = gym.spaces.Dict(
         "prompt": gym.spaces.Text(40),
     }
 )
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def language(folder, **options):

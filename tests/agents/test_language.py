@@ -19,14 +19,11 @@ from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
 from embodied_rft.policy import Values, able
+from tests.lab.draws import generator as rng
 
 TEXT = gymnasium.spaces.Text(200)
 SPACE = gymnasium.spaces.Dict({"prompt": TEXT})
 PROMPTS = ["3+4=", "3+4=", "1+1=", "a much longer prompt than the others", "3+4=", "1+1=", "x"]
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def make(space=SPACE, seed=0, **options):

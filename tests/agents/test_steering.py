@@ -12,6 +12,7 @@ from embodied_rft.objectives import build_objective
 from embodied_rft.policy import build_policy
 from embodied_rft.pools.chunks import ChunkBox
 from embodied_rft.testing.check_policy import check_policy
+from tests.lab.draws import generator
 from tests.lab.point import random_batch
 
 STATE = gym.spaces.Box(-1, 1, (3,))
@@ -23,10 +24,6 @@ BASES = {
 }
 each_base = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 each_kind = pytest.mark.parametrize("deterministic", [False, True], ids=["gaussian", "deterministic"])
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def build(base, **options):

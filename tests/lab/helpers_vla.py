@@ -6,6 +6,7 @@ import torch
 
 from embodied_rft.policy import build_policy
 from embodied_rft.pools.chunks import ChunkBox
+from tests.lab.draws import generator as rng
 
 KINDS = ("qwen2_5_vl", "smolvlm", "paligemma")
 HEADS = ("tokens", "parallel", "flow")
@@ -19,10 +20,6 @@ SPACE = gym.spaces.Dict(
         "instruction": gym.spaces.Text(20),
     }
 )
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def policy(kind="qwen2_5_vl", head="tokens", *, horizon=1, model=None, space=SPACE, step=STEP, seed=0, **options):

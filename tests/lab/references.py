@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
+from tests.lab.draws import generator
 from tests.lab.point import random_batch
 
 STATE = gym.spaces.Box(-np.inf, np.inf, (5,))
@@ -33,10 +34,6 @@ STEERING = {
     "base": {"id": "flow", "num_steps": 2, "width": 16, "num_blocks": 1, "horizon": 1},
 }
 RATE, EPSILON = 1e-2, 1e-3  # a large epsilon: steps depend smoothly on gradients, rounding is not magnified
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 class Reference:

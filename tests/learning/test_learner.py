@@ -13,6 +13,7 @@ from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig, NonFiniteLossError
 from embodied_rft.learning.optimizer import AdamW
 from embodied_rft.objectives import build_objective
+from tests.lab.draws import generator
 from tests.lab.point import random_batch
 
 STATE = gym.spaces.Box(-np.inf, np.inf, (6,))
@@ -28,10 +29,6 @@ OBJECTIVES = {
     "rlpd": ({"id": "rlpd", "num_critics": 3, **CRITIC}, GAUSSIAN),
     "iql": ({"id": "iql", **CRITIC}, GAUSSIAN),
 }
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def batches(seed=0, size=64):

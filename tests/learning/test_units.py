@@ -16,7 +16,8 @@ from embodied_rft.objectives import build_objective
 from embodied_rft.objectives.soft_actor_critic import is_stochastic
 from embodied_rft.pools.chunks import ChunkBox
 from embodied_rft.pools.spaces import ActionBox, ActionScale, check_action_space
-from tests.agents.test_agents import generator, trace_tensors
+from tests.agents.test_agents import trace_tensors
+from tests.lab.draws import generator
 from tests.lab.point import random_batch
 
 STATE = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)

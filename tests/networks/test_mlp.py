@@ -19,10 +19,7 @@ from embodied_rft.names import UserError
 from embodied_rft.networks import fused
 from embodied_rft.networks.fused import GaussianLogProb, GaussianSample
 from embodied_rft.networks.mlp import MLP
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+from tests.lab.draws import generator
 
 
 def layer_by_layer(mlp, x):

@@ -15,8 +15,8 @@ from embodied_rft.options import parse
 from embodied_rft.runs.recipe import Recipe
 from embodied_rft.runs.session import Interrupted, Session
 from embodied_rft.train import train
-from tests.agents.test_agents import generator
 from tests.lab import chain_env
+from tests.lab.draws import generator
 
 STATE = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 SMALL = {"hidden": [16]}

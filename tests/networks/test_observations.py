@@ -15,7 +15,7 @@ from embodied_rft.objectives import build_objective
 from embodied_rft.pools.chunks import ChunkBox
 from embodied_rft.pools.protocol import flatten_space
 from embodied_rft.testing.check_policy import _observations
-from tests.agents.test_agents import generator
+from tests.lab.draws import generator
 
 ACTION = spaces.Box(-1, 1, (2,), np.float32)
 SMALL = {"hidden": [16], "num_image_features": 8}

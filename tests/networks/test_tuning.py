@@ -14,6 +14,7 @@ from embodied_rft.policy import build_policy, tune
 from embodied_rft.pools.chunks import ChunkBox
 from embodied_rft.runs.recipe import load_recipe
 from embodied_rft.train import train
+from tests.lab.draws import generator as rng
 from tests.lab.point import random_batch
 
 STATE = gym.spaces.Dict(
@@ -46,10 +47,6 @@ WORDS = {  # which weights change, by name
     ("vla", "steering"): lambda n: n.startswith("head."),
 }
 OPTIONS = {"residual": SMALL, "steering": SMALL, "last_steps": {"num_steps": 2}}
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def adapt(agent, word, **options):

@@ -17,16 +17,13 @@ from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
 from embodied_rft.pools.chunks import ChunkBox
+from tests.lab.draws import generator
 
 STATE, ACTION = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-1, 1, (2,))
 HORIZON, EXECUTE, STEPS, ROWS = 3, 2, 5, 40
 CHAIN = {"horizon": HORIZON, "execute": EXECUTE, "width": 16, "num_blocks": 1}
 DIFFUSION = {"id": "diffusion", "denoising_steps": STEPS, "min_std": 0.2, **CHAIN}
 FLOW = {"id": "flow", "num_steps": STEPS, "noise": "learned", "min_std": 0.1, "max_std": 0.4, **CHAIN}
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def prepared(agent_spec, spec):

@@ -9,14 +9,11 @@ import torch
 
 from embodied_rft.policy import build_policy
 from embodied_rft.pools.chunks import ChunkBox
+from tests.lab.draws import generator
 
 STATE = gym.spaces.Box(-1, 1, (3,))
 ACTION = gym.spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 1.0], np.float32))
 SMALL = {"width": 32, "num_blocks": 1, "horizon": 2}
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def denoising(policy, data, condition, rng):

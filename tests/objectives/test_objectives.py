@@ -16,6 +16,7 @@ from embodied_rft.objectives import build_objective
 from embodied_rft.objectives.common import preset
 from embodied_rft.objectives.conservative import propose
 from embodied_rft.objectives.soft_actor_critic import SAC, SACConfig
+from tests.lab.draws import generator
 from tests.lab.point import PointReach, random_batch
 
 STATE = gym.spaces.Box(-np.inf, np.inf, (6,))
@@ -23,10 +24,6 @@ ACTION = gym.spaces.Box(-1, 1, (2,))
 SMALL = {"critic_hidden": [32, 32]}
 GAUSSIAN = {"id": "gaussian", "hidden": [32, 32]}
 DETERMINISTIC = GAUSSIAN | {"deterministic": True}
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def batch_of(seed=0, size=40):

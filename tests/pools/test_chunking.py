@@ -26,14 +26,11 @@ from embodied_rft.pools.pool import make_pool
 from embodied_rft.pools.protocol import StepResult
 from embodied_rft.testing.check_policy import check_policy
 from tests.lab import toys  # noqa: F401  registers Corridor-v0
+from tests.lab.draws import generator
 from tests.lab.point import PointReach
 
 BASE = {"id": "diffusion", "horizon": 4, "execute": 3, "denoising_steps": 4, "width": 32}
 SEEDS = np.array([3, 4, 5, 6])
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def reach(num_envs=4, **options):
