@@ -1,6 +1,6 @@
 """How small an error the tests see: edits of the library, one at a time, each with the tests that must then fail.
 
-    python -m benchmarks.mutants [--only TEXT] [--workers 2] [--check]
+    python -m benchmarks.mutants [--only TEXT] [--sample N] [--workers 2] [--check]
 
 `mutants.yaml` beside this file lists them. Every edit is made in a copy of the repository, never in it; an edit that no
 longer applies, or whose tests fail without it, is an error of the list. `--check` only asks whether all of them apply.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -126,10 +127,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only whether all edits apply; the same as --check")
     parser.add_argument("--check", action="store_true", help="only whether all edits apply")
     parser.add_argument("--only", default="", help="those whose text or file holds this")
+    parser.add_argument("--sample", type=int, help="so many of them, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     mutants, console = read(), Console()
     mutants = [m for m in mutants if options.only in m.what or options.only in m.file]
+    if options.sample is not None:
+        mutants = random.Random(options.seed).sample(mutants, min(options.sample, len(mutants)))
     check(mutants)
     if options.quick or options.check:
         print(json.dumps({"benchmark": "mutants", "edits": len(mutants), "late": sum(m.late for m in mutants)}))
