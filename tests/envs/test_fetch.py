@@ -17,6 +17,7 @@ from embodied_rft.envs.manipulation.fetch import VARIANTS, FetchSimulation, Fetc
 from embodied_rft.envs.manipulation.simulation import Simulation
 from embodied_rft.envs.manipulation.task import Task
 from embodied_rft.envs.serving import BatchEnv, BatchVectorEnv
+from embodied_rft.pools.pool import make_pool
 from tests.lab.fetch import batch, one
 
 gymnasium.register_envs(gymnasium_robotics)
@@ -428,3 +429,11 @@ def test_a_new_task_is_a_model_and_four_functions(engine):
 def test_tasks_share_one_compiled_model():
     assert FetchTask("Push").model is FetchTask("Push").model
     assert embodied_rft.envs.__name__ == "embodied_rft.envs"
+
+
+@pytest.mark.parametrize("kind", ["native", "sync"])
+def test_an_environment_says_what_it_reproduces(kind):
+    for id, said in (("FetchReach-v0", "gymnasium_robotics:FetchReach-v4"), ("PegInsert-v0", None)):
+        pool = make_pool(f"embodied_rft/{id}", 1, kind=kind)
+        assert pool.ask("official_id") == said
+        pool.close()
