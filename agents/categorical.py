@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from embodied_rft.agents.parts.actor import NetworkConfig, make_encoder
 from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.names import UserError
-from embodied_rft.networks import critics
+from embodied_rft.networks.mlp import MLP
 from embodied_rft.options import STRICT
 from embodied_rft.policy import Policy, observe, require_rng
 from embodied_rft.pools.spaces import DISCRETE, Choices, what_suits
@@ -57,7 +57,7 @@ class CategoricalPolicy(Policy):
         if config.dueling and self.num_units > 1:
             raise UserError(f"dueling splits the values of one choice, {action_space} has {self.num_units}")
         self.encoder = make_encoder(config, observation_space, rng=rng)
-        self.net = critics.MLP(
+        self.net = MLP(
             self.encoder.size,
             config.hidden,
             sum(self.sizes) + config.dueling,

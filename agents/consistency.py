@@ -43,6 +43,7 @@ class ConsistencyPolicy(ChainPolicy):
     """
 
     Config = ConsistencyConfig
+    config: ConsistencyConfig
     levels: Tensor  # [L] ascending noise widths
     widths: Tensor  # [S + 1] descending noise widths at which sampling steps start, then 0
 

@@ -42,6 +42,7 @@ class DiffusionPolicy(ChainPolicy):
     """
 
     Config = DiffusionConfig
+    config: DiffusionConfig
     kept: Tensor  # [K] share of the signal's variance that is left after each noising step
     times: Tensor  # [S] int64, descending
 

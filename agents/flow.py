@@ -47,6 +47,7 @@ class FlowPolicy(ChainPolicy):
     """One unit for each of the S integration steps. Example: {"id": "flow", "horizon": 8, "num_steps": 4}."""
 
     Config = FlowConfig
+    config: FlowConfig
 
     def __init__(
         self, config: FlowConfig, *, observation_space: Space, action_space: Space, rng: torch.Generator

@@ -105,7 +105,7 @@ class LanguagePolicy(Policy):
                 f"action space {action_space}: this agent answers in text, a Text space is expected. "
                 f"{what_suits(action_space)}"
             )
-        self.config = config
+        self.config, self.leaves_out = config, config.long_prompts == "skip"
         self.key = text_key(observation_space, config.key)
         self.lm: CausalLM = load_model(config.model, dtype=config.dtype, rng=rng)
         self.model = self.lm.model
@@ -214,7 +214,7 @@ class LanguagePolicy(Policy):
         log_prob, _ = self.log_prob(observation, action, trace)
         return -log_prob.sum(1) / torch.from_numpy(trace["reply"].lengths).to(log_prob).clamp_min(1)
 
-    def _complete(self, observation: Tree, action: Sequence[str], trace: Tree) -> dict[str, Ragged]:
+    def _complete(self, observation: Tree, action: Sequence[str], trace: Tree) -> Tree:
         """Prompt and reply ids of every row: the trace's, or those of the texts where a row has none.
 
         A prompt is never empty, so an empty one is what a buffer keeps of a decision that came without a trace.
@@ -226,7 +226,7 @@ class LanguagePolicy(Policy):
             return trace
         shown, said = texts(observation[self.key]), texts(action)
         written = self.retrace({self.key: [shown[row] for row in unknown]}, [said[row] for row in unknown])
-        number = {row: place for place, row in enumerate(unknown)}
+        number = {row: place for place, row in enumerate(unknown.tolist())}
         return {
             name: Ragged.of(
                 [written[name].row(number[row]) if row in number else ids for row, ids in enumerate(trace[name])],
@@ -249,11 +249,6 @@ class LanguagePolicy(Policy):
         if self.key not in observation:
             raise UserError(f"the observation has no text {self.key!r}; it has {', '.join(sorted(observation))}")
         return Ragged.of([self._encode(text, True) for text in texts(observation[self.key])], dtype=np.int64)
-
-    @property
-    def leaves_out(self) -> bool:
-        """Whether prompts that are `unreadable` are left out of a run instead of stopping it."""
-        return self.config.long_prompts == "skip"
 
     def unreadable(self, observation: Tree) -> dict[int, str]:
         """Rows whose prompt this policy cannot answer, and why: it leaves no room for a reply, or is no prompt."""

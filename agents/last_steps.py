@@ -37,6 +37,7 @@ class LastStepsPolicy(Adapter):
     """
 
     Config = LastStepsConfig
+    base: ChainPolicy
     stochastic = False
     spec: dict[str, Any]
 

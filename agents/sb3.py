@@ -169,7 +169,7 @@ class SB3Policy(Policy):
         """SB3 samples from the global generator: lend it a seed from ours, and put it back as it was."""
         seed = int(torch.randint(2**62, (), generator=rng, device=rng.device))
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             distribution = self._distribution(observation)
             return distribution, distribution.sample()
 

@@ -10,6 +10,7 @@ Legend: N environments, B rows, D numbers of a chunk and of its noise.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import gymnasium as gym
@@ -21,7 +22,7 @@ from embodied_rft.agents.parts.actor import ActorConfig, decide, make_actor
 from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
-from embodied_rft.policy import Adapter, FromNoise, able, build_policy, observe, require_rng
+from embodied_rft.policy import Adapter, FromNoise, build_policy, observe, require, require_rng
 from embodied_rft.registry import register
 
 
@@ -50,15 +51,13 @@ class SteeringPolicy(Adapter):
         if not config.scale > 0:
             raise UserError(f"scale {config.scale} of the noise: a positive number is expected")
         self.config = config
-        if able(self.base, FromNoise) is None:
-            raise UserError(
-                f"agent {config.base.get('id')!r} has no noise to steer; diffusion, flow, consistency do, and a "
-                "vla with a flow head"
-            )
-        self.encoder, self.head = make_actor(config, observation_space, action_dim=self.base.size, rng=rng)
+        why = f"agent {config.base.get('id')!r} has no noise to steer"
+        require(self.base, FromNoise, f"{why}; diffusion, flow, consistency do, and a vla with a flow head")
+        self.size = math.prod(self.chunk.space(action_space).shape or ())
+        self.encoder, self.head = make_actor(config, observation_space, action_dim=self.size, rng=rng)
         self.stochastic = not config.deterministic
-        self.noise_space = gym.spaces.Box(-config.scale, config.scale, (self.base.size,))  # what it can choose
-        self.trace_fields = {"u": Field((self.base.size,)), "noise": Field((self.base.size,))}
+        self.noise_space = gym.spaces.Box(-config.scale, config.scale, (self.size,))  # what it can choose
+        self.trace_fields = {"u": Field((self.size,)), "noise": Field((self.size,))}
 
     @torch.no_grad()
     def act(self, observation: Tree, *, greedy: bool = False, rng: torch.Generator | None = None) -> Decisions:
@@ -90,12 +89,12 @@ class SteeringPolicy(Adapter):
 
     def draw_noise(self, count: int, *, rng: torch.Generator) -> Tensor:
         """Noise [count, D] as the base itself would start from, within the bounds of what this policy can choose."""
-        noise = torch.randn((count, self.base.size), generator=rng, device=rng.device)
+        noise = torch.randn((count, self.size), generator=rng, device=rng.device)
         return noise.clamp(-self.config.scale, self.config.scale)
 
     def from_noise(self, observation: Tree, noise: Tensor) -> Tensor:
         """The base's chunk [B, D] for noise [B, D], differentiable in the noise."""
-        return self.base.from_noise(observation, noise)
+        return require(self.base, FromNoise).from_noise(observation, noise)
 
     def rsample(self, observation: Tree, *, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Reparametrised chunk [B, D], differentiable through the base, and the log-probability [B] of its noise."""

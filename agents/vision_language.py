@@ -156,7 +156,8 @@ class VisionLanguagePolicy(Policy):
         context, kind = self._distinct(observation)
         device = context.embeddings.device
         if not len(replies.values):
-            return tuple(context.embeddings.new_zeros((len(replies), 0), dtype=torch.float32) for _ in range(2))
+            nothing = context.embeddings.new_zeros((len(replies), 0), dtype=torch.float32)
+            return nothing, nothing
         ids, mask = (torch.from_numpy(part).to(device) for part in replies.pad(0))
         hidden = self.vlm.continued(context, self.vlm.model.get_input_embeddings()(ids[:, :-1]), kind)
         flat = token_log_probs(hidden[mask], ids[mask], self.lm.head(self.config.temperature))

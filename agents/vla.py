@@ -30,7 +30,8 @@ from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.device import drawn_on
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks import critics
-from embodied_rft.networks.encoder import Encoder, Normalize, cameras, is_image
+from embodied_rft.networks.encoder import Encoder, Features, Normalize, cameras, is_image
+from embodied_rft.networks.mlp import MLP
 from embodied_rft.networks.trainable import LoraOptions, Train, refuse_idle_beside
 from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import FromNoise, HasMode, Policy, Reparametrised, Retraces, Values, able, observe, require_rng
@@ -123,7 +124,7 @@ class VLAPolicy(Policy):
         self.observation_space = observation_space
         self.value_head = nn.ModuleDict()
         if config.value == "shared":
-            self.value_head["last"] = critics.MLP(vlm.hidden_size, (256,), 1, rng=rng, last_gain=0.1)
+            self.value_head["last"] = MLP(vlm.hidden_size, (256,), 1, rng=rng, last_gain=0.1)
         self.size = codec.action_dim * self.chunk.horizon
         self.num_units: int = head.num_units
         self.unit_size, self.random_start = head.unit_size, head.random_start
@@ -194,7 +195,7 @@ class VLAPolicy(Policy):
         Without a trace (demonstrations) that of the action itself, where the head has one.
         """
         known = dict(trace)
-        if not set(self.trace_fields) <= set(known) and able(self, Retraces):
+        if not set(self.trace_fields) <= set(known) and able(self, Retraces) is not None:
             known = self.head.retrace(self.codec.encode(action))
         return self.head.score(self.vlm, self.context(observation), known)
 
@@ -256,7 +257,7 @@ class VLAPolicy(Policy):
         """Values [B] by a head on the policy's trunk, gradients included (RL4VLA: Liu et al. 2025, section 4.1)."""
         return self.value_head["last"](self.features(observation)).squeeze(-1).float()
 
-    def make_encoder(self, *, rng: torch.Generator) -> nn.Module:
+    def make_encoder(self, *, rng: torch.Generator) -> Features:
         """What a value of its own reads: the trunk's features without gradient, or images and state by a network."""
         if self.config.value == "own":
             return Encoder(self.observation_space, keys=[*self.image_keys, *self.state_keys], rng=rng)

@@ -213,7 +213,8 @@ def output_form(model: Any) -> tuple[Tensor, float, float | None]:
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     if not isinstance(layer, nn.Linear):
         raise UserError(f"the output layer is a {type(layer).__name__}; a plain linear layer is expected")
-    weight, read = layer.weight, []
+    weight: Tensor = layer.weight
+    read: list[Tensor] = []
     ids = torch.arange(min(3, len(weight)), device=weight.device)[None]
     size = (1, ids.shape[1], weight.shape[1])
     small = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(weight)

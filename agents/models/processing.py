@@ -63,8 +63,8 @@ def layout_of(config: Any, tokenizer: Any) -> Layout:
     """What a model's family wants, with the tokens around an image that its configuration names."""
     layout = LAYOUTS.get(config.model_type, Layout())
     for names in AROUND:
-        ids = [getattr(config, name, None) for name in names]
-        if None not in ids and max(ids) < len(tokenizer):
+        ids = [id for name in names if (id := getattr(config, name, None)) is not None]
+        if len(ids) == len(names) and max(ids) < len(tokenizer):
             before, after = tokenizer.convert_ids_to_tokens(ids)
             if before is not None and after is not None:
                 return replace(layout, before=before, after=after)

@@ -396,8 +396,8 @@ def _from_pickle(file: Path) -> Normalizer:
     running = running if isinstance(running, dict) else {"observation": running}
     if not all(isinstance(rms, Inert) and {"mean", "var"} <= set(rms.state) for rms in running.values()):
         raise UserError(f"normalize: {file} holds no statistics of observations; expected a file of VecNormalize.save")
-    parts = [{key: np.asarray(rms.state[name]) for key, rms in running.items()} for name in ("mean", "var")]
-    return _checked(*parts, state.get("epsilon", 1e-8), state.get("clip_obs", 10.0), file)
+    mean, var = ({key: np.asarray(rms.state[name]) for key, rms in running.items()} for name in ("mean", "var"))
+    return _checked(mean, var, state.get("epsilon", 1e-8), state.get("clip_obs", 10.0), file)
 
 
 def _checked(mean: dict[str, Any], var: dict[str, Any], epsilon: Any, clip: Any, file: Path) -> Normalizer:

@@ -7,13 +7,16 @@ seconds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
 
 from embodied_rft.names import UserError
 from embodied_rft.options import STRICT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, USER, ASSISTANT = "<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -36,7 +39,7 @@ class TinyConfig:
     max_tokens: int = 4096  # longest context
 
 
-def tiny_tokenizer(*, merges: int = 0, corpus: Sequence[str] = ()) -> Any:
+def tiny_tokenizer(*, merges: int = 0, corpus: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with a chat template: 256 bytes, four special tokens, and `merges` learned pairs.
 
     Args:
@@ -67,7 +70,9 @@ def tiny_tokenizer(*, merges: int = 0, corpus: Sequence[str] = ()) -> Any:
     return fast
 
 
-def tiny_causal_lm(config: TinyConfig | None = None, *, rng: torch.Generator, tokenizer: Any = None) -> tuple[Any, Any]:
+def tiny_causal_lm(
+    config: TinyConfig | None = None, *, rng: torch.Generator, tokenizer: PreTrainedTokenizerFast | None = None
+) -> tuple[Any, PreTrainedTokenizerFast]:
     """(model, tokenizer): a random decoder with an output layer, float32, on the CPU.
 
     Args:

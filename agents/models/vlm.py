@@ -43,10 +43,13 @@ class Context:
 
     def take(self, rows: Tensor) -> Context:
         """Some of the prompts, in this order, repeated if they are named twice."""
-        parts = {name: getattr(self, name) for name in ("embeddings", "mask", "next_position", "blocks", "visual")}
         return Context(
-            **{name: part if part is None else part[rows] for name, part in parts.items()},
+            embeddings=self.embeddings[rows],
+            mask=self.mask[rows],
             position=self.position[..., rows, :],
+            next_position=self.next_position[rows],
+            blocks=None if self.blocks is None else self.blocks[rows],
+            visual=None if self.visual is None else self.visual[rows],
             deep=tuple(part.unflatten(0, (len(self.mask), -1))[rows].flatten(0, 1) for part in self.deep),
         )
 
@@ -252,7 +255,8 @@ class VLM(nn.Module):
             if self.layout.blocks is not None:
                 context = replace(context, blocks=self._blocks(context))
             own = self.states(context)
-            tokens = context.visual.sum().item()
+            assert context.visual is not None  # there is an image
+            tokens = int(context.visual.sum())
             ids, mask = (torch.from_numpy(a).to(image.device) for a in self.prompts.encode([instruction], [tokens]))
             kinds = context.visual.long()
             given = {

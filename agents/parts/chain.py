@@ -212,6 +212,8 @@ class ChainPolicy(Policy):
 
     stochastic = False
     config: ChunkConfig
+    num_units: int
+    unit_size: int
     spec: dict[str, Any]
     start: Tensor  # [D], the noise of greedy decisions that draw none
 
@@ -297,7 +299,7 @@ class ChainPolicy(Policy):
             if rng is None or (greedy and renoise is None):
                 x = quiet
             else:
-                centre, width = (quiet, renoise) if greedy else (mean, std)
+                centre, width = (quiet, renoise) if greedy and renoise is not None else (mean, std)
                 x = centre + width * torch.randn(mean.shape, generator=rng, device=mean.device)
             chain.append(x)
             log_probs.append(gaussian_log_prob(x, mean, std, first=self.unit_size))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from embodied_rft.data import Tree
+from embodied_rft.networks.encoder import Features
 
 
 class HasFeatures(Protocol):
@@ -21,7 +22,7 @@ class HasFeatures(Protocol):
         """What values are read from [B, H]."""
 
 
-class FrozenFeatures(nn.Module):
+class FrozenFeatures(Features):
     """Features [B, H] of a policy, detached, so that a value costs one layer.
 
     Args:

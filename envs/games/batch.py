@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from gymnasium import spaces
 
+from embodied_rft.data import Space
 from embodied_rft.envs.games.game import Dice, Game, Position
 from embodied_rft.envs.serving import EnvBatch, Outcome, State
 from embodied_rft.names import UserError, nearest
@@ -57,7 +58,7 @@ class GameBatch(EnvBatch):
             raise UserError(f"unknown observation {observation!r}; {nearest(observation, OBSERVATIONS)}")
         if scale < 1:
             raise UserError(f"scale is {scale}; expected at least 1")
-        self.task, self.scale = task, scale
+        self.task, self.scale, self.max_episode_steps = task, scale, task.limit
         self.now = task.empty(num_envs)
         self.keys, self.thrown = np.zeros((2, num_envs), np.uint64)  # of the dice
         self.invalid_moves = np.zeros(num_envs, np.int64)  # of the running episodes
@@ -65,16 +66,12 @@ class GameBatch(EnvBatch):
         counts = [len(words) for words in task.words]
         self.action_space = spaces.Discrete(counts[0]) if len(counts) == 1 else spaces.MultiDiscrete(counts)
         self._pictures = self._draw(np.arange(num_envs))
-        seen: dict[str, spaces.Space] = {
+        seen: dict[str, Space] = {
             "image": spaces.Box(0, 255, self._pictures.shape[1:], np.uint8),
-            "state": spaces.MultiDiscrete(task.sizes),
+            "state": spaces.MultiDiscrete(list(task.sizes)),
         }
-        self.observation_space = spaces.Dict({key: seen[key] for key in OBSERVATIONS[observation]})
-
-    @property
-    def max_episode_steps(self) -> int | None:
-        """The game's own time limit, which may depend on its options."""
-        return self.task.limit
+        self.shown = OBSERVATIONS[observation]
+        self.observation_space = spaces.Dict({key: seen[key] for key in self.shown})
 
     def start(self, rows: np.ndarray, seeds: Sequence[int | None], options: Mapping[str, Any]) -> None:
         """New episodes in `rows`, each with dice of its own."""
@@ -94,14 +91,14 @@ class GameBatch(EnvBatch):
     def observe(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Pictures, drawn anew for `rows`, and states."""
         seen: dict[str, np.ndarray] = {}
-        if "image" in self.observation_space.keys():
+        if "image" in self.shown:
             if len(rows) == self.num_envs:
                 self._pictures = self._draw(rows)
             elif len(rows):
                 self._pictures = self._pictures.copy()  # what was given away stays as it is
                 self._pictures[rows] = self._draw(rows)
             seen["image"] = self._pictures
-        if "state" in self.observation_space.keys():
+        if "state" in self.shown:
             seen["state"] = self.task.symbols(self.now).astype(np.int64)
         return seen
 

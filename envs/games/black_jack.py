@@ -47,9 +47,9 @@ class BlackJack(Game):
             f"hit takes a card; stand lets the dealer draw to {dealer_stands} and ends the game."
         )
         self.background = drawing.canvas(1, 124, 116, drawing.TABLE)
-        style = {"color": drawing.WHITE, "background": drawing.TABLE}
-        drawing.put(self.background, drawing.text("DEALER", **style), 4, 5)
-        drawing.put(self.background, drawing.text("PLAYER", **style), 50, 5)
+        for top, words in ((4, "DEALER"), (50, "PLAYER")):
+            label = drawing.text(words, color=drawing.WHITE, background=drawing.TABLE)
+            drawing.put(self.background, label, top, 5)
 
     def deal(self, dice: Dice) -> Position:
         """Two cards each; of the dealer's, the first lies open."""

@@ -194,7 +194,7 @@ def deal_hands(
     while len(missing):
         dealt = 1 + dice.of(missing).roll(13, num_cards)
         ranks[missing] = dealt
-        bad = ~(dealt > 10).any(1) & needs_face
+        bad = np.asarray(~(dealt > 10).any(1) & needs_face)
         if target is not None:
             bad |= [solve(tuple(sorted(hand)), target) is None for hand in values(dealt, face_cards).tolist()]
         missing = missing[bad]

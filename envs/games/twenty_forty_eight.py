@@ -80,7 +80,7 @@ class TwentyFortyEight(Game):
         now["board"], gained = self._slid(now["board"], actions)
         _spawn(now["board"], np.flatnonzero(valid), dice)
         board = now["board"]
-        won = (board >= self.goal).any((1, 2))
+        won = np.asarray((board >= self.goal).any((1, 2)))
         room = (board == 0).any((1, 2))
         pairs = (board[:, 1:] == board[:, :-1]).any((1, 2)) | (board[:, :, 1:] == board[:, :, :-1]).any((1, 2))
         reward = np.where(gained > 0, 1.0, -1.0) if self.reward == "sign" else gained.astype(float)

@@ -222,7 +222,7 @@ def make_engine(name: str, model: mujoco.MjModel, **options: object) -> ExactEng
     """The engine called `name` ("rollout" or "exact"). Raises ValueError with the nearest name."""
     if name not in ENGINES:
         raise UserError(f"unknown engine {name!r}; {nearest(str(name), ENGINES)}")
-    return (RolloutEngine if name == "rollout" else ExactEngine)(model, **options)  # type: ignore[arg-type]
+    return (RolloutEngine if name == "rollout" else ExactEngine)(model, **options)
 
 
 def forward(
