@@ -94,20 +94,24 @@ class EnvBatch(ABC):
 Maker = str | Callable[..., Any]  # a class or function, or where it is: "module:Name"
 
 
-def serve(id: str, batch: Maker, **settings: Any) -> None:
+def serve(
+    id: str, batch: Maker, *, task: Maker | None = None, max_episode_steps: int | None = None, **options: object
+) -> None:
     """Register both forms of a batch with Gymnasium.
 
     Args:
         id: "mine/Walk-v0".
         batch: an `EnvBatch`, or "module:Class", which is imported when it is needed.
-        settings: `max_episode_steps`; a `task`, which the batch is given first; and options that this id fixes.
+        task: what makes the batch's first argument, of the options that it names.
+        max_episode_steps: the time limit, in decisions; None: no limit.
+        options: those that this id fixes.
     """
     gymnasium.register(
         id=id,
         entry_point=f"{__name__}:BatchEnv",
         vector_entry_point=f"{__name__}:BatchVectorEnv",
-        max_episode_steps=settings.pop("max_episode_steps", None),
-        kwargs={"batch": batch, **settings},
+        max_episode_steps=max_episode_steps,
+        kwargs={"batch": batch, "task": task, **options},
     )
 
 
@@ -285,14 +289,14 @@ class BatchEnv(gymnasium.Env):
     __getattr__ = BatchVectorEnv.__getattr__
 
     @staticmethod
-    def describe(batch: Maker, task: Maker | None = None, **options: Any) -> str:
+    def describe(batch: Maker, task: Maker | None = None, **options: object) -> str:
         """One line about what is registered with these settings."""
         what = _load(task or batch)
         said = getattr(what, "describe", None)
         return (what.__doc__ or "").partition("\n")[0] if said is None else said(**options)
 
     @staticmethod
-    def option_sources(batch: Maker, task: Maker | None = None, **options: Any) -> tuple[Any, ...]:
+    def option_sources(batch: Maker, task: Maker | None = None, **options: object) -> tuple[Any, ...]:
         """Whose arguments are options, too."""
         return tuple(_load(one) for one in (task, batch) if one is not None)
 
