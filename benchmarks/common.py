@@ -73,10 +73,10 @@ def measure(runs: Mapping[str, Callable[[], float]], *, rounds: int, warm_up: bo
     return {name: Result(name, values) for name, values in scores.items()}
 
 
-def rate(work: Callable[[], float], *, seconds: float) -> float:
-    """Units of work in a second: calls `work` (which gives how many units it did) for at least `seconds`."""
-    start, done = time.perf_counter(), 0.0
-    while (elapsed := time.perf_counter() - start) < seconds:
+def rate(work: Callable[[], float], *, seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Units of work in a second: calls `work` (which gives how many units it did) for at least `seconds` of a clock."""
+    start, done = clock(), 0.0
+    while (elapsed := clock() - start) < seconds:
         done += work()
     return done / elapsed
 

@@ -66,6 +66,7 @@ class GeneralPoints(Game):
         )
         style = {"color": drawing.WHITE, "background": drawing.TABLE}
         self.verdicts = drawing.labels([verdict.upper() for verdict in VERDICTS], **style)
+        self.background = drawing.canvas(1, 52, 114, drawing.TABLE)
         self.counts = drawing.labels([str(left) for left in range(tries + 1)], **style)
 
     def deal(self, dice: Dice) -> Position:
@@ -106,7 +107,7 @@ class GeneralPoints(Game):
 
     def draw(self, now: Position) -> np.ndarray:
         """The cards on a table, what the verifier said, and how many tries are left, [K, 52, 114, 3]."""
-        pictures = drawing.canvas(len(now["rank"]), 52, 114, drawing.TABLE)
+        pictures = self.background.repeat(len(now["rank"]), 0)
         for i in range(4):
             card = np.where(now["rank"][:, i] > 0, now["rank"][:, i] - 1 + 13 * now["suit"][:, i], 53)
             drawing.put(pictures, drawing.deck()[card], 6, 6 + 27 * i)

@@ -83,6 +83,7 @@ class Swap(Game):
         )
         self.sprites = np.stack([drawing.shape(shape, 14, COLORS[color]) for color, shape in LOOKS])
         self.scores = drawing.labels([f"{score}:{goal}" for score in range(goal + 1)])
+        self.background = drawing.canvas(1, 14 * size + 11, max(14 * size, self.scores.shape[2]))
 
     def deal(self, dice: Dice) -> Position:
         """Boards without a line, on which one can be made."""
@@ -138,7 +139,7 @@ class Swap(Game):
     def draw(self, now: Position) -> np.ndarray:
         """The board, 14 pixels a square, and the score below."""
         side = 14 * self.size
-        pictures = drawing.canvas(len(now["board"]), side + 11, max(side, self.scores.shape[2]))
+        pictures = self.background.repeat(len(now["board"]), 0)
         drawing.put(pictures, drawing.board(now["board"], self.sprites), 0, 0)
         drawing.put(pictures, self.scores[now["score"]], side + 2, 0)
         return pictures

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from embodied_rft.buffer.trajectories import read_trajectories
+from embodied_rft.experience.demonstrate import write_demos
 from embodied_rft.learning.learner import LearnerConfig
 from embodied_rft.pools.pool import make_pool
+from tests.envs.games.levels import LEVELS
 from tests.lab.harness import Lab, fails, require
 
 pytestmark = pytest.mark.learning
@@ -45,3 +48,13 @@ def test_ppo_learns_number_line():
 
 def test_ppo_with_the_credit_of_others_does_not():
     fails(learns, tamper=with_the_credit_of_others)
+
+
+@pytest.mark.parametrize("game", LEVELS)
+def test_players_write_demonstrations(game, tmp_path):
+    """Pictures, states and actions go through pool, collector and file: what a cold start reads."""
+    options = {"observation": "both", **LEVELS[game][0][0]}
+    told = write_demos(f"embodied_rft/{game}-v0", tmp_path / "demos.npz", episodes=4, options=options)
+    assert told["episodes"] == 4 and told["decisions"] >= 4
+    trajectories = list(read_trajectories(tmp_path / "demos.npz"))
+    assert len(trajectories) == 4 and {"image", "state"} <= set(trajectories[0].observation)
