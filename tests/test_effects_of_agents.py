@@ -73,7 +73,7 @@ def run_agent(id, scene, options, situation):
         agent, pool = make_agent({"id": id, **options}, Scene(4, **scene))
         if situation == "listed":  # the environment says what it may begin with
             pool.ask = {"initial_observations": PROMPTS}.get
-            return unreadable(pool, agent.policy)
+            return unreadable(pool, agent.policy.unreadable, leave_out=agent.policy.leaves_out)
         buffer = experience(agent, pool, episodes=8, demonstrations=4, group_size=2)
         found = [buffer.state_dict()]
         trainable = bool(agent.trainable("policy"))
