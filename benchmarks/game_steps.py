@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(GAMES), choices=GAMES, help="some of the games")
     options = common.arguments(__doc__, parser)
-    seconds, episodes = (0.1, 200) if options.quick else (1.0, 200)
+    seconds, episodes = (0.1, 100) if options.quick else (1.0, 200)
     runs: dict[str, Callable[[], float]] = {}
     for game in options.only:
         for observation in ("state", "image"):

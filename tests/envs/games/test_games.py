@@ -7,6 +7,7 @@ import pytest
 from embodied_rft.envs.games import drawing
 from embodied_rft.envs.games.frozen_lake import FrozenLake
 from embodied_rft.envs.games.game import Dice
+from embodied_rft.envs.games.points import solve, values
 from embodied_rft.names import UserError
 from embodied_rft.pools.promises import same
 from embodied_rft.testing.check_env import check_env
@@ -232,3 +233,11 @@ def test_all_cards_and_all_tiles_look_different():
     assert len(np.unique(FrozenLake().sprites.reshape(6, -1), axis=0)) == 6
     sprites = make("ShisenSho", 1).batch.task.sprites
     assert len(np.unique(sprites.reshape(len(sprites), -1), axis=0)) == 37
+
+
+def test_the_player_of_points_24_wins_all_that_can_be_won():
+    env, mine, rng = make("Points24", 60), player("Points24"), np.random.default_rng(0)
+    env.reset(seed=0)
+    hands = values(env.batch.now["rank"], "ten").tolist()
+    won, *_ = play(env, lambda seen: mine.act(seen, rng))
+    assert won.tolist() == [solve(tuple(sorted(hand)), 24) is not None for hand in hands]
