@@ -11,7 +11,7 @@ FOLDERS = ("embodied_rft", "envs", "agents", "configs")
 MAX_FILE, MAX_FUNCTION, MAX_CHAIN = 500, 60, 2
 # What may be anything: plain data (JSON, YAML), options and classes of plug-ins found by id, actions that only their
 # own policy knows, values of Gymnasium, models of other libraries, autograd's ctx. The number may fall.
-MAX_ANY = 88
+MAX_ANY = 85
 ABSTRACT = {"object", "Protocol", "Generic", "ABC", "NamedTuple", "TypedDict"}  # say nothing about behaviour
 ABSTRACT |= {"Objective", "Policy"}  # contracts, whose defaults do next to nothing
 
