@@ -147,7 +147,7 @@ def test_successes_are_found_beside_demonstrations(tmp_path):
     stages = [
         {"demonstrate": {"episodes": 8, "noise": 0.9}},
         {"collect": {"episodes": 8}},
-        {"pretrain": {"objective": {"id": "bc", "selection": {"successes": True}}, "updates": 1, "batch_size": 8}},
+        {"pretrain": {"objective": {"id": "bc", "batch_size": 8, "selection": {"successes": True}}, "updates": 1}},
     ]
     for horizon in (1, 2):
         agent = {"id": "flow", "num_steps": 2, "width": 16, "horizon": horizon}
