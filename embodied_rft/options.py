@@ -218,10 +218,15 @@ def _forbid_unknown_keys(cls: Any) -> None:
 
 
 def _to_fields(cls: Any, mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys that are Python keywords, such as `with`, belong to the field with an underscore, `with_`."""
+    """Keys that are Python keywords, such as `with`, belong to the field with an underscore, `with_`.
+
+    A null that an older version wrote, where the option has moved into the plug-in beside it, said nothing and is left.
+    """
     names = {f.name for f in dataclasses.fields(cls)}
     return {
-        f"{key}_" if keyword.iskeyword(key) and f"{key}_" in names else key: value for key, value in mapping.items()
+        f"{key}_" if keyword.iskeyword(key) and f"{key}_" in names else key: value
+        for key, value in mapping.items()
+        if value is not None or key in names or not _home(cls, mapping, key)
     }
 
 

@@ -146,12 +146,10 @@ def recipe_difference(stored: str, given: str, *, stages: bool = True) -> list[s
 
     Args:
         stored: from `dump_recipe`, perhaps of an older version: options that are new since then have their defaults.
-        given: from `dump_recipe`, now.
+        given: likewise.
         stages: whether these count.
     """
-    old, new = read_yaml(stored), read_yaml(given)
-    with contextlib.suppress(ConfigError):
-        old = read_yaml(dump_recipe(parse(Recipe, old)))
+    old, new = _as_of_now(stored), _as_of_now(given)
     for tree in (old, new):
         for harmless in (
             "description",
@@ -167,6 +165,13 @@ def recipe_difference(stored: str, given: str, *, stages: bool = True) -> list[s
     before, after = (yaml.safe_dump(tree, sort_keys=False).splitlines() for tree in (old, new))
     lines = difflib.unified_diff(before, after, n=0, lineterm="")
     return [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+
+
+def _as_of_now(text: str) -> Any:
+    """A recipe as this version writes it; as it is, if this version cannot read it."""
+    with contextlib.suppress(ConfigError):
+        text = dump_recipe(parse(Recipe, read_yaml(text)))
+    return read_yaml(text)
 
 
 def recipe_names() -> list[str]:
