@@ -227,7 +227,7 @@ def test_a_loss_that_explodes_stops_the_run_and_leaves_a_whole_checkpoint(tmp_pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(
         "extends: text/grpo\nstages:\n  - demonstrate: {episodes: 40}\n"
-        "  - pretrain: {objective: bc, updates: 20, batch_size: 32, learner: {learning_rate: 1.0e+30}}\n"
+        "  - pretrain: {objective: {id: bc, batch_size: 32}, updates: 20, learner: {learning_rate: 1.0e+30}}\n"
     )
     assert run("train", "mine.yaml", "--run", "run") == cli.USER
     said = capsys.readouterr().err
