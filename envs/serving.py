@@ -75,13 +75,17 @@ class EnvBatch(ABC):
         """The actions of all N as `step` wants them. Raises ValueError if one cannot be executed."""
         return check_action(actions, self.action_space, num_envs=self.num_envs)
 
+    def held(self) -> State:
+        """All that episodes change, by name: the arrays themselves, not copies; by default the attributes `arrays`."""
+        return {name: getattr(self, name) for name in self.arrays}
+
     def get_state(self) -> State:
         """All that the future depends on beside the generators, as arrays with leading N."""
-        return _kept(self, self.arrays)
+        return _copied(self.held())
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from `get_state`, bit by bit; the generators follow."""
-        _put_back(self, self.arrays, state)
+        _put_back(self.held(), state)
 
     def render(self, row: int, mode: str) -> np.ndarray | str | None:
         """How one environment looks: "rgb_array" [H, W, 3] uint8, "ansi" a text; None where it has no such look."""
@@ -248,15 +252,18 @@ class BatchVectorEnv(gymnasium.vector.VectorEnv):
     def get_state(self) -> State:
         """All that the future depends on, as arrays with leading N."""
         rng = np.stack([pack_generator(generator) for generator in self.batch.generators])
-        return {**self.batch.get_state(), **_kept(self, ("elapsed", "started", "ended")), "rng": rng}
+        return {**self.batch.get_state(), **_copied(self._clocks()), "rng": rng}
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> Any:
         """Continue from `get_state()`, bit by bit; gives the observation there."""
-        _put_back(self, ("elapsed", "started", "ended"), state)
+        _put_back(self._clocks(), state)
         self.batch.set_state(state)
         for generator, packed in zip(self.batch.generators, state["rng"], strict=True):
             unpack_generator(generator, packed)
         return self.batch.observe(np.arange(self.num_envs))
+
+    def _clocks(self) -> State:
+        return {"elapsed": self.elapsed, "started": self.started, "ended": self.ended}
 
     def render(self) -> tuple[Any, ...] | None:
         """How every environment looks; None without a render_mode."""
@@ -347,19 +354,18 @@ def _spread(name: str, told: np.ndarray, stepped: np.ndarray) -> dict[str, np.nd
     return {name: every, f"_{name}": stepped}
 
 
-def _kept(owner: object, names: Sequence[str]) -> State:
-    return {name: getattr(owner, name).copy() for name in names}
+def _copied(arrays: State) -> State:
+    return {name: array.copy() for name, array in arrays.items()}
 
 
-def _put_back(owner: object, names: Sequence[str], state: Mapping[str, np.ndarray]) -> None:
-    """What `_kept` took, in place. Raises ValueError, before anything is changed, if one does not fit."""
-    for name in names:
-        shape = getattr(owner, name).shape
+def _put_back(arrays: State, state: Mapping[str, np.ndarray]) -> None:
+    """Copies into the arrays themselves. Raises ValueError, before anything is changed, if one does not fit."""
+    for name, array in arrays.items():
         given = np.shape(state[name]) if name in state else "nothing"
-        if given != shape:
-            raise UserError(f"state[{name!r}] has shape {given}, expected {shape}: of another environment?")
-    for name in names:
-        getattr(owner, name)[:] = state[name]
+        if given != array.shape:
+            raise UserError(f"state[{name!r}] has shape {given}, expected {array.shape}: of another environment?")
+    for name, array in arrays.items():
+        array[:] = state[name]
 
 
 def _spread_seeds(seed: Any, num_envs: int) -> list[int | None]:

@@ -113,18 +113,9 @@ class GameBatch(EnvBatch):
         """The picture, or the text."""
         return self.describe(row).text if mode == "ansi" else self._draw(np.array([row]))[0]
 
-    def get_state(self) -> State:
+    def held(self) -> State:
         """With the positions."""
-        return super().get_state() | {f"now/{name}": value.copy() for name, value in self.now.items()}
-
-    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Continue from `get_state`; all pictures are drawn anew."""
-        for name, value in self.now.items():
-            given = np.shape(state.get(f"now/{name}", "nothing"))
-            if given != value.shape:
-                raise UserError(f"state['now/{name}'] has shape {given}, expected {value.shape}: of another game?")
-        super().set_state(state)
-        self._put(np.arange(self.num_envs), {name: state[f"now/{name}"] for name in self.now})
+        return super().held() | {f"now/{name}": value for name, value in self.now.items()}
 
     def _at(self, rows: np.ndarray) -> Position:
         return {name: value[rows] for name, value in self.now.items()}

@@ -18,6 +18,7 @@ from embodied_rft.names import UserError
 
 Position = dict[str, np.ndarray]  # K of them: everything that a game changes, each [K, ...]
 MOST_LISTED = 10_000  # actions that `legal` tries one by one
+MOST_REMEMBERED = 100_000  # positions that a planner keeps
 DIRECTIONS = ("left", "down", "right", "up")
 SIDES = np.array([[0, -1], [1, 0], [0, 1], [-1, 0]])  # the same as (row, column)
 
@@ -123,7 +124,7 @@ class Game(ABC):
         return " ".join(words[index] for words, index in zip(self.words, np.atleast_1d(action))).strip()
 
 
-class Player:
+class Player(ABC):
     """Who plays well: reads "state" of the observation, remembers nothing, so it can label any state.
 
     Args:
@@ -147,13 +148,39 @@ class Player:
             actions = np.where(wrong.reshape(-1, *[1] * (actions.ndim - 1)), random, actions)
         return actions
 
+    @abstractmethod
     def play(self, state: np.ndarray) -> np.ndarray:
         """Good actions for states [N, S]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choices(self, state: np.ndarray) -> int | np.ndarray:
         """How many actions there are, or options of each choice [C]."""
-        raise NotImplementedError
+
+
+class Planner(Player):
+    """Who searches, and remembers what to do on the whole way that was found.
+
+    Args:
+        noise: share of decisions that are drawn at random, in [0, 1].
+    """
+
+    def __init__(self, *, noise: float = 0.0) -> None:
+        super().__init__(noise=noise)
+        self.plans: dict[bytes, int | tuple[int, ...]] = {}  # by the bytes of a position [S] uint8
+
+    def planned(self, state: np.ndarray) -> np.ndarray:
+        """What `plan` found for states [N, S], now or earlier: [N], or [N, C]."""
+        if len(self.plans) > MOST_REMEMBERED:
+            self.plans.clear()
+        positions = list(state.astype(np.uint8))
+        for position in positions:
+            if position.tobytes() not in self.plans:
+                self.plan(position)
+        return np.array([self.plans[position.tobytes()] for position in positions])
+
+    @abstractmethod
+    def plan(self, position: np.ndarray) -> None:
+        """Search from a position [S] uint8, and put it and those on the way into `plans`."""
 
 
 def side_of(state: np.ndarray) -> int:

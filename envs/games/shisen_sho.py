@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from embodied_rft.envs.games import drawing
-from embodied_rft.envs.games.game import Dice, Game, Moves, Player, Position, side_of
+from embodied_rft.envs.games.game import Dice, Game, Moves, Planner, Position, side_of
 from embodied_rft.names import UserError
 from embodied_rft.registry import register
 
@@ -141,33 +141,22 @@ class ShisenSho(Game):
 
 
 @register("demonstrator", "shisen_sho", "embodied_rft/ShisenSho-v0")
-class ShisenShoPlayer(Player):
+class ShisenShoPlayer(Planner):
     """Searches for an order that clears the board, and remembers it; finds it none, it takes what comes first.
 
     Args:
         noise: share of decisions that are drawn at random, in [0, 1].
     """
 
-    def __init__(self, *, noise: float = 0.0) -> None:
-        super().__init__(noise=noise)
-        self.plans: dict[bytes, tuple[int, int]] = {}
-
     def play(self, state: np.ndarray) -> np.ndarray:
         """Two squares [N, 4]."""
-        size = side_of(state)
-        if len(self.plans) > 100_000:
-            self.plans.clear()
-        for board in state.astype(np.int64):
-            if board.tobytes() not in self.plans:
-                self._plan(board)
-        pairs = np.array([self.plans[board.tobytes()] for board in state.astype(np.int64)])
-        return np.stack(np.divmod(pairs, size), -1).reshape(len(state), 4)
+        return np.stack(np.divmod(self.planned(state), side_of(state)), -1).reshape(len(state), 4)
 
-    def _plan(self, board: np.ndarray) -> None:
+    def plan(self, position: np.ndarray) -> None:
         """Depth first; the way to the end, or to the deepest board that was seen, is remembered."""
         looked, dead = 0, set[bytes]()
-        way: list[tuple[np.ndarray, list[tuple[int, int]]]] = [(board, _takes(board))]
-        best = [(board, (0, 0))]
+        way: list[tuple[np.ndarray, list[tuple[int, int]]]] = [(position, _takes(position))]
+        best = [(position, (0, 0))]
         while way:
             here, left = way[-1]
             steps = [(before, taken[0]) for before, taken in way if taken]
@@ -198,7 +187,7 @@ class ShisenShoPlayer(Player):
 
 def _takes(board: np.ndarray) -> list[tuple[int, int]]:
     """All pairs of squares of one board [size * size] that can be taken."""
-    size = int(np.sqrt(len(board)))
+    size = side_of(board[None])
     equal = np.triu((board[:, None] == board) & (board > 0), 1)
     one, other = np.nonzero(equal)
     free = joined(board.reshape(1, size, size), one[None], other[None])[0]

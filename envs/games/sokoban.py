@@ -15,7 +15,7 @@ from collections import deque
 import numpy as np
 
 from embodied_rft.envs.games import drawing
-from embodied_rft.envs.games.game import DIRECTIONS, SIDES, Dice, Game, Moves, Player, Position, side_of
+from embodied_rft.envs.games.game import DIRECTIONS, SIDES, Dice, Game, Moves, Planner, Position, side_of
 from embodied_rft.names import UserError, nearest
 from embodied_rft.registry import register
 
@@ -169,36 +169,27 @@ class Sokoban(Game):
 
 
 @register("demonstrator", "sokoban", "embodied_rft/Sokoban-v0")
-class SokobanPlayer(Player):
+class SokobanPlayer(Planner):
     """Walks a shortest solution (breadth first), and remembers it; where there is none, it walks left.
 
     Args:
         noise: share of decisions that are drawn at random, in [0, 1].
     """
 
-    def __init__(self, *, noise: float = 0.0) -> None:
-        super().__init__(noise=noise)
-        self.plans: dict[bytes, int] = {}
-
     def play(self, state: np.ndarray) -> np.ndarray:
         """Sides [N]."""
-        if len(self.plans) > 100_000:
-            self.plans.clear()
-        keys = [room.tobytes() for room in state.astype(np.uint8)]
-        for key, room in zip(keys, state):
-            if key not in self.plans:
-                self._plan(key, room)
-        return np.array([self.plans[key] for key in keys])
+        return self.planned(state)
 
-    def _plan(self, key: bytes, room: np.ndarray) -> None:
+    def plan(self, position: np.ndarray) -> None:
         """Breadth first over (player, boxes), as squares by number; boxes in corners are given up."""
-        size = side_of(room[None])
+        position = position
+        size = side_of(position[None])
         steps = [int(row * size + column) for row, column in SIDES]
-        walls = frozenset(np.flatnonzero(room == WALL).tolist())
-        targets = frozenset(np.flatnonzero(np.isin(room, (TARGET, BOX_ON_TARGET, PLAYER_ON_TARGET))).tolist())
+        walls = frozenset(np.flatnonzero(position == WALL).tolist())
+        targets = frozenset(np.flatnonzero(np.isin(position, (TARGET, BOX_ON_TARGET, PLAYER_ON_TARGET))).tolist())
         corners = {s for s in range(size * size) if {s - 1, s + 1} & walls and {s - size, s + size} & walls} - targets
-        boxes = frozenset(np.flatnonzero(np.isin(room, (BOX, BOX_ON_TARGET))).tolist())
-        start = (int(np.flatnonzero(room >= PLAYER)[0]), boxes) if (room >= PLAYER).any() else (-1, boxes)
+        boxes = frozenset(np.flatnonzero(np.isin(position, (BOX, BOX_ON_TARGET))).tolist())
+        start = (int(np.flatnonzero(position >= PLAYER)[0]), boxes) if (position >= PLAYER).any() else (-1, boxes)
         came: dict[tuple[int, frozenset[int]], tuple[tuple[int, frozenset[int]], int] | None] = {start: None}
         queue, found = deque([start] if start[0] >= 0 else []), None
         while queue and len(came) < MOST_POSITIONS:
@@ -221,10 +212,10 @@ class SokobanPlayer(Player):
                 if new not in came:
                     came[new] = (here, side)
                     queue.append(new)
-        self.plans[key] = 0
+        self.plans[position.tobytes()] = 0
         while found is not None and (before := came[found]) is not None:
             found, side = before
-            self.plans[_signs(room, targets, *found)] = side
+            self.plans[_signs(position, targets, *found)] = side
 
     def choices(self, state: np.ndarray) -> int:
         """Four sides."""

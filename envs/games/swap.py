@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 
 from embodied_rft.envs.games import drawing
-from embodied_rft.envs.games.game import Dice, Game, Moves, Player, Position
+from embodied_rft.envs.games.game import Dice, Game, Moves, Player, Position, side_of
 from embodied_rft.envs.games.shisen_sho import COLORS
 from embodied_rft.names import UserError, nearest
 from embodied_rft.registry import register
@@ -167,4 +167,4 @@ class SwapPlayer(Player):
 
     def choices(self, state: np.ndarray) -> int:
         """Rows, and columns."""
-        return int(np.sqrt(state.shape[1] - 1))
+        return side_of(state[:, :-1])

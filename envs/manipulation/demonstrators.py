@@ -8,6 +8,7 @@ Shapes: N environments; observations as in `FetchTask`; lengths in metres.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import numpy as np
@@ -19,7 +20,7 @@ TABLE_HEIGHT = 0.42  # of the gripper when its fingers nearly touch the table
 DECISION = 0.04  # seconds; observed velocities are displacements in one decision
 
 
-class Scripted:
+class Scripted(ABC):
     """What they share: clip to [-1, 1], add Gaussian noise, clip again.
 
     Args:
@@ -38,9 +39,9 @@ class Scripted:
             action = np.clip(action + rng.normal(0.0, self.noise, size=action.shape), -1.0, 1.0)
         return action.astype(np.float32)
 
+    @abstractmethod
     def command(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
         """The intended actions [N, 4], before clipping and noise."""
-        raise NotImplementedError
 
 
 @register("demonstrator", "fetch_reach", "embodied_rft/FetchReach-v0")

@@ -16,7 +16,7 @@ from embodied_rft.objectives import build_objective
 from embodied_rft.pools.chunks import ChunkPool
 from tests.lab.point import PointDemonstrator, PointReach
 
-pytestmark = pytest.mark.learning
+pytestmark = [pytest.mark.learning, pytest.mark.usefixtures("one_thread")]
 SHEET = 7  # of the states that judge; none of the numbers below was chosen on it
 SMALL = {"width": 64, "num_blocks": 1, "horizon": 2}
 DIFFUSION = {"id": "diffusion", "denoising_steps": 5, **SMALL}
@@ -24,14 +24,6 @@ FLOW = {"id": "flow", "num_steps": 4, **SMALL}
 CONSISTENCY = {"id": "consistency", "num_steps": 2, **SMALL}
 GAUSSIAN = {"id": "gaussian", "hidden": [64, 64]}
 FAST = LearnerConfig(learning_rate=2e-3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Lab:

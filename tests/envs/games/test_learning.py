@@ -1,7 +1,6 @@
 """A small policy learns a game by PPO in seconds, from its symbols; with the wrong credit it does not."""
 
 import pytest
-import torch
 
 from embodied_rft.buffer.trajectories import read_trajectories
 from embodied_rft.experience.demonstrate import write_demos
@@ -10,18 +9,10 @@ from embodied_rft.pools.pool import make_pool
 from tests.envs.games.levels import LEVELS
 from tests.lab.harness import Lab, fails, require
 
-pytestmark = pytest.mark.learning
+pytestmark = [pytest.mark.learning, pytest.mark.usefixtures("one_thread")]
 
 PPO = {"id": "ppo", "gamma": 0.9, "num_epochs": 4, "batch_size": 128, "value_hidden": [32]}
 CATEGORICAL = {"id": "categorical", "hidden": [32], "last_gain": 0.01}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def number_line(num_envs, *, purpose):
