@@ -120,14 +120,43 @@ class Ragged:
         return (self.row(i) for i in range(len(self)))
 
 
+def is_picture(shape: tuple[int, ...], dtype: DTypeLike) -> bool:
+    """Whether values of this shape and dtype are pictures: (64, 64, 3), "uint8"."""
+    return len(shape) == 3 and np.dtype(dtype) == np.uint8
+
+
+PAST = "past"  # key of an observation: what happened before in its episode, for policies that read it
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """The earlier decisions of the episodes that B rows belong to: a window over rows, in which nothing is twice.
+
+    Of the third decision of an episode and the second of another one: Past(Ragged.of([[0, 1], [2]]), {"message":
+    ["a", "b", "c"]}, ["left", "up", "down"], {"reply": Ragged.of([[7], [8, 9], [7]])}).
+    """
+
+    index: Ragged  # [B] numbers of decisions in the table below, oldest first
+    observation: Tree  # the table: what D decisions were taken on, each [D, ...]
+    action: Any  # [D, ...]
+    trace: Tree  # each [D, ...]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, rows: np.ndarray) -> Past:
+        """Some rows; the table stays."""
+        return replace(self, index=self.index.take(rows))
+
+
 Action = np.ndarray | Sequence[str]  # what N environments receive: [N, A] numbers, [N, ...] choices, or N strings
 
 
 def pick(value: Any, index: slice | np.ndarray) -> Any:
     """Some rows of a column of a batch, whatever its kind; views where `index` is a slice of a tensor or an array."""
-    if isinstance(value, (Ragged, list, tuple)):
+    if isinstance(value, (Ragged, Past, list, tuple)):
         rows = np.arange(*index.indices(len(value))) if isinstance(index, slice) else np.arange(len(value))[index]
-        return value.take(rows) if isinstance(value, Ragged) else [value[i] for i in rows]
+        return [value[i] for i in rows] if isinstance(value, (list, tuple)) else value.take(rows)
     if isinstance(value, Tensor) and isinstance(index, np.ndarray):
         return value[torch.from_numpy(index)]
     return value[index]

@@ -50,6 +50,7 @@ class Policy(nn.Module):
     random_start: bool = False  # greedy decisions draw where they start from, if they are given an rng
     noise_space: Space | None = None  # of what `choose` gives, where it steers a base
     unit_size: int | None = None  # action numbers of a unit; None: there is no such number
+    reads_past: bool = False  # observations have a key `data.PAST` for it: the earlier decisions of their episodes
     leaves_out: bool = False  # initial states that it cannot read are left out, not refused
     lora: LoraOptions | None = None  # of its own options
     usage: Usage | None = None  # of a decoder while it scored: how much of what was computed had to be

@@ -42,9 +42,11 @@ class Buffer:
     Args:
         schema: the columns.
         capacity: rows C; each decision takes one, and each episode one more when it is closed.
+        past: observations are read with what happened before in their episodes (`data.Past`); of an episode that begins
+            to be overwritten nothing is read any more.
     """
 
-    def __init__(self, schema: Schema, capacity: int) -> None:
+    def __init__(self, schema: Schema, capacity: int, *, past: bool = False) -> None:
         if capacity < 2:
             raise UserError(f"capacity {capacity}: at least 2 rows are expected (a decision and what followed it)")
         self.schema, self.capacity = schema, capacity
@@ -60,7 +62,8 @@ class Buffer:
         self._end = np.zeros(capacity, np.int8)  # index into ENDS
         self._notes, self._labels = Notes(capacity), Notes(capacity)
         self._ring, self._streams = Ring(capacity), Streams()
-        self._store = Store(self._dense, self._ragged, self._notes, self._labels, self._ring, self._book, self._end)
+        where = (self._dense, self._ragged, self._notes, self._labels, self._ring, self._book, self._end)
+        self._store = Store(*where, past)
         self._episodes = 0  # episodes ever begun
         self.goals: Goals | None = None  # how they are paid, for hindsight
 
@@ -311,6 +314,9 @@ class Buffer:
         """The next rows [N], empty."""
         rows, reused = self._ring.claim(count)
         if reused:
+            if self._store.past:
+                torn = np.isin(self._book[:, EPISODE], self._book[rows, EPISODE])
+                self._ring.hide(np.flatnonzero(torn & (self._ring.side > 0)))
             self._notes.clear(rows)
             self._labels.clear(rows)
             for ragged in self._ragged.values():

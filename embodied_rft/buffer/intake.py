@@ -105,7 +105,7 @@ def check_column(name: str, column: Field, values: Any, count: int) -> Any:
     if len(values) != count:
         raise UserError(f"{name!r} has {len(values)} rows, expected {count}: one for each decision")
     if column.kind == "images":
-        return _check_images(name, values)
+        return _check_images(name, [[image] for image in values] if isinstance(values, np.ndarray) else values)
     if column.kind == "ragged":
         return _check_ragged(name, column, values)
     array = np.asarray(values)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embodied_rft.buffer.columns import BOOKKEEPING, Column, DenseColumns, ImageColumn, Notes, RaggedColumn, Schema
 from embodied_rft.buffer.ring import Ring
-from embodied_rft.data import Batch, End, Ragged, Source, Trajectory
+from embodied_rft.data import PAST, Batch, End, Past, Ragged, Source, Trajectory
 from embodied_rft.names import UserError, nearest
 
 ENDS: tuple[End, ...] = ("cut", "terminated", "truncated")  # of the code in `Store.end`, of an episode's last decision
@@ -55,6 +55,7 @@ class Store:
     ring: Ring
     book: np.ndarray  # [C, len(BOOKKEEPING)]
     end: np.ndarray  # [C] index into ENDS
+    past: bool = False  # whether an observation is read with what happened before in its episode
 
     def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """group, episode, step, version, source, seed, span and end (index into ENDS; 0 before the end) of rows [B]."""
@@ -130,6 +131,10 @@ def read(store: Store, rows: np.ndarray, reading: Reading) -> Batch:
         now.setdefault(section, {})[key] = ragged.read(rows)
         if reading.next_observation and section in following:
             following[section][key] = ragged.read(after)
+    if store.past:
+        now["observation"][PAST] = past(store, rows)
+        if reading.next_observation:
+            following["observation"][PAST] = past(store, after)
     log_prob, lengths = now["log_prob"][""], None
     if isinstance(log_prob, Ragged):
         lengths = log_prob.lengths
@@ -151,6 +156,33 @@ def read(store: Store, rows: np.ndarray, reading: Reading) -> Batch:
         columns=store.columns(rows),
         num_decisions=len(rows),
         num_units=mask.numel() if lengths is None else int(lengths.sum()),
+    )
+
+
+def past(store: Store, rows: np.ndarray) -> Past:
+    """What happened before rows [B] in their episodes.
+
+    Raises:
+        ValueError: a part of it has been overwritten.
+    """
+    table, offsets = store.ring.earlier(rows)
+    step = store.columns(rows)["step"]
+    short = np.flatnonzero(np.diff(offsets) != step)
+    if len(short):
+        raise UserError(
+            f"row {rows[short[0]]} is decision {step[short[0]]} of its episode, of which the buffer still has "
+            f"{offsets[short[0] + 1] - offsets[short[0]]} earlier ones: it is too small for whole conversations. "
+            "Enlarge buffer.capacity."
+        )
+    every, index = np.unique(table, return_inverse=True)
+    names = [*store.dense.places, *store.ragged]
+    parts: dict[str, dict[str, Any]] = {"observation": {}, "trace": {}}
+    for name in names:
+        section, key = name.split("/", 1)
+        if section in parts:
+            parts[section][key] = store.column(name, every)
+    return Past(
+        Ragged(index.reshape(-1), offsets), parts["observation"], store.column("action/", every), parts["trace"]
     )
 
 

@@ -125,6 +125,21 @@ class Ring:
             steps[i] = np.where(valid[i], following, steps[i - 1])
         return steps, valid
 
+    def earlier(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The decisions of the same episodes before rows [B], as far as they are linked: (rows, offsets [B + 1]).
+
+        Those of row i are rows[offsets[i] : offsets[i + 1]], oldest first.
+        """
+        before = np.full(self.capacity, -1, np.int64)
+        linked = np.flatnonzero(self.next >= 0)
+        before[self.next[linked]] = linked
+        steps = [before[rows]]
+        while (steps[-1] >= 0).any():
+            steps.append(np.where(steps[-1] >= 0, before[steps[-1]], -1))
+        table = np.stack(steps[::-1], axis=1)  # [B, T]
+        offsets = np.append(0, np.cumsum((table >= 0).sum(1)))
+        return table[table >= 0], offsets
+
     def draw(self, rng: np.random.Generator, count: int, side: int) -> np.ndarray:
         """Rows [count] drawn uniformly with replacement from a side (or BOTH).
 

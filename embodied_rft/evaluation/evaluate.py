@@ -119,6 +119,7 @@ def evaluate(
     seeds: Sequence[int],
     *,
     name: str = "",
+    past: bool = False,
     progress: Callable[[int, dict[str, float]], None] | None = None,
     say: Say | None = None,
     max_retries: int = 3,
@@ -130,6 +131,7 @@ def evaluate(
         pool: made with purpose="evaluation".
         seeds: evaluation seeds (>= 2**31).
         name: what the report calls this evaluation.
+        past: the policy reads what happened before (`Policy.reads_past`).
         progress: called with how many episodes have ended, and their success (or return) so far.
         say: told when no episode ends.
         max_retries: how often an episode that its environment broke is run again; then its seed is left out.
@@ -142,7 +144,7 @@ def evaluate(
     if states:  # no state counts twice
         seeds = distinct_seeds(seeds, states)
     episodes = _Episodes(list(seeds), max_retries)
-    schedule = Schedule(pool, episodes.deal, say=say)
+    schedule = Schedule(pool, episodes.deal, past=past, say=say)
     schedule.fill()
     while schedule.playing.any():
         played = schedule.play(act)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from embodied_rft.experience.schedule import Act, Schedule
+from embodied_rft.policy import Policy
 from embodied_rft.pools.config import EnvConfig
 from embodied_rft.pools.making import make_single
 from embodied_rft.pools.pool import VectorPool
-from embodied_rft.pools.protocol import Pool
 from embodied_rft.pools.singles import Singles
 
 
@@ -28,15 +27,13 @@ class Rolled:
     told: bool  # whether the environment says anything about success
 
 
-def roll_out(
-    act: Act, env: EnvConfig, seed: int, fit: Callable[[Pool], Pool], *, render_mode: str | None = "rgb_array"
-) -> Rolled:
+def roll_out(act: Act, env: EnvConfig, seed: int, policy: Policy, *, render_mode: str | None = "rgb_array") -> Rolled:
     """One episode in the single environment; render_mode "human" draws in a window, None not at all."""
     single = functools.partial(make_single, env.id, options=env.options, wrappers=env.wrappers, render_mode=render_mode)
     envs = Singles(single, 1, deadline=env.deadline)
-    pool = fit(VectorPool(envs, purpose="evaluation"))
+    pool = policy.fit_pool(VectorPool(envs, purpose="evaluation"))
     todo = iter([(0, seed)])
-    schedule = Schedule(pool, lambda count: list(itertools.islice(todo, count)))
+    schedule = Schedule(pool, lambda count: list(itertools.islice(todo, count)), past=policy.reads_past)
     frames: list[Any] = []
     success = None
 

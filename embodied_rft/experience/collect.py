@@ -35,6 +35,7 @@ class Collector:
         first_episode: number of the first one.
         group_size: siblings of a group.
         source: what the rows are marked with.
+        past: of a `Schedule`.
         say: told when no episode ends.
     """
 
@@ -46,11 +47,12 @@ class Collector:
         first_episode: int = 0,
         group_size: int = 1,
         source: Source = Source.ONLINE,
+        past: bool = False,
         say: Say | None = None,
     ) -> None:
         self.run_seed, self.group_size, self.source = run_seed, group_size, source
         self.next_episode = -(-first_episode // group_size) * group_size  # a group begins with its first sibling
-        self.schedule = Schedule(pool, self._deal, say=say)
+        self.schedule = Schedule(pool, self._deal, past=past, say=say)
         self._last_episode: int | None = None
         self._unsaved = False  # the running episodes are those of a checkpoint, the environments are not
 
@@ -160,12 +162,19 @@ class Collector:
         observation = self.schedule.observation
         if observation is None:
             return {"next_episode": self.next_episode}
-        pool = self.schedule.pool.get_state()
-        return ({} if pool is None else {"pool": pool}) | {
-            "next_episode": self.next_episode,
-            **{name: getattr(self.schedule, name).copy() for name in KEPT},
-            "observation": {k: np.asarray(v) if not isinstance(v, list) else list(v) for k, v in observation.items()},
-        }
+        pool, memory = self.schedule.pool.get_state(), self.schedule.memory
+        past = {} if memory is None else {"past": memory.state_dict()}
+        return (
+            past
+            | ({} if pool is None else {"pool": pool})
+            | {
+                "next_episode": self.next_episode,
+                **{name: getattr(self.schedule, name).copy() for name in KEPT},
+                "observation": {
+                    k: np.asarray(v) if not isinstance(v, list) else list(v) for k, v in observation.items()
+                },
+            }
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; call `begin_anew` before anything else is collected."""
@@ -175,6 +184,8 @@ class Collector:
         for name in KEPT:
             getattr(self.schedule, name)[:] = state[name]
         self.schedule.observation = dict(state["observation"])
+        if self.schedule.memory is not None:
+            self.schedule.memory.load_state_dict(state["past"])
         self._unsaved = "pool" not in state
         if not self._unsaved:
             self.schedule.pool.reset(self.schedule.seed)  # builds what is built lazily; the state replaces its effect

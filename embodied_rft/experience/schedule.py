@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embodied_rft.data import Decisions, Tree
-from embodied_rft.pools.protocol import Pool, StepResult
+from embodied_rft.data import Decisions, Tree, pick_tree
+from embodied_rft.experience.memory import Memory, spread
+from embodied_rft.pools.protocol import Pool, StepResult, is_text
 
 Act = Callable[[Tree], Decisions]
 Say = Callable[[str], None]
@@ -43,11 +44,14 @@ class Schedule:
     Args:
         pool: of N environments.
         deal: gives the next episodes.
+        past: whoever acts is shown what happened before in the episodes (`data.Past`).
         say: told when no episode ends.
     """
 
-    def __init__(self, pool: Pool, deal: Deal, *, say: Say | None = None) -> None:
+    def __init__(self, pool: Pool, deal: Deal, *, past: bool = False, say: Say | None = None) -> None:
         self.pool, self.deal = pool, deal
+        self.memory = Memory(pool.num_envs) if past else None
+        self._costly = is_text(pool.action_space)  # nothing is written for environments that are idle
         count = pool.num_envs
         self.episode = np.full(count, -1, dtype=np.int64)  # -1: idle
         self.seed = np.zeros(count, dtype=np.int64)
@@ -74,6 +78,8 @@ class Schedule:
             self.seed[:] = dealt[0][1]  # the pool was never reset: all of it must be, once
         self.episode[rows], self.seed[rows] = np.array(dealt, dtype=np.int64).T
         self.step[rows], self.returned[rows] = 0, 0.0
+        if self.memory is not None:
+            self.memory.forget(rows)
         mask = np.zeros(self.pool.num_envs, dtype=bool)
         mask[rows] = True
         self.observation = self.pool.reset(self.seed, None if first else mask)
@@ -81,16 +87,27 @@ class Schedule:
     def play(self, act: Act) -> Played:
         """One decision everywhere; idle environments do not hear theirs."""
         assert self.observation is not None
-        shown, taken = self.observation, act(self.observation)
+        shown = self.observation
+        taken = self._decide(act, shown)
         result = self.pool.step(taken.action)
         valid, over = self.playing & result.valid, result.terminated | result.truncated
         streams = np.flatnonzero(valid)
         self.returned[streams] += result.reward[streams]
         self.step[streams] += 1
+        if self.memory is not None:
+            self.memory.add(streams, shown, taken)
         self.observation = result.observation
         self._endless.step(bool((over & self.playing).any()))
         broken = np.flatnonzero(self.playing & ~result.valid)
         return Played(shown, taken, result, streams, np.flatnonzero(valid & over), broken)
+
+    def _decide(self, act: Act, shown: Tree) -> Decisions:
+        rows, count = np.flatnonzero(self.playing), self.pool.num_envs
+        if not self._costly or len(rows) == count:
+            rows = np.arange(count)
+        seen = shown if len(rows) == count else pick_tree(shown, rows)
+        taken = act(seen if self.memory is None else self.memory.with_past(seen, rows))
+        return taken if len(rows) == count else spread(taken, rows, count)
 
 
 class Endless:

@@ -58,9 +58,8 @@ def evaluate_run(
             act = session.actor(greedy=True, rng=evaluation_generator(sheet=sheet))
             name = "policy, evaluated again" if changed.id == own.id else f"policy in {changed.id}"
             name = name if checkpoint == "newest" else f"{checkpoint} {name}"
-            outcome = evaluate(
-                act, session.agent.policy.fit_pool(pool), evaluation_seeds(episodes, sheet=sheet), name=name
-            )
+            policy, seeds = session.agent.policy, evaluation_seeds(episodes, sheet=sheet)
+            outcome = evaluate(act, policy.fit_pool(pool), seeds, name=name, past=policy.reads_past)
         finally:
             pool.close()
         slug = ("again" if changed.id == own.id else changed.id).replace("/", "-")

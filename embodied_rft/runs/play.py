@@ -49,14 +49,14 @@ def play(
         for index in range(episodes):
             seed, shown = evaluation_seed(index, sheet=sheet), ""
             try:
-                rolled = roll_out(act, session.env, seed, session.agent.policy.fit_pool, render_mode=mode)
+                rolled = roll_out(act, session.env, seed, session.agent.policy, render_mode=mode)
                 if len(rolled.frames):
                     shown = f"  {write_video(RunFolder(folder).played / f'{sheet}-{index}.mp4', rolled.frames)}"
             except Exception as error:
                 if mode is None:
                     raise
                 mode, shown = None, f"  not drawn: {error}"  # no display, no GL: the policy can be played all the same
-                rolled = roll_out(act, session.env, seed, session.agent.policy.fit_pool, render_mode=mode)
+                rolled = roll_out(act, session.env, seed, session.agent.policy, render_mode=mode)
             returns.append(rolled.total)
             outcome = f"  {'success' if rolled.success else 'failure'}" if rolled.told else ""
             say(f"initial state {seed}  return {rolled.total:.4g}{outcome}{shown}")

@@ -17,7 +17,7 @@ from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
 from embodied_rft.buffer.hindsight import Goals
 from embodied_rft.buffer.memory import announce
-from embodied_rft.data import Trajectory
+from embodied_rft.data import Field, Trajectory, is_picture
 from embodied_rft.experience.collect import action_field
 from embodied_rft.experience.recut import chunk_trajectories
 from embodied_rft.learning.agent import Agent, Spaces
@@ -98,7 +98,7 @@ class Rig:
         if self._buffer is None:
             schema, capacity = self.schema(), self.recipe.buffer.capacity
             self.logger.message(announce(schema, capacity))
-            self._buffer = Buffer(schema, capacity)
+            self._buffer = Buffer(schema, capacity, past=self.agent.policy.reads_past)
             self._buffer.goals = self.goals
         return self._buffer
 
@@ -113,8 +113,9 @@ class Rig:
     def schema(self) -> Schema:
         """The columns that this environment and this policy need."""
         pool, policy = self.pool("training"), self.agent.policy
+        shown = {key: _by_content(field) if policy.reads_past else field for key, field in pool.fields.items()}
         return Schema(
-            observation=dict(pool.fields),
+            observation=shown,
             action=action_field(pool.action_space),
             trace=dict(policy.trace_fields),
             units=policy.num_units,
@@ -189,3 +190,8 @@ class Rig:
             pool.close()
         self._pools.clear()
         self._fitted.clear()
+
+
+def _by_content(field: Field) -> Field:
+    """The column of pictures that are kept once each: turns and siblings of an episode show the same ones."""
+    return Field((), "uint8", "images") if is_picture(field.shape, field.dtype) else field

@@ -138,6 +138,7 @@ class Session(resume.State):
             first_episode=self.counters["episodes"],
             group_size=group_size,
             source=source,
+            past=self.agent.policy.reads_past,
             say=self.logger.message,
         )
         if self._resume is not None and self._resume["collector"] is not None:
@@ -171,6 +172,7 @@ class Session(resume.State):
                 self.pool("evaluation"),
                 seeds,
                 name=name,
+                past=self.agent.policy.reads_past,
                 progress=lambda ended, so_far: bar.update(ended, **so_far),
                 say=self.logger.message,
             )

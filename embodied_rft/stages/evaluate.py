@@ -68,7 +68,7 @@ def film(session: Session, seeds: Sequence[int], *, success: bool, name: str, tr
     act = session.actor(greedy=True, rng=evaluation_generator())
     try:
         for seed in seeds[:tries]:
-            rolled = roll_out(act, env, seed, session.agent.policy.fit_pool)
+            rolled = roll_out(act, env, seed, session.agent.policy)
             won = rolled.success
             if won == success:
                 path = write_video(session.folder.videos / f"{name}.mp4", rolled.frames, fps=25)

@@ -9,6 +9,7 @@ from embodied_rft.data import Decisions
 from embodied_rft.evaluation.evaluate import evaluate, evaluation_seeds
 from embodied_rft.evaluation.film import roll_out
 from embodied_rft.experience.schedule import Schedule
+from embodied_rft.policy import Policy
 from embodied_rft.pools.config import EnvConfig
 from embodied_rft.pools.pool import open_pool
 from tests.lab.toys import SeedPool
@@ -65,6 +66,6 @@ def test_a_film_shows_the_episode_that_was_judged():
     judged = evaluate(still, pool, seeds)
     pool.close()
     for seed, success, returned in zip(seeds, judged.results, judged.returns, strict=True):
-        rolled = roll_out(still, env, seed, lambda pool: pool, render_mode=None)
+        rolled = roll_out(still, env, seed, Policy(), render_mode=None)
         assert (rolled.success, rolled.total, rolled.told) == (success, returned, True)
     assert len(set(judged.returns)) > 1
