@@ -11,6 +11,7 @@ import embodied_rft.envs  # noqa: F401
 from embodied_rft import registry
 from embodied_rft.experience.demonstrate import make_demonstrator
 from embodied_rft.pools.pool import make_pool
+from embodied_rft.turns.parsing import make_parser
 from tests.lab.effects import Walk, listed, tally
 
 SMALL = {"cameras": ["front"], "image_size": 16, "num_threads": 1}
@@ -140,11 +141,40 @@ def of_rule(id):
     return Walk(f"reward {id}", options, functools.partial(judge, id), values=values, contexts=contexts)
 
 
+SAID = ["<think>t</think><answer>left</answer>", "so <answer>Left.</answer>", "(left)", "Left", "left", "<a>left</a>"]
+SAID += [
+    '{"thought": "t", "action": "Left"}',
+    '{"a": "left."}',
+    '{"action": "left."} {"a": 7, "action": "right"}',
+    '{"action": "left."}',
+]
+SAID += [f'{say}{{"name": "{name}", "arguments": {{"a": "{word}"}}}}' for say, name, word in (
+    ("", "go", "left"), ("so ", "run", "Left"), ("", "go", "left.")
+)]  # fmt: skip
+
+
+def read(id, options, situation):
+    """What a parser reads in some replies."""
+    return [make_parser({"id": id, **options}).parse(text) for text in SAID]
+
+
+def of_parser(id):
+    """The walk over the options of one."""
+    base = {"words": [["left"]], **({"argument": "a"} if id == "tool_call" else {})}
+    values = {"words": [["right"]], "tags": ["a"], "action": "a", "thought": "a", "tool": "go", "argument": "b"}
+    return Walk(f"parser {id}", registry.config_of("parser", id), functools.partial(read, id), base, values)
+
+
 def walks(folder):
     """All of this file."""
     tasks = [of_task(id, folder) for id in TASKS]
     own = [id for id in registry.shipped("demonstrator") if "/" in id]  # by their environment; and by a name as well
-    return [*tasks, *map(of_demonstrator, own), *map(of_rule, registry.shipped("reward"))]
+    return [
+        *tasks,
+        *map(of_demonstrator, own),
+        *map(of_rule, registry.shipped("reward")),
+        *map(of_parser, registry.shipped("parser")),
+    ]
 
 
 def test_options_of_tasks(tmp_path):

@@ -14,11 +14,11 @@ PLUGINS = ("envs", "agents", "configs")  # found by id, never imported by the en
 # A room imports only from rooms before it.
 LAYERS = """
     data names registry options files seeding device distributed
-    pools networks tokens buffer policy experience learning objectives
+    pools turns networks tokens buffer policy experience learning objectives
     evaluation runs stages report testing doctor train cli
 """.split()
 ORDER = [*LAYERS, "embodied_rft"]  # the package itself is the front door: it re-exports what plug-in authors need
-HIGHEST_USE = {"envs": "pools", "agents": "learning"}  # plug-ins of ours: the last room that they may import from
+HIGHEST_USE = {"envs": "turns", "agents": "learning"}  # plug-ins of ours: the last room that they may import from
 MOST_FILES = 14  # directly in embodied_rft/
 # These name packages by string, which is how plug-ins get in.
 DOORS = {"embodied_rft.registry"}

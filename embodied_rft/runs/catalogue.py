@@ -39,7 +39,7 @@ from embodied_rft.runs.recipe import BufferConfig, Recipe
 TOPICS: dict[str, Any] = {
     "recipe": Recipe, "env": EnvConfig, "buffer": BufferConfig, "learner": LearnerConfig, "logging": LogConfig,
 }  # fmt: skip
-KINDS = ("stage", "objective", "agent", "env", "demonstrator", "reward", "credit", "logger")  # that have ids
+KINDS = ("stage", "objective", "agent", "env", "demonstrator", "reward", "credit", "parser", "logger")  # that have ids
 NOT_SET = {"render_mode", "autoreset_mode", "num_envs"}  # of environments: not for a recipe's env.options
 WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", type(None): "null"}
 

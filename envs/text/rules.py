@@ -29,6 +29,8 @@ from numpy.typing import ArrayLike
 
 from embodied_rft.names import UserError, nearest
 from embodied_rft.registry import find, register
+from embodied_rft.turns.objects import same_json
+from embodied_rft.turns.parsing import Tags
 
 logger = logging.getLogger(__name__)
 
@@ -167,12 +169,11 @@ def tag_format(
         prompt: what was asked, for `rule`.
         columns: further columns of the problem, for `rule`.
     """
-    body = r"\s*".join(rf"<{tag}>((?:(?!<{tag}>).)*?)</{tag}>" for tag in map(re.escape, tags))
-    match = re.fullmatch(rf"\s*{body}\s*", reply, flags=re.DOTALL)
-    said = "" if match is None else match.group(len(tags)).strip()
-    # Without a match, too, so that an answer that the rule cannot read is found before a run.
+    parsed = Tags(tags=tuple(tags), strict=True).parse(reply)
+    said = "" if parsed.said is None else reply[slice(*parsed.said)]
+    # Without the form, too, so that an answer that the rule cannot read is found before a run.
     inner = 1.0 if rule is None else make_rule(rule)(said, answer, prompt=prompt, columns=columns)
-    return 0.0 if match is None else 0.5 + 0.5 * inner
+    return 0.0 if parsed.said is None else 0.5 + 0.5 * inner
 
 
 @register("reward", "json")
@@ -182,18 +183,7 @@ def json_keys(reply: str, answer: str) -> float:
     if not isinstance(expected, dict):
         raise UserError(f"the answer {answer!r} is no JSON object: rule 'json' cannot judge it")
     missing = object()
-    return float(isinstance(given, dict) and all(_same(given.get(k, missing), v) for k, v in expected.items()))
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two values are the same JSON: 1 is 1.0, but true is not 1, as it is for Python."""
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return bool(a == b)
+    return float(isinstance(given, dict) and all(same_json(given.get(k, missing), v) for k, v in expected.items()))
 
 
 def _read_json(text: str) -> Any:
