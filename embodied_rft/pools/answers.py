@@ -71,7 +71,7 @@ class Leaf:
 
 
 def leaves_of(space: Space, path: tuple[Any, ...] = ()) -> list[Leaf]:
-    """The leaves of a space, in the order and with the keys of `stepping.flatten_space`."""
+    """The leaves of a space, in the order and with the keys of `protocol.flatten_space`."""
     if not isinstance(space, spaces.Dict):
         return [Leaf("/".join(map(str, path)) or "observation", path, space)]
     return [leaf for key, child in space.spaces.items() for leaf in leaves_of(child, (*path, key))]

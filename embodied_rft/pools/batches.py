@@ -18,15 +18,14 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from embodied_rft.data import Action, Space
 from embodied_rft.names import UserError
 from embodied_rft.pools.answers import Unfit, as_success, leaves_of
-from embodied_rft.pools.incidents import describe_error
+from embodied_rft.pools.hosts import DEADLINE, FIRST_TIME, Answer, Host, told_of
 from embodied_rft.pools.promises import find_seeding, narrow_seed
 from embodied_rft.pools.protocol import Seeding, flatten_observation, merge
-from embodied_rft.pools.singles import DEADLINE, FIRST_TIME, Answer
 from embodied_rft.pools.states import Saves
-from embodied_rft.pools.watch import Alarm, Hang, Watch
+from embodied_rft.pools.watch import Alarm, Watch
 
 
-class Batch:
+class Batch(Host):
     """N environments that only step together.
 
     Args:
@@ -59,7 +58,6 @@ class Batch:
         self.action_space: Space = vector_env.single_action_space
         self.leaves = leaves_of(self.observation_space)
         self.observation: dict[str, Any] = {leaf.key: leaf.empty(self.num_envs) for leaf in self.leaves}
-        self.seeding: Seeding | None = None  # found at the first reset
         self._started = False  # the first reset of a vector environment must be of all
         self._broken = False  # to be made again
         self._ended = np.ones(self.num_envs, dtype=np.bool_)  # those that the vector environment wants to be reset
@@ -96,7 +94,7 @@ class Batch:
             new = self._fitted(batch)
             answer = self._answer(new if running.all() else merge(running, new, self.observation))
             with np.errstate(over="ignore"):
-                answer.reward[:] = np.where(running, self._rows(rewards, "reward", "bifu"), 0)
+                answer.reward = np.where(running, self._rows(rewards, "reward", "bifu"), 0).astype(np.float32)
             terminated = self._rows(terminated, "terminated", "b")
             truncated = self._rows(truncated, "truncated", "b")
             self._ended = terminated | truncated
@@ -106,16 +104,13 @@ class Batch:
 
         if self._broken or not running.any():  # a reset of others failed: those that were running are lost
             answer = self._answer(dict(self.observation))
-            answer.failed = dict.fromkeys(np.flatnonzero(running).tolist())
+            answer.failed = running
             return answer
         return self._guarded(call, running)
 
     def _answer(self, observation: dict[str, Any]) -> Answer:
         self.observation = observation
-        none = np.zeros(self.num_envs, dtype=np.bool_)
-        return Answer(
-            dict(observation), np.zeros(self.num_envs, np.float32), none, none.copy(), none.copy(), told=False
-        )
+        return Answer.blank(dict(observation), self.num_envs)
 
     def _guarded(self, call: Callable[[], Answer], rows: np.ndarray, times: int = 1) -> Answer:
         """A call for all; what goes wrong is written down as the failure of those in `rows`."""
@@ -133,13 +128,12 @@ class Batch:
         except BaseException as error:
             if self.make is None:
                 raise
-            said = str(error) if isinstance(error, Hang | Unfit) else describe_error(error)
-            kind = "hang" if isinstance(error, Hang) else "error"
+            kind, said = told_of(error)
             self._broken, self._started = True, False
             answer = self._answer(dict(self.observation))
             last = self.first + self.num_envs - 1
-            failed = np.flatnonzero(rows).tolist()
-            answer.failed = dict.fromkeys(failed) | {failed[0]: (kind, f"environments {self.first} to {last}: {said}")}
+            answer.failed = rows
+            answer.incidents.append((kind, f"environments {self.first} to {last}: {said}"))
             return answer
 
     def _remake(self) -> None:
@@ -185,7 +179,8 @@ class Batch:
             try:
                 answer.success[row] = as_success(values[row], key)
             except (Unfit, IndexError) as error:
-                answer.failed[row] = ("error", f"environment {self.first + row}: {error}")
+                answer.failed[row] = True
+                answer.incidents.append(("error", f"environment {self.first + row}: {error}"))
 
     def _find_seeding(self) -> Seeding:
         every = np.ones(self.num_envs, dtype=np.bool_)

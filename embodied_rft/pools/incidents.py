@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter, deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from embodied_rft.names import UserError
@@ -47,11 +46,6 @@ class Incidents:
         """Count one incident and keep its text."""
         self.counts[kind] += 1
         self.latest.append(f"{kind}: {text}")
-
-    def take(self, counts: Mapping[str, int], texts: list[str]) -> None:
-        """Add what `news` of another pool told."""
-        self.counts.update(counts)
-        self.latest.extend(texts)
 
     def news(self) -> tuple[dict[str, int], list[str]]:
         """Counts and texts (at most 32) since the last call."""

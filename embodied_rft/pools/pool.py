@@ -1,8 +1,8 @@
 """Environments stepped together: the in-process pool and `make_pool`, the door to all kinds of pools.
 
-Boundary: knows Gymnasium and nothing of policies, buffers or algorithms. Single environments live in `singles`,
-processes in `workers`, the protocol and its types in `stepping`. A pool never resets an environment by itself; it
-keeps NaN, answers that do not fit and seeds of the wrong purpose out.
+Boundary: knows Gymnasium and nothing of policies, buffers or algorithms. Single environments live in `singles`, a
+native form in `batches`, processes in `workers`, the protocol and its types in `protocol`. A pool never resets an
+environment by itself; it keeps NaN, answers that do not fit and seeds of the wrong purpose out.
 
 Legend: N environments, A action dimensions.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -24,6 +24,7 @@ from embodied_rft.data import Action, Ragged, Tree
 from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.batches import Batch
 from embodied_rft.pools.config import EnvConfig
+from embodied_rft.pools.hosts import DEADLINE, Answer, Host
 from embodied_rft.pools.incidents import MAX_INCIDENTS, Incidents
 from embodied_rft.pools.making import find_spec, make_single
 from embodied_rft.pools.protocol import (
@@ -39,25 +40,17 @@ from embodied_rft.pools.protocol import (
     finite_rows,
     merge,
 )
-from embodied_rft.pools.singles import DEADLINE, Answer, Singles
+from embodied_rft.pools.singles import Singles
 from embodied_rft.pools.watch import Watch
-from embodied_rft.pools.workers import WorkerPool
+from embodied_rft.pools.workers import Workers
 
 Kind = Literal["auto", "native", "sync", "workers"]
 KINDS = ("auto", "native", "sync", "workers")
 TimeLimitIs = Literal["truncated", "terminal"]
-Host = Singles | Batch  # what holds the N environments of a `VectorPool`
-
-
-@runtime_checkable
-class SkipsImages(Protocol):
-    """A vector environment that need not draw what nobody reads."""
-
-    skip_images: bool  # True: a step draws only where an episode ends
 
 
 class VectorPool(Pool):
-    """A Pool in this process, over single environments or a `gymnasium.vector.VectorEnv`.
+    """A Pool over a host: single environments, worker processes, or a `gymnasium.vector.VectorEnv`.
 
     A vector environment must have been made with AutoresetMode.DISABLED and honour `options={"reset_mask": mask}`.
 
@@ -155,21 +148,17 @@ class VectorPool(Pool):
 
     def ask(self, name: str) -> Any:
         """What the (first) environment says under `name`, called if it is a method; None if it does not have it."""
-        found = getattr(self.host.unwrapped, name, None)
-        return found() if callable(found) else found
+        return self.host.ask(name)
 
     def skip_images(self, skip: bool) -> None:
         """Whether steps may leave images as they were, but where an episode ends: nobody reads them. A hint."""
-        if isinstance(env := self.host.unwrapped, SkipsImages):
-            env.skip_images = skip
+        self.host.skip_images(skip)
 
     def _clean(self, answer: Answer) -> tuple[dict[str, Any], np.ndarray]:
         """The observation, with old rows where new ones are no good, and [N] bool of the environments that failed."""
-        invalid = np.zeros(self.num_envs, dtype=np.bool_)
-        for index, incident in answer.failed.items():
-            invalid[index] = True
-            if incident is not None:
-                self.incidents.add(*incident)
+        invalid = answer.failed.copy()
+        for incident in answer.incidents:
+            self.incidents.add(*incident)
         new = answer.observation
         for key, value in {**new, "reward": answer.reward}.items():
             finite = finite_rows(value, num_envs=self.num_envs)
@@ -281,8 +270,6 @@ def make_pool(
     deadline: float = DEADLINE,
     max_incidents: float = MAX_INCIDENTS,
     time_limit: TimeLimitIs = "truncated",
-    watch: Watch | None = None,
-    first: int = 0,
 ) -> Pool:
     """N environments of one id behind the Pool protocol.
 
@@ -298,8 +285,6 @@ def make_pool(
         deadline: seconds that a step or a reset of one environment (of the batch, if native) may take.
         max_incidents: share of the latest episodes that may fail in their environment before EnvironmentFailure.
         time_limit: "truncated" bootstraps where an episode is cut off, "terminal" does not.
-        watch: who is told of every call; default an alarm.
-        first: number of the first environment, for messages.
 
     Raises:
         ValueError: unknown id or kind, options that the environment refuses, a native form that does not exist.
@@ -311,19 +296,31 @@ def make_pool(
     if num_workers and kind != "workers":
         raise UserError(f"num_workers={num_workers} has no effect with kind {kind!r}: use kind 'workers' or drop it")
     spec = find_spec(id)
-    same: dict[str, Any] = {"purpose": purpose, "max_incidents": max_incidents, "time_limit": time_limit}
+    make = functools.partial(make_host, spec, options=options, wrappers=wrappers, deadline=deadline)
     if kind == "workers":
-        every = {**same, "options": options, "wrappers": wrappers, "deadline": deadline}
-        make_slice = functools.partial(make_pool, spec, **{**every, "max_incidents": 1.0})  # the parent judges
-        settings: dict[str, Any] = {"purpose": purpose, "deadline": deadline, "max_incidents": max_incidents}
-        return WorkerPool(make_slice, num_envs=num_envs, num_workers=num_workers, preload=[__name__], **settings)
+        host: Host = Workers(make, num_envs, num_workers=num_workers, deadline=deadline, preload=[__name__])
+    else:
+        host = make(num_envs, kind=kind)
+    return VectorPool(host, purpose=purpose, max_incidents=max_incidents, time_limit=time_limit)
+
+
+def make_host(
+    spec: EnvSpec,
+    num_envs: int,
+    *,
+    options: Mapping[str, Any] | None = None,
+    wrappers: Sequence[Mapping[str, Any]] = (),
+    kind: Kind = "auto",
+    deadline: float = DEADLINE,
+    watch: Watch | None = None,
+    first: int = 0,
+) -> Host:
+    """N environments in this process: as of `make_pool`, and as of `Singles`."""
     made = None if kind == "sync" else _make_native(spec, num_envs, options or {}, wrappers, must=kind == "native")
     if made is not None:
-        host: Host = Batch(made[0], make=made[1], watch=watch, deadline=deadline, first=first)
-    else:
-        single = functools.partial(make_single, spec, options=options, wrappers=wrappers)
-        host = Singles(single, num_envs, watch=watch, deadline=deadline, first=first)
-    return VectorPool(host, **same)
+        return Batch(made[0], make=made[1], watch=watch, deadline=deadline, first=first)
+    single = functools.partial(make_single, spec, options=options, wrappers=wrappers)
+    return Singles(single, num_envs, watch=watch, deadline=deadline, first=first)
 
 
 def _make_native(

@@ -1,7 +1,6 @@
 """What every pool shares: the Pool protocol, its step result, observation trees, and the checks at the door.
 
-Boundary: pure functions on Gymnasium spaces and arrays, and small types; no environment is made or stepped here. Import
-these names from `pool`.
+Boundary: pure functions on Gymnasium spaces and arrays, and small types; no environment is made or stepped here.
 
 Legend: N environments, A action dimensions.
 """

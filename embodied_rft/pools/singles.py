@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
@@ -19,7 +19,7 @@ import numpy as np
 from embodied_rft.data import Action
 from embodied_rft.names import UserError
 from embodied_rft.pools.answers import Unfit, as_end, as_reward, leaves_of, success_of
-from embodied_rft.pools.incidents import describe_error
+from embodied_rft.pools.hosts import DEADLINE, FIRST_TIME, Answer, Host, told_of
 from embodied_rft.pools.promises import (
     call_seed_method,
     find_seeding,
@@ -30,23 +30,6 @@ from embodied_rft.pools.promises import (
 from embodied_rft.pools.protocol import Seeding
 from embodied_rft.pools.watch import Alarm, Hang, Watch
 from embodied_rft.pools.wrappers import offers_state, set_single_state, single_state
-
-DEADLINE = 60.0  # seconds
-FIRST_TIME = 3  # deadlines that making an environment, and its first reset, may take
-
-
-@dataclass(slots=True)
-class Answer:
-    """What N environments answered to one call, failures among them."""
-
-    observation: dict[str, Any]  # [N, ...]; as before where nothing new came
-    reward: np.ndarray  # [N]; float32 of a step
-    terminated: np.ndarray  # [N] bool
-    truncated: np.ndarray  # [N] bool
-    success: np.ndarray  # [N] bool
-    told: bool  # somebody said something about success
-    # environment: kind of incident and text, or None where the incident is told by another one
-    failed: dict[int, tuple[str, str] | None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -60,7 +43,7 @@ class _Slot:
     globals: Any = None  # the state of its own global generators, where it is seeded so
 
 
-class Singles:
+class Singles(Host):
     """N environments in this process; see the head of this file.
 
     Args:
@@ -82,7 +65,6 @@ class Singles:
     ) -> None:
         self.make, self.num_envs, self.deadline, self.first = make, num_envs, deadline, first
         self.watch: Watch = watch or Alarm()
-        self.seeding: Seeding | None = None  # found at the first reset
         self.slots: list[_Slot] = []
         try:
             with self.watch:
@@ -149,9 +131,7 @@ class Singles:
         return answer
 
     def _blank(self) -> Answer:
-        none = np.zeros(self.num_envs, dtype=np.bool_)
-        observation = {k: v.copy() for k, v in self.observation.items()}
-        return Answer(observation, np.zeros(self.num_envs), none, none.copy(), none.copy(), told=False, failed={})
+        return Answer.blank({k: v.copy() for k, v in self.observation.items()}, self.num_envs)
 
     def _reset_one(self, answer: Answer, index: int, options: Mapping[str, Any] | None) -> None:
         slot = self.slots[index]
@@ -207,10 +187,10 @@ class Singles:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            kind = "hang" if isinstance(error, Hang) else "error"
-            said = str(error) if isinstance(error, Hang | Unfit) else describe_error(error)
+            kind, said = told_of(error)
             place = f"environment {self.first + index} (seed {slot.seed}, step {slot.steps})"
-            answer.failed[index] = (kind, f"{place}: {said}")
+            answer.failed[index] = True
+            answer.incidents.append((kind, f"{place}: {said}"))
             if not isinstance(error, Unfit):
                 self._discard(slot)
 

@@ -1,4 +1,4 @@
-"""The inside of a worker process: it makes the pool of a slice and answers the parent's commands.
+"""The inside of a worker process: it makes the host of a slice and answers the parent's commands.
 
 Boundary: the counterpart of `workers`, which starts, watches and replaces these processes. Arrays travel through one
 block of shared memory, text and small things through the pipe.
@@ -24,11 +24,13 @@ from typing import Any
 import cloudpickle  # comes with gymnasium, whose AsyncVectorEnv needs it for the same purpose
 import numpy as np
 
-from embodied_rft.data import Space, Tree
+from embodied_rft.data import Space
 from embodied_rft.names import UserError
-from embodied_rft.pools.protocol import Pool, Seeding, flatten_space, is_text
+from embodied_rft.pools.hosts import Answer, Host
+from embodied_rft.pools.protocol import Seeding, flatten_space, is_text
 from embodied_rft.pools.watch import Note
 
+SIGNALS = ("reward", "terminated", "truncated", "success", "failed")  # of an `Answer`, in its order
 Layout = dict[str, tuple[tuple[int, ...], str, int]]  # name -> shape, dtype, offset in bytes
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 ALIGNMENT = 64  # bytes; a cache line, so that two arrays never share one
@@ -89,7 +91,7 @@ def layout_of(observation_space: Space, action_space: Space, *, num_envs: int) -
     leaves["action"] = action_space
     wanted = [(key, leaf.shape, leaf.dtype) for key, leaf in leaves.items() if not is_text(leaf)]
     wanted += [("reward", (), np.dtype(np.float32)), ("seed", (), np.dtype(np.int64))]
-    wanted += [(name, (), np.dtype(np.bool_)) for name in ("terminated", "truncated", "success", "valid", "begins")]
+    wanted += [(name, (), np.dtype(np.bool_)) for name in (*SIGNALS[1:], "rows")]
     layout: Layout = {}
     offset = 0
     for name, shape, dtype in wanted:
@@ -109,11 +111,11 @@ def serve(
     control: tuple[str, Layout],
     cores: set[int],
 ) -> None:
-    """Main function of a worker: make the pool of a slice, then answer commands until the parent hangs up.
+    """Main function of a worker: make the host of a slice, then answer commands until the parent hangs up.
 
     Args:
         connection: this end of the pipe.
-        make_slice: pickled `make_slice(count, watch=..., first=...)`, which makes the Pool of `count` environments.
+        make_slice: pickled `make_slice(count, watch=..., first=...)`, which makes the host of `count` environments.
         worker: number of this worker.
         first: number of the first environment of the slice.
         count: environments in the slice.
@@ -125,21 +127,21 @@ def serve(
     note = Note(shared.arrays["due"], shared.arrays["busy"], worker=worker, first=first)
     try:
         with _only(cores):
-            host = _Host(cloudpickle.loads(make_slice)(count, watch=note, first=first), first, count)
+            own = _Slice(cloudpickle.loads(make_slice)(count, watch=note, first=first), first, count)
     except BaseException as error:
         connection.send(("failed", (_portable(error), traceback.format_exc())))
         return
-    pool = host.pool
-    connection.send(("ready", cloudpickle.dumps((pool.observation_space, pool.action_space, pool.can_save))))
+    host = own.host
+    connection.send(("ready", cloudpickle.dumps((host.observation_space, host.action_space, host.can_save))))
     while True:
         try:
             serial, command, arguments = connection.recv()
         except (EOFError, OSError):
-            return host.close()
+            return own.close()
         if command == "close":
-            return host.close()
+            return own.close()
         try:
-            answer = (serial, "done", getattr(host, command)(*arguments))
+            answer = (serial, "done", getattr(own, command)(*arguments))
         except BaseException:
             answer = (serial, "error", traceback.format_exc())
         connection.send(answer)
@@ -188,66 +190,49 @@ def _portable(error: BaseException) -> BaseException | None:
     return error
 
 
-class _Host:
+class _Slice:
     """The commands of a worker. Arrays are exchanged through shared memory, text and small things in the answer."""
 
-    def __init__(self, pool: Pool, first: int, count: int) -> None:
-        self.pool = pool
+    def __init__(self, host: Host, first: int, count: int) -> None:
+        self.host = host
         self.envs = slice(first, first + count)
         self.shared: SharedArrays | None = None
-        self.seeding: Seeding | None = None  # what the parent knows
 
     def attach(self, name: str, layout: Layout) -> None:
         """Map the parent's shared memory."""
         self.shared = SharedArrays(layout, name=name)
 
-    def _write(self, observation: Tree) -> dict[str, list[str]]:
-        """Arrays into shared memory; what is text comes back."""
+    def _mine(self, name: str) -> np.ndarray:
         assert self.shared is not None
-        texts = {}
-        for key, value in observation.items():
-            if isinstance(value, list):
-                texts[key] = value
-            else:
-                self.shared.arrays[f"observation/{key}"][self.envs] = value
-        return texts
+        return self.shared.arrays[name][self.envs]
 
-    def reset(self, options: Any) -> tuple[dict[str, list[str]], Any, Seeding | None]:
-        assert self.shared is not None
-        seeds, mask = (self.shared.arrays[name][self.envs].copy() for name in ("seed", "begins"))
-        texts = self._write(self.pool.reset(seeds, mask, options))
-        found = self.pool.seeding
-        told, self.seeding = (None if found == self.seeding else found), found
-        return texts, self._news(), told
+    def _tell(self, answer: Answer) -> tuple[dict[str, list[str]], list[tuple[str, str]], bool, Seeding | None]:
+        """Arrays into shared memory; text and small things come back."""
+        texts = {key: value for key, value in answer.observation.items() if isinstance(value, list)}
+        for key in answer.observation.keys() - texts.keys():
+            self._mine(f"observation/{key}")[:] = answer.observation[key]
+        for name in SIGNALS:
+            self._mine(name)[:] = getattr(answer, name)
+        return texts, answer.incidents, answer.told, self.host.seeding
 
-    def _news(self) -> tuple[dict[str, int], list[str]] | None:
-        """Incidents since the last answer."""
-        counts, texts = self.pool.incidents.news()
-        return (counts, texts) if counts else None
+    def reset(self, options: Any) -> Any:
+        return self._tell(self.host.reset(self._mine("seed").copy(), self._mine("rows").copy(), options))
 
-    def step(self, text_action: list[str] | None, skip_images: bool) -> tuple[dict[str, list[str]], Any, bool]:
-        assert self.shared is not None
-        self.pool.skip_images(skip_images)
-        arrays = self.shared.arrays
-        result = self.pool.step(arrays["action"][self.envs].copy() if text_action is None else text_action)
-        texts = self._write(result.observation)
-        for name in ("reward", "terminated", "truncated", "valid"):
-            arrays[name][self.envs] = getattr(result, name)
-        reports = "success" in result.info
-        arrays["success"][self.envs] = result.info["success"] if reports else False
-        return texts, self._news(), reports
+    def step(self, text_action: list[str] | None, skip_images: bool) -> Any:
+        self.host.skip_images(skip_images)
+        action = self._mine("action") if text_action is None else text_action
+        return self._tell(self.host.step(action, self._mine("rows").copy()))
 
     def ask(self, name: str) -> Any:
-        return self.pool.ask(name)
+        return self.host.ask(name)
 
     def get_state(self) -> dict[str, np.ndarray] | None:
-        return self.pool.get_state()
+        return self.host.get_state()
 
-    def set_state(self, state: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        self.pool.set_state(state)
-        return self._write(self.pool.observation)
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        self.host.set_state(state)
 
     def close(self) -> None:
-        self.pool.close()
+        self.host.close()
         if self.shared is not None:
             self.shared.close()

@@ -1,9 +1,9 @@
 """Environments in worker processes: shared memory for arrays, deadlines, and replacement of what hangs or crashes.
 
-Boundary: knows the Pool protocol, not which environment a worker hosts: it gets a function that makes the pool of a
-slice. A worker that misses a deadline or dies is killed and replaced; the step of its environments comes back with
-valid False, and the rest of the run goes on. An environment that raises is met inside its worker (`singles`) and costs
-nobody else. `worker_process` is the other end of the pipe.
+Boundary: knows hosts, not which environment a worker has: it gets a function that makes the host of a slice. A worker
+that misses a deadline or dies is killed and replaced; its environments have failed until they are reset, and the rest
+of the run goes on. An environment that raises is met inside its worker (`singles`) and costs nobody else.
+`worker_process` is the other end of the pipe.
 
 Processes come from a fork server: a plain fork would copy the locks of torch's and MuJoCo's threads and the GL context
 of a parent that has long been running, and spawn would pay for every import again each time a worker is replaced.
@@ -28,24 +28,14 @@ from typing import Any
 
 import cloudpickle
 import numpy as np
-from numpy.typing import ArrayLike
 
-from embodied_rft.data import Action, Space, Tree
+from embodied_rft.data import Action, Space
 from embodied_rft.names import UserError
-from embodied_rft.pools.incidents import MAX_INCIDENTS, EnvironmentFailure, Incidents
-from embodied_rft.pools.protocol import (
-    Pool,
-    Purpose,
-    Seeding,
-    StepResult,
-    check_action,
-    check_mask,
-    check_seeds,
-    field_of,
-    fields_of,
-)
-from embodied_rft.pools.singles import DEADLINE, FIRST_TIME
-from embodied_rft.pools.worker_process import Layout, SharedArrays, control_layout, layout_of, serve
+from embodied_rft.pools.answers import leaves_of
+from embodied_rft.pools.hosts import DEADLINE, FIRST_TIME, Answer, Host
+from embodied_rft.pools.incidents import EnvironmentFailure
+from embodied_rft.pools.protocol import merge
+from embodied_rft.pools.worker_process import SIGNALS, Layout, SharedArrays, control_layout, layout_of, serve
 
 START = 180.0  # seconds that a process may take to come up, beside what its environments take
 
@@ -65,34 +55,29 @@ class _StartError(Exception):
         self.kind, self.text, self.error = kind, text, error
 
 
-class WorkerPool(Pool):
-    """A Pool over W supervised processes; see the head of this file."""
+class Workers(Host):
+    """N environments in W supervised processes; see the head of this file."""
 
     can_save: bool = False
-    seeding: Seeding | None = None  # what seeds promise; None before the first reset
 
     def __init__(
         self,
-        make_slice: Callable[..., Pool],
+        make_slice: Callable[..., Host],
         num_envs: int,
         *,
         num_workers: int | None = None,
-        purpose: Purpose = "training",
         deadline: float = DEADLINE,
-        max_incidents: float = MAX_INCIDENTS,
         max_restarts: int = 3,
         preload: Sequence[str] = (),
     ) -> None:
         """Start the workers and wait until their environments stand.
 
         Args:
-            make_slice: makes the Pool of `n` environments; called in the worker as `make_slice(n, watch=...,
+            make_slice: makes the host of `n` environments; called in the worker as `make_slice(n, watch=...,
                 first=...)`.
             num_envs: N.
             num_workers: W; default one for each core, at most N.
-            purpose: which seeds are accepted.
             deadline: seconds that a step or a reset of one environment may take before its worker counts as hanging.
-            max_incidents: share of the latest episodes that may fail before EnvironmentFailure.
             max_restarts: how often in a row a new process may fail to come up before EnvironmentFailure.
             preload: modules that `make_slice` needs, imported once for all workers instead of by each.
 
@@ -100,10 +85,9 @@ class WorkerPool(Pool):
             Exception: the environment's own error if it cannot be made.
             ValueError: the environment cannot be sent to a process, or /dev/shm is too small.
         """
-        self.num_envs, self.purpose = num_envs, purpose
-        self.deadline, self.max_restarts = deadline, max_restarts
-        self.incidents = Incidents(max_incidents, num_envs)
+        self.num_envs, self.deadline, self.max_restarts = num_envs, deadline, max_restarts
         self._skips_images = False
+        self._incidents: list[tuple[str, str]] = []  # that no answer has told yet
         self._make_slice = _pickled(make_slice)
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(list(preload))
@@ -111,7 +95,7 @@ class WorkerPool(Pool):
         self._start(min(num_envs, num_workers or len(self._cores) or os.cpu_count() or 1))
 
     def _start(self, num_workers: int) -> None:
-        """Launch W workers; of a pool that has none."""
+        """Launch W workers, where there are none."""
         num_envs = self.num_envs
         self._cores_each = len(self._cores) // num_workers
         self._workers: list[_Worker] = []
@@ -125,8 +109,6 @@ class WorkerPool(Pool):
             self._workers += [self._launch(w, slice(a, b)) for w, (a, b) in enumerate(itertools.pairwise(bounds))]
             ready = [self._await_ready(w) for w in range(num_workers)]
             self.observation_space, self.action_space, self.can_save = ready[0]
-            self.fields = fields_of(self.observation_space)
-            self.action_field = field_of("action", self.action_space)
             self._shared.append(SharedArrays(layout_of(self.observation_space, self.action_space, num_envs=num_envs)))
         except _StartError as failure:
             self.close()
@@ -139,10 +121,9 @@ class WorkerPool(Pool):
             raise
         self._serial = 0  # of the latest command
         self._seeds = np.zeros(num_envs, dtype=np.int64)  # of the running episodes, for messages
-        self._idle = np.ones(num_envs, dtype=np.bool_)
-        self._bad_start = np.zeros(num_envs, dtype=np.bool_)  # lost while being reset: the first step is invalid
-        self._texts: dict[str, list[str]] = {k: [""] * num_envs for k, f in self.fields.items() if f.kind == "ragged"}
-        self._reports_success = False
+        self._lost = np.zeros(num_envs, dtype=np.bool_)  # with their process, until they are reset
+        self.leaves = leaves_of(self.observation_space)
+        self.observation = {leaf.key: leaf.empty(num_envs) for leaf in self.leaves}
         self._exchange({w: ("attach", self._attachment()) for w in range(num_workers)})
 
     @property
@@ -150,126 +131,82 @@ class WorkerPool(Pool):
         """W."""
         return len(self._workers)
 
-    @property
-    def observation(self) -> Tree:
-        """The current observation of all N (a copy); zeros before the first reset."""
-        arrays = self._shared[1].arrays
-        return {
-            key: list(self._texts[key]) if key in self._texts else arrays[f"observation/{key}"].copy()
-            for key in self.fields
-        }
-
-    def reset(self, seeds: ArrayLike, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
-        """Start new episodes where `mask`; see `stepping.Pool`. Where a worker fails, the first step is invalid."""
-        mask = check_mask(mask, num_envs=self.num_envs)
-        seeds = check_seeds(seeds, mask, purpose=self.purpose)
+    def reset(self, seeds: np.ndarray, mask: np.ndarray, options: Mapping[str, Any] | None) -> Answer:
+        """New episodes where `mask`; where a worker fails, they are lost."""
         self._seeds = np.where(mask, seeds, self._seeds)
-        self._bad_start &= ~mask
-        slices = {w: worker.envs for w, worker in enumerate(self._workers) if mask[worker.envs].any()}
-        arrays = self._shared[1].arrays
-        arrays["seed"][:], arrays["begins"][:] = np.where(mask, seeds, 0), mask
-        answers = self._exchange({w: ("reset", (options,)) for w in slices})
-        for w, (texts, news, seeding) in answers.items():
-            self._hear(w, texts, news)
+        self._lost &= ~mask
+        self._shared[1].arrays["seed"][:] = seeds
+        return self._round(mask, "reset", lambda _: (options,))
+
+    def step(self, action: Action, running: np.ndarray) -> Answer:
+        """One step of those that are `running` [N]."""
+        texts = action if isinstance(action, list) else None
+        if texts is None:
+            self._shared[1].arrays["action"][:] = action
+        told = self._skips_images
+        return self._round(running, "step", lambda envs: (None if texts is None else texts[envs], told))
+
+    def _round(self, rows: np.ndarray, command: str, arguments: Callable[[slice], tuple[Any, ...]]) -> Answer:
+        """A command for environments `rows` [N] but those that are lost: what all workers answered."""
+        arrays, asked = self._shared[1].arrays, rows & ~self._lost
+        arrays["rows"][:] = asked
+        busy = [(w, worker.envs) for w, worker in enumerate(self._workers) if asked[worker.envs].any()]
+        answers = self._exchange({w: (command, arguments(envs)) for w, envs in busy})
+        new: dict[str, Any] = {
+            e.key: e.empty(len(rows)) if e.text else arrays[f"observation/{e.key}"] for e in self.leaves
+        }
+        told, incidents = False, list[tuple[str, str]]()
+        for w, (texts, found, reports, seeding) in answers.items():
+            told, incidents = told or reports, incidents + found
+            for key, value in texts.items():
+                new[key][self._workers[w].envs] = value
             if seeding is not None and (self.seeding is None or self.seeding.held_out):
                 self.seeding = seeding
-        for w, envs in slices.items():
-            if w not in answers:
-                self._bad_start[envs] |= mask[envs]
-        self._idle &= ~mask
-        return self.observation
-
-    def step(self, action: Action) -> StepResult:
-        """Execute one action in every environment; see `stepping.StepResult`."""
-        if self._idle.all():
-            raise RuntimeError("no environment has a running episode: call reset before step")
-        action = check_action(action, self.action_space, num_envs=self.num_envs)
-        texts = action if isinstance(action, list) else None
-        arrays = self._shared[1].arrays
-        if texts is None:
-            arrays["action"][:] = action
-        arrays["valid"][:] = False  # whoever does not answer stays invalid
-        idle, active = self._idle, ~(self._idle | self._bad_start)
-        running = {w: worker.envs for w, worker in enumerate(self._workers) if active[worker.envs].any()}
-        skip = self._skips_images
-        answers = self._exchange({w: ("step", (None if texts is None else texts[s], skip)) for w, s in running.items()})
-        for w, (observed, news, reports) in answers.items():
-            self._hear(w, observed, news)
-            self._reports_success |= reports
-        answered = np.zeros(self.num_envs, dtype=np.bool_)
-        for w in answers:
-            answered[self._workers[w].envs] = True
-        valid = arrays["valid"] & answered & active
-        terminated, truncated = arrays["terminated"] & valid, arrays["truncated"] | ~valid
-        info = {"success": arrays["success"] & valid} if self._reports_success else {}
-        reward = np.where(valid, arrays["reward"], np.float32(0))
-        self._idle, self._bad_start = terminated | truncated, np.zeros_like(idle)
-        self.incidents.judge(ended=int((self._idle & valid).sum()), failed=int((~valid & ~idle).sum()))
-        return StepResult(self.observation, reward, terminated, truncated, info, valid)
+        observation = {k: v.copy() for k, v in new.items()} if asked.all() else merge(asked, new, self.observation)
+        signals: Any = {name: np.where(asked, arrays[name], arrays[name].dtype.type(0)) for name in SIGNALS}
+        answer = Answer(observation, **signals, told=told, incidents=self._incidents + incidents)
+        answer.failed |= rows & self._lost
+        self._incidents = []
+        return answer
 
     def skip_images(self, skip: bool) -> None:
-        """Whether workers may leave images as they were; see `VectorPool.skip_images`."""
+        """Said with the next step."""
         self._skips_images = skip
 
-    def ask(self, name: str) -> Any:
-        """What the first environment says under `name`; see `VectorPool.ask`."""
+    def ask(self, name: str) -> object:
+        """What the first environment says."""
         return self._exchange({0: ("ask", (name,))}).get(0)
 
     def get_state(self) -> dict[str, np.ndarray] | None:
         """The states of all workers, or None if the environments do not offer theirs."""
-        if not self.can_save:
+        answers = self._exchange({w: ("get_state", ()) for w in range(self.num_workers)}) if self.can_save else {}
+        if not answers or None in answers.values():
             return None
-        answers = self._exchange({w: ("get_state", ()) for w in range(self.num_workers)})
-        state = {
-            "pool/idle": self._idle.copy(),
-            "pool/bad_start": self._bad_start.copy(),
-            "pool/reports_success": np.array(self._reports_success),
-            "pool/num_workers": np.array(self.num_workers),
-        }
+        state = {"workers/count": np.array(self.num_workers)}
         for w, answer in answers.items():
-            state |= {f"worker/{w}/{key}": value for key, value in (answer or {}).items()}
+            state |= {f"workers/{w}/{key}": value for key, value in answer.items()}
         return state
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Continue bit for bit from `get_state` of a pool of the same environments, on any number of cores.
+        """Continue from `get_state`, on any number of cores.
 
-        Episodes belong to the slices in which they run: this pool takes the number of workers of the state.
+        Episodes belong to the slices in which they run: this host takes the number of workers of the state.
         """
-        if len(state["pool/idle"]) != self.num_envs:
-            raise UserError(
-                f"the state is of {len(state['pool/idle'])} environments, this pool has {self.num_envs}: continue with "
-                "the num_envs of the run that wrote it"
-            )
-        if int(state["pool/num_workers"]) != self.num_workers:
+        if int(state["workers/count"]) != self.num_workers:
             self.close()
-            self._start(int(state["pool/num_workers"]))
-        requests = {}
+            self._start(int(state["workers/count"]))
+        requests: dict[int, tuple[str, tuple[Any, ...]]] = {}
         for w in range(self.num_workers):
-            prefix = f"worker/{w}/"
+            prefix = f"workers/{w}/"
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            if own:
-                requests[w] = ("set_state", (own,))
+            requests |= {w: ("set_state", (own,))} if own else {}
         answers = self._exchange(requests)
-        for w, texts in answers.items():
-            self._hear(w, texts, None)
-        self._idle = state["pool/idle"].astype(np.bool_)
-        self._bad_start = state["pool/bad_start"].astype(np.bool_)
-        for w in range(self.num_workers):
-            if w not in answers:
-                envs = self._workers[w].envs
-                self._bad_start[envs] = ~self._idle[envs]
-        self._reports_success = bool(state["pool/reports_success"])
+        for w, worker in enumerate(self._workers):
+            self._lost[worker.envs] = w not in answers
 
     def close(self) -> None:
         """Stop the workers and remove the shared memory; a second call does nothing."""
         self._finalizer()
-
-    def _hear(self, w: int, texts: dict[str, list[str]], news: tuple[dict[str, int], list[str]] | None) -> None:
-        """Take the text observations and the incidents of an answer."""
-        for key, value in texts.items():
-            self._texts[key][self._workers[w].envs] = value
-        if news is not None:
-            self.incidents.take(*news)
 
     # --- supervision -------------------------------------------------------------------------------------------------
 
@@ -349,14 +286,16 @@ class WorkerPool(Pool):
         return answers
 
     def _replace(self, w: int, kind: str, text: str) -> None:
-        """Kill worker `w` and put a fresh one in its place; its environments are idle until they are reset."""
+        """Kill worker `w` and put a fresh one in its place; its environments are lost until they are reset."""
         envs = self._workers[w].envs
+        self._lost[envs] = True
         for _ in range(self.max_restarts + 1):
             busy = int(self._shared[0].arrays["busy"][w])
             _kill(self._workers[w])
             text = text or _death(self._workers[w].process)
             who = f"environment {busy} (seed {self._seeds[busy]}) in " if busy >= 0 else ""
-            self.incidents.add(kind, f"{who}worker {w} (environments {envs.start} to {envs.stop - 1}): {text}")
+            where = f"{who}worker {w} (environments {envs.start} to {envs.stop - 1})"
+            self._incidents.append((kind, f"{where}: {text}"))
             self._workers[w] = self._launch(w, envs)
             try:
                 self._await_ready(w)
@@ -372,7 +311,7 @@ class WorkerPool(Pool):
         )
 
 
-def _pickled(make_slice: Callable[..., Pool]) -> bytes:
+def _pickled(make_slice: Callable[..., Host]) -> bytes:
     try:
         pickled: bytes = cloudpickle.dumps(make_slice)
         return pickled

@@ -8,26 +8,31 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import psutil
 import pytest
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, VectorEnv
 
 import embodied_rft.envs  # noqa: F401
+from embodied_rft.pools.batches import Batch
 from embodied_rft.pools.incidents import EnvironmentFailure
-from embodied_rft.pools.pool import make_pool
+from embodied_rft.pools.making import find_spec
+from embodied_rft.pools.pool import VectorPool, make_host, make_pool
 from embodied_rft.pools.worker_process import SharedArrays
-from embodied_rft.pools.workers import WorkerPool
+from embodied_rft.pools.workers import Workers
 from tests.lab import ROOT
 from tests.lab.helpers_envs import TROUBLE_SEED, TROUBLE_STEP
-from tests.lab.point import PointReach
 
 FETCH = "embodied_rft/FetchPickAndPlace-v0"
 
 
 def worker_pool(num_envs=4, *, num_workers=2, deadline=30.0, max_restarts=3, **options):
-    make_slice = functools.partial(make_pool, "tests.lab.helpers_envs:Moody-v0", options=options)
-    return WorkerPool(make_slice, num_envs, num_workers=num_workers, deadline=deadline, max_restarts=max_restarts)
+    make_slice = functools.partial(make_host, find_spec("tests.lab.helpers_envs:Moody-v0"), options=options)
+    settings = {"num_workers": num_workers, "deadline": deadline, "max_restarts": max_restarts}
+    return VectorPool(Workers(make_slice, num_envs, **settings))
 
 
 def moves(steps, num_envs, dim):
@@ -57,27 +62,31 @@ def distance(ours, theirs):
     return max(float(np.abs(a.astype(float) - b.astype(float)).max()) for a, b in pairs)
 
 
-class Sketch(PointReach):
-    """Shows whether it was told that nobody looks, in place of its last number."""
+class Sketch(VectorEnv):
+    """Shows whether it was told that nobody looks."""
 
-    skips = False
+    metadata: ClassVar = {"autoreset_mode": AutoresetMode.DISABLED}
+    skip_images = False
 
-    def skip_images(self, skip):
-        self.skips = skip
+    def __init__(self, num_envs):
+        self.num_envs = num_envs
+        self.single_observation_space = self.single_action_space = Box(0, 1, (1,))
 
-    def _observe(self):
-        shown = super()._observe()["observation"]
-        shown[:, -1] = self.skips
-        return {"observation": shown}
+    def reset(self, *, seed=None, options=None):
+        return np.full((self.num_envs, 1), self.skip_images, np.float32), {}
+
+    def step(self, action):
+        ends = np.zeros(self.num_envs, bool)
+        return self.reset()[0], np.zeros(self.num_envs), ends, ends, {}
 
 
 def test_workers_hear_that_nobody_looks_at_images():
-    pool = WorkerPool(lambda n, **_: Sketch(n), 2, num_workers=1)
+    pool = VectorPool(Workers(lambda n, **settings: Batch(Sketch(n), **settings), 2, num_workers=1))
     try:
         pool.reset(np.arange(2))
         for skip in (True, False):
             pool.skip_images(skip)
-            assert pool.step(np.zeros((2, 2), np.float32)).observation["observation"][:, -1].tolist() == [skip] * 2
+            assert pool.step(np.zeros((2, 1), np.float32)).observation["observation"][:, 0].tolist() == [skip] * 2
     finally:
         pool.close()
 
@@ -199,7 +208,7 @@ def test_a_state_is_continued_on_another_number_of_cores():
         for t in range(3):
             first.step(actions[t])
         second.set_state(first.get_state())
-        assert second.num_workers == 2
+        assert second.host.num_workers == 2
         for t in range(3, 6):
             ours, theirs = second.step(actions[t]), first.step(actions[t])
             assert np.array_equal(ours.observation["state"], theirs.observation["state"]) and ours.valid.all()
@@ -258,7 +267,7 @@ def test_close_leaves_no_process_and_no_shared_memory():
     before = shared_blocks()
     pool = worker_pool()
     pool.reset(np.arange(4))
-    processes = [psutil.Process(worker.process.pid) for worker in pool._workers]
+    processes = [psutil.Process(worker.process.pid) for worker in pool.host._workers]
     assert shared_blocks() - before
     pool.close()
     pool.close()
@@ -272,11 +281,11 @@ def test_nothing_is_left_when_the_parent_is_killed():
         import functools, sys, time
         import numpy as np
         from embodied_rft.pools.pool import make_pool
-        from embodied_rft.pools.workers import WorkerPool
         if __name__ == "__main__":
-            make = functools.partial(make_pool, "tests.lab.helpers_envs:Moody-v0", options={{"trouble": "hang"}})
-            pool = WorkerPool(make, 2, num_workers=2, deadline=300.0)
-            print(*[w.process.pid for w in pool._workers], pool._shared[0].memory.name, flush=True)
+            options = {{"trouble": "hang"}}
+            name = "tests.lab.helpers_envs:Moody-v0"
+            pool = make_pool(name, 2, kind="workers", num_workers=2, deadline=300.0, options=options)
+            print(*[w.process.pid for w in pool.host._workers], pool.host._shared[0].memory.name, flush=True)
             pool.reset(np.array([{TROUBLE_SEED}, 1]))
             for _ in range({TROUBLE_STEP}):
                 pool.step(np.zeros((2, 2)))
@@ -303,7 +312,7 @@ def test_stopped_workers_do_not_outlive_a_parent_that_was_killed():
         from embodied_rft.pools.pool import make_pool
         if __name__ == "__main__":
             pool = make_pool("tests.lab.helpers_envs:Moody-v0", 2, kind="workers", num_workers=2)
-            print(*[w.process.pid for w in pool._workers], flush=True)
+            print(*[w.process.pid for w in pool.host._workers], flush=True)
             input()
         """
     )
