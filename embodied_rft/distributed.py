@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from embodied_rft import variables
 from embodied_rft.names import UserError
 
 T = TypeVar("T")
 BUCKET_ELEMENTS = 2**24  # gradients that are summed in one message: 64 MB
-TIMEOUT_SECONDS = 1800.0  # longest wait for another process; EMBODIED_RFT_TIMEOUT changes it
 
 
 class LostRankError(ConnectionError):
@@ -55,7 +55,7 @@ def joined() -> Iterator[None]:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    timeout = timedelta(seconds=float(os.environ.get("EMBODIED_RFT_TIMEOUT", TIMEOUT_SECONDS)))
+    timeout = timedelta(seconds=variables.timeout())
     with _no_endless_wait():
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
     yield

@@ -31,6 +31,7 @@ Spec = Mapping[str, Any]
 C = TypeVar("C")
 
 
+@registry.contract("agent")
 class Policy(nn.Module):
     """Observations to decisions, and their log-probabilities. A class registered as an "agent" derives from it.
 
@@ -296,9 +297,8 @@ def build_policy(spec: Spec, observation_space: Space, action_space: Space, rng:
     options = {k: v for k, v in spec.items() if k not in ("id", "tuned")}
     check_action_space(action_space)
     config = validate_plugin_config("agent", spec["id"], options)
-    cls = registry.find("agent", spec["id"])
-    made = cls(config, observation_space=observation_space, action_space=step_space(action_space), rng=rng)
-    policy = registry.kept(Policy, made, f"agent {spec['id']!r}")
+    made = registry.find("agent", spec["id"])
+    policy: Policy = made(config, observation_space=observation_space, action_space=step_space(action_space), rng=rng)
     policy.chunk.space(action_space)  # refuses other chunks
     policy.spec = {k: v for k, v in spec.items() if k != "tuned"}
     if "tuned" in spec:

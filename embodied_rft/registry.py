@@ -31,6 +31,7 @@ OUR_OWN = (
 )  # fmt: skip
 KINDS = ("agent", "objective", "demonstrator", "stage", "credit", "reward", "parser", "logger", "check")
 _tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+_contracts: dict[str, type] = {}  # what every class of a kind derives from, where there is such a thing
 
 
 def register(kind: str, *ids: str) -> Callable[[T], T]:
@@ -49,18 +50,35 @@ def register(kind: str, *ids: str) -> Callable[[T], T]:
     return add
 
 
+def contract(kind: str) -> Callable[[T], T]:
+    """Decorator of the class that every plug-in of a kind derives from."""
+
+    def add(base: T) -> T:
+        assert isinstance(base, type)
+        _contracts[kind] = base
+        return base
+
+    return add
+
+
 def _name(target: Any) -> tuple[str, str]:
     return target.__module__, target.__qualname__
 
 
 def find(kind: str, id: str) -> Any:
-    """The target registered under `id`. Raises ValueError with the nearest known id."""
+    """The target registered under `id`.
+
+    Raises:
+        ValueError: there is none, with the nearest known id; or it does not derive from what its kind does.
+    """
     if id not in _tables[kind]:
         load_plugins()
-    try:
-        return _tables[kind][id]
-    except KeyError:
-        raise UserError(f"unknown {kind} {id!r}; {nearest(id, _tables[kind])}") from None
+    if id not in _tables[kind]:
+        raise UserError(f"unknown {kind} {id!r}; {nearest(id, _tables[kind])}")
+    found, base = _tables[kind][id], _contracts.get(kind, object)
+    if base is not object and not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(f"{kind} {id!r} is {found!r}: derive the class from {base.__module__}.{base.__qualname__}")
+    return found
 
 
 def config_of(kind: str, id: str) -> Any:

@@ -38,7 +38,7 @@ ALLOWED = {
     "networks/trainable.py": (1, "layers that peft has wrapped"),
     "options.py": (1, "dataclasses of anybody"),
     "pools/making.py": (1, "modules of anybody"),
-    "pools/pool.py": (1, "Gymnasium environments"),
+    "pools/hosts.py": (1, "Gymnasium environments"),
     "pools/promises.py": (2, "Gymnasium environments"),
     "pools/worker_process.py": (1, "Python's fork server"),
     "pools/workers.py": (1, "the operating system"),
@@ -81,6 +81,7 @@ class Foreign:
         ("objective", lambda: build_objective("foreign"), "Objective"),
         ("credit", lambda: build_objective({"id": "ppo", "credit": "foreign"}), "Credit"),
         ("logger", lambda: make_plugin_sink("foreign", {}, Path(), step=0, recipe=None), "Sink"),
+        ("stage", lambda: parse_stages(["foreign"]), "Stage"),
     ],
 )
 def test_a_plug_in_that_derives_from_nothing_is_told_what_to_derive_from(monkeypatch, kind, make, name):

@@ -13,7 +13,7 @@ FOLDERS = ("embodied_rft", "envs", "agents")
 PLUGINS = ("envs", "agents", "configs")  # found by id, never imported by the engine
 # A room imports only from rooms before it.
 LAYERS = """
-    data names registry options files seeding device distributed
+    data names variables registry options files seeding device distributed
     pools turns networks tokens buffer policy experience learning objectives
     evaluation runs stages report testing doctor train cli
 """.split()

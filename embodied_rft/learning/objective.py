@@ -17,12 +17,14 @@ from embodied_rft.buffer.plans import Fresh, Replay
 from embodied_rft.data import Batch, Decisions, Tree
 from embodied_rft.learning.agent import Agent
 from embodied_rft.policy import Measures, able
+from embodied_rft.registry import contract
 
 Metrics = dict[str, float]
 LossFunction = Callable[[Agent, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 Losses = dict[str, LossFunction]
 
 
+@contract("objective")
 class Objective:
     """What is learned: `losses`, and how the buffer is read for them (`reading`); everything else has a default.
 

@@ -7,7 +7,6 @@ EMBODIED_RFT_FUSED=0 in the environment the plain forms run: equal but for round
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -16,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from embodied_rft import variables
 from embodied_rft.names import UserError
 
 aten = torch.ops.aten
 Activation = Literal["relu", "tanh"]
 Bound = float | Tensor | None  # of a ratio: for all units, or for each [U]; None: there is none
-ENABLED = os.environ.get("EMBODIED_RFT_FUSED", "1") != "0"
+ENABLED = variables.fused()
 
 
 def _refuse_second_derivatives() -> None:

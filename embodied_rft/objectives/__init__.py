@@ -8,7 +8,7 @@ from typing import Any
 
 from embodied_rft.learning.objective import Objective
 from embodied_rft.options import validate_plugin_config
-from embodied_rft.registry import find, import_files, kept
+from embodied_rft.registry import find, import_files
 
 import_files(__name__, __path__)
 
@@ -23,4 +23,5 @@ def build_objective(spec: str | Mapping[str, Any]) -> Objective:
     options = {"id": spec} if isinstance(spec, str) else dict(spec)
     id = str(options.pop("id", ""))
     config = validate_plugin_config("objective", id, options)
-    return kept(Objective, find("objective", id)(config), f"objective {id!r}")
+    made: Objective = find("objective", id)(config)
+    return made

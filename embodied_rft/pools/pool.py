@@ -244,7 +244,7 @@ def open_pool(env: EnvConfig, *, purpose: Purpose, num_envs: int | None = None) 
         purpose: "training" or "evaluation".
         num_envs: how many; None: as the recipe says.
     """
-    return make_pool(
+    pool = make_pool(
         env.id,
         num_envs or num_envs_for(env, purpose),
         options=env.options,
@@ -256,6 +256,14 @@ def open_pool(env: EnvConfig, *, purpose: Purpose, num_envs: int | None = None) 
         max_incidents=env.max_incidents,
         time_limit=env.time_limit,
     )
+    idle = sorted({*env.options} & {*(pool.ask("batch_options") or ())})
+    if idle and (env.wrappers or isinstance(pool.host, Singles)):
+        pool.close()
+        raise UserError(
+            f"env.options.{idle[0]} has no effect where environments step one after the other (env.wrappers, env.pool "
+            "sync): leave it out"
+        )
+    return pool
 
 
 def make_pool(
@@ -270,7 +278,7 @@ def make_pool(
     deadline: float = DEADLINE,
     max_incidents: float = MAX_INCIDENTS,
     time_limit: TimeLimitIs = "truncated",
-) -> Pool:
+) -> VectorPool:
     """N environments of one id behind the Pool protocol.
 
     Args:

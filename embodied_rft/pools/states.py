@@ -1,4 +1,4 @@
-"""What an environment can say about the states that its episodes begin with, where there is a finite list of them.
+"""What an environment can say of itself: the states that its episodes begin with, where there is a finite list of them.
 
 All are optional, of the environment or its vector form, and any environment may have them (`Pool.ask`):
 
@@ -6,6 +6,7 @@ All are optional, of the environment or its vector form, and any environment may
                             `seeding.held_out_index(seed, num_held_out_states)`. Each is then judged once.
     initial_observations()  {name: observation} of all of them, held out or not; with it goes an option `exclude`, names
                             that are never shown. A policy that has `unreadable` is then asked before the run starts.
+    batch_options           attribute: names of options that have an effect only where environments step as a batch.
     official_id             attribute: the id of the environment that this one reproduces (`erft eval --official`).
 """
 

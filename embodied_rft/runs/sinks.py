@@ -29,6 +29,7 @@ NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # as JSON lines and tables have t
 Records = Callable[[], Sequence[Mapping[str, Any]]]
 
 
+@registry.contract("logger")
 class Sink(ABC):
     """A further place for log lines; register a class derived from this with `@register("logger", id)`.
 
@@ -203,4 +204,5 @@ def make_plugin_sink(
     """The sink that a third party registered under `id`."""
     cls = registry.find("logger", id)
     given = {"recipe": recipe} if "recipe" in inspect.signature(cls).parameters else {}
-    return registry.kept(Sink, cls(folder, step=step, **given, **options), f"logger {id!r}")
+    sink: Sink = cls(folder, step=step, **given, **options)
+    return sink

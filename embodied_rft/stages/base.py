@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from embodied_rft.options import StageSpec
+from embodied_rft.registry import contract
 from embodied_rft.runs.progress import Progress
 from embodied_rft.runs.session import Session
 
 
+@contract("stage")
 class Stage:
     """A part of a recipe. `config` is an instance of the class's own `Config`."""
 

@@ -36,6 +36,7 @@ class Simulation(EnvBatch):
     """
 
     arrays = ("physics", "sensors", "goal")
+    batch_options = ("num_threads",)
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 25}
 
     def __init__(

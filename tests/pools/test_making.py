@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from embodied_rft.options import ConfigError, parse
+from embodied_rft.pools.config import EnvConfig
 from embodied_rft.pools.making import PACKAGES, find_spec, find_wrapper, make_single
-from embodied_rft.pools.pool import VectorPool, make_pool
+from embodied_rft.pools.pool import VectorPool, make_pool, open_pool
 from embodied_rft.pools.promises import PROBES, narrow_seed
 from embodied_rft.pools.singles import Singles
 from embodied_rft.runs.judge import evaluate_run
@@ -258,3 +259,15 @@ def test_minigrid_is_found_by_its_id_with_its_own_wrappers():
         assert list(flat.fields) == ["observation"] and flat.step(np.zeros(2, np.int64)).valid.all()
     finally:
         flat.close()
+
+
+@pytest.mark.parametrize("env", [{"pool": "sync"}, {"wrappers": [{"id": "TimeLimit", "max_episode_steps": 9}]}])
+def test_an_option_of_batches_has_no_effect_on_single_environments(env):
+    env = parse(EnvConfig, {"id": "embodied_rft/FetchReach-v0", "num_envs": 2, "options": {"num_threads": 1}, **env})
+    with pytest.raises(ValueError, match="num_threads has no effect where environments step one after the other"):
+        open_pool(env, purpose="training")
+
+
+def test_in_a_batch_it_has():
+    env = parse(EnvConfig, {"id": "embodied_rft/FetchReach-v0", "num_envs": 2, "options": {"num_threads": 1}})
+    open_pool(env, purpose="training").close()

@@ -8,6 +8,7 @@ import pytest
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from embodied_rft import cli, registry
+from embodied_rft.learning.objective import Objective
 from embodied_rft.options import parse, plugin_spec
 from embodied_rft.runs import catalogue
 from embodied_rft.runs.catalogue import Option, describe_type, of_callable, of_dataclass, options_of
@@ -159,7 +160,7 @@ def test_a_third_party_needs_no_code_for_it(monkeypatch, capsys):
     monkeypatch.setitem(registry._tables, "objective", dict(registry._tables["objective"]))
 
     @registry.register("objective", "mine")
-    class Mine:
+    class Mine(Objective):
         """Something of mine with \x1b[31m colour."""
 
         Config = Config
