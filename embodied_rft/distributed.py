@@ -1,4 +1,4 @@
-"""Several processes that learn as one: `torchrun --nproc-per-node 2 -m embodied_rft.cli train RECIPE`.
+"""Several processes that learn as one: `torchrun --nproc-per-node 2 -m -- embodied_rft.cli train RECIPE`.
 
 k processes are to one what k micro-batches are to one batch: each takes its share of the experience, losses are divided
 by the numbers of the whole batch, gradients are summed once per step of an optimiser, so weights stay equal. The
@@ -162,7 +162,8 @@ def equalize(tensors: Iterable[Tensor]) -> None:
         content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         with _no_endless_wait():
             dist.broadcast(content, src=0)
-        tensor.detach().copy_(content.view(tensor.dtype).reshape(tensor.shape))
+        if content.data_ptr() != tensor.data_ptr():  # a copy, since it was not contiguous
+            tensor.detach().copy_(content.view(tensor.dtype).reshape(tensor.shape))
 
 
 @torch.no_grad()

@@ -2,8 +2,11 @@
 
 import collections
 import dataclasses
+import functools
+import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -11,7 +14,7 @@ import gymnasium
 import pytest
 import yaml
 
-from embodied_rft import registry
+from embodied_rft import cli, registry
 from embodied_rft.options import parse, to_plain
 from embodied_rft.runs.catalogue import KINDS, TOPICS, of_dataclass, options_of
 from embodied_rft.runs.recipe import Recipe, recipe_names
@@ -230,6 +233,49 @@ def test_recipes_that_are_trained_exist(page):
     named = re.findall(r"erft train ([\w./-]*\w)", page.read_text(encoding="utf-8"))
     for name in named:  # capitals stand for something else, files are the reader's own
         assert name in recipe_names() or name.endswith(".yaml") or name != name.lower(), name
+
+
+COMMAND = re.compile(r"(?:^|[ /(`])((?:erft (?!VERB)[a-z]|torchrun |python -m )[^`#;\n]*)", re.M)
+
+
+def commands(text):
+    """What a page has its reader type: in fenced blocks, between backticks, in the tree of the README."""
+    fenced = re.findall(r"^```(?:bash|text)\n(.*?)^```", text, flags=re.M | re.S)
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    return [found.strip() for part in (*fenced, *inline) for found in COMMAND.findall(part)]
+
+
+def parsed(words):
+    """Whether `erft` takes these words; what a page writes in capitals stands for something. A bare verb is a name."""
+    words = [{"SEED": "0", "ID": "sac"}.get(word, word.replace("SEED", "0")) for word in words]
+    return words[1:] == [] and words[0] in cli.VERBS or cli._run(words, debug=False) == 0
+
+
+@each_page
+def test_commands_are_understood(page, monkeypatch):
+    """Every verb, every option, every name behind `list`; nothing is run."""
+    for verb in cli.VERBS.keys() - {"list"}:
+        monkeypatch.setitem(cli.VERBS, verb, functools.wraps(cli.VERBS[verb])(lambda *_, **__: None))
+    for command in commands(page.read_text(encoding="utf-8")):
+        words = shlex.split(command)
+        if words[0] == "python":
+            name = words[2].replace("NAME", "faults")
+            source = importlib.util.find_spec(name).loader.get_source(name)
+            assert all(word.strip("[]") in source for word in words[3:] if word.startswith("--")), command
+            continue
+        if words[0] == "torchrun":  # its own options end at --, or it takes ours for abbreviations of them
+            assert words[3:6] == ["-m", "--", "embodied_rft.cli"], command
+            words = ["erft", *words[6:]]
+        assert parsed(words[1:]) or "corridor/" in command, command
+
+
+@pytest.mark.parametrize(
+    "text", ["`erft trian demo`", "```bash\n.venv/bin/erft train demo --sed 1\n```", "`erft list objective sca`"]
+)
+def test_a_command_with_a_mistake_is_seen(text):
+    (command,) = commands(text)
+    with pytest.raises((AssertionError, SystemExit)):
+        assert parsed(shlex.split(command)[1:])
 
 
 @each_algorithm

@@ -24,6 +24,7 @@ CONFIG = {"clip_norm": 0.5, "learning_rate": 1e-2, "ema": 0.9, "weight_decay": 0
 TINY = {"id": "language", "model": {"tiny": {"hidden_size": 32}}, "max_new_tokens": 9}
 CASES = {
     "gaussian": ({"id": "gaussian", "hidden": [16]}, {"id": "bc"}, {}),
+    "critic": ({"id": "gaussian", "hidden": [16]}, {"id": "iql", "critic_hidden": [16]}, {}),
     "language": (TINY, {"id": "grpo"}, {"micro_units": 120}),
     "minibatch": (TINY, {"id": "grpo", "normalize_advantage": "minibatch"}, {"micro_units": 120}),
     "lora": (TINY | {"train": "lora", "lora": {"rank": 4}}, {"id": "grpo"}, {}),
@@ -55,18 +56,23 @@ def text_batch(seed: int, count: int = 12) -> Batch:
     )
 
 
+def spaces_of(name: str) -> tuple[gym.Space, gym.Space]:
+    """What a case observes and does."""
+    return (STATE, ACTION) if CASES[name][0]["id"] == "gaussian" else (gym.spaces.Dict({"prompt": TEXT}), TEXT)
+
+
 def learn(name: str, rank: int, size: int) -> tuple[Learner, list[dict[str, float]]]:
     """Three updates; process r takes the decisions r * B / size ... of each batch, of the last one none but rank 0."""
     agent_spec, objective_spec, config = CASES[name]
-    spaces = (STATE, ACTION) if name == "gaussian" else (gym.spaces.Dict({"prompt": TEXT}), TEXT)
-    agent = build_agent(agent_spec, *spaces, torch.Generator().manual_seed(7 + rank))
-    distributed.equalize(agent.state_dict().values())
+    agent = build_agent(agent_spec, *spaces_of(name), torch.Generator().manual_seed(7 + rank))
     objective = build_objective(objective_spec)
     objective.setup(agent)
+    distributed.equalize(agent.state_dict().values())
     learner = Learner(agent, objective, LearnerConfig(**CONFIG, **config))
     metrics = []
     for number in range(UPDATES):
-        batch = random_batch(STATE, ACTION, size=12, seed=number) if name == "gaussian" else text_batch(number)
+        vectors = spaces_of(name)[0] is STATE
+        batch = random_batch(STATE, ACTION, size=12, seed=number) if vectors else text_batch(number)
         ends = [0, *(12 * (i + 1) // size for i in range(size))]
         if number == UPDATES - 1 and size > 1:
             ends = [0] + [12] * size
