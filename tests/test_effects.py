@@ -31,7 +31,7 @@ STANDS = {  # where an objective is walked: (agent, its scene)
     "chain": (CHAIN, {}),
     "text": ({**TALKS, "value_head": True}, {"sees": ("prompt",), "acts": "text", "num_steps": 2}),
 }
-POLICY_GRADIENT = ("ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gpg", "dppo", "reinflow", "gspo", "dapo")
+POLICY_GRADIENT = ("ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "gpg", "dppo", "reinflow", "gspo", "dapo", "gigpo")
 STAND = dict.fromkeys(POLICY_GRADIENT, "chain") | dict.fromkeys(("dsrl_sac", "dsrl_na"), "steering")
 STAND |= dict.fromkeys(("td3", "td3_bc", "spot"), "deterministic") | dict.fromkeys(("dqn", "discrete_sac"), "choice")
 
@@ -42,7 +42,7 @@ BASE |= {"discrete_sac": {**CRITIC, "target_every": 2}, "dppo": {**BASE["ppo"], 
 BASE |= {id: {**CRITIC, "policy_delay": 2} for id in ("rlpd", "wsrl")}
 BASE |= dict.fromkeys(("iql", "sac", "td3", "td3_bc", "spot", "e2o", "dsrl_sac", "dsrl_na"), CRITIC)
 BASE |= dict.fromkeys(("cql", "cal_ql"), {**CRITIC, "num_sampled_actions": 2})
-BASE |= {"cpl": {"batch_size": 8, "segment": 2}}
+BASE |= {"cpl": {"batch_size": 8, "segment": 2}, "gigpo": {**BASE["ppo"], "whole_groups": True}}
 
 VALUES = {
     "reward_weights": {"env": -2.0},
@@ -84,6 +84,7 @@ OWN_VALUES = {
     "gspo": {"ratio": "episode"},
     "reinflow": {"ratio": "decision", "normalizer": "units"},
     "cpl": {"within": "group"},
+    "gigpo": {"normalizer": "episodes"},
     **dict.fromkeys(("rlpd", "wsrl", "e2o"), {"policy_value": "min"}),
 }
 KL = {"kl_weight": 0.1}
@@ -171,9 +172,23 @@ def of_objective(id):
     return Walk(f"objective {id}", config, functools.partial(run_objective, id), base, values, CONTEXTS, SITUATIONS)
 
 
+CREDITS = {"gigpo": {"anchor": ["desired_goal"]}}  # values of their own options
+
+
+def of_credit(id):
+    """The walk over one credit's own options."""
+
+    def run(options, situation):
+        agent, buffer = copies(*stand("stochastic goal"))
+        return learn({"id": "ppo", "batch_size": 40, "num_epochs": 1, "credit": {"id": id, **options}}, agent, buffer)
+
+    return Walk(f"credit {id}", registry.config_of("credit", id), run, values=CREDITS[id])
+
+
 def walks():
     """All of this file."""
-    return [of_objective(id) for id in registry.shipped("objective")]
+    credits = [of_credit(id) for id in registry.shipped("credit") if registry.config_of("credit", id) is not None]
+    return [*(of_objective(id) for id in registry.shipped("objective")), *credits]
 
 
 def test_options_of_objectives():

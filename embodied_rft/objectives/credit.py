@@ -11,7 +11,8 @@ Legend: B decisions, S segments (runs of consecutive decisions of one episode), 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from embodied_rft.data import Batch
 from embodied_rft.learning import returns
 from embodied_rft.learning.agent import Agent
 from embodied_rft.names import UserError
+from embodied_rft.options import validate_plugin_config
 from embodied_rft.registry import find, kept, register
 
+Baseline = Literal["grpo", "dr_grpo", "rloo"]  # see `returns.group_advantages`
 OPTIONS = ("gamma", "trace_decay", "unit_gamma", "unit_trace_decay")  # of `ppo`, for some credits
 
 
@@ -36,7 +39,10 @@ class Discounts(Protocol):
 
 
 class Credit(ABC):
-    """Rewards to credit, and what it wants for that."""
+    """Rewards to credit, and what it wants for that.
+
+    Options of its own are a dataclass `Config`; it is then made as `cls(config)`.
+    """
 
     # Values: as the notes "value" [B], "next_value" [B] and, of policies with one for each unit, "unit_value" [B, U].
     uses_value: ClassVar[bool] = False
@@ -62,10 +68,14 @@ class Credit(ABC):
         """
 
 
-def make_credit(id: str) -> Credit:
-    """The credit that is registered under `id`."""
-    found = find("credit", id)
-    return kept(Credit, found() if isinstance(found, type) else found, f"credit {id!r}")
+def make_credit(spec: str | Mapping[str, Any]) -> Credit:
+    """The credit that "grpo" or {"id": "gigpo", "weight": 0.5} describes."""
+    options = {"id": spec} if isinstance(spec, str) else dict(spec)
+    id = str(options.pop("id", ""))
+    config, made = validate_plugin_config("credit", id, options), find("credit", id)
+    if isinstance(made, type):
+        made = made() if config is None else made(config)
+    return kept(Credit, made, f"credit {id!r}")
 
 
 # --- with a value ------------------------------------------------------------------------------------------------
@@ -145,26 +155,35 @@ class GroupCredit(Credit):
     """Every decision of an episode gets the episode's advantage over its siblings."""
 
     needs_groups, reads = True, ()
-    baseline: ClassVar[Literal["grpo", "dr_grpo", "rloo"]]
+    baseline: ClassVar[Baseline]
 
     def __call__(self, agent: Agent, batch: Batch, lengths: list[int], config: Discounts) -> dict[str, Tensor]:
         """See the class."""
-        index, mask = (torch.from_numpy(a) for a in returns.pad_segments(lengths))
-        reward = torch.where(mask, batch.reward[index], 0.0).double()
-        total, size = reward.sum(1).float(), reward.abs().sum(1)
-        group = batch.columns["group"][index[:, 0].numpy()]
-        repeats = torch.tensor(lengths)
-        each = returns.group_advantages(total, group, baseline=self.baseline, size=size)
-        dead = returns.without_spread(total, group, size)
-        if len(dead) and np.unique(group).size == len(group):
-            raise UserError(
-                f"credit {self.baseline!r} compares siblings, but no episode has one: set group_size to at least 2 "
-                "where experience is collected"
-            )
-        return {
-            "advantage": each.repeat_interleave(repeats),
-            "dead": torch.from_numpy(dead).repeat_interleave(repeats),
-        }
+        return among_siblings(batch, lengths, baseline=self.baseline, who=self.baseline)
+
+
+def among_siblings(batch: Batch, lengths: list[int], *, baseline: Baseline, who: str) -> dict[str, Tensor]:
+    """Notes [B]: the sum of an episode's rewards over that of its siblings, for all its decisions.
+
+    Raises:
+        ValueError: nobody has a sibling; `who` compares them.
+    """
+    index, mask = (torch.from_numpy(a) for a in returns.pad_segments(lengths))
+    reward = torch.where(mask, batch.reward[index], 0.0).double()
+    total, size = reward.sum(1).float(), reward.abs().sum(1)
+    group = batch.columns["group"][index[:, 0].numpy()]
+    repeats = torch.tensor(lengths)
+    each = returns.group_advantages(total, group, baseline=baseline, size=size)
+    dead = returns.without_spread(total, group, size)
+    if len(dead) and np.unique(group).size == len(group):
+        raise UserError(
+            f"credit {who!r} compares siblings, but no episode has one: set group_size to at least 2 where experience "
+            "is collected"
+        )
+    return {
+        "advantage": each.repeat_interleave(repeats),
+        "dead": torch.from_numpy(dead).repeat_interleave(repeats),
+    }
 
 
 @register("credit", "grpo")

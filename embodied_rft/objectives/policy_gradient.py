@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,7 +61,8 @@ class PPOConfig:
     target_kl: PositiveFloat | None = None  # stop learning from this experience once the KL is 1.5 times this (k3)
     critic_warm_up: NonNegativeInt = 0  # iterations at the start in which only the value learns
     # Credit
-    credit: str = "gae"  # "gae", "bi_level_gae", "return", "grpo", "dr_grpo", "rloo" or a third party's
+    # "gae", "bi_level_gae", "return", "grpo", "dr_grpo", "rloo", "gigpo" or a third party's; {id: gigpo, weight: 0.5}
+    credit: str | dict[str, Any] = "gae"
     gamma: Share = 0.99  # from one decision to the next
     trace_decay: Share = 0.95  # lambda of "gae"
     unit_gamma: Share = 1.0  # from one unit to the next, of "bi_level_gae"
@@ -170,7 +171,8 @@ class PPO(Objective):
 
     def _check_credit(self) -> None:
         """Refuse options that this credit does not read."""
-        c, why = self.config, f"with credit {self.config.credit!r}"
+        c, id = self.config, self.config.credit
+        why = f"with credit {id if isinstance(id, str) else id['id']!r}"
         idle = [name for name in OPTIONS if name not in self.credit.reads and (name != "gamma" or not c.scale_reward)]
         refuse_idle(c, idle, why)
         if not self.uses_value:
