@@ -41,13 +41,18 @@ class Leaf:
         """Zeros [N, ...], or N empty strings."""
         return [""] * num_envs if self.text else np.zeros((num_envs, *self.shape), dtype=self.dtype)
 
-    def find(self, observation: object) -> np.ndarray | str:
-        """This leaf of an observation, in the dtype and shape of the space; Unfit otherwise."""
+    def at(self, observation: object) -> Any:
+        """What lies here in an observation, of one environment or of many; Unfit if there is nothing."""
         value = observation
         for part in self.path:
             if not isinstance(value, Mapping) or part not in value:
                 raise Unfit(f"the observation has no {self.key!r}: it is {_short(observation)}")
             value = value[part]
+        return value
+
+    def find(self, observation: object) -> np.ndarray | str:
+        """This leaf of an observation, in the dtype and shape of the space; Unfit otherwise."""
+        value = self.at(observation)
         if type(value) is np.ndarray and value.dtype == self.dtype and value.shape == self.shape:
             return value
         return self.fit(value)
@@ -99,18 +104,15 @@ def as_reward(value: object) -> float:
     raise Unfit(f"the reward is {_short(value)}; expected one number")
 
 
-def as_end(value: object, name: str) -> bool:
-    """`terminated` or `truncated` as a bool; Unfit for anything but True, False, 0 or 1."""
+def as_truth(value: object, name: str) -> bool:
+    """`terminated`, `truncated` or success as a bool; Unfit for anything but True, False, 0 or 1."""
     if value is True or value is False:
         return value
-    return _truth(value, name)
-
-
-def as_success(value: object, key: str) -> bool:
-    """What `info` says of success; Unfit for anything but True, False, 0 or 1."""
-    if value is True or value is False:
-        return value
-    return _truth(value, f"info[{key!r}]")
+    if isinstance(value, (int, float, np.number, np.bool_, np.ndarray)) or type(value).__name__ == "Tensor":
+        array = np.asarray(value)
+        if array.size == 1 and array.dtype.kind in "bifu" and array.reshape(()) in (0, 1):
+            return bool(array.reshape(()))
+    raise Unfit(f"{name} is {_short(value)}; expected True or False")
 
 
 def success_of(info: object) -> bool | None:
@@ -119,16 +121,8 @@ def success_of(info: object) -> bool | None:
         raise Unfit(f"info is {_short(info)}; expected a dict")
     for key in ("is_success", "success"):
         if key in info:
-            return as_success(info[key], key)
+            return as_truth(info[key], f"info[{key!r}]")
     return None
-
-
-def _truth(value: object, name: str) -> bool:
-    if isinstance(value, (int, float, np.number, np.bool_, np.ndarray)) or type(value).__name__ == "Tensor":
-        array = np.asarray(value)
-        if array.size == 1 and array.dtype.kind in "bifu" and array.reshape(()) in (0, 1):
-            return bool(array.reshape(()))
-    raise Unfit(f"{name} is {_short(value)}; expected True or False")
 
 
 def _short(value: object) -> str:

@@ -17,10 +17,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from embodied_rft.data import Action, Space
 from embodied_rft.names import UserError
-from embodied_rft.pools.answers import Unfit, as_success, leaves_of
+from embodied_rft.pools.answers import Unfit, as_truth, leaves_of
 from embodied_rft.pools.hosts import DEADLINE, FIRST_TIME, Answer, Host, told_of
 from embodied_rft.pools.promises import find_seeding, narrow_seed
-from embodied_rft.pools.protocol import Seeding, flatten_observation, merge
+from embodied_rft.pools.protocol import Seeding, merge
 from embodied_rft.pools.states import Saves
 from embodied_rft.pools.watch import Alarm, Watch
 
@@ -153,11 +153,8 @@ class Batch(Host):
         return self._fitted(batch)
 
     def _fitted(self, batch: Any) -> dict[str, Any]:
-        flat = flatten_observation(self.observation_space, batch)
-        return {
-            leaf.key: flat[leaf.key] if leaf.text else leaf.fit(flat[leaf.key], (self.num_envs,))
-            for leaf in self.leaves
-        }
+        parts = ((leaf, leaf.at(batch)) for leaf in self.leaves)
+        return {each.key: list(part) if each.text else each.fit(part, (self.num_envs,)) for each, part in parts}
 
     def _rows(self, value: Any, name: str, kinds: str) -> np.ndarray:
         array = np.asarray(value)
@@ -177,7 +174,7 @@ class Batch(Host):
             return
         for row in np.flatnonzero(present).tolist():
             try:
-                answer.success[row] = as_success(values[row], key)
+                answer.success[row] = as_truth(values[row], f"info[{key!r}]")
             except (Unfit, IndexError) as error:
                 answer.failed[row] = True
                 answer.incidents.append(("error", f"environment {self.first + row}: {error}"))

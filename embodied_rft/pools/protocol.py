@@ -145,17 +145,6 @@ def flatten_space(space: Space, *, prefix: str = "") -> dict[str, Space]:
     return leaves
 
 
-def flatten_observation(space: Space, batch: Any, *, prefix: str = "") -> dict[str, Any]:
-    """A batched observation of `space` as a flat tree; text becomes a list of strings."""
-    if not isinstance(space, spaces.Dict):
-        value = list(batch) if is_text(space) else np.asarray(batch)
-        return {prefix or "observation": value}
-    leaves: dict[str, Any] = {}
-    for key, child in space.spaces.items():
-        leaves |= flatten_observation(child, batch[key], prefix=f"{prefix}/{key}" if prefix else str(key))
-    return leaves
-
-
 def fields_of(space: Space) -> dict[str, Field]:
     """Columns for observations of `space`: floats as float32, other dtypes as they are, text as strings.
 

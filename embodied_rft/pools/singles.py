@@ -18,7 +18,7 @@ import numpy as np
 
 from embodied_rft.data import Action
 from embodied_rft.names import UserError
-from embodied_rft.pools.answers import Unfit, as_end, as_reward, leaves_of, success_of
+from embodied_rft.pools.answers import Unfit, as_reward, as_truth, leaves_of, success_of
 from embodied_rft.pools.hosts import DEADLINE, FIRST_TIME, Answer, Host, told_of
 from embodied_rft.pools.promises import (
     call_seed_method,
@@ -151,8 +151,8 @@ class Singles(Host):
         observation, reward, terminated, truncated, info = said
         self._show(answer, index, observation)
         answer.reward[index] = as_reward(reward)
-        answer.terminated[index] = as_end(terminated, "terminated")
-        answer.truncated[index] = as_end(truncated, "truncated")
+        answer.terminated[index] = as_truth(terminated, "terminated")
+        answer.truncated[index] = as_truth(truncated, "truncated")
         success = success_of(info)
         if success is not None:
             answer.told, answer.success[index] = True, success

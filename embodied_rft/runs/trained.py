@@ -6,13 +6,12 @@ Only reads, so it may be done while the run is being trained.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 
@@ -20,8 +19,8 @@ from embodied_rft.data import Space
 from embodied_rft.device import seeded
 from embodied_rft.learning.agent import Agent
 from embodied_rft.names import UserError
+from embodied_rft.pools.answers import leaves_of
 from embodied_rft.pools.chunks import BASE_ACTION
-from embodied_rft.pools.protocol import is_text
 from embodied_rft.runs import inputs, resume
 from embodied_rft.runs.folder import RunFolder
 from embodied_rft.runs.log import LogConfig
@@ -150,30 +149,19 @@ class TrainedPolicy:
         """The observation as a flat tree [N, ...], and whether it was a single one."""
         tree: dict[str, Any] = {}
         singles = set()
-        for key, (space, value) in _leaves(self.observation_space, observation).items():
-            if is_text(space):
+        for leaf in leaves_of(self.observation_space):
+            value, shape = leaf.at(observation), leaf.shape
+            if leaf.text:
                 single = isinstance(value, str)
-                tree[key] = [value] if single else list(value)
+                tree[leaf.key] = [value] if single else list(value)
             else:
-                value, shape = np.asarray(value), tuple(space.shape or ())
+                value = np.asarray(value)
                 single = value.ndim == len(shape)
                 if value.shape[value.ndim - len(shape) :] != shape or value.ndim > len(shape) + 1:
-                    raise UserError(f"{key!r} has shape {value.shape}; expected {shape}, or N of them")
+                    raise UserError(f"{leaf.key!r} has shape {value.shape}; expected {shape}, or N of them")
                 value = value.astype(np.float32) if np.issubdtype(value.dtype, np.floating) else value
-                tree[key] = value[None] if single else value
+                tree[leaf.key] = value[None] if single else value
             singles.add(single)
         if len(singles) > 1:
             raise UserError("some parts of the observation are of one environment and some of several")
         return tree, singles.pop()
-
-
-def _leaves(space: Space, value: Any, prefix: str = "") -> dict[str, tuple[Space, Any]]:
-    """{key of the flat tree: (its space, its value)}."""
-    if not isinstance(space, gym.spaces.Dict):
-        return {prefix or "observation": (space, value)}
-    leaves: dict[str, tuple[Space, Any]] = {}
-    for key, child in space.spaces.items():
-        if not isinstance(value, Mapping) or key not in value:
-            raise UserError(f"the observation has no {key!r}; it should have {', '.join(map(repr, space.spaces))}")
-        leaves |= _leaves(child, value[key], f"{prefix}/{key}" if prefix else str(key))
-    return leaves

@@ -17,7 +17,7 @@ from embodied_rft import registry
 from embodied_rft.device import seeded
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.names import UserError
-from embodied_rft.pools.answers import Unfit, as_end, as_reward, leaves_of, success_of
+from embodied_rft.pools.answers import Unfit, as_reward, as_truth, leaves_of, success_of
 from embodied_rft.pools.incidents import describe_error
 from embodied_rft.pools.making import find_spec, make_single
 from embodied_rft.pools.pool import make_pool
@@ -127,7 +127,7 @@ def _record(env: gymnasium.Env, name: str, *, seed: int, num_steps: int = NUM_ST
         said.append((show(observation),))
         for action in random_actions(env.action_space, num_steps):
             observation, reward, terminated, truncated, info = env.step(action)
-            ends = as_end(terminated, "terminated"), as_end(truncated, "truncated")
+            ends = as_truth(terminated, "terminated"), as_truth(truncated, "truncated")
             said.append((show(observation), as_reward(reward), *ends, success_of(info)))
             if any(ends):
                 break
