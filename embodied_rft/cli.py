@@ -1,4 +1,4 @@
-"""The command `erft`: train, eval, demos, report, list, doctor. Parses and prints; the work is done elsewhere.
+"""The command `erft`: train, eval, play, demos, report, show, list, doctor. Parses and prints; others do the work.
 
 A mistake of the user (`UserError`) is one message on stderr and exit code 2; Ctrl-C is a clean stop and 130; anything
 else shows its traceback, ends with 1, and says so where it is ours to mend. Everything heavy is imported by the verb
@@ -167,6 +167,24 @@ def report(run: Annotated[Positional[Path], arg(metavar="RUN_FOLDER")]) -> None:
     print(f"report: {write_report(run)}")
 
 
+def show(
+    run: Annotated[Positional[Path], arg(metavar="RUN_FOLDER")],
+    *,
+    episode: int | None = None,
+    evaluation: str | None = None,
+) -> None:
+    """Read what an agent that writes text said while it was judged: one episode, or a list of what there is.
+
+    Args:
+        run: Folder of the run, finished or not.
+        episode: Number of the episode in the evaluation.
+        evaluation: Name of the evaluation, as the list shows it. Default: the latest verdict.
+    """
+    from embodied_rft.report.terminal import show as show_run
+
+    show_run(run, number=episode, evaluation=evaluation)
+
+
 def list_known(
     kind: Annotated[Positional[str], arg(metavar="KIND")] = "all",
     id: Annotated[Positional[str | None], arg(metavar="ID")] = None,
@@ -209,8 +227,8 @@ def unquittable(verb: Callable[..., int | None]) -> Callable[..., int | None]:
 
 
 VERBS: dict[str, Callable[..., int | None]] = {
-    "train": train, "eval": evaluate, "play": play, "demos": demos, "report": report, "list": list_known,
-    "doctor": doctor,
+    "train": train, "eval": evaluate, "play": play, "demos": demos, "report": report, "show": show,
+    "list": list_known, "doctor": doctor,
 }  # fmt: skip
 VERBS = {name: unquittable(verb) for name, verb in VERBS.items()}
 

@@ -20,6 +20,7 @@ from embodied_rft.names import UserError
 from embodied_rft.pools.protocol import Pool
 from embodied_rft.pools.states import distinct_seeds, num_held_out_states
 from embodied_rft.seeding import evaluation_seed
+from embodied_rft.turns.parsing import Parser
 
 SILENT = "the environment never said whether an episode succeeded (info['is_success'] or info['success'])"
 
@@ -40,6 +41,7 @@ class Evaluation:
     left_out: list[int] = field(default_factory=list)  # seeds on which the environment failed each time: no verdict
     extra: dict[str, Any] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)  # what was said, where actions are texts
+    pictures: dict[str, bytes] = field(default_factory=dict)  # PNG by digest: what was seen in those that are shown
 
     @property
     def episodes(self) -> int:
@@ -72,8 +74,10 @@ class Evaluation:
         """The content of `evaluations/*.json` in a run folder."""
         low, high = self.interval
         summary = {"episodes": self.episodes, "successes": int(sum(self.results)), "success": self.success}
-        content = asdict(replace(self, samples=[])) | ({"said": summarize(self.samples)} if self.samples else {})
-        del content["samples"]
+        content = asdict(replace(self, samples=[], pictures={})) | (
+            {"said": summarize(self.samples)} if self.samples else {}
+        )
+        del content["samples"], content["pictures"]
         return content | summary | {"low": low, "high": high, "mean_return": self.mean_return}
 
     def require_success(self, option: str) -> float:
@@ -143,7 +147,8 @@ def evaluate(
     states = num_held_out_states(pool)
     if states:  # no state counts twice
         seeds = distinct_seeds(seeds, states)
-    episodes = _Episodes(list(seeds), max_retries)
+    parser = pool.ask("parser")
+    episodes = _Episodes(list(seeds), max_retries, Samples(parser if isinstance(parser, Parser) else None))
     schedule = Schedule(pool, episodes.deal, past=past, say=say)
     schedule.fill()
     while schedule.playing.any():
@@ -171,13 +176,12 @@ class _Episodes:
     Success counts at the end: of an episode that reached its goal and lost it again, what the last step says.
     """
 
-    def __init__(self, seeds: list[int], max_retries: int) -> None:
-        self.seeds, self.max_retries = seeds, max_retries
+    def __init__(self, seeds: list[int], max_retries: int, said: Samples) -> None:
+        self.seeds, self.max_retries, self.said = seeds, max_retries, said
         self.waiting = list(range(len(seeds)))[::-1]
         self.returns, self.lengths, self.failures = (np.zeros(len(seeds)) for _ in range(3))
         self.ended: dict[int, bool] = {}  # success of each episode that came to its end
         self.told = False
-        self.said = Samples()
 
     def deal(self, count: int) -> list[tuple[int, int]]:
         """The next ones, and their seeds."""
@@ -190,11 +194,12 @@ class _Episodes:
         self.told |= success is not None
         for env in played.streams.tolist():
             reward = played.result.reward[env]
-            self.said.add(int(schedule.episode[env]), played.observation, played.decisions.action, reward, env)
+            self.said.add(int(schedule.episode[env]), played.observation, played.decisions, reward, env)
         for env in played.ended:
             episode = int(schedule.episode[env])
             self.returns[episode], self.lengths[episode] = schedule.returned[env], schedule.step[env]
             self.ended[episode] = success is not None and bool(success[env])
+            self.said.end(episode, float(schedule.returned[env]))
         for episode in schedule.episode[played.broken].tolist():
             self.said.forget(episode)
             self.failures[episode] += 1
@@ -212,6 +217,9 @@ class _Episodes:
     def outcome(self, *, name: str, seconds: float, states: int | None) -> Evaluation:
         """The verdict, in the order of the list."""
         judged, every = sorted(self.ended), range(len(self.seeds))
+        samples, pictures = self.said.ended(
+            self.seeds, self.returns.tolist(), [self.ended.get(i, False) for i in every]
+        )
         return Evaluation(
             [int(self.seeds[i]) for i in judged],
             [self.ended[i] for i in judged],
@@ -223,5 +231,6 @@ class _Episodes:
             states=states,
             told=self.told,
             left_out=[int(seed) for i, seed in enumerate(self.seeds) if i not in self.ended],
-            samples=self.said.ended(self.seeds, self.returns.tolist(), [self.ended.get(i, False) for i in every]),
+            samples=samples,
+            pictures=pictures,
         )

@@ -10,11 +10,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from embodied_rft.evaluation import samples, video
+from embodied_rft.evaluation import video
 from embodied_rft.evaluation.evaluate import SILENT, counted
 from embodied_rft.files import write_atomically, write_json
 from embodied_rft.names import visible
 from embodied_rft.report import figures
+from embodied_rft.report.conversations import said_in
 from embodied_rft.report.run import Run
 from embodied_rft.runs.console import describe
 from embodied_rft.runs.facts import run_facts
@@ -33,6 +34,7 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
     run = Run.read(folder)
     run.facts = run.facts or run_facts()
     films = _films(run)
+    said, without = said_in(run)
     page = figures.TEMPLATES.get_template("page.html").render(
         run=run,
         name=run.recipe.get("name", folder.path.name),
@@ -41,7 +43,9 @@ def write_report(run_folder: str | os.PathLike[str]) -> Path:
         rates=_rates(run),
         outcomes=_outcomes(run),
         curves=_curves(run),
-        said=_said(run),
+        said=said,
+        without=without,
+        incidents=incidents(run),
         films=films,
         no_films="" if films else _no_films(run),
         totals=_totals(run),
@@ -111,6 +115,18 @@ def verdict(run: Run) -> str:
             text += " The 95 % intervals overlap: more episodes or seeds are needed to tell the two apart."
     totals = _totals(run)
     return f"{text} {_duration(totals['seconds'])} and {totals['decisions']:,} environment decisions in all."
+
+
+def incidents(run: Run) -> str:
+    """What went wrong in the environments, apart from how episodes ended; nothing where all went well."""
+    counts = run.incidents.get("counts")
+    counts = {k: n for k, n in counts.items() if isinstance(n, int) and n > 0} if isinstance(counts, dict) else {}
+    if not counts:
+        return ""
+    kinds = ", ".join(f"{visible(str(kind))} {count}" for kind, count in sorted(counts.items()))
+    return (
+        f"{sum(counts.values())} incidents in environments ({kinds}): no failures of the policy, and never trained on."
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -194,13 +210,6 @@ def _column(records: list[dict[str, Any]], key: str) -> list[float]:
 
 def _thousands(x: float) -> str:
     return f"{x / 1000:g}k" if x >= 1000 else f"{x:g}"
-
-
-def _said(run: Run) -> list[dict[str, Any]]:
-    """What agents that write text said, in the first and the last evaluation, and in those of `erft eval`."""
-    chosen = (*run.verdicts[-1:], *run.verdicts[:1][: len(run.verdicts) - 1], *run.later)
-    read = [(e, samples.read_samples(run.folder.samples_of(e))) for e in chosen if e.get("samples")]
-    return [samples.shown(e, said) for e, said in read if said]
 
 
 def _films(run: Run) -> list[tuple[str, str, str]]:

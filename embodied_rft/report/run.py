@@ -30,6 +30,7 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     messages: str = ""
     unavailable: dict[str, Any] = field(default_factory=dict)  # why there is no video
+    incidents: dict[str, Any] = field(default_factory=dict)  # what went wrong in the environments
 
     damaged: list[str] = field(default_factory=list)  # files that cannot be read; they are left out
 
@@ -58,6 +59,7 @@ class Run:
             files.read(folder.metrics, lambda _: read_records(folder.metrics), [], _are_mappings),
             files.read(folder.messages, str, "", lambda _: True),
             files.read(folder.no_videos, json.loads, {}, _is_mapping),
+            files.read(folder.incidents, json.loads, {}, _is_mapping),
             damaged=files.damaged,
         )
 

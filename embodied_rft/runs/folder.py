@@ -13,6 +13,7 @@ What lies in it:
                             "high", "decisions", "wall_seconds"}; sheet 0 is the verdict, others draw the curve;
                             those of `erft eval` have "environment" too; "samples" names a file beside it with what
                             was said
+    pictures/*.png          what agents that write text saw in samples that are shown, once each, by their content
     videos/*.mp4, *.gif     with {"seed", "success", "stage"} beside it in .json; or unavailable.json {"reason"}
     play/                   videos of `erft play`
     inputs/                 the files that the recipe names, after their content; plugins/: sources of plug-ins
@@ -29,6 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embodied_rft.evaluation.pictures import write_pictures
 from embodied_rft.evaluation.samples import write_samples
 from embodied_rft.files import write_json
 from embodied_rft.names import UserError
@@ -54,6 +56,7 @@ class RunFolder(os.PathLike[str]):
         self.checkpoints = path / "checkpoints"
         self.best = self.checkpoints / "best"
         self.evaluations = path / "evaluations"
+        self.pictures = path / "pictures"
         self.videos = path / "videos"
         self.no_videos = self.videos / "unavailable.json"
         self.played = path / "play"
@@ -100,7 +103,9 @@ class RunFolder(os.PathLike[str]):
         Raises:
             ValueError: names the link.
         """
-        inside = (path for folder in (self.evaluations, self.videos, self.models) for path in folder.glob("*"))
+        inside = (
+            path for folder in (self.evaluations, self.pictures, self.videos, self.models) for path in folder.glob("*")
+        )
         for path in (*self.path.iterdir(), *inside):
             if path.is_symlink() and not path.is_dir():
                 raise UserError(f"{path} is a symbolic link: a run writes its own files only. Remove it.")
@@ -132,6 +137,7 @@ class RunFolder(os.PathLike[str]):
         if outcome.samples:
             content["samples"] = f"{slug}.samples.jsonl"
             write_samples(self.samples_of(content), outcome.samples)
+            write_pictures(self.pictures, outcome.pictures, room=0.5 if sheet else 1.0)  # verdicts find room
         write_json(self.evaluations / f"{slug}.json", content)
 
     def add_film(self, path: Path, *, seed: int, success: bool, stage: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from embodied_rft import registry
-from embodied_rft.evaluation.samples import Sample, as_markdown, pick, rows_of
+from embodied_rft.evaluation.samples import COLUMNS, Sample, as_markdown, pick, rows_of
 from embodied_rft.files import write_atomically
 from embodied_rft.names import UserError
 from embodied_rft.runs.folder import RunFolder
@@ -188,9 +188,7 @@ class WandbSink(Sink):
         """A table of best, worst and random ones, with the next line."""
         import wandb
 
-        table = wandb.Table(
-            columns=["kind", "seed", "prompt", "reply", "reward"], data=[list(row) for row in rows_of(pick(samples))]
-        )
+        table = wandb.Table(columns=list(COLUMNS), data=[list(row) for row in rows_of(pick(samples))])
         self.run.log({f"samples/{name}": table, "decisions": decisions}, step=self.step + 1)
 
     def close(self) -> None:
