@@ -7,7 +7,7 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from embodied_rft import registry
-from embodied_rft.buffer.plans import Replay
+from embodied_rft.buffer.plans import Drawn
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.learning.objective import Objective
 from embodied_rft.objectives import build_objective
@@ -145,7 +145,7 @@ def run_objective(id, options, situation):
 
 def learn(spec, agent, buffer):
     """What two rounds find and leave."""
-    replayed = isinstance(build_objective(spec).reading, Replay)
+    replayed = isinstance(build_objective(spec).reading, Drawn)
     groups = {} if replayed else {"group_size": 4, "episodes_per_iteration": 16}
     validate_plugin_config("stage", "finetune", {"objective": spec, **groups})
     objective = build_objective(spec)

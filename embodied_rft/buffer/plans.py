@@ -25,32 +25,49 @@ Share = Annotated[float, Option(ge=0, le=1)]  # an option in [0, 1], such as a d
 
 
 @dataclass(config=STRICT, kw_only=True)
-class Replay:
-    """Batches drawn from everything, with replacement.
+class Drawn:
+    """Batches drawn with replacement, without end: what every plan of replay has."""
+
+    batch_size: int = 256  # decisions of one update
+    reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward
+
+    def __post_init__(self) -> None:
+        _at_least(1, batch_size=self.batch_size)
+
+    def require(self, schema: Schema, goals: Goals | None) -> None:
+        """Refuse columns that cannot be read so; by default none are."""
+
+    def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
+        """Batches without end, each drawn when it is asked for. `version` does not matter."""
+        raise NotImplementedError
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Replay(Drawn):
+    """Of everything that the buffer holds.
 
     RLPD (Ball et al. 2023) is Replay(offline_share=0.5).
     """
 
-    batch_size: int = 256  # decisions of one update
     offline_share: Share | None = None  # of demonstrations and offline data; None: uniform; 0.5: RLPD; 0: WSRL online
     num_steps: int = 1  # n of the n-step return
     gamma: Share = 0.99  # discount of one decision
-    reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward
     hindsight: int = 0  # HER, goal environments: of k + 1 decisions k have a goal that was reached later (usual: 4)
 
     def __post_init__(self) -> None:
-        _at_least(1, batch_size=self.batch_size, num_steps=self.num_steps)
+        super().__post_init__()
+        _at_least(1, num_steps=self.num_steps)
         _at_least(0, hindsight=self.hindsight)
         if self.hindsight and self.reward_weights is not None:
             raise UserError("hindsight knows the environment's reward only: leave reward_weights out")
 
     def require(self, schema: Schema, goals: Goals | None) -> None:
-        """Refuse columns that cannot be read so: without goals there is no hindsight."""
+        """Without goals there is no hindsight."""
         if self.hindsight and goals is not None:
             goals.require(schema.observation, schema.trace)
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
-        """Batches without end, each drawn when it is asked for. `version` does not matter."""
+        """Each drawn when it is asked for."""
         while True:
             yield buffer.sample(
                 rng,

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from embodied_rft import distributed
 from embodied_rft.buffer.buffer import Buffer
-from embodied_rft.buffer.plans import Fresh, Replay
+from embodied_rft.buffer.plans import Drawn, Fresh
 from embodied_rft.data import LEAVES, TREES, Batch
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Metrics, Objective
@@ -273,7 +273,7 @@ class Learner:
         """
         generator = torch.Generator(self.agent.device).manual_seed(int(rng.integers(2**62)))
         reading = self.objective.reading
-        if isinstance(reading, Replay):
+        if isinstance(reading, Drawn):
             if num_updates is None:
                 raise UserError("replay has no end: say how much is learned, num_updates")
             rows = buffer.rows()
@@ -288,7 +288,7 @@ class Learner:
         self,
         buffer: Buffer,
         rows: np.ndarray,
-        reading: Replay | Fresh,
+        reading: Drawn | Fresh,
         *,
         sampler: np.random.Generator,
         rng: torch.Generator,

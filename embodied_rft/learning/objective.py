@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from embodied_rft.buffer.buffer import Buffer
-from embodied_rft.buffer.plans import Fresh, Replay
+from embodied_rft.buffer.plans import Drawn, Fresh
 from embodied_rft.data import Batch, Decisions, Tree
 from embodied_rft.learning.agent import Agent
 from embodied_rft.policy import Measures, able
@@ -48,7 +48,7 @@ class Objective:
     Config: type  # a dataclass; all defaults live there
     config: Any
     losses: Losses  # in update order; the key names the part that a loss trains: "critic", "value", "policy", ...
-    reading: Replay | Fresh  # how the buffer is read
+    reading: Drawn | Fresh  # how the buffer is read
 
     every: dict[str, int] = {}  # noqa: RUF012  updates between two steps of a loss, e.g. {"policy": 2}
     independent: bool = False  # no loss reads what the step of another one changes: one backward pass does for all

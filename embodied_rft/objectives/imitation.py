@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.buffer.buffer import Buffer
-from embodied_rft.buffer.plans import Replay
+from embodied_rft.buffer.plans import Drawn, Replay, Share
 from embodied_rft.data import Batch
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
@@ -73,40 +73,27 @@ def select(buffer: Buffer, selection: Selection, reward_weights: dict[str, float
 
 
 @dataclass(config=STRICT, kw_only=True)
-class SelectedReplay(Replay):
-    """Batches drawn with replacement from the decisions of selected episodes."""
+class BehaviorCloningConfig(Drawn):
+    """Options of `bc`: how the buffer is read, and which episodes of it."""
 
+    offline_share: Share | None = None  # 1.0: demonstrations and offline data only; without a selection
     selection: Selection = Selection()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.offline_share is not None and not self.selection.everything:
-            raise UserError("offline_share has no effect on selected episodes: leave it out, or the selection")
-
-    def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
-        """Batches without end; what is selected is decided when the first one is asked for."""
-        if self.selection.everything:
-            yield from Replay.batches(self, buffer, rng, version)
-            return
-        rows = select(buffer, self.selection, self.reward_weights)
-        while True:
-            yield buffer.batch(rows[rng.integers(len(rows), size=self.batch_size)], next_observation=False)
-
-
-@dataclass(config=STRICT, kw_only=True)
-class BehaviorCloningConfig:
-    """Options of `bc`."""
-
-    batch_size: int = 256  # decisions of one update
-    offline_share: float | None = None  # 1.0: demonstrations and offline data only; without a selection
-    selection: Selection = Selection()
-    reward_weights: dict[str, float] | None = None  # what returns are made of; None: the environment's reward
-
-    def __post_init__(self) -> None:
         if self.selection.min_return is None and self.selection.best_of is None:
             refuse_idle(self, ["reward_weights"], "where no selection looks at returns")
         if not self.selection.everything:
             refuse_idle(self, ["offline_share"], "on selected episodes")
+
+    def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
+        """Batches without end; what is selected is decided when the first one is asked for."""
+        if self.selection.everything:
+            plan = Replay(batch_size=self.batch_size, offline_share=self.offline_share)
+            yield from plan.batches(buffer, rng, version)
+        rows = select(buffer, self.selection, self.reward_weights)
+        while True:
+            yield buffer.batch(rows[rng.integers(len(rows), size=self.batch_size)], next_observation=False)
 
 
 @register("objective", "bc")
@@ -118,12 +105,7 @@ class BehaviorCloning(Objective):
     def __init__(self, config: BehaviorCloningConfig) -> None:
         self.config = config
         self.losses: Losses = {"policy": self.policy_loss}
-        self.reading = SelectedReplay(
-            batch_size=config.batch_size,
-            offline_share=config.offline_share,
-            selection=config.selection,
-            reward_weights=config.reward_weights,
-        )
+        self.reading: BehaviorCloningConfig = config
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """Check that the policy can imitate."""

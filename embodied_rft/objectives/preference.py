@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from embodied_rft.buffer.buffer import Buffer
-from embodied_rft.buffer.plans import Replay
+from embodied_rft.buffer.plans import Drawn
 from embodied_rft.data import Batch
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
@@ -44,18 +44,14 @@ class PairBatch(Batch):
 
 
 @dataclass(config=STRICT, kw_only=True)
-class PairPlan(Replay):
+class PairPlan(Drawn):
     """Batches of `batch_size` pairs; each update draws its own."""
 
+    batch_size: int = 64  # pairs
     within: Literal["group", "seed", "all"] = "group"  # what the two of a pair share
     pairing: Literal["random", "extremes"] = "random"  # any two that differ, or the best and the worst
     segment: int | None = None  # decisions of a piece; None: whole episodes
     min_gap: float = 0.0  # returns that differ by no more are a draw
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.offline_share is not None:
-            raise UserError("offline_share has no effect on pairs: leave it out")
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
         """Batches without end; none if all that can be compared is equally good: then there is nothing to learn.
@@ -138,15 +134,9 @@ def pair_batch(buffer: Buffer, chosen: list[np.ndarray], rejected: list[np.ndarr
 
 
 @dataclass(config=STRICT, kw_only=True)
-class DPOConfig:
-    """Options of `dpo` and its kin."""
+class DPOConfig(PairPlan):
+    """Options of `dpo` and its kin: which pairs, and these."""
 
-    batch_size: int = 64  # pairs
-    within: Literal["group", "seed", "all"] = "group"  # what the two of a pair share
-    pairing: Literal["random", "extremes"] = "random"  # any two that differ, or the best and the worst
-    segment: int | None = None  # decisions of a piece; None: whole episodes
-    min_gap: float = 0.0  # returns that differ by no more are a draw
-    reward_weights: dict[str, float] | None = None  # what returns are made of; None: the environment's reward
     loss: losses.Preference = "sigmoid"  # of the margin: DPO's, IPO's ("squared") or SLiC's ("hinge")
     beta: float = 0.1  # strength of the pull to the reference, or scale of the log-probabilities without one
     reference: Literal["start", "none"] = "start"  # the policy when the stage starts
@@ -158,6 +148,7 @@ class DPOConfig:
     chosen_weight: float = 0.0  # of the better piece's own negative log-likelihood, beside the preference
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.smoothing < 0.5 or (self.smoothing and self.loss != "sigmoid"):
             raise UserError(f'smoothing {self.smoothing}: expected in [0, 0.5), and only with loss "sigmoid"')
         if self.beta <= 0:
@@ -175,8 +166,7 @@ class DPO(Objective):
     def __init__(self, config: DPOConfig) -> None:
         self.config = config
         self.losses: Losses = {"policy": self.policy_loss}
-        names = ("batch_size", "within", "pairing", "segment", "min_gap", "reward_weights")
-        self.reading = PairPlan(**{name: getattr(config, name) for name in names})
+        self.reading: PairPlan = config
 
     def setup(self, agent: Agent, rng: torch.Generator | None = None) -> None:
         """The reference."""

@@ -11,7 +11,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from embodied_rft import distributed
-from embodied_rft.buffer.plans import Replay
+from embodied_rft.buffer.plans import Drawn
 from embodied_rft.learning.learner import LearnerConfig
 from embodied_rft.names import UserError
 from embodied_rft.objectives import build_objective
@@ -52,7 +52,7 @@ class Pretrain(Stage):
         learner: LearnerConfig = field(default_factory=LearnerConfig)
 
         def __post_init__(self) -> None:
-            if not isinstance(build_objective(self.objective).reading, Replay):
+            if not isinstance(build_objective(self.objective).reading, Drawn):
                 raise UserError(
                     f"objective {self.objective['id']!r} learns from fresh experience only: use finetune, not pretrain"
                 )

@@ -13,7 +13,7 @@ from embodied_rft.agents.models.causal_lm import CausalLM, load_model
 from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm, tiny_tokenizer
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
-from embodied_rft.buffer.plans import Replay
+from embodied_rft.buffer.plans import Drawn
 from embodied_rft.data import Decisions, Ragged, Source, Trajectory
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.learner import Learner, LearnerConfig
@@ -126,7 +126,7 @@ def test_no_objective_tokenises_a_reply_again(id):
     objective = build_objective({"id": id, **OBJECTIVES[id]})
     objective.setup(agent, rng())
     before = [p.detach().clone() for p in policy.parameters()]
-    updates = {"num_updates": 2} if isinstance(objective.reading, Replay) else {}
+    updates = {"num_updates": 2} if isinstance(objective.reading, Drawn) else {}
     Learner(agent, objective).learn(buffer, np.random.default_rng(0), **updates)
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
-from embodied_rft.buffer.plans import Replay
+from embodied_rft.buffer.plans import Drawn
 from embodied_rft.data import Decisions, Field, Ragged
 from embodied_rft.experience.collect import Collector
 from embodied_rft.learning.agent import Agent, Spaces
@@ -186,7 +186,7 @@ class Lab:
         """Collect and learn in turns, until the mean reward in training is enough; what the last round reported."""
         for _ in range(rounds):
             self.collect()
-            updates = 30 if isinstance(self.learner.objective.reading, Replay) else None
+            updates = 30 if isinstance(self.learner.objective.reading, Drawn) else None
             metrics = self.learner.learn(self.buffer, self.numbers, num_updates=updates)
             if metrics.get("data/reward", 0.0) > enough:
                 break

@@ -13,7 +13,7 @@ import torch
 import embodied_rft.envs  # noqa: F401
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
-from embodied_rft.buffer.plans import Replay
+from embodied_rft.buffer.plans import Drawn
 from embodied_rft.data import Source, Trajectory
 from embodied_rft.envs.text.demonstrators import SumDemonstrator
 from embodied_rft.evaluation.evaluate import evaluate, evaluation_seeds
@@ -70,7 +70,7 @@ class Lab:
         act = functools.partial(self.agent.policy.act, rng=self.rng)
         for _ in range(rounds):
             self.collector.collect(act, episodes=ROWS, version=learner.version).write(buffer)
-            updates = 8 if isinstance(learner.objective.reading, Replay) else None
+            updates = 8 if isinstance(learner.objective.reading, Drawn) else None
             learner.learn(buffer, self.numbers, num_updates=updates)
 
     def success(self):

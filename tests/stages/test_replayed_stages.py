@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import embodied_rft.envs  # noqa: F401
-from embodied_rft.buffer.plans import Replay
+from embodied_rft.buffer.plans import Drawn
 from embodied_rft.data import Source
 from embodied_rft.learning.learner import Learner
 from embodied_rft.objectives import build_objective
@@ -119,5 +119,5 @@ def test_the_averaged_policy_is_what_evaluations_see_and_what_stays(tmp_path, mo
 def test_shipped_recipes_with_replay_say_how_many_updates_they_make(name):
     """The default is the paper's, as in tasks/; a recipe made for minutes on two cores says what it takes instead."""
     for _, stage in walk(load_recipe(name).stages):
-        if stage.word == "finetune" and isinstance(build_objective(stage.config.objective).reading, Replay):
+        if stage.word == "finetune" and isinstance(build_objective(stage.config.objective).reading, Drawn):
             assert stage.config.updates_per_decision is not None and stage.config.decisions_per_iteration is not None
