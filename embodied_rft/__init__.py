@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from embodied_rft.objectives.soft_actor_critic import SAC as SAC
     from embodied_rft.policy import Adapter as Adapter
     from embodied_rft.policy import Policy as Policy
+    from embodied_rft.pools.incidents import Infrastructure as Infrastructure
     from embodied_rft.registry import register as register
     from embodied_rft.runs.recipe import load_recipe as load_recipe
     from embodied_rft.runs.sinks import Sink as Sink
@@ -61,6 +62,7 @@ _DOORS = {  # {module: what is imported from here}
     "objectives.credit": "Credit",
     "objectives.soft_actor_critic": "SAC",
     "policy": "Adapter Policy",
+    "pools.incidents": "Infrastructure",
     "registry": "register",
     "runs.recipe": "load_recipe",
     "runs.sinks": "Sink",

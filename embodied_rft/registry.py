@@ -27,7 +27,7 @@ T = TypeVar("T")
 # They are entry points as well: named here for a checkout that was not installed.
 OUR_OWN = (
     "embodied_rft.objectives", "embodied_rft.stages", "embodied_rft.turns", "embodied_rft.agents",
-    "embodied_rft.envs.games", "embodied_rft.envs.manipulation", "embodied_rft.envs.text",
+    "embodied_rft.envs.games", "embodied_rft.envs.manipulation", "embodied_rft.envs.text", "embodied_rft.envs.turns",
 )  # fmt: skip
 KINDS = ("agent", "objective", "demonstrator", "stage", "credit", "reward", "parser", "logger", "check")
 _tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}

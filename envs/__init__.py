@@ -11,7 +11,7 @@ if __name__ != "embodied_rft.envs":  # one module must have one name
 
 from embodied_rft.envs.serving import serve
 
-_ARMS, _TEXT, _GAMES = f"{__name__}.manipulation", f"{__name__}.text", f"{__name__}.games"
+_ARMS, _TEXT, _GAMES, _TURNS = (f"{__name__}.{room}" for room in ("manipulation", "text", "games", "turns"))
 
 for _name in ("Reach", "Push", "Slide", "PickAndPlace"):
     _fetch = {"batch": f"{_ARMS}.fetch:FetchSimulation", "task": f"{_ARMS}.fetch:FetchTask", "name": _name}
@@ -30,3 +30,5 @@ _FILES = {
 }  # fmt: skip
 for _name, _file in _FILES.items():
     serve(f"embodied_rft/{_name}-v0", f"{_GAMES}.batch:GameBatch", task=f"{_GAMES}.{_file}:{_name}")
+    serve(f"embodied_rft/Told{_name}-v0", f"{_TURNS}.lifted:Lifted", of=f"embodied_rft/{_name}-v0")
+serve("embodied_rft/Told-v0", f"{_TURNS}.lifted:Lifted")

@@ -22,6 +22,8 @@ from gymnasium.vector.utils import batch_space
 
 from embodied_rft.data import Action, Space, pick
 from embodied_rft.names import UserError, nearest
+from embodied_rft.pools.batches import BROKEN
+from embodied_rft.pools.incidents import Infrastructure, describe_error, kind_of
 from embodied_rft.pools.protocol import check_action, check_mask
 from embodied_rft.seeding import pack_generator, unpack_generator
 
@@ -36,6 +38,7 @@ class Outcome(NamedTuple):
     terminated: np.ndarray  # [K] bool
     success: np.ndarray | None = None  # [K] bool: solved at this moment; None: they do not say
     info: Mapping[str, np.ndarray] = {}  # each [K]: whatever else is told, the same names at every step
+    truncated: np.ndarray | None = None  # [K] bool: cut off by a clock of its own
 
 
 class EnvBatch(ABC):
@@ -51,6 +54,7 @@ class EnvBatch(ABC):
     arrays: tuple[str, ...] = ()  # names of the attributes, each [N, ...], that hold all that episodes change
     reset_options: Collection[str] = ()  # names of what `reset(options=...)` may hold
     one_decision: ClassVar[bool] = False  # every episode ends with its first one
+    can_save: bool = True  # whether `get_state` tells everything
     metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 25}
 
     def __init__(self, *, num_envs: int) -> None:
@@ -58,6 +62,7 @@ class EnvBatch(ABC):
             raise UserError(f"num_envs is {num_envs}, expected at least 1")
         self.num_envs = num_envs
         self.generators = [seeding.np_random(None)[0] for _ in range(num_envs)]
+        self.broken: dict[int, tuple[str, str]] = {}  # row: kind and text, see `fail`
 
     @abstractmethod
     def start(self, rows: np.ndarray, seeds: Sequence[int | None], options: Mapping[str, Any]) -> None:
@@ -70,6 +75,13 @@ class EnvBatch(ABC):
     @abstractmethod
     def observe(self, rows: np.ndarray) -> Any:
         """The observation of all N, fresh arrays; what costs much need only be made anew for `rows`."""
+
+    def fail(self, row: int, error: BaseException) -> None:
+        """Said inside `start`, `step` or `observe`: the episode of this row is void, the others are not touched.
+
+        What the row answers counts for nothing; it is started anew, like one that has ended.
+        """
+        self.broken[row] = kind_of(error), describe_error(error)
 
     def check_actions(self, actions: Action) -> Action:
         """The actions of all N as `step` wants them. Raises ValueError if one cannot be executed."""
@@ -175,6 +187,7 @@ class BatchVectorEnv(gymnasium.vector.VectorEnv):
         self.elapsed = np.zeros(num_envs, dtype=np.int64)  # decisions of the running episodes
         self.started = np.zeros(num_envs, dtype=bool)
         self.ended = np.zeros(num_envs, dtype=bool)
+        self.unborn = np.zeros(num_envs, dtype=bool)  # their start failed: nothing happens in them before another one
         self.skip_images = False  # True: a step draws only where an episode ends, other images are those of before
 
     def __getattr__(self, name: str) -> Any:
@@ -199,16 +212,30 @@ class BatchVectorEnv(gymnasium.vector.VectorEnv):
         for row, one in zip(rows, seeds):
             if one is not None:
                 self.batch.generators[row] = seeding.np_random(one)[0]
-        return self.begin(rows, seeds, options), {}
+        return self.begin(rows, seeds, options), self._failures()
 
     def begin(self, rows: np.ndarray, seeds: Sequence[int | None], options: Mapping[str, Any]) -> Any:
         """New episodes in `rows`, whose generators are ready; gives the observation of all N."""
         for name in options:
             if name not in self.batch.reset_options:
                 raise UserError(f"unknown reset option {name!r}; {nearest(name, self.batch.reset_options)}")
+        self.batch.broken.clear()
         self.batch.start(rows, seeds, options)
-        self.elapsed[rows], self.started[rows], self.ended[rows] = 0, True, False
-        return self.batch.observe(rows)
+        self.elapsed[rows], self.started[rows], self.ended[rows], self.unborn[rows] = 0, True, False, False
+        seen = self.batch.observe(rows)
+        failed = [row for row in rows.tolist() if row in self.batch.broken]
+        where = self.unborn if self.autoreset_mode == AutoresetMode.DISABLED else self.ended
+        where[failed] = True
+        return seen
+
+    def _failures(self) -> dict[str, Any]:
+        """Which rows are broken, as Gymnasium's vector environments tell things."""
+        if not self.batch.broken:
+            return {}
+        told, present = np.full(self.num_envs, None, dtype=object), np.zeros(self.num_envs, dtype=bool)
+        for row, failure in self.batch.broken.items():
+            told[row], present[row] = failure, True
+        return {BROKEN: told, f"_{BROKEN}": present}
 
     def step(self, actions: Action) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One decision everywhere: observation, reward [N] float64, terminated, truncated [N] bool, info.
@@ -217,13 +244,15 @@ class BatchVectorEnv(gymnasium.vector.VectorEnv):
         """
         if not self.started.all():
             raise gymnasium.error.ResetNeeded("call reset() before step()")
-        actions, stepped = self.batch.check_actions(actions), ~self.ended
+        actions, stepped = self.batch.check_actions(actions), ~(self.ended | self.unborn)
+        self.batch.broken.clear()
         rows = np.flatnonzero(stepped)
-        if not stepped.all():
+        if self.ended.any():
             self._start_again(np.flatnonzero(self.ended))
+        if not stepped.all():
             actions = pick(actions, rows)
         info: dict[str, Any] = {}
-        reward, terminated = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=bool)
+        reward, (terminated, truncated) = np.zeros(self.num_envs), np.zeros((2, self.num_envs), dtype=bool)
         if len(rows):
             outcome = self.batch.step(rows, actions)
             reward[rows], terminated[rows] = outcome.reward, outcome.terminated
@@ -231,12 +260,17 @@ class BatchVectorEnv(gymnasium.vector.VectorEnv):
                 info = _spread("is_success", np.asarray(outcome.success, np.float32), stepped)
             for name, told in outcome.info.items():
                 info |= _spread(name, told, stepped)
+            if outcome.truncated is not None:
+                truncated[rows] = outcome.truncated
         self.elapsed[rows] += 1
-        truncated = np.zeros(self.num_envs, dtype=bool)
         if self.max_episode_steps is not None:
-            truncated[rows] = self.elapsed[rows] >= self.max_episode_steps
+            truncated[rows] |= self.elapsed[rows] >= self.max_episode_steps
         self.ended = terminated | truncated
         seen = self.batch.observe(np.flatnonzero(self.ended | (not self.skip_images)))
+        if failures := self._failures():
+            void = failures[f"_{BROKEN}"]
+            reward[void], terminated[void], truncated[void], self.ended[void] = 0, False, True, True
+            info |= failures
         return seen, reward, terminated, truncated, info
 
     def _start_again(self, rows: np.ndarray) -> None:
@@ -248,6 +282,11 @@ class BatchVectorEnv(gymnasium.vector.VectorEnv):
             )
         self.batch.start(rows, [None] * len(rows), {})
         self.elapsed[rows] = 0
+
+    @property
+    def can_save(self) -> bool:
+        """Whether `get_state` tells everything."""
+        return self.batch.can_save
 
     def get_state(self) -> State:
         """All that the future depends on, as arrays with leading N."""
@@ -311,13 +350,28 @@ class BatchEnv(gymnasium.Env):
         """Start a new episode; `options` are the batch's own (`EnvBatch.reset_options`)."""
         super().reset(seed=seed)
         self.batch.generators[0] = self.np_random
-        return _first(self.vector.begin(np.arange(1), [seed], options or {})), {}
+        seen = self.vector.begin(np.arange(1), [seed], options or {})
+        self._raise()
+        return _first(seen), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One decision; info["is_success"] is 1.0 where the task is solved at this moment."""
         observation, reward, terminated, truncated, info = self.vector.step([action])
+        self._raise()
         info = {name: float(value[0]) for name, value in info.items() if not name.startswith("_")}
         return _first(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+
+    def _raise(self) -> None:
+        """What is broken in a batch of one is an exception."""
+        if self.batch.broken:
+            kind, said = self.batch.broken[0]
+            of, _, reason = kind.partition("/")
+            raise Infrastructure(reason, said) if of == "infrastructure" else RuntimeError(said)
+
+    @property
+    def can_save(self) -> bool:
+        """Whether `get_state` tells everything."""
+        return self.batch.can_save
 
     def get_state(self) -> State:
         """As in `BatchVectorEnv`, with a leading 1. The steps counted by a TimeLimit wrapper are not in it."""

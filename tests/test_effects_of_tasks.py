@@ -16,6 +16,10 @@ from tests.lab.effects import Walk, listed, tally
 
 SMALL = {"cameras": ["front"], "image_size": 16, "num_threads": 1}
 VALUES = {
+    "observe": "image",
+    "style": "short",
+    "rules": "Walk.",
+    "parser": "words",
     "reward_type": "dense",
     "engine": "rollout",
     "cameras": ["side"],
@@ -50,20 +54,33 @@ GAMES = {  # id: other values of its options
 }
 TASKS |= dict.fromkeys(GAMES, {"observation": "both"})
 TASKS["embodied_rft/Swap-v0"] = {"observation": "both", "kinds": 4}  # with few kinds some swaps are valid
-SAME = {f"embodied_rft/Fetch{task}-v0" for task in ("PickAndPlace", "Push", "Slide")}  # the options of FetchReach
+CLOCK = [{"id": "TimeLimit", "max_episode_steps": 1}]
+LIFTS = {"wrap": CLOCK, "bins": 3, "digits": 1, "of": "MountainCarContinuous-v0"}
+TOLD = {  # what is lifted: other values of the options
+    "embodied_rft/ToldFrozenLake-v0": {**LIFTS, "options": {"size": 5}, "words": list("lrud"), "instead": "left"},
+    "embodied_rft/Told-v0": {**LIFTS, "options": {"g": 3.0}, "words": [list("abcde")], "instead": "0"},
+}
+TASKS |= {"embodied_rft/ToldFrozenLake-v0": {}, "embodied_rft/Told-v0": {"of": "Pendulum-v1"}}
+SAME = {  # the options of another one
+    **{f"embodied_rft/Fetch{task}-v0": "embodied_rft/FetchReach-v0" for task in ("PickAndPlace", "Push", "Slide")},
+    **{id.replace("/", "/Told"): "embodied_rft/ToldFrozenLake-v0" for id in GAMES if "Lake" not in id},
+}
 REPLIES = ["7", "<think>7</think><answer>7</answer>", '{"a": 7}']
+MOVES = ["<answer>left</answer>", "<answer>l</answer>", "<answer>-2</answer>", "right", "<answer>0.1 </answer>"]
 
 
 def visit(id, options, situation):
     """A few steps of some environments; of those that answer texts, as many episodes."""
     count, steps = (32, 6) if id in GAMES else (8, 3)
+    key = "message" if id in TOLD else "prompt"
     pool = make_pool(id, count, options=options)
     pool.action_space.seed(0)
     try:
         seen = [pool.reset(np.arange(count))]
         for number in range(steps):
             if isinstance(pool.action_space, gymnasium.spaces.Text):
-                action = [*REPLIES, *map(add, seen[-1]["prompt"][len(REPLIES) :])]
+                spoken = [*MOVES, *REPLIES] if id in TOLD else REPLIES
+                action = [*spoken, *map(add, seen[-1][key][len(spoken) :])]
             else:
                 action = np.stack([pool.action_space.sample() for _ in range(count)])
             told = pool.step(action)
@@ -82,7 +99,7 @@ def add(prompt):
 
 def of_task(id, folder):
     """The walk over the options of one environment."""
-    base, values = TASKS[id], VALUES | GAMES.get(id, {})
+    base, values = TASKS[id], VALUES | GAMES.get(id, {}) | TOLD.get(id, {})
     if "Jsonl" in id:
         base, values["path"] = {"path": problems(folder, 7)}, problems(folder, 11)
     if "Peg" in id:
@@ -102,8 +119,9 @@ def problems(folder, answer):
 
 def demonstrate(id, options, situation):
     """What a demonstrator does in twelve steps."""
-    pool = make_pool(id, 4, options={"observation": "state"} if id in GAMES else {})
-    demonstrator, rng, done = make_demonstrator(id, **options), np.random.default_rng(0), []
+    shown = {"observation": "state"} if id in GAMES else {"state": True, "told": True} if id in TOLD else {}
+    pool = make_pool(id, 4, options=shown)
+    demonstrator, rng, done = make_demonstrator(id, env_options=shown, **options), np.random.default_rng(0), []
     try:
         observation = pool.reset(np.arange(4))
         for _ in range(12):
@@ -119,7 +137,8 @@ def demonstrate(id, options, situation):
 def of_demonstrator(id):
     """The walk over the options of one."""
     options = listed("demonstrator", id, f"demonstrator {id}")
-    return Walk(f"demonstrator {id}", options, functools.partial(demonstrate, id))
+    values = {"thought": "state", "player": {"slip": 0.9}}
+    return Walk(f"demonstrator {id}", options, functools.partial(demonstrate, id), values=values)
 
 
 THINKING = [f"<think>t</think><answer>{number}</answer>" for number in (7, 8)]
@@ -168,7 +187,8 @@ def of_parser(id):
 def walks(folder):
     """All of this file."""
     tasks = [of_task(id, folder) for id in TASKS]
-    own = [id for id in registry.shipped("demonstrator") if "/" in id]  # by their environment; and by a name as well
+    # By their environment; they have a name as well. What is lifted has one demonstrator.
+    own = [id for id in registry.shipped("demonstrator") if id in TASKS and id != "embodied_rft/Told-v0"]
     return [
         *tasks,
         *map(of_demonstrator, own),
@@ -185,6 +205,6 @@ def test_options_of_tasks(tmp_path):
 
 def test_every_task_is_walked():
     shipped = {id for id in gymnasium.registry if id.startswith("embodied_rft/")}
-    assert shipped == set(TASKS) | SAME
-    first = [option.name for option in listed("env", "embodied_rft/FetchReach-v0", "env")]
-    assert all([option.name for option in listed("env", id, "env")] == first for id in SAME)
+    assert shipped == set(TASKS) | set(SAME)
+    options = {id: [option.name for option in listed("env", id, "env")] for id in shipped}
+    assert all(options[id] == options[as_of] for id, as_of in SAME.items())

@@ -34,6 +34,7 @@ class Evaluation:
     returns: list[float]
     lengths: list[int]
     invalid: int = 0  # episodes that had to be started again because their environment failed
+    incidents: dict[str, int] = field(default_factory=dict)  # why, by kind, as pools count them
     seconds: float = 0.0
     name: str = ""
     states: int | None = None  # distinct held-out states that there are, where the environment knows
@@ -90,6 +91,9 @@ class Evaluation:
         on = f"on {counted(self.episodes, self.states)}"
         if self.left_out:
             on += f" ({len(self.left_out)} left out: the environment failed on them each time)"
+        if self.incidents:
+            why = ", ".join(f"{count} {kind}" for kind, count in sorted(self.incidents.items()))
+            on += f"; {self.invalid} episodes were void and played again ({why})"
         if not self.told:
             return f"mean return {self.mean_return:.3g} {on}; {SILENT}"
         low, high = self.interval
@@ -143,7 +147,7 @@ def evaluate(
     Raises:
         RuntimeError: the environment failed on every seed.
     """
-    started = time.perf_counter()
+    started, before = time.perf_counter(), pool.incidents.counts.copy()
     states = num_held_out_states(pool)
     if states:  # no state counts twice
         seeds = distinct_seeds(seeds, states)
@@ -162,7 +166,8 @@ def evaluate(
             f"the environment failed {max_retries + 1} times on each of {len(seeds)} held-out states: there is nothing "
             f"to judge. The latest incident: {latest_incident(pool)}"
         )
-    return episodes.outcome(name=name, seconds=time.perf_counter() - started, states=states)
+    outcome = episodes.outcome(name=name, seconds=time.perf_counter() - started, states=states)
+    return replace(outcome, incidents=dict(pool.incidents.counts - before))
 
 
 def latest_incident(pool: Pool) -> str:

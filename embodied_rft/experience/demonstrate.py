@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,14 +29,22 @@ class Demonstrator(Protocol):
         """For observation arrays [N, ...]."""
 
 
-def make_demonstrator(env_id: str, id: str = "scripted", **options: Any) -> Demonstrator:
-    """The demonstrator `id`; "scripted" means the one registered for the environment."""
+def make_demonstrator(
+    env_id: str, id: str = "scripted", *, env_options: Mapping[str, Any] | None = None, **options: Any
+) -> Demonstrator:
+    """The demonstrator `id`; "scripted" means the one registered for the environment.
+
+    One that has an argument `environment` is told {"id": env_id, "options": env_options}.
+    """
     known = registry.known("demonstrator")
     if id == "scripted":
         if env_id not in known:
             raise UserError(f"no scripted demonstrator for {env_id!r}; {nearest(env_id, known)}")
         id = env_id
-    found: Demonstrator = registry.find("demonstrator", id)(**options)
+    make = registry.find("demonstrator", id)
+    if "environment" in inspect.signature(make).parameters:
+        options["environment"] = {"id": env_id, "options": dict(env_options or {})}
+    found: Demonstrator = make(**options)
     return found
 
 
@@ -52,7 +62,7 @@ def write_demos(
         raise UserError(f"episodes is {episodes}; expected at least 1")
     pool = make_pool(env_id, num_envs=min(64, episodes), options=options or {}, purpose="training")
     try:
-        demonstrator = make_demonstrator(env_id, noise=noise)
+        demonstrator = make_demonstrator(env_id, env_options=options, noise=noise)
         collector = Collector(pool, run_seed=seed, source=Source.DEMONSTRATION)
         recording = collector.collect(demonstrator_act(demonstrator, spawn_generator(seed, 1), 1), episodes=episodes)
         metrics = recording.metrics()

@@ -1,7 +1,8 @@
 """A vector environment as one thing that works or fails: the native form of many environments behind `pool.VectorPool`.
 
 Boundary: knows `gymnasium.vector.VectorEnv`. What it raises, or answers in a wrong form, costs the running episodes of
-all N, and it is made again; success that is no truth value costs the episode that told it.
+all N, and it is made again; success that is no truth value costs the episode that told it. A vector environment that
+knows which rows are broken says so and keeps the others: infos["broken"][row] = (kind, text), the mask is "_broken".
 
 Legend: N environments.
 """
@@ -21,8 +22,10 @@ from embodied_rft.pools.answers import Unfit, as_truth, leaves_of
 from embodied_rft.pools.hosts import DEADLINE, FIRST_TIME, Answer, Host, told_of
 from embodied_rft.pools.promises import find_seeding, narrow_seed
 from embodied_rft.pools.protocol import Seeding, merge
-from embodied_rft.pools.states import Saves
+from embodied_rft.pools.states import Saves, can_save
 from embodied_rft.pools.watch import Alarm, Watch
+
+BROKEN = "broken"  # key of infos
 
 
 class Batch(Host):
@@ -65,7 +68,7 @@ class Batch(Host):
     @property
     def can_save(self) -> bool:
         """Whether the environments can be saved inside an episode."""
-        return isinstance(self.vector_env, Saves)
+        return can_save(self.vector_env)
 
     @property
     def unwrapped(self) -> VectorEnv:
@@ -78,8 +81,10 @@ class Batch(Host):
         def call() -> Answer:
             if self.seeding is None and not self._started:
                 self.seeding = self._find_seeding()
-            fresh = self._reset(seeds, mask, options)
-            return self._answer(merge(mask, fresh, self.observation))
+            fresh, infos = self._reset(seeds, mask, options)
+            answer = self._answer(merge(mask, fresh, self.observation))
+            self._hear(answer, infos, mask)
+            return answer
 
         return self._guarded(call, mask, FIRST_TIME if self._broken or not self._started else 1)
 
@@ -99,6 +104,7 @@ class Batch(Host):
             truncated = self._rows(truncated, "truncated", "b")
             self._ended = terminated | truncated
             answer.terminated[:], answer.truncated[:] = terminated & running, truncated & running
+            self._hear(answer, infos, running)
             self._tell(answer, infos, running)
             return answer
 
@@ -143,14 +149,14 @@ class Batch(Host):
         self.vector_env = self.make()
         self._ended[:], self._broken = True, False
 
-    def _reset(self, seeds: np.ndarray, mask: np.ndarray, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _reset(self, seeds: np.ndarray, mask: np.ndarray, options: Mapping[str, Any] | None) -> tuple[Any, Any]:
         applied = mask if self._started else np.ones_like(mask)
         narrow = self.seeding is not None and self.seeding.narrow
         seed = cast(Any, [narrow_seed(int(s)) if narrow else int(s) for s in seeds])
-        batch, _ = self.vector_env.reset(seed=seed, options={**(options or {}), "reset_mask": applied})
+        batch, infos = self.vector_env.reset(seed=seed, options={**(options or {}), "reset_mask": applied})
         self._started = True
         self._ended = self._ended & ~applied
-        return self._fitted(batch)
+        return self._fitted(batch), infos
 
     def _fitted(self, batch: Any) -> dict[str, Any]:
         parts = ((leaf, leaf.at(batch)) for leaf in self.leaves)
@@ -161,6 +167,14 @@ class Batch(Host):
         if array.shape != (self.num_envs,) or array.dtype.kind not in kinds:
             raise Unfit(f"{name} is {array.dtype} {array.shape}; expected ({self.num_envs},), one for each environment")
         return array
+
+    def _hear(self, answer: Answer, infos: Any, rows: np.ndarray) -> None:
+        """Which of `rows` the vector environment says are broken: the others go on."""
+        present = np.broadcast_to(np.asarray(infos.get(f"_{BROKEN}", False), dtype=np.bool_), rows.shape)
+        for row in np.flatnonzero(present & rows).tolist():
+            kind, said = infos[BROKEN][row]
+            answer.failed[row] = True
+            answer.incidents.append((str(kind), f"environment {self.first + row}: {said}"))
 
     def _tell(self, answer: Answer, infos: Any, running: np.ndarray) -> None:
         key = next((key for key in ("is_success", "success") if key in infos), None)
@@ -184,7 +198,7 @@ class Batch(Host):
 
         def tell(seed: int, seeding: Seeding) -> Any:
             self.seeding = seeding
-            shown = self._reset(np.full(self.num_envs, seed), every, None)
+            shown, _ = self._reset(np.full(self.num_envs, seed), every, None)
             return {key: value[0] for key, value in shown.items()}
 
         try:
@@ -194,7 +208,7 @@ class Batch(Host):
 
     def get_state(self) -> dict[str, np.ndarray] | None:
         """The state of the vector environment, or None if it offers none."""
-        if not isinstance(self.vector_env, Saves) or self._broken:
+        if not isinstance(self.vector_env, Saves) or not self.can_save or self._broken:
             return None
         return {**self.vector_env.get_state(), "batch/ended": self._ended.copy()}
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from embodied_rft.data import Action, Space
 from embodied_rft.pools.answers import Unfit
-from embodied_rft.pools.incidents import describe_error
+from embodied_rft.pools.incidents import describe_error, kind_of
 from embodied_rft.pools.protocol import Seeding
 from embodied_rft.pools.watch import Hang
 
@@ -98,4 +98,4 @@ class Host(Protocol):
 def told_of(error: BaseException) -> tuple[str, str]:
     """(kind of incident, text) of what an environment raised."""
     said = str(error) if isinstance(error, Hang | Unfit) else describe_error(error)
-    return "hang" if isinstance(error, Hang) else "error", said
+    return kind_of(error), said

@@ -6,16 +6,58 @@ when the run stops.
 
 from __future__ import annotations
 
+import re
+import subprocess
 import traceback
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from embodied_rft.names import UserError
+from embodied_rft.pools.watch import Hang
 
 MAX_INCIDENTS = 0.9  # share of the latest episodes
 WINDOW = 100  # so many episodes are the latest ones; at least ROUNDS for each environment
 NEVER = 20  # so many failed episodes, and none ever that ended well, are enough; at least ROUNDS for each environment
 ROUNDS = 4  # failures come before the first episodes can end, and a process that dies takes many with it
+
+
+class Infrastructure(Exception):
+    """What an environment stands on has failed, not whoever acts in it: Infrastructure("dead_server", "port 8000").
+
+    The third outcome beside success and failure: the episode is void, is played again, is never learned from and never
+    counted as a failure. An environment raises it where it knows better than Python's own errors (`kind_of`).
+
+    Args:
+        reason: in a word: "timeout", "dead_server", "crashed". Incidents are counted by it: "infrastructure/timeout".
+        message: what happened.
+    """
+
+    def __init__(self, reason: str, message: str = "") -> None:
+        if not re.fullmatch("[a-z][a-z_0-9]*", reason):
+            raise UserError(f"the reason is {reason!r}; expected a word like dead_server, by which it is counted")
+        super().__init__(reason, message)
+        self.reason, self.message = reason, message
+
+    def __str__(self) -> str:
+        return self.message or self.reason
+
+
+def kind_of(error: BaseException) -> str:
+    """By which kind an exception of an environment is counted: those of sockets and clocks are infrastructure, too."""
+    if isinstance(error, Hang):
+        return "hang"
+    if isinstance(error, Infrastructure):
+        return f"infrastructure/{error.reason}"
+    if isinstance(error, TimeoutError | subprocess.TimeoutExpired):
+        return "infrastructure/timeout"
+    if isinstance(error, ConnectionError | EOFError):  # a pipe or socket whose other end is gone
+        return "infrastructure/dead_server"
+    return "error"
+
+
+def is_infrastructure(kind: str) -> bool:
+    """Whether incidents of this kind are nobody's fault who acts or plays."""
+    return kind.startswith("infrastructure/")
 
 
 class EnvironmentFailure(UserError, RuntimeError):
@@ -24,7 +66,8 @@ class EnvironmentFailure(UserError, RuntimeError):
 
 @dataclass(slots=True)
 class Incidents:
-    """What went wrong so far, counted by kind ("non_finite", "error", "hang", "crash"), with the latest texts.
+    """What went wrong so far, counted by kind ("non_finite", "error", "hang", "crash", and those of
+    `Infrastructure`), with the latest texts.
 
     Args:
         limit: share of the latest episodes that may fail; 1 goes on whatever happens.

@@ -20,7 +20,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import ArrayLike
 
-from embodied_rft.data import Action, Ragged, Tree
+from embodied_rft.data import Action, Tree
 from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.batches import Batch
 from embodied_rft.pools.config import EnvConfig
@@ -39,6 +39,8 @@ from embodied_rft.pools.protocol import (
     fields_of,
     finite_rows,
     merge,
+    pack_observation,
+    unpack_observation,
 )
 from embodied_rft.pools.singles import Singles
 from embodied_rft.pools.watch import Watch
@@ -183,13 +185,7 @@ class VectorPool(Pool):
             return None
         state |= {f"pool/{name}": getattr(self, f"_{name}").copy() for name in ("idle", "bad_start")}
         state["pool/reports_success"] = np.array(self._reports_success)
-        for key, value in self._observation.items():
-            if isinstance(value, list):
-                text = Ragged.of_texts(value)
-                state |= {f"pool/text/{key}": text.values, f"pool/offsets/{key}": text.offsets}
-            else:
-                state[f"pool/observation/{key}"] = value.copy()
-        return state
+        return state | {f"pool/{key}": value for key, value in pack_observation(self._observation).items()}
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue bit for bit from `get_state` of a pool of the same environments."""
@@ -202,12 +198,8 @@ class VectorPool(Pool):
         for name in ("idle", "bad_start"):
             setattr(self, f"_{name}", state[f"pool/{name}"].astype(np.bool_))
         self._reports_success = bool(state["pool/reports_success"])
-        for key, each in self.fields.items():
-            if each.kind == "ragged":
-                self._observation[key] = Ragged(state[f"pool/text/{key}"], state[f"pool/offsets/{key}"]).texts()
-            else:
-                self._observation[key] = state[f"pool/observation/{key}"].copy()
-        self.host.observation = self._observation
+        own = {key.removeprefix("pool/"): value for key, value in state.items() if key.startswith("pool/")}
+        self._observation = self.host.observation = unpack_observation(own)
 
     def close(self) -> None:
         """Close the environments; a second call does nothing."""

@@ -22,6 +22,7 @@ import gymnasium
 import numpy as np
 
 from embodied_rft.data import Space
+from embodied_rft.pools.incidents import is_infrastructure, kind_of
 from embodied_rft.pools.protocol import Pool, Seeding, is_text
 from embodied_rft.seeding import FIRST_EVALUATION_SEED
 
@@ -92,9 +93,9 @@ def find_seeding(tell: Callable[[int, Seeding], Any], *, ways: tuple[str, ...] =
     narrow = False
     try:
         tell(PROBES[0], Seeding())
-    except Exception:
-        tell(PROBES[0], Seeding(narrow=True))
-        narrow = True
+    except Exception as error:
+        narrow = not is_infrastructure(kind_of(error))  # a server that was not there says nothing of seeds
+        tell(PROBES[0], Seeding(narrow=narrow))
     best: Seeding | None = None
     for way in ways:
         found = _test(tell, Seeding(way, narrow), varied=best is not None)

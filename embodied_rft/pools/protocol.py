@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import ArrayLike
 
-from embodied_rft.data import Action, Field, Space, Tree
+from embodied_rft.data import Action, Field, Ragged, Space, Tree
 from embodied_rft.names import UserError
 from embodied_rft.pools.incidents import Incidents as Incidents
 from embodied_rft.seeding import FIRST_EVALUATION_SEED, check_training_seeds
@@ -233,6 +233,30 @@ def merge(mask: np.ndarray, new: Tree, old: Tree) -> dict[str, Any]:
         return np.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
     return {key: either(value, old[key]) for key, value in new.items()}
+
+
+def pack_observation(observation: Tree) -> dict[str, np.ndarray]:
+    """An observation of N as arrays alone, for a state; copies."""
+    packed: dict[str, np.ndarray] = {}
+    for key, value in observation.items():
+        if isinstance(value, list):
+            text = Ragged.of_texts(value)
+            packed |= {f"text/{key}": text.values, f"offsets/{key}": text.offsets}
+        else:
+            packed[f"observation/{key}"] = value.copy()
+    return packed
+
+
+def unpack_observation(packed: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What `pack_observation` packed; copies."""
+    observation: dict[str, Any] = {}
+    for name, value in packed.items():
+        kind, _, key = name.partition("/")
+        if kind == "text":
+            observation[key] = Ragged(value, packed[f"offsets/{key}"]).texts()
+        elif kind == "observation":
+            observation[key] = value.copy()
+    return observation
 
 
 def finite_rows(array: object, *, num_envs: int) -> np.ndarray | None:

@@ -36,6 +36,18 @@ class Saves(Protocol):
         """Continue from what `get_state` gave, after a reset."""
 
 
+@runtime_checkable
+class MaySave(Protocol):
+    """Has the methods of `Saves`, and says whether they can be used."""
+
+    can_save: bool
+
+
+def can_save(env: object) -> bool:
+    """Whether an environment can tell its state."""
+    return isinstance(env, Saves) and (not isinstance(env, MaySave) or env.can_save)
+
+
 def num_held_out_states(pool: Pool) -> int | None:
     """How many distinct states evaluation can show; None: more than anybody counts, or unknown."""
     count = pool.ask("num_held_out_states")

@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces, wrappers
 
-from embodied_rft.pools.states import Saves
+from embodied_rft.pools.states import Saves, can_save
 
 STATELESS: tuple[type, ...] = (
     wrappers.OrderEnforcing, wrappers.PassiveEnvChecker, wrappers.RecordEpisodeStatistics,
@@ -48,7 +48,7 @@ def _is_known(wrapper: gymnasium.Wrapper) -> bool:
 def offers_state(env: gymnasium.Env) -> bool:
     """Whether `single_state` can tell everything that the future of this environment depends on."""
     *outside, base = _layers(env)
-    return isinstance(base, Saves) and all(_is_known(wrapper) for wrapper in outside)
+    return can_save(base) and all(_is_known(wrapper) for wrapper in outside)
 
 
 def single_state(env: gymnasium.Env) -> dict[str, np.ndarray] | None:

@@ -74,7 +74,7 @@ def options_of(kind: str, id: str) -> list[Option]:
     if kind in ("stage", "objective", "agent", "credit"):
         return []
     skipped = {"reward": 2, "logger": 1}.get(kind, 0)  # what a rule judges and where a logger writes is no option
-    return of_callable(target, skip=skipped, without={"step", "recipe", "prompt", "columns"})
+    return of_callable(target, skip=skipped, without={"step", "recipe", "prompt", "columns", "environment"})
 
 
 # --- dataclasses -------------------------------------------------------------------------------------

@@ -43,7 +43,9 @@ class Demonstrate(Stage):
     def run(self, session: Session) -> dict[str, Any]:
         """Collect in one go (seconds), then pin the rows."""
         config = self.config
-        demonstrator = make_demonstrator(session.env.id, config.with_, noise=config.noise, **config.options)
+        demonstrator = make_demonstrator(
+            session.env.id, config.with_, env_options=session.env.options, noise=config.noise, **config.options
+        )
         chunk = session.agent.policy.chunk
         collector = session.make_collector(source=Source.DEMONSTRATION, pool=session.step_pool("training"))
         units = session.schema().units if chunk.horizon == 1 else 1

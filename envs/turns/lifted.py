@@ -1,0 +1,262 @@
+"""Any environment with choices, lifted to turns of text: it shows a message, and takes what is read from a reply.
+
+The observation is the new message of a turn and nothing of those before; pictures beside it, if asked for. The first
+message of an episode holds the rules. An answer that is not understood moves nothing (or does what `instead` says),
+costs what `invalid` says, is counted by its kind in info, and the next message tells of it. Boundary: knows no model;
+parsers are the engine's (`turns.parsing`), what is lifted is in `hosts`, how it is told in `telling`.
+
+Legend: N environments, K of them named by `rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from gymnasium import spaces
+
+from embodied_rft.data import Space
+from embodied_rft.envs.serving import EnvBatch, Outcome, State
+from embodied_rft.envs.turns.hosts import make_host, state_of, state_space
+from embodied_rft.envs.turns.telling import Told, action_of, choices_text, words_of
+from embodied_rft.names import UserError, nearest
+from embodied_rft.pools.text_spaces import AnyText
+from embodied_rft.turns.parsing import INVALID, Parsed, make_parser
+
+OBSERVE = ("text", "image", "both")
+STYLES = ("full", "short")
+MOST_CHARACTERS = 65_536  # of a message and of a reply
+UNDERSTOOD = -1  # no kind of invalid answer
+
+
+class Lifted(EnvBatch):
+    """A conversation about any environment: states told in words or drawn, actions read from replies.
+
+    Args:
+        num_envs: N.
+        of: id of the environment that is lifted.
+        options: of that environment.
+        wrap: what is around it, as `env.wrappers` says it; batches of ours take nothing.
+        parser: how an answer is read, as `tags` or {id: tags, strict: true}.
+        words: of its actions, in their order (a list of them for each choice); None: the environment's, or numbers.
+        bins: of actions that are numbers, so many values of each, evenly spaced.
+        observe: whether the state is told in text, drawn as an image, or both.
+        state: whether its symbols or numbers are shown as well, under "state": for players and critics.
+        told: whether the state is told in text under "told" whatever is observed: for thoughts of demonstrators.
+        style: "full": rules, how to answer, what is legal; "short": the state and nothing else.
+        rules: in the place of the environment's own.
+        digits: significant ones of numbers that are told.
+        invalid: added to the reward of an answer that is not understood.
+        instead: word of the action that is done then; None: nothing moves, and the turn is over.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array", "ansi"], "render_fps": 4}
+
+    def __init__(
+        self,
+        *,
+        num_envs: int,
+        of: str,
+        options: Mapping[str, Any] | None = None,
+        wrap: Sequence[Mapping[str, Any]] = (),
+        parser: str | Mapping[str, Any] = "tags",
+        words: Sequence[Any] | None = None,
+        bins: int | None = None,
+        observe: Literal["text", "image", "both"] = "text",
+        state: bool = False,
+        told: bool = False,
+        style: Literal["full", "short"] = "full",
+        rules: str | None = None,
+        digits: int | None = None,
+        invalid: float = 0.0,
+        instead: str | None = None,
+    ) -> None:
+        super().__init__(num_envs=num_envs)
+        for name, given, known in (("observe", observe, OBSERVE), ("style", style, STYLES)):
+            if given not in known:
+                raise UserError(f"{name} is {given!r}; {nearest(str(given), known)}")
+        if rules is not None and style == "short":
+            raise UserError("rules have no effect with style short, which tells the state only")
+        self.reads, self.draws, self.style, self.invalid = observe != "image", observe != "text", style, invalid
+        self.host = make_host(
+            of, options or {}, wrap, self.generators, draws=self.draws, shows_state=state or told or self.reads
+        )
+        self.max_episode_steps, self.can_save = self.host.limit, self.host.can_save
+        if digits is not None and (self.host.describes or not (self.reads or told)):
+            raise UserError("digits have no effect where no numbers are told: leave them out")
+        self.digits = 3 if digits is None else digits
+        self._set_words(words, bins, parser, instead)
+        self.of, self.rules = of, rules
+        self.counts = np.zeros((num_envs, len(INVALID)), np.int64)  # invalid answers of the running episodes, by kind
+        self.trouble = np.full(num_envs, UNDERSTOOD, np.int64)  # kind of the latest answer
+        self.turn = np.full(num_envs, -1, np.int64)  # of the running episodes; -1: none was started
+        self.messages, self.told = [""] * num_envs, [""] * num_envs
+        self.arrays = ("counts", "trouble", "turn")
+        self._set_spaces(shows_state=state, told=told)
+
+    def _set_words(self, words: Any, bins: int | None, parser: Any, instead: str | None) -> None:
+        """Words of actions, who reads them, and what is done when they are not understood."""
+        space = self.host.action_space
+        if bins is not None and not isinstance(space, spaces.Box):
+            raise UserError(f"bins have no effect on actions {space}: leave them out")
+        if bins is not None and bins < 2:
+            raise UserError(f"bins is {bins}; expected at least 2 values of each number")
+        self.bins = 5 if bins is None else bins
+        own = () if words is not None else self._own_words()
+        self.words = own or words_of(space, self.host.env, given=words, bins=self.bins)
+        self.parser = make_parser(parser, words=self.words)
+        self.vocabulary = self.parser.vocabulary
+        self.instead = None if instead is None else self.vocabulary.read(instead)
+        if instead is not None and self.instead is None:
+            raise UserError(f"instead is {instead!r}, which is no action; {nearest(instead, self.words[0])}")
+
+    def _own_words(self) -> Any:
+        """Those that the environment itself tells."""
+        env = self.host.env
+        return getattr(getattr(env, "task", None), "words", ())
+
+    def _set_spaces(self, *, shows_state: bool, told: bool) -> None:
+        seen: dict[str, Space] = {"message": AnyText(MOST_CHARACTERS)}
+        self.pictures: np.ndarray | None = None
+        if self.draws:
+            self.pictures = np.zeros((self.num_envs, *self._first_picture().shape), np.uint8)
+            seen["image"] = spaces.Box(0, 255, self.pictures.shape[1:], np.uint8)
+        self.shows_state, self.tells = shows_state, told
+        if shows_state:
+            inner = state_space(self.host.observation_space)
+            if inner is None:
+                raise UserError(
+                    f"observations {self.host.observation_space} hold no symbols or numbers: leave state out"
+                )
+            seen["state"] = inner
+        if told:
+            seen["told"] = AnyText(MOST_CHARACTERS)
+        self.observation_space, self.action_space = spaces.Dict(seen), AnyText(MOST_CHARACTERS)
+
+    def _first_picture(self) -> np.ndarray:
+        rows = np.arange(1)
+        failed = self.host.start(rows, [0], {})
+        drawn = None if failed else self.host.picture(0)
+        if drawn is None:
+            why = f": {failed[0][1]}" if failed else ""
+            raise UserError(f"the environment cannot be drawn{why}; set observe to text")
+        return drawn
+
+    @staticmethod
+    def describe(of: str | None = None, **options: object) -> str:
+        """One line for lists."""
+        return "Any environment of choices as a conversation." if of is None else f"{of} as a conversation."
+
+    # --- episodes ------------------------------------------------------------------------------------------------
+
+    def start(self, rows: np.ndarray, seeds: Sequence[int | None], options: Mapping[str, Any]) -> None:
+        """New episodes; the first messages hold the rules."""
+        self.broken.update(self.host.start(rows, seeds, options))
+        self.counts[rows], self.trouble[rows], self.turn[rows] = 0, UNDERSTOOD, 0
+        self._write(rows)
+
+    def step(self, rows: np.ndarray, actions: Sequence[str]) -> Outcome:
+        """Read the answers, and do what they say."""
+        parsed = [self.parser.parse(reply) for reply in actions]
+        kinds = np.array([UNDERSTOOD if p.invalid is None else INVALID.index(p.invalid) for p in parsed])
+        wrong = kinds != UNDERSTOOD
+        self.trouble[rows], self.turn[rows] = kinds, self.turn[rows] + 1
+        self.counts[rows[wrong], kinds[wrong]] += 1
+        moved = np.flatnonzero(~wrong | (self.instead is not None))
+        reward, (terminated, truncated) = self.invalid * wrong, np.zeros((2, len(rows)), dtype=bool)
+        success: np.ndarray | None = None
+        if len(moved):
+            taken = np.stack([self._action(parsed[number]) for number in moved.tolist()])
+            outcome, failed = self.host.step(rows[moved], taken)
+            self.broken.update(failed)
+            reward[moved] += outcome.reward
+            terminated[moved] = outcome.terminated
+            if outcome.success is not None:
+                success = np.zeros(len(rows), dtype=bool)
+                success[moved] = outcome.success
+            if outcome.truncated is not None:
+                truncated[moved] = outcome.truncated
+        self._write(rows)
+        return Outcome(reward, terminated, success, self._counted(rows), truncated)
+
+    def _action(self, parsed: Parsed) -> np.ndarray:
+        """What an answer means, in the inner environment's numbers."""
+        chosen = self.instead if parsed.action is None else self.vocabulary.read(parsed.action)
+        assert chosen is not None
+        return action_of(self.host.action_space, chosen, self.bins)
+
+    def _counted(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """How many answers of each kind were invalid in the running episodes."""
+        return {f"invalid/{kind}": self.counts[rows, number] for number, kind in enumerate(INVALID)}
+
+    def observe(self, rows: np.ndarray) -> dict[str, Any]:
+        """The messages, and pictures that are drawn anew for `rows`."""
+        seen: dict[str, Any] = {"message": tuple(self.messages)}
+        if self.pictures is not None:
+            if len(rows):
+                self.pictures = self.pictures.copy()  # what was given away stays as it is
+            for row, drawn in self.host.pictures(rows).items():
+                if drawn is not None and row not in self.broken and self.turn[row] >= 0:
+                    self.pictures[row] = drawn
+            seen["image"] = self.pictures
+        if self.shows_state:
+            seen["state"] = state_of(self.host.observation_space, self.host.observation())
+        if self.tells:
+            seen["told"] = tuple(self.told)
+        return seen
+
+    # --- messages ------------------------------------------------------------------------------------------------
+
+    def _write(self, rows: np.ndarray) -> None:
+        """The new messages of `rows`."""
+        for row in rows.tolist():
+            if row in self.broken or self.turn[row] < 0:
+                self.messages[row] = self.told[row] = ""
+                continue
+            now = self.host.tell(row, digits=self.digits) if self.reads or self.tells or self.turn[row] == 0 else None
+            self.told[row] = now.state if now is not None and self.tells else ""
+            self.messages[row] = "\n".join(line for line in self._lines(row, now) if line)
+
+    def _lines(self, row: int, now: Told | None) -> list[str]:
+        lines: list[str] = []
+        full, kind = self.style == "full", int(self.trouble[row])
+        if kind != UNDERSTOOD:
+            said = INVALID[kind].replace("_", " ")
+            lines += [f"Your answer was not understood: {said}. {self._how()}" if full else f"? {said}"]
+        if now is not None and self.turn[row] == 0 and full:
+            lines += [now.rules if self.rules is None else self.rules, self._how()]
+        if now is not None and self.reads:
+            lines += [now.state]
+            if full and now.legal and len(self.words) == 1 and len(now.legal) < len(self.words[0]):
+                lines += [f"Legal: {', '.join(now.legal)}"]
+        return lines
+
+    def _how(self) -> str:
+        """How one answers."""
+        first = next(number for number, word in enumerate(self.words[0]) if word)
+        example = self.vocabulary.say([first, *(choice.index("") if "" in choice else 0 for choice in self.words[1:])])
+        return f"Answer like {self.parser.how(example)}. Actions: {choices_text(self.words)}."
+
+    def render(self, row: int, mode: str) -> np.ndarray | str | None:
+        """The picture, or the message."""
+        if mode == "ansi":
+            return self.messages[row]
+        return None if self.pictures is None else self.pictures[row]
+
+    # --- states --------------------------------------------------------------------------------------------------
+
+    def get_state(self) -> State:
+        """With the state of what is lifted; its random numbers are the generators', or its own."""
+        return super().get_state() | {f"inner/{name}": value for name, value in self.host.get_state().items()}
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue; messages are written again."""
+        super().set_state(state)
+        self.host.set_state({n.removeprefix("inner/"): value for n, value in state.items() if n.startswith("inner/")})
+        rows = np.flatnonzero(self.turn >= 0)
+        self._write(rows)
+
+    def close(self) -> None:
+        """Close what is lifted."""
+        self.host.close()
