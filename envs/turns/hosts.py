@@ -19,10 +19,10 @@ from embodied_rft.envs.games.batch import GameBatch
 from embodied_rft.envs.serving import BatchEnv, EnvBatch, Outcome, State, make_batch
 from embodied_rft.envs.turns.telling import Plain, Tells, TellsRows, Told, state_text
 from embodied_rft.names import UserError
+from embodied_rft.pools.answers import leaves_of
 from embodied_rft.pools.hosts import Answer
 from embodied_rft.pools.making import find_spec, make_single
 from embodied_rft.pools.protocol import (
-    flatten_observation,
     flatten_space,
     is_text,
     pack_observation,
@@ -131,7 +131,8 @@ class BatchHost(Host):
         """Its own, made when it is asked for."""
         if self._seen is None:
             whole = self.batch.observe(np.arange(self.batch.num_envs))
-            self._seen = flatten_observation(self.observation_space, whole)
+            parts = ((leaf, leaf.at(whole)) for leaf in leaves_of(self.observation_space))
+            self._seen = {leaf.key: list(part) if leaf.text else part for leaf, part in parts}
         return dict(self._seen)
 
     def tell(self, row: int, *, digits: int) -> Told:
