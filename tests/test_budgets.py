@@ -13,7 +13,7 @@ MAX_FILE, MAX_FUNCTION, MAX_CHAIN = 500, 60, 2
 # own policy knows, values of Gymnasium, models of other libraries, autograd's ctx. The number may fall.
 MAX_ANY = 85
 ABSTRACT = {"object", "Protocol", "Generic", "ABC", "NamedTuple", "TypedDict"}  # say nothing about behaviour
-ABSTRACT |= {"Objective", "Policy"}  # contracts, whose defaults do next to nothing
+ABSTRACT |= {"Objective", "Policy", "Drawn"}  # contracts, whose defaults do next to nothing
 
 
 LIBRARY = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

@@ -26,7 +26,7 @@ Share = Annotated[float, Option(ge=0, le=1)]  # an option in [0, 1], such as a d
 
 @dataclass(config=STRICT, kw_only=True)
 class Drawn:
-    """Batches drawn with replacement, without end: what every plan of replay has."""
+    """The contract of replay: batches drawn with replacement, without end."""
 
     batch_size: int = 256  # decisions of one update
     reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward

@@ -1,4 +1,4 @@
-"""Environments that are known but not there: what they show and take, written down, and a pool that only says it.
+"""Environments that are known but not there: what they show and take, written down, and a host that only says it.
 
 Networks follow from spaces alone, so a policy can be built again where its environment is not installed. Boundary:
 knows Gymnasium's spaces and those of `text_spaces`; a space of another class is not described.
@@ -7,15 +7,14 @@ knows Gymnasium's spaces and those of `text_spaces`; a space of another class is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from numpy.typing import ArrayLike
 
-from embodied_rft.data import Action, Space, Tree
-from embodied_rft.pools.incidents import Incidents
-from embodied_rft.pools.protocol import Pool, StepResult, field_of, fields_of
+from embodied_rft.data import Action, Space
+from embodied_rft.pools.hosts import Answer, Host
+from embodied_rft.pools.protocol import Pool
 from embodied_rft.pools.text_spaces import AnyText, ChatText
 
 KINDS: tuple[type[Space], ...] = (
@@ -68,40 +67,29 @@ def describe_pool(pool: Pool) -> Description | None:
     return None if shown is None or taken is None else {"observation": shown, "action": taken}
 
 
-class DescribedPool(Pool):
-    """A Pool of one environment that cannot run: it has spaces and columns."""
+class Described(Host):
+    """One environment that cannot run: it has spaces."""
 
     num_envs = 1
     can_save = False
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.observation_space, self.action_space = space_of(given["observation"]), space_of(given["action"])
-        self.fields = fields_of(self.observation_space)
-        self.action_field = field_of("action", self.action_space)
-        self.incidents = Incidents()
+        self.observation = {}
 
-    @property
-    def observation(self) -> Tree:
-        """There is none."""
-        return self._refuse()
-
-    def reset(self, seeds: ArrayLike, mask: np.ndarray | None = None, options: Mapping[str, Any] | None = None) -> Tree:
+    def reset(self, seeds: np.ndarray, mask: np.ndarray, options: Mapping[str, Any] | None) -> Answer:
         """Refused."""
-        return self._refuse()
+        raise RuntimeError("these environments were not made: only what they show and take is known")
 
-    def step(self, action: Action) -> StepResult:
-        """Refused."""
-        return self._refuse()
+    def step(self, action: Action, running: np.ndarray) -> Answer:
+        """Never asked: a pool steps what was reset."""
+        raise NotImplementedError
 
     def get_state(self) -> None:
         """Nothing runs."""
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Refused."""
-        self._refuse()
+        """Likewise."""
 
     def close(self) -> None:
         """Nothing to free."""
-
-    def _refuse(self) -> NoReturn:
-        raise RuntimeError("these environments were not made: only what they show and take is known")

@@ -182,12 +182,8 @@ class Logger:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from where `state_dict` was taken: what was written after it is cut off at the next line."""
-        self._close_files()
+        self.close()
         self.bytes, self.lines = int(state["bytes"]), int(state["lines"])
-
-    def close(self) -> None:
-        """Close all logs."""
-        self._close_files()
 
     def _open(self) -> BinaryIO:
         """The log file, cut to where this run is, and the other logs, on the first line."""
@@ -227,7 +223,8 @@ class Logger:
             sinks.append(make_plugin_sink(id, options, folder.path, step=self.lines, recipe=self.recipe))
         return sinks
 
-    def _close_files(self) -> None:
+    def close(self) -> None:
+        """Close all logs; the next line opens them again."""
         if self._file is not None:
             self._file.close()
         for sink in self._sinks:

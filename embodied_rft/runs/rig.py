@@ -23,9 +23,9 @@ from embodied_rft.experience.recut import chunk_trajectories
 from embodied_rft.learning.agent import Agent, Spaces
 from embodied_rft.policy import Policy, Refuses, Retraces, able
 from embodied_rft.pools.chunks import Chunk
-from embodied_rft.pools.described import DescribedPool, Description, describe_pool
+from embodied_rft.pools.described import Described, Description, describe_pool
 from embodied_rft.pools.making import make_single
-from embodied_rft.pools.pool import num_envs_for, open_pool
+from embodied_rft.pools.pool import VectorPool, num_envs_for, open_pool
 from embodied_rft.pools.protocol import Pool, Purpose
 from embodied_rft.pools.states import unreadable
 from embodied_rft.runs.log import Logger
@@ -66,7 +66,7 @@ class Rig:
     def _make_pool(self, purpose: Purpose) -> Pool:
         known = self._described[self._replaced] if self._replaced < len(self._described) else None
         if known is not None:
-            return DescribedPool(known)
+            return VectorPool(Described(known))
         num_envs = num_envs_for(self.env, purpose)
         if purpose == "training":
             num_envs = distributed.share(num_envs, "env.num_envs")

@@ -6,7 +6,8 @@ import pytest
 from gymnasium import spaces
 
 from embodied_rft.pools.chunks import ChunkPool
-from embodied_rft.pools.described import DescribedPool, describe, describe_pool, space_of
+from embodied_rft.pools.described import Described, describe, describe_pool, space_of
+from embodied_rft.pools.pool import VectorPool
 from embodied_rft.pools.spaces import ActionBox
 from embodied_rft.pools.text_spaces import AnyText, ChatText
 from embodied_rft.runs.tree_file import load, save
@@ -42,7 +43,8 @@ def test_what_is_not_known_is_not_described():
 
 def test_a_described_pool_has_what_networks_ask_for_and_never_runs():
     env = gymnasium.make("MountainCarContinuous-v0")
-    pool = DescribedPool({"observation": describe(env.observation_space), "action": describe(env.action_space)})
+    shown, taken = describe(env.observation_space), describe(env.action_space)
+    pool = VectorPool(Described({"observation": shown, "action": taken}))
     assert describe_pool(pool)["action"]["low"] == [-1]
     assert ChunkPool(pool, horizon=4).action_space.shape == (4,)
     with pytest.raises(RuntimeError, match="were not made"):
