@@ -19,6 +19,7 @@ import torch
 from benchmarks.common import Results, arguments, finish, measure, table
 from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.data import Ragged
+from embodied_rft.tokens.decoder import Decoder
 from embodied_rft.tokens.log_probs import Head, plain_token_log_probs, token_log_probs
 from embodied_rft.tokens.prefix import reply_states
 
@@ -31,7 +32,7 @@ def steps_per_second(model: torch.nn.Module, prompts: Ragged, replies: Ragged, *
     """Forward and backward passes a second, from one."""
     model.zero_grad(set_to_none=True)
     start = time.perf_counter()
-    states = reply_states(model.model, prompts, replies, num_layers=LAYERS, share=share)  # type: ignore[arg-type]
+    states = reply_states(Decoder(model.model), prompts, replies, share=share)
     log_prob, _ = token_log_probs(states, torch.from_numpy(replies.values), Head(model.lm_head.weight))  # type: ignore
     log_prob.mean().backward()
     return 1 / (time.perf_counter() - start)

@@ -113,6 +113,7 @@ class CausalLM:
 
         Such are state-space models and linear attention, encoders, and models that take no positions.
         """
+        from embodied_rft.tokens.decoder import Decoder
         from embodied_rft.tokens.prefix import reply_states
 
         tokens = np.random.default_rng(0).integers(0, len(self.model.get_output_embeddings().weight), (4, 12))
@@ -127,7 +128,7 @@ class CausalLM:
                 [self._states(row[None, : p + r])[0, p - 1 : p + r - 1] for row, (p, r) in zip(rows, cuts, strict=True)]
             )
             ways = [
-                reply_states(self.decoder, prompts, replies, num_layers=self.num_layers, share=share, overhead=0)
+                reply_states(Decoder(self.decoder), prompts, replies, share=share, overhead=0)
                 for share in (False, True)
             ]
         except Exception as error:  # a model of another kind fails in its own ways
@@ -140,20 +141,24 @@ class CausalLM:
     def _states(self, ids: Tensor) -> Tensor:
         return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
 
-    def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator) -> None:
-        """Freeze everything but what is to be trained (see `tuning.tune`); the head is the output layer."""
+    def select(self, train: Train, *, lora: LoraOptions, rng: torch.Generator, apart: bool = False) -> None:
+        """Freeze everything but what is to be trained (see `tuning.tune`); the head is the output layer.
+
+        `apart`: whoever owns the model has chosen already, but for the output layer.
+        """
         model, layer = self.model, self.model.get_output_embeddings()
         if "head" in train and layer.weight is model.get_input_embeddings().weight:
             raise UserError(
                 f'train "{train}": the output layer of this model is also its input embedding, which would change '
                 'with it; use train "lora" or "full"'
             )
-        if train.startswith("lora") and not adapters_of(model):
-            inside = {id(part) for part in self.decoder.modules() if part is not layer}
-            add_adapters(model, lora, rng, layers={n for n, m in linear_layers(model).items() if id(m) in inside})
-        model.requires_grad_(train == "full")
-        for name, parameter in model.named_parameters() if train.startswith("lora") else ():
-            parameter.requires_grad_("lora_" in name)
+        if not apart:
+            if train.startswith("lora") and not adapters_of(model):
+                inside = {id(part) for part in self.decoder.modules() if part is not layer}
+                add_adapters(model, lora, rng, layers={n for n, m in linear_layers(model).items() if id(m) in inside})
+            model.requires_grad_(train == "full")
+            for name, parameter in model.named_parameters() if train.startswith("lora") else ():
+                parameter.requires_grad_("lora_" in name)
         layer.requires_grad_(train in ("full", "lora+head", "head"))
 
     def checkpoint_layers(self) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 
-def content_keys(images: Tensor) -> list[bytes]:
-    """What tells N images [N, ...] of one camera apart: a hash of size and pixels of each."""
-    shape = repr(tuple(images.shape[1:])).encode()
-    return [hashlib.blake2b(shape + a.tobytes(), digest_size=16).digest() for a in images.cpu().numpy()]
+def content_key(image: Tensor) -> bytes:
+    """What tells an image apart from others: a hash of size and pixels."""
+    shape = repr(tuple(image.shape)).encode()
+    return hashlib.blake2b(shape + image.cpu().numpy().tobytes(), digest_size=16).digest()
 
 
 class FeatureCache:
@@ -39,7 +39,7 @@ class FeatureCache:
     def __call__(self, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """`compute(images)` [N, ...], each distinct image once."""
         low = torch.is_autocast_enabled(images.device.type)  # features of another precision are others
-        keys = [(key, low) for key in content_keys(images)]
+        keys = [(key, low) for key in map(content_key, images)]
         have = {key: self._kept[key] for key in keys if key in self._kept}
         missing = {key: index for index, key in enumerate(keys) if key not in have}
         if missing:

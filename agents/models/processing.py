@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from embodied_rft.names import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP_FAMILIES = {"qwen2_vl", "qwen2_5_vl", "glm4v", "clip_vision_model", "pixtral"}
@@ -59,16 +62,56 @@ AROUND = (  # names under which a configuration has the tokens before and after 
 )
 
 
-def layout_of(config: Any, tokenizer: Any) -> Layout:
+def layout_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> Layout:
     """What a model's family wants, with the tokens around an image that its configuration names."""
     layout = LAYOUTS.get(config.model_type, Layout())
     for names in AROUND:
         ids = [id for name in names if (id := getattr(config, name, None)) is not None]
         if len(ids) == len(names) and max(ids) < len(tokenizer):
-            before, after = tokenizer.convert_ids_to_tokens(ids)
+            before, after = list(tokenizer.convert_ids_to_tokens(ids))
             if before is not None and after is not None:
                 return replace(layout, before=before, after=after)
     return layout
+
+
+class Places:
+    """How pictures are written into a text: with the tokens that a family wants around each.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        image_token: id that stands for a picture.
+        layout: of the model's family.
+
+    Raises:
+        ValueError: the tokenizer does not know the image token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, image_token: int, layout: Layout) -> None:
+        self.id, self.layout = image_token, layout
+        text = tokenizer.convert_ids_to_tokens(image_token)
+        if text is None or tokenizer(text, add_special_tokens=False)["input_ids"] != [image_token]:
+            raise UserError(
+                f"the model's image token {image_token} is no special token of the tokenizer ({text!r}): they do not "
+                "belong together. Load the tokenizer that was saved with the model."
+            )
+        self.token = str(text)
+
+    def before_text(self, pictures: int) -> str:
+        """So many pictures."""
+        return (self.layout.before + self.token + self.layout.after) * pictures
+
+    def around(self, text: str) -> str:
+        """What a chat template wrote: its places of pictures get what it left out around them."""
+        before, after = self.layout.before, self.layout.after
+        if before and self.token not in text:  # Gemma writes the begin of a picture alone
+            return text.replace(before, before + self.token + after)
+        parts = text.split(self.token)
+        for place in range(len(parts) - 1):
+            if not parts[place].endswith(before):
+                parts[place] += before
+            if not parts[place + 1].startswith(after):
+                parts[place + 1] = after + parts[place + 1]
+        return self.token.join(parts)
 
 
 class Prompts:
@@ -84,19 +127,15 @@ class Prompts:
         ValueError: the tokenizer does not know the image token, or the template has no place for the images.
     """
 
-    def __init__(self, tokenizer: Any, *, image_token: int, layout: Layout, template: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, *, image_token: int, layout: Layout, template: str | None = None
+    ) -> None:
         self.tokenizer, self.image_token, self.layout = tokenizer, image_token, layout
+        self.places = Places(tokenizer, image_token=image_token, layout=layout)
         self.template = layout.prompt if template is None else template
         for part in ("{images}", "{instruction}"):
             if self.template.count(part) != 1:
                 raise UserError(f"prompt {self.template!r} must hold {part} exactly once")
-        text = tokenizer.convert_ids_to_tokens(image_token)
-        if text is None or tokenizer(text, add_special_tokens=False)["input_ids"] != [image_token]:
-            raise UserError(
-                f"the model's image token {image_token} is no special token of the tokenizer ({text!r}): they do not "
-                "belong together. Load the tokenizer that was saved with the model."
-            )
-        self._image_text: str = text
         self._encode = functools.lru_cache(maxsize=4096)(self._encode_one)
 
     def encode(self, instructions: Sequence[str], tokens_per_image: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -117,15 +156,15 @@ class Prompts:
         return ids, mask
 
     def _encode_one(self, instruction: str, tokens_per_image: tuple[int, ...]) -> np.ndarray:
-        image = self.layout.before + self._image_text + self.layout.after
         text = self.template.replace("{bos}", self.tokenizer.bos_token or "")
-        text = text.replace("{images}", image * len(tokens_per_image)).replace("{instruction}", instruction)
+        images = self.places.before_text(len(tokens_per_image))
+        text = text.replace("{images}", images).replace("{instruction}", instruction)
         ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
         places = ids == self.image_token
         if places.sum() != len(tokens_per_image):
             raise UserError(
                 f"the prompt for {instruction!r:.80} has {places.sum()} places for images, the observation has "
-                f"{len(tokens_per_image)} images: take {self._image_text!r} out of the instruction and the prompt"
+                f"{len(tokens_per_image)} images: take {self.places.token!r} out of the instruction and the prompt"
             )
         repeats = np.ones(len(ids), np.int64)
         repeats[places] = tokens_per_image

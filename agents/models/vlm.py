@@ -7,7 +7,6 @@ Legend: N rows, P tokens of a prompt (images and extra vectors included), C furt
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 from collections.abc import Sequence
@@ -30,6 +29,14 @@ APART = 2**30  # number of the block of inputs after a prompt
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """What images of one size become: positions of their places from the first on, and where the text goes on."""
+
+    places: np.ndarray  # [n], or [3, n] of time, height and width
+    advance: int
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     """N prompts as the decoder reads them; all end at their last place, padding is on the left."""
 
@@ -40,18 +47,6 @@ class Context:
     blocks: Tensor | None = None  # [N, P] int64: equal numbers see each other both ways; -1 sees what was before
     visual: Tensor | None = None  # [N, P] bool, places of images; None: only the first layer reads them
     deep: tuple[Tensor, ...] = ()  # [images' places of all rows, H] each: what further layers add there (Qwen3-VL)
-
-    def take(self, rows: Tensor) -> Context:
-        """Some of the prompts, in this order, repeated if they are named twice."""
-        return Context(
-            embeddings=self.embeddings[rows],
-            mask=self.mask[rows],
-            position=self.position[..., rows, :],
-            next_position=self.next_position[rows],
-            blocks=None if self.blocks is None else self.blocks[rows],
-            visual=None if self.visual is None else self.visual[rows],
-            deep=tuple(part.unflatten(0, (len(self.mask), -1))[rows].flatten(0, 1) for part in self.deep),
-        )
 
 
 class VLM(nn.Module):
@@ -94,8 +89,8 @@ class VLM(nn.Module):
         self.checkpointing = False
         self.vision_frozen = False  # by `select`: what decides whether features of images may be kept
         self._grids: dict[tuple[int, ...], np.ndarray] = {}  # patches of an image by its shape
+        self._shapes: dict[tuple[int, ...], Shape] = {}  # likewise
         self._compared = False  # with the model's own forward pass
-        self.shares = False  # whether several rows may continue one prompt: found out when the first is read
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.cache.clear()
@@ -220,6 +215,36 @@ class VLM(nn.Module):
         begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
         return torch.where(visual, begins.cumsum(1) - 1, -1)
 
+    def features(self, images: Tensor) -> Tensor:
+        """[N, n, H] of N images of one size; what is added in further layers comes behind, [N, n, H * (1 + layers)].
+
+        The first image that is ever read is read by the model itself, too (see `_compare`).
+        """
+        if not self._compared:
+            self._compare(images[:1], "?")
+            self._compared = True
+        return self._features(images)[0]
+
+    @property
+    def three(self) -> bool:
+        """Whether positions have three dimensions: time, height and width."""
+        return self.pixels.patches and hasattr(self.model.base_model, "get_rope_index")
+
+    def shape_of(self, size: tuple[int, ...]) -> Shape:
+        """What images of this size become in a row of tokens."""
+        if size not in self._shapes:
+            with torch.no_grad():
+                blank = torch.zeros((1, *size), dtype=torch.uint8, device=self.model.device)
+                count = self.features(blank).shape[1]
+            if not self.three:
+                self._shapes[size] = Shape(np.arange(count), count)
+            else:
+                ids = np.append(np.full(count, self.prompts.image_token), 0)[None]  # and the text behind it
+                found = self._positions(ids, np.ones_like(ids, bool), [self._grids[size]], torch.device("cpu"))
+                places = found[:, 0].numpy() - found.min().item()
+                self._shapes[size] = Shape(places[:, :-1], int(places[0, -1]))
+        return self._shapes[size]
+
     def _features(self, images: Tensor) -> tuple[Tensor, np.ndarray | None]:
         """Features [N, n, H] of one camera's images and, for models that ask for it, the grid [3] of their patches.
 
@@ -274,11 +299,6 @@ class VLM(nn.Module):
                 f"{name} is refused: it reads an image and a text in a way that is not known here, so its actions and "
                 "probabilities would be wrong. See docs/text.md for families that are known"
             )
-        twice = torch.zeros(2, dtype=torch.int64, device=image.device)
-        further = own[:, -2:].expand(2, -1, -1)
-        with contextlib.suppress(Exception), torch.autocast(image.device.type, enabled=False):  # linear attention: no
-            alone = self.states(context.take(twice), further)[:, own.shape[1] - 1 :]
-            self.shares = close(self._continue(context, further, twice), alone)
 
     def _positions(
         self, ids: np.ndarray, mask: np.ndarray, grids: list[np.ndarray | None], device: torch.device
@@ -321,36 +341,6 @@ class VLM(nn.Module):
                 blocks = torch.cat([before, before.new_full((len(mask), count), APART if bidirectional else -1)], 1)
         return self._run(embeddings, position, mask, None, blocks=blocks, context=context)
 
-    def continued(self, context: Context, further: Tensor, rows: np.ndarray) -> Tensor:
-        """[B, 1 + C, H]: states of the last places of prompts and of further inputs [B, C, H], gradients included.
-
-        Args:
-            context: D prompts, each of which runs once where the model allows it.
-            further: inputs after them; C may be 0.
-            rows: [B] which prompt each continues.
-        """
-        chosen, count = torch.from_numpy(rows).to(further.device), context.mask.shape[1]
-        if self.shares and not self.checkpointing and further.shape[1] and len(rows) > len(context.mask):
-            return self._continue(context, further, chosen)
-        return self.states(context.take(chosen), further if further.shape[1] else None)[:, count - 1 :]
-
-    def _continue(self, context: Context, further: Tensor, rows: Tensor) -> Tensor:
-        from transformers.cache_utils import Cache
-
-        from embodied_rft.tokens.prefix import Beginning, Recorder
-
-        layers: list[Any] = [Recorder() for _ in range(self.config.num_hidden_layers)]
-        hidden = self._run(
-            *(context.embeddings, context.position, context.mask, Cache(layers=layers)),
-            blocks=context.blocks,
-            context=context,
-        )
-        cache = Cache(layers=[Beginning(layer.keys, layer.values, rows, len(rows)) for layer in layers])
-        mask = torch.cat([context.mask[rows], context.mask.new_ones(further.shape[:2])], 1)
-        position = _after(context.position, context.next_position[rows], further.shape[1])
-        states = self._run(further.to(hidden.dtype), position, mask, cache)
-        return torch.cat([hidden[rows, -1:], states], 1)
-
     def start(self, context: Context) -> tuple[Tensor, Decoding]:
         """Last hidden states [N, P, H] of the prompts, and the means to go on one input at a time; no gradient."""
         from transformers.cache_utils import DynamicCache
@@ -391,7 +381,7 @@ class VLM(nn.Module):
             deep = {"visual_pos_masks": places, "deepstack_visual_embeds": list(context.deep)}
         return decoder(
             inputs_embeds=embeddings,
-            attention_mask=mask if blocks is None else _block_mask(decoder, embeddings, mask, blocks),
+            attention_mask=mask if blocks is None else look_both_ways(decoder, embeddings, mask, blocks),
             position_ids=position,
             past_key_values=cache,
             use_cache=cache is not None,
@@ -413,11 +403,6 @@ class Decoding:
         self.vlm, self.cache, self.mask, self.three = vlm, cache, context.mask, context.position.dim() == 3
         self.dtype = context.embeddings.dtype
         self.next_position = context.next_position
-
-    def take(self, rows: Tensor) -> None:
-        """Go on with these rows instead, each as often as it is named."""
-        self.cache.reorder_cache(rows)
-        self.mask, self.next_position = self.mask[rows], self.next_position[rows]
 
     def step(self, embedding: Tensor) -> Tensor:
         """The hidden state [N, H] of one more input [N, H]."""
@@ -475,7 +460,7 @@ def _of_each(made: Any, count: int) -> Tensor:
     return made.reshape(count, -1, made.shape[-1])
 
 
-def _block_mask(decoder: Any, embeddings: Tensor, mask: Tensor, blocks: Tensor) -> Any:
+def look_both_ways(decoder: Any, embeddings: Tensor, mask: Tensor, blocks: Tensor) -> Any:
     """Masks as the decoder makes them itself (sliding windows included), where blocks see themselves both ways."""
     from transformers.masking_utils import create_masks_for_generate
 

@@ -94,7 +94,7 @@ def main() -> None:
     learning = gpu.seconds(lambda: learner.learn(filled.pop(0), numbers), device, repeats=repeats)
     new = float(taken.trace["reply"].lengths.sum())
     rate = gpu.matrix_rate(device)
-    needed = operations(agent, taken.trace["prompt"], taken.trace["reply"], group)
+    needed = operations(agent, agent.policy.prompt_ids({"prompt": texts}), taken.trace["reply"], group)
     results = {
         "completion tokens/s, generate": new / generating,
         "completion tokens/s, learn": new / learning,

@@ -122,8 +122,7 @@ class Numbers(nn.Module):
             what = "text" if is_text(space) else f"a {type(space).__name__}"
             raise UserError(
                 f"observation key {key!r} is {what}, which this network cannot read. Name the keys that it reads with "
-                "the option `keys`"
-                + ("; agents that read text are language, vision_language and vla" if is_text(space) else "")
+                "the option `keys`" + ("; agents that read text are language and vla" if is_text(space) else "")
             )
 
     def _read_box(self, space: spaces.Box | spaces.MultiBinary) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from embodied_rft.data import Ragged
+from embodied_rft.tokens.decoder import Decoder
 from embodied_rft.tokens.log_probs import Head
-from embodied_rft.tokens.micro_batches import distinct_rows
-from embodied_rft.tokens.prefix import Prompts, run
+from embodied_rft.tokens.prefix import Prompts
+from embodied_rft.tokens.prefix_tree import distinct_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +82,10 @@ class _Growing(DynamicLayer):
 
 @torch.no_grad()
 def generate(
-    decoder: nn.Module,
+    decoder: Decoder,
     head: Head,
     prompts: Ragged,
     *,
-    num_layers: int,
     sampling: Sampling,
     rng: torch.Generator | None,
     stop: Callable[[list[int]], bool] | None = None,
@@ -94,10 +94,9 @@ def generate(
     """Continue N prompts.
 
     Args:
-        decoder: without output layer, in evaluation mode.
+        decoder: without output layer.
         head: its output layer, with the sampling temperature.
         prompts: N rows of token ids, none empty.
-        num_layers: of the decoder.
         sampling: how tokens are drawn.
         rng: None: always the most likely token. One generator serves all rows: the same batch gives the same replies,
             but what a row draws depends on the batch that it is in.
@@ -107,10 +106,10 @@ def generate(
     if not len(prompts):
         return Replies(Ragged.of([], dtype=np.int64), Ragged.of([], dtype=np.float32), np.zeros(0, dtype=bool))
     first, kind = distinct_rows(prompts)
-    prefix = Prompts.read(decoder, prompts.take(first), num_layers=num_layers)
+    prefix = Prompts.read(decoder, prompts.take(first))
     rows = torch.from_numpy(kind).to(prefix.hidden.device)
     cache = Cache(layers=[_Growing(k, v, rows, sampling.max_new_tokens) for k, v in prefix.keys_values])
-    hidden, position = prefix.hidden[:, -1][rows], prefix.lengths[rows]
+    hidden, position = prefix.hidden[:, -1][rows], prefix.following[rows]
     mask = None if prefix.mask is None else prefix.mask[rows]
     ids: list[list[int]] = [[] for _ in range(len(prompts))]
     log_probs: list[list[float]] = [[] for _ in range(len(prompts))]
@@ -134,7 +133,7 @@ def generate(
             running, open_ = running[open_], open_[open_]
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=1)
-        hidden = run(decoder, token[:, None], cache=cache, mask=mask, position=position[:, None])[:, -1]
+        hidden = decoder(token[:, None], cache=cache, mask=mask, position=position[:, None])[:, -1]
         position = position + 1
     cut = np.zeros(len(prompts), dtype=bool)
     cut[running[open_]] = True

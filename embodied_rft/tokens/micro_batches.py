@@ -16,22 +16,6 @@ from embodied_rft.tokens.prefix_tree import computed, count_tokens, in_order, sh
 PASS = 256.0  # what a further micro-batch costs, in tokens
 
 
-def distinct_rows(ragged: Ragged) -> tuple[np.ndarray, np.ndarray]:
-    """Rows with equal content: (a row of each kind [D], the kind of every row [B]), kinds in order of appearance.
-
-    distinct_rows(Ragged.of([[7, 8], [9], [7, 8]])) is ([0, 1], [0, 1, 0]).
-    """
-    known: dict[bytes, int] = {}
-    first: list[int] = []
-    kind = np.empty(len(ragged), dtype=np.int64)
-    for index in range(len(ragged)):
-        number = known.setdefault(ragged.row(index).tobytes(), len(known))
-        if number == len(first):
-            first.append(index)
-        kind[index] = number
-    return np.array(first, dtype=np.int64), kind
-
-
 def plan_micro_batches(
     prompts: Ragged,
     replies: Ragged,

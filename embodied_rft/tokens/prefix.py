@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from embodied_rft.data import Ragged
 from embodied_rft.names import UserError
-from embodied_rft.tokens.micro_batches import distinct_rows
+from embodied_rft.tokens.decoder import Decoder, at
 from embodied_rft.tokens.prefix_tree import (
     OVERHEAD,
     Pass,
@@ -26,9 +26,11 @@ from embodied_rft.tokens.prefix_tree import (
     Usage,
     buckets,
     computed,
+    distinct_rows,
     padded_tokens,
     passes,
     prefix_tree,
+    prompt_tree,
     spans_of,
 )
 
@@ -94,25 +96,26 @@ class Prompts:
 
     hidden: Tensor  # [D, P, H] last states of the tokens read last
 
-    def __init__(self, decoder: nn.Module, lengths: Tensor) -> None:
+    def __init__(self, decoder: Decoder, lengths: np.ndarray, following: Tensor) -> None:
         self.decoder = decoder
         self.lengths = lengths  # [D]
+        self.following = following  # [D] the position of what follows
         self.mask: Tensor | None = None  # [D, P] bool, False at padding, which is on the left; None: there is none
         self.keys_values: list[tuple[Tensor, Tensor]] = []  # of every layer, [D, K, P, E] each
 
     @classmethod
-    def read(cls, decoder: nn.Module, prompts: Ragged, *, num_layers: int) -> Prompts:
+    def read(cls, decoder: Decoder, prompts: Ragged) -> Prompts:
         """D rows of token ids, none empty; `hidden` is padded on the left."""
-        device = next(decoder.parameters()).device
         lengths = prompts.lengths
         if not lengths.all():
             raise UserError("an empty prompt has no state to predict the first token from; begin it with a bos token")
-        ids, mask = (torch.from_numpy(a).to(device) for a in prompts.pad(0, "left"))
-        new = cls(decoder, torch.from_numpy(lengths).to(device))
+        ids, mask = (torch.from_numpy(a).to(decoder.device) for a in prompts.pad(0, "left"))
+        relative, whole = decoder.places(prompts, "left")
+        start = torch.full((len(prompts),), decoder.first_position, device=decoder.device)
+        new = cls(decoder, lengths, start + torch.from_numpy(whole).to(start))
         new.mask = None if bool((lengths == lengths[0]).all()) else mask
-        layers: list[Any] = [Recorder() for _ in range(num_layers)]
-        position = torch.arange(ids.shape[1], device=device) + (new.lengths - ids.shape[1])[:, None]
-        new.hidden = run(decoder, ids, cache=Cache(layers=layers), mask=new.mask, position=position)
+        layers: list[Any] = [Recorder() for _ in range(decoder.num_layers)]
+        new.hidden = decoder(ids, cache=Cache(layers=layers), mask=new.mask, position=at(start, relative))
         new.keys_values = [(layer.keys, layer.values) for layer in layers]
         return new
 
@@ -126,17 +129,18 @@ class Prompts:
         counts = np.bincount(member_of, minlength=len(self.lengths))
         regular = bool((np.diff(member_of) >= 0).all()) and bool((counts == counts[0]).all())
         members, width = int(counts[0]), int(replies.lengths.max())
-        if regular and 1 < members * width <= self.keys_values[0][0].shape[-2] and self._takes_any_mask():
+        if regular and 1 < members * width <= self.keys_values[0][0].shape[-2] and self.decoder.takes_any_mask:
             return self._as_one_row(replies, members)
-        member = torch.from_numpy(member_of).to(self.lengths.device)
+        member = torch.from_numpy(member_of).to(self.following.device)
         layers = [Beginning(*part, None if regular else member, len(member_of)) for part in self.keys_values]
         return self._run(replies, member, layers)
 
     def extend(self, texts: Ragged, member_of: np.ndarray) -> Prompts:
         """The same, with the M longer texts as what further texts may continue; its `hidden` is padded on the right."""
-        member = torch.from_numpy(member_of).to(self.lengths.device)
+        member = torch.from_numpy(member_of).to(self.following.device)
         layers = [Beginning(*part, member, len(member_of), keep=True) for part in self.keys_values]
-        new = Prompts(self.decoder, self.lengths[member] + torch.from_numpy(texts.lengths).to(member))
+        whole = torch.from_numpy(self.decoder.places(texts)[1]).to(member)
+        new = Prompts(self.decoder, self.lengths[member_of] + texts.lengths, self.following[member] + whole)
         new.hidden = self._run(texts, member, layers)
         own = torch.from_numpy(texts.pad()[1]).to(member.device)
         before = own.new_ones((len(own), layers[0].get_seq_length())) if self.mask is None else self.mask[member]
@@ -157,14 +161,8 @@ class Prompts:
         mask = None
         if self.mask is not None:  # padding on the right needs no mask: nothing looks back at it
             mask = torch.cat([self.mask[member], torch.ones_like(ids, dtype=torch.bool)], dim=1)
-        position = self.lengths[member][:, None] + torch.arange(ids.shape[1], device=ids.device)
-        return run(self.decoder, ids, cache=Cache(layers=layers), mask=mask, position=position)
-
-    def _takes_any_mask(self) -> bool:
-        config: Any = self.decoder.config
-        limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-        plain = {*(getattr(config, "layer_types", None) or ())} <= {"full_attention"} and not any(limits)
-        return plain and config._attn_implementation == "sdpa"  # takes masks of bool [rows, 1, tokens, past + tokens]
+        position = at(self.following[member], self.decoder.places(replies)[0])
+        return self.decoder(ids, cache=Cache(layers=layers), mask=mask, position=position)
 
     def _as_one_row(self, replies: Ragged, members: int) -> Tensor:
         """The members of a group one after the other in one row, each seeing only itself and the prompt.
@@ -174,7 +172,7 @@ class Prompts:
         """
         padded, _ = replies.pad(0)
         width, num_prompts = padded.shape[1], len(self.lengths)
-        ids = torch.from_numpy(padded).to(self.lengths.device).view(num_prompts, members * width)
+        ids = torch.from_numpy(padded).to(self.following.device).view(num_prompts, members * width)
         place = torch.arange(members * width, device=ids.device)
         own = (place[:, None] >= place) & (place[:, None] // width == place // width)
         past = self.keys_values[0][0].shape[-2]
@@ -183,38 +181,17 @@ class Prompts:
             [before[:, None, None].expand(-1, 1, len(own), -1), own.expand(num_prompts, 1, -1, -1)], dim=-1
         )
         layers: list[Any] = [Beginning(keys, values, None, num_prompts) for keys, values in self.keys_values]
-        position = self.lengths[:, None] + place % width
-        hidden = run(self.decoder, ids, cache=Cache(layers=layers), mask=mask, position=position)
+        relative = self.decoder.places(replies)[0]
+        position = at(self.following, relative.reshape(*relative.shape[:-2], *ids.shape))
+        hidden = self.decoder(ids, cache=Cache(layers=layers), mask=mask, position=position)
         return hidden.view(len(replies), width, -1)
 
 
-def run(
-    decoder: nn.Module, ids: Tensor, *, cache: Cache | None, mask: Tensor | None, position: Tensor | None
-) -> Tensor:
-    """[rows, tokens, H]: the decoder's last hidden states.
-
-    Args:
-        decoder: a Hugging Face model without its output layer.
-        ids: [rows, tokens] token ids.
-        cache: keys and values that come before, and where new ones go.
-        mask: [rows, past + tokens] bool, False at padding, or [rows, 1, tokens, past + tokens]; None: nothing is padded
-            on the left.
-        position: [rows, tokens] of the tokens in their text, negative at padding; None: 0, 1, ...
-    """
-    if position is not None:
-        position = position.clamp_min(0)
-    # use_cache only asks for a cache when none is given, and checkpointing of layers refuses it.
-    output = decoder(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=False)
-    hidden: Tensor = output.last_hidden_state
-    return hidden
-
-
 def reply_states(
-    decoder: nn.Module,
+    decoder: Decoder,
     prompts: Ragged,
     replies: Ragged,
     *,
-    num_layers: int,
     share: bool = True,
     overhead: float = OVERHEAD,
     usage: Usage | None = None,
@@ -224,10 +201,9 @@ def reply_states(
     What rows share at their beginning is computed once, and only rows of similar length are padded to one another.
 
     Args:
-        decoder: a Hugging Face decoder without its output layer.
+        decoder: computes them.
         prompts: B rows of token ids, none empty.
         replies: B rows of token ids; empty ones have no state.
-        num_layers: of the decoder.
         share: False computes every row by itself (for comparison).
         overhead: cost of a further call of the decoder, in tokens.
         usage: counts the tokens.
@@ -235,11 +211,14 @@ def reply_states(
     if not prompts.lengths.all():
         raise UserError("an empty prompt has no state to predict the first token from; begin it with a bos token")
     answered = np.flatnonzero(replies.lengths > 0)
-    device = next(decoder.parameters()).device
     if not len(answered):
-        return torch.zeros((0, decoder.config.hidden_size), device=device)  # type: ignore[union-attr, arg-type]
-    sequences = computed(prompts.take(answered), replies.take(answered))
-    tree = prefix_tree(sequences, share=share, overhead=overhead)
+        return torch.zeros((0, decoder.hidden_size), device=decoder.device)
+    asked = prompts.take(answered)
+    sequences = computed(asked, replies.take(answered))
+    if decoder.looks_ahead:
+        tree = prompt_tree(asked, sequences, share=share)
+    else:
+        tree = prefix_tree(sequences, share=share, overhead=overhead)
     plan = passes(tree, overhead=overhead)
     if usage is not None:
         usage.useful += tree.distinct
@@ -249,27 +228,27 @@ def reply_states(
     states, places = [], []
     for one in plan:
         tokens = tree.tokens(sequences, one.nodes)
-        hidden, known, shift = _compute(decoder, tokens, one, tree, plan, read, num_layers)
+        hidden, known, shift = _compute(decoder, tokens, one, tree, plan, read)
         read.append(known)
         index, place = spans.inside(one.nodes, hidden.shape[1], shift)
         if len(place):
-            states.append(hidden.flatten(0, 1)[torch.from_numpy(index).to(device)])
+            states.append(hidden.flatten(0, 1)[torch.from_numpy(index).to(hidden.device)])
             places.append(place)
     inverse = np.argsort(np.concatenate(places), kind="stable")
     if len(states) == 1 and bool((np.diff(inverse) == 1).all()):
         return states[0]
-    return torch.cat(states)[torch.from_numpy(inverse).to(device)]
+    return torch.cat(states)[torch.from_numpy(inverse).to(decoder.device)]
 
 
 def _compute(
-    decoder: nn.Module, tokens: Ragged, one: Pass, tree: Tree, plan: list[Pass], read: list[Any], num_layers: int
+    decoder: Decoder, tokens: Ragged, one: Pass, tree: Tree, plan: list[Pass], read: list[Any]
 ) -> tuple[Tensor, Prompts | None, np.ndarray]:
     """A pass: (hidden [M, C, H], what others may continue, in which column each row begins [M])."""
     begin = np.zeros(len(tokens), dtype=np.int64)
     if one.after is None and not one.branches:
         return _dense(decoder, tokens), None, begin
     if one.after is None:
-        known = Prompts.read(decoder, tokens, num_layers=num_layers)
+        known = Prompts.read(decoder, tokens)
         return known.hidden, known, tokens.lengths.max() - tokens.lengths
     place = np.argsort(plan[one.after].nodes)
     member = place[np.searchsorted(plan[one.after].nodes, tree.parent[one.nodes], sorter=place)]
@@ -279,7 +258,7 @@ def _compute(
     return known.hidden, known, begin
 
 
-def prompt_states(decoder: nn.Module, prompts: Ragged, *, overhead: float = OVERHEAD) -> Tensor:
+def prompt_states(decoder: Decoder, prompts: Ragged, *, overhead: float = OVERHEAD) -> Tensor:
     """[B, H]: the last state of every prompt, each distinct one computed once."""
     first, kind = distinct_rows(prompts)
     parts = [np.sort(rows) for rows in buckets(prompts.lengths[first], overhead=overhead)]
@@ -292,7 +271,10 @@ def prompt_states(decoder: nn.Module, prompts: Ragged, *, overhead: float = OVER
     return torch.cat(states)[torch.from_numpy(inverse).to(states[0].device)]
 
 
-def _dense(decoder: nn.Module, texts: Ragged) -> Tensor:
+def _dense(decoder: Decoder, texts: Ragged) -> Tensor:
     """[M, P, H], padded on the right, which needs no mask: nothing looks back at it."""
-    ids = torch.from_numpy(texts.pad(0)[0]).to(next(decoder.parameters()).device)
-    return run(decoder, ids, cache=None, mask=None, position=None)
+    ids = torch.from_numpy(texts.pad(0)[0]).to(decoder.device)
+    if decoder.counts:
+        return decoder(ids, position=None)
+    start = torch.full((len(texts),), decoder.first_position, device=decoder.device)
+    return decoder(ids, position=at(start, decoder.places(texts)[0]))

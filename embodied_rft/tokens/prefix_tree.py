@@ -106,6 +106,42 @@ def prefix_tree(sequences: Ragged, *, share: bool = True, overhead: float = OVER
     return _pruned(_full_tree(sequences), overhead)
 
 
+def prompt_tree(prompts: Ragged, sequences: Ragged, *, share: bool = True) -> Tree:
+    """A tree of two levels, for decoders that look ahead in a prompt: prompts, and what continues each.
+
+    Args:
+        prompts: [B] rows, none empty.
+        sequences: [B] the same rows, which go on.
+        share: whether equal prompts are one node.
+    """
+    rows = np.arange(len(prompts))
+    first, kind = distinct_rows(prompts) if share else (rows, rows)
+    length, roots = prompts.lengths, len(first)
+    longer = np.flatnonzero(sequences.lengths > length)
+    last = kind.copy()
+    last[longer] = roots + np.arange(len(longer))
+    start = np.append(np.zeros(roots, np.int64), length[longer])
+    parent = np.append(np.full(roots, -1), kind[longer])
+    end = np.append(length[first], sequences.lengths[longer])
+    return Tree(np.append(first, longer), start, end, parent, last, int((end - start).sum()))
+
+
+def distinct_rows(ragged: Ragged) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with equal content: (a row of each kind [D], the kind of every row [B]), kinds in order of appearance.
+
+    distinct_rows(Ragged.of([[7, 8], [9], [7, 8]])) is ([0, 1], [0, 1, 0]).
+    """
+    known: dict[bytes, int] = {}
+    first: list[int] = []
+    kind = np.empty(len(ragged), dtype=np.int64)
+    for index in range(len(ragged)):
+        number = known.setdefault(ragged.row(index).tobytes(), len(known))
+        if number == len(first):
+            first.append(index)
+        kind[index] = number
+    return np.array(first, dtype=np.int64), kind
+
+
 def _full_tree(sequences: Ragged) -> Tree:
     """With every branching."""
     order = in_order(sequences)

@@ -275,7 +275,11 @@ NOBODY = {
         EMPTY,
         gym.spaces.Text(9),
     ),
-    "vision_language": ({"id": "vision_language", "model": {"tiny": {}}}, SEEN, gym.spaces.Text(9)),
+    "language sees": (
+        {"id": "language", "model": {"tiny_vlm": {}}, "prompt": "plain"},
+        SEEN,
+        gym.spaces.Text(9),
+    ),
     "vla tokens": ({"id": "vla", "model": {"tiny": {}}, "instruction": "push"}, SEEN, ACTION),
     "vla flow": ({"id": "vla", "model": {"tiny": {}}, "instruction": "push", "head": "flow"}, SEEN, ACTION),
 }

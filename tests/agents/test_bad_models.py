@@ -110,9 +110,9 @@ def test_texts_and_ids(folder):
         with pytest.raises(ValueError, match=message):
             policy.act({"prompt": prompts}, rng=rng())
     assert len(policy.act({"prompt": ["héllo 😀 漢字"]}, rng=rng()).action) == 1
-    trace = {"prompt": Ragged.of([[5, 6]], dtype=np.int64), "reply": Ragged.of([[5000]], dtype=np.int64)}
+    trace = {"reply": Ragged.of([[5000]], dtype=np.int64)}
     with pytest.raises(ValueError, match="taken with another tokenizer"):
-        policy.log_prob({}, [""], trace)
+        policy.log_prob({"prompt": ["a"]}, [""], trace)
 
 
 @pytest.mark.parametrize("adds", [True, False])
@@ -139,7 +139,7 @@ def test_a_plain_prompt_begins_as_the_tokenizer_begins_it(folder, tmp_path, adds
 
 def test_a_stop_text_of_several_tokens(folder, monkeypatch):
     policy = language(folder, stop=["ab"], max_new_tokens=20)
-    coming = iter([policy._encode(letter, False)[0] for letter in "xaxabyy"])
+    coming = iter([policy.dialogue.reply(letter)[0] for letter in "xaxabyy"])
 
     def say(logits, *_):
         return torch.full((len(logits),), int(next(coming))), torch.zeros(len(logits))
@@ -177,7 +177,7 @@ def test_images_and_processors(tmp_path):
     policy, looked = vision(tmp_path), seen()
     bad = {
         "uint8 is expected": {"a": looked["a"].astype(np.float32)},
-        "one of each camera a row": {"a": looked["a"][:1]},
+        "one of each kind a row": {"a": looked["a"][:1]},
         "exceed the model's context of 1024": {"prompt": [LONG * 20] * 3},
     }
     for message, change in bad.items():

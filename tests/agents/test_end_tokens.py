@@ -66,7 +66,7 @@ def test_whatever_a_part_of_a_checkpoint_ends_a_text_with_ends_a_reply(tmp_path,
         assert not policy.lm.eos & set(row[:-1].tolist())  # nothing goes on behind an end
     (reply,) = policy.retrace({"prompt": ["a"]}, ["b"])["reply"]
     assert policy.tokenizer.convert_ids_to_tokens(reply.tolist()) == ["b", written]
-    log_prob, _ = policy.log_prob({}, taken.action, taken.trace)
+    log_prob, _ = policy.log_prob({"prompt": ["a", "b"] * 40}, taken.action, taken.trace)
     assert np.abs(log_prob.detach().numpy() - taken.log_prob.pad()[0]).max() < 1e-5
 
 

@@ -92,9 +92,8 @@ def test_what_was_sampled_is_scored_not_its_text():
     """Two token sequences with one text have two probabilities; the ids in the trace decide."""
     policy = make().policy
     policy.tokenizer = tiny_tokenizer(merges=20, corpus=["the cat the cat the cat"])
-    prompt = Ragged.of([[70, 71]] * 2, dtype=np.int64)
     replies = Ragged.of([[100, 101, 1], [100, 1]], dtype=np.int64)
-    trace = {"prompt": prompt, "reply": replies, "cut": np.zeros(2, bool)}
+    trace = {"reply": replies, "cut": np.zeros(2, bool)}
     log_prob, _ = policy.log_prob({"prompt": ["x", "x"]}, ["same", "same"], trace)
     assert log_prob[0, 2] != 0 and log_prob[1, 2] == 0 and log_prob[0, 0] == log_prob[1, 0]
 
@@ -114,15 +113,13 @@ def test_no_objective_tokenises_a_reply_again(id):
     agent = make()
     policy = agent.policy
     buffer, taken = filled_buffer(policy)
-    again = [[*policy._encode(text, False), policy.tokenizer.eos_token_id] for text in taken.action]
+    again = [policy.dialogue.reply(text).tolist() for text in taken.action]
     assert sum(a != ids.tolist() for a, ids in zip(again, taken.trace["reply"], strict=True)) > 4
-    encode = policy._encode
 
-    def only_prompts(text, is_prompt):
-        assert is_prompt, f"the reply {text!r} is tokenised"
-        return encode(text, is_prompt)
+    def never(text):
+        raise AssertionError(f"the reply {text!r} is tokenised")
 
-    policy._encode = only_prompts
+    policy.dialogue.reply = never
     objective = build_objective({"id": id, **OBJECTIVES[id]})
     objective.setup(agent, rng())
     before = [p.detach().clone() for p in policy.parameters()]
@@ -148,7 +145,7 @@ def test_decisions_without_a_trace_are_scored_by_their_text():
     shown, said = {"prompt": ["1+1=", "2+2=", "3"]}, ["2", "4", "x"]
     whole = policy.retrace(shown, said)
     whole["reply"] = Ragged.of([whole["reply"].row(0), [70, 71, 72], whole["reply"].row(2)], dtype=np.int64)
-    partly = {name: Ragged.of([[], whole[name].row(1), []], dtype=np.int64) for name in ("prompt", "reply")}
+    partly = {"reply": Ragged.of([[], whole["reply"].row(1), []], dtype=np.int64)}
     for some in (partly, {name: part.take(np.array([1, 0, 2])) for name, part in partly.items()}):
         order = [0, 1, 2] if some is partly else [1, 0, 2]
         texts = {"prompt": [shown["prompt"][i] for i in order]}, [said[i] for i in order]
@@ -156,15 +153,6 @@ def test_decisions_without_a_trace_are_scored_by_their_text():
         expected, _ = policy.log_prob(*texts, {name: part.take(np.array(order)) for name, part in whole.items()})
         torch.testing.assert_close(log_prob, expected)
         torch.testing.assert_close(policy.imitation_loss(*texts, trace=some)[order.index(2)], -expected[2, :2].mean())
-
-
-@pytest.mark.parametrize("lengths", [[0, 3], [0, 0]])
-def test_empty_replies(lengths):
-    policy = make().policy
-    replies = Ragged.of([np.full(n, 77) for n in lengths], dtype=np.int64)
-    trace = {"prompt": Ragged.of([[70, 71]] * 2, dtype=np.int64), "reply": replies}
-    log_prob, entropy = policy.log_prob({}, ["", ""], trace)
-    assert log_prob.shape == entropy.shape == (2, max(lengths)) and (log_prob[0] == 0).all()
 
 
 def filled_buffer(policy, count=8, groups=2, seed=3):
@@ -256,7 +244,7 @@ def test_sharing_and_checkpointing_leave_the_gradient_as_it_is():
     taken = plain.act({"prompt": prompts}, rng=rng(1))
     reference = None
     for policy in (plain, shared, twice):
-        log_prob, entropy = policy.log_prob({}, taken.action, taken.trace)
+        log_prob, entropy = policy.log_prob({"prompt": prompts}, taken.action, taken.trace)
         (log_prob.sum() + (0.1 * entropy).sum()).backward()
         flat = torch.cat([g.flatten() for g in gradient(policy).values()])
         reference = flat if reference is None else reference
@@ -331,7 +319,7 @@ def test_a_library_folder_is_fine_tuned_and_saved_again(tmp_path, kind, train):
 def test_bf16_weights():
     policy = make(dtype="bf16").policy
     taken = policy.act({"prompt": PROMPTS}, rng=rng(1))
-    log_prob, _ = policy.log_prob({}, taken.action, taken.trace)
+    log_prob, _ = policy.log_prob({"prompt": PROMPTS}, taken.action, taken.trace)
     log_prob.sum().backward()
     assert next(policy.parameters()).dtype == torch.bfloat16 and log_prob.dtype == torch.float32
     assert np.abs(log_prob.detach().numpy() - taken.log_prob.pad()[0]).max() < 0.1
@@ -426,7 +414,7 @@ def test_which_text_is_the_prompt():
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"prompt": "plain", "system": "hi"}, "system message has no effect"),
         ({"tempertaure": 1.0}, "did you mean 'temperature'"),
-        ({"model": {"tinny": {}}}, "expected a folder"),
+        ({"model": {"tinny": {}}}, "should be 'tiny'"),
         ({"model": "/no/such/folder"}, "does not exist"),
         ({"tiny": {"vocab_size": 100}}, "smaller than the tokenizer"),
     ],

@@ -22,7 +22,7 @@ COLOURS = "rgb"
 
 
 def policy(kind="qwen2_5_vl", **options):
-    spec = {"id": "vision_language", "model": {"tiny": {"kind": kind}}, "prompt": "{images}{instruction}", **options}
+    spec = {"id": "language", "model": {"tiny_vlm": {"kind": kind}}, "prompt": "plain", **options}
     return build_policy(spec, SPACE, REPLY, rng())
 
 
@@ -57,7 +57,7 @@ def test_only_what_is_chosen_can_change(train):
 
 
 def test_bad_spaces_are_refused():
-    spec = {"id": "vision_language", "model": {"tiny": {}}}
+    spec = {"id": "language", "model": {"tiny_vlm": {}}, "prompt": "plain"}
     with pytest.raises(ValueError, match="no image to see"):
         build_policy(spec, gym.spaces.Dict({"prompt": gym.spaces.Text(9)}), REPLY, rng())
     with pytest.raises(ValueError, match="did you mean 'image'"):

@@ -37,7 +37,7 @@ AGENTS = {
 }
 TALKERS = {
     "vla": ({"id": "vla", "instruction": "go", **TALKS}, ACTION),
-    "vision_language": ({"id": "vision_language", **TALKS}, spaces.Text(9)),
+    "sees": ({"id": "language", "prompt": "plain", "model": {"tiny_vlm": {}}}, spaces.Text(9)),
     "language": ({"id": "language", "prompt": "plain", **TALKS}, spaces.Text(9)),
 }
 
@@ -143,11 +143,11 @@ def test_every_key_changes_the_decision_or_is_refused_by_name(name, space):
 def test_agents_that_read_text_name_what_they_would_not_read(name):
     spec, action = TALKERS[name]
     image, text, state = spaces.Box(0, 255, (32, 32, 3), np.uint8), spaces.Text(9), spaces.Box(-1, 1, (3,))
-    reads = {"vla": {"image": image, "state": state}, "vision_language": {"image": image, "prompt": text}}
+    reads = {"vla": {"image": image, "state": state}, "sees": {"image": image, "prompt": text}}
     space = reads.get(name, {"prompt": text})
     build_agent(spec, spaces.Dict(space), action, generator())
     grey = {"grey": spaces.Box(0, 255, (32, 32), np.uint8)}
-    unreadable = {"vla": grey, "vision_language": {"state": state}, "language": {"goal": spaces.Discrete(3)}}[name]
+    unreadable = {"vla": grey, "sees": {"state": state}, "language": {"goal": spaces.Discrete(3)}}[name]
     with pytest.raises(ValueError, match=f"{next(iter(unreadable))!r}.*would not be read"):
         build_agent(spec, spaces.Dict({**space, **unreadable}), action, generator())
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from embodied_rft.agents.models.causal_lm import CausalLM
 from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm, tiny_tokenizer
 from embodied_rft.data import Ragged
+from embodied_rft.tokens.decoder import Decoder
 from embodied_rft.tokens.generation import Sampling, draw, generate
 from embodied_rft.tokens.log_probs import token_log_probs
 from embodied_rft.tokens.prefix import Prompts, reply_states
@@ -36,7 +37,7 @@ def continued(lm, prompts, *, max_new_tokens=6, generator=None):
     """Replies to lists of token ids."""
     rows = Ragged.of(prompts, dtype=np.int64)
     sampling = Sampling(max_new_tokens=max_new_tokens, eos=lm.eos)
-    return generate(lm.decoder, lm.head(), rows, num_layers=lm.num_layers, sampling=sampling, rng=generator)
+    return generate(Decoder(lm.decoder), lm.head(), rows, sampling=sampling, rng=generator)
 
 
 def count_tokens(decoder):
@@ -65,7 +66,7 @@ def test_a_reply_does_not_depend_on_the_rest_of_the_batch(lm, prompts, seed):
 @settings(max_examples=15, deadline=None)
 @given(prompts=st.lists(IDS, min_size=2, max_size=5))
 def test_padding_on_the_left_changes_no_state(lm, prompts):
-    padded = Prompts.read(lm.decoder, Ragged.of(prompts, dtype=np.int64), num_layers=lm.num_layers)
+    padded = Prompts.read(Decoder(lm.decoder), Ragged.of(prompts, dtype=np.int64))
     for i, ids in enumerate(prompts):
         plain = lm.decoder(input_ids=torch.tensor([ids])).last_hidden_state[0]
         torch.testing.assert_close(padded.hidden[i, -len(ids) :], plain, atol=1e-4, rtol=1e-4)
@@ -79,7 +80,7 @@ def test_sampled_replies_are_scored_as_the_library_scores_them(lm):
     targets = torch.from_numpy(replies.ids.values)
     for share in (True, False):
         rows = Ragged.of(prompts, dtype=np.int64), replies.ids
-        states = reply_states(lm.decoder, *rows, num_layers=lm.num_layers, share=share, overhead=0)
+        states = reply_states(Decoder(lm.decoder), *rows, share=share, overhead=0)
         scores, _ = token_log_probs(states, targets, lm.head())
         np.testing.assert_allclose(scores.detach(), replies.log_prob.values, atol=1e-4)
     for prompt, ids, log_prob in zip(prompts, replies.ids, replies.log_prob, strict=True):
@@ -95,7 +96,7 @@ def test_greedy_equals_generate(kind):
     policy = make(tiny={"kind": kind}).policy
     sharp(policy.model)
     taken = policy.act({"prompt": PROMPTS}, greedy=True)
-    for prompt, reply in zip(taken.trace["prompt"], taken.trace["reply"], strict=True):
+    for prompt, reply in zip(policy.prompt_ids({"prompt": PROMPTS}), taken.trace["reply"], strict=True):
         expected = policy.model.generate(torch.from_numpy(prompt)[None], max_new_tokens=12, do_sample=False)[0]
         assert expected[len(prompt) :].tolist() == reply.tolist()
 
@@ -112,10 +113,11 @@ def test_finished_rows_leave():
     policy = make(prompt="plain", max_new_tokens=40).policy
     policy.lm.eos = frozenset(range(150))  # more than half of all tokens end a reply
     seen = count_tokens(policy.lm.decoder)
-    taken = policy.act({"prompt": ["ab", "c"] * 32}, rng=rng())
+    asked = {"prompt": ["ab", "c"] * 32}
+    taken = policy.act(asked, rng=rng())
     lengths = taken.trace["reply"].lengths
     assert sum(seen[1:]) < 1.3 * (lengths - 1).sum() and len(seen) == lengths.max() and not taken.trace["cut"].any()
-    log_prob, _ = policy.log_prob({}, taken.action, taken.trace)
+    log_prob, _ = policy.log_prob(asked, taken.action, taken.trace)
     np.testing.assert_allclose(log_prob.detach().numpy(), taken.log_prob.pad()[0], atol=1e-5)
 
 

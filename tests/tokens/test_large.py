@@ -33,7 +33,7 @@ def test_micro_units_add_up_to_the_batch(most, seed, name):
         learner = Learner(copy.deepcopy(agent), objective, config)
         largest = []
         for piece in learner._pieces(batch):
-            usage = count_tokens(piece.trace["prompt"], piece.trace["reply"])
+            usage = count_tokens(agent.policy.prompt_ids(piece.observation), piece.trace["reply"])
             largest.append(usage.computed if len(piece) > (2 if name == "dpo" else 1) else 0)
         assert config.micro_units is None or max(largest) <= most
         learner.update(batch, rng())
@@ -48,14 +48,14 @@ def test_padding_inside_a_micro_batch_is_no_unit():
     reply = Ragged.of([[7], [8, 9, 10], [7, 8, 9, 10, 11]])
     zeros, padded = torch.zeros(3), torch.zeros(3, 5)
     batch = Batch(
-        observation={},
+        observation={"prompt": ["a", "a", "a"]},
         action=["", "", ""],
         reward=zeros,
         discount=zeros,
         next_observation={},
         log_prob=padded - 5.0,
         mask=torch.from_numpy(reply.pad()[1]),
-        trace={"prompt": Ragged.of([[5, 6]] * 3), "reply": reply},
+        trace={"reply": reply},
         notes={"advantage": torch.tensor([1.0, -1.0, 0.5]), "episode_units": torch.tensor([1.0, 3.0, 5.0])},
         num_decisions=3,
         num_units=9,
@@ -86,7 +86,7 @@ def test_checkpointing_and_bf16_save_memory():
 
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16")
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            loss = -policy.log_prob({}, taken.action, taken.trace)[0].sum() / 8
+            loss = -policy.log_prob({"prompt": prompts}, taken.action, taken.trace)[0].sum() / 8
         kept[name], losses[name] = sum(seen.values()), float(loss.detach())
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.parameters())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.data import Batch, Ragged
 from embodied_rft.tokens import micro_batches, prefix, prefix_tree
+from embodied_rft.tokens.decoder import Decoder
 from embodied_rft.tokens.log_probs import Head, token_log_probs
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=40)
@@ -141,7 +142,7 @@ def test_a_budget_of_nothing_is_refused():
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=3), max_size=12))
 def test_distinct_rows(values):
-    first, kind = micro_batches.distinct_rows(Ragged.of(values, dtype=np.int64))
+    first, kind = prefix_tree.distinct_rows(Ragged.of(values, dtype=np.int64))
     assert [values[first[k]] for k in kind] == values
     assert len(first) == len({tuple(v) for v in values})
 
@@ -190,7 +191,7 @@ def test_packed_equals_padded():
         total = 0.0
         for piece in pieces:
             replies = piece.trace["reply"]
-            states = prefix.reply_states(model.model, piece.trace["prompt"], replies, num_layers=2, **options)
+            states = prefix.reply_states(Decoder(model.model), piece.trace["prompt"], replies, **options)
             log_prob, _ = token_log_probs(states, torch.from_numpy(replies.values), Head(model.lm_head.weight))
             credit = piece.notes["advantage"].repeat_interleave(torch.from_numpy(replies.lengths))
             loss = (log_prob * credit).sum() / piece.num_units

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from embodied_rft.agents.models.tiny_lm import TinyConfig, tiny_causal_lm
 from embodied_rft.data import Ragged
 from embodied_rft.tokens import prefix
+from embodied_rft.tokens.decoder import Decoder
 from embodied_rft.tokens.log_probs import Head, plain_token_log_probs, token_log_probs
 from embodied_rft.tokens.prefix_tree import Usage, count_tokens
 
@@ -29,7 +30,7 @@ def rows(rng, prompt_lengths, kinds, reply_lengths):
 
 def states_and_gradient(decoder, prompts, replies, **options):
     """States of all reply tokens, and the gradient of a random projection of them."""
-    hidden = prefix.reply_states(decoder, prompts, replies, num_layers=LAYERS, **options)
+    hidden = prefix.reply_states(Decoder(decoder), prompts, replies, **options)
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
     decoder.zero_grad()
     (hidden * weight).sum().backward()
@@ -57,7 +58,7 @@ def test_sharing_changes_nothing(decoder, data):
     prompts, replies = rows(np.random.default_rng(seed), prompt_lengths, kinds, lengths)
     expected = slow_states(decoder, prompts, replies)
     for options in ({"overhead": 0}, {"overhead": 8}, {"share": False, "overhead": 8}):
-        states = prefix.reply_states(decoder, prompts, replies, num_layers=LAYERS, **options)
+        states = prefix.reply_states(Decoder(decoder), prompts, replies, **options)
         assert states.shape == (sum(lengths), 32)
         torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
 
@@ -146,8 +147,8 @@ def test_a_wrong_prefix_is_noticed(decoder):
     """The equality above means something: another prompt of the same length gives other states."""
     prompts, replies = rows(np.random.default_rng(0), (40, 40), (0, 0, 0, 0), (4, 4, 4, 4))
     other, _ = rows(np.random.default_rng(1), (40, 40), (0, 0, 0, 0), (4, 4, 4, 4))
-    a = prefix.reply_states(decoder, prompts, replies, num_layers=LAYERS)
-    b = prefix.reply_states(decoder, other, replies, num_layers=LAYERS)
+    a = prefix.reply_states(Decoder(decoder), prompts, replies)
+    b = prefix.reply_states(Decoder(decoder), other, replies)
     assert (a - b).abs().max() > 1e-2
 
 
@@ -155,7 +156,7 @@ def test_each_distinct_prompt_is_computed_once(decoder):
     prompts, replies = rows(np.random.default_rng(0), (100, 80), [0] * 8 + [1] * 8, [5] * 16)
     seen = []
     handle = decoder.embed_tokens.register_forward_hook(lambda module, given, output: seen.append(given[0].numel()))
-    prefix.reply_states(decoder, prompts, replies, num_layers=LAYERS, overhead=10)
+    prefix.reply_states(Decoder(decoder), prompts, replies, overhead=10)
     handle.remove()
     assert sum(seen) == 100 + 80 + 16 * 4 == count_tokens(prompts, replies, overhead=10).computed
 
@@ -163,12 +164,12 @@ def test_each_distinct_prompt_is_computed_once(decoder):
 def test_prompt_states_are_the_last_ones(decoder):
     prompts, _ = rows(np.random.default_rng(0), (7, 3, 30), (2, 0, 1, 0), (1, 1, 1, 1))
     expected = slow_states(decoder, prompts, Ragged.of([[0]] * 4, dtype=np.int64))
-    torch.testing.assert_close(prefix.prompt_states(decoder, prompts), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(prefix.prompt_states(Decoder(decoder), prompts), expected, rtol=0, atol=1e-5)
 
 
 def test_nothing_but_empty_replies(decoder):
     prompts, replies = rows(np.random.default_rng(0), (3,), (0, 0), (0, 0))
-    assert prefix.reply_states(decoder, prompts, replies, num_layers=LAYERS).shape == (0, 32)
+    assert prefix.reply_states(Decoder(decoder), prompts, replies).shape == (0, 32)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
