@@ -51,14 +51,17 @@ OF_SIGHT = ("images", "freeze_vision", "cache_bytes")  # options of a model that
 
 @dataclass(config=STRICT, kw_only=True)
 class History:
-    """What of a conversation is read; the first turn always is, for it says what the task is."""
+    """What of a conversation is read."""
 
     turns: int | None = None  # the last k of those before; null: all
+    first: bool = True  # the first turn is read, too, whatever `turns` says: it tells what the task is
     images: int | None = None  # pictures of the last k messages, the new one counted; null: all
 
     def __post_init__(self) -> None:
         if (self.turns or 0) < 0 or (self.images is not None and self.images < 1):
             raise UserError(f"history: turns of at least 0 and images of at least 1 are expected, given {self}")
+        if self.turns is None and not self.first:
+            raise UserError("history.first has no effect where all turns are read: give turns, too")
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -284,7 +287,9 @@ class LanguagePolicy(Policy):
         for row in range(len(said)):
             turns = [] if past is None else past.index.row(row).tolist()
             seen = len(turns) if history.images is None else history.images - 1  # messages whose pictures are kept
-            kept = range(len(turns)) if history.turns is None else _window(len(turns), history.turns)
+            kept = (
+                range(len(turns)) if history.turns is None else _window(len(turns), history.turns, first=history.first)
+            )
             parts: list[np.ndarray] = []
             ended = True
             for number in kept:
@@ -393,9 +398,9 @@ def _row(camera: Any, row: int) -> Sequence[Any]:
     return camera[row] if isinstance(camera, list) else camera[row][None]
 
 
-def _window(count: int, turns: int) -> list[int]:
+def _window(count: int, turns: int, *, first: bool) -> list[int]:
     """Which of the turns before are read: the first, and the last k."""
-    return sorted({*range(min(1, count)), *range(max(0, count - turns), count)})
+    return sorted({*range(min(1, count) if first else 0), *range(max(0, count - turns), count)})
 
 
 def _pictures(config: LanguageConfig, space: Space) -> list[str]:
