@@ -44,7 +44,7 @@ class Sight(Decoder):
 
     def show(self, picture: np.ndarray | Tensor) -> np.ndarray:
         """The ids of a picture's places; [H, W, 3] uint8."""
-        pixels = torch.as_tensor(picture)
+        pixels = picture if isinstance(picture, Tensor) else torch.from_numpy(np.array(picture))
         if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[-1] != 3:
             given = f"a picture of shape {tuple(pixels.shape)} and {pixels.dtype}"
             raise UserError(f"{given} was given; [H, W, 3] and uint8 is expected")
