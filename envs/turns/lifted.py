@@ -78,7 +78,7 @@ class Lifted(EnvBatch):
                 raise UserError(f"{name} is {given!r}; {nearest(str(given), known)}")
         if rules is not None and style == "short":
             raise UserError("rules have no effect with style short, which tells the state only")
-        self.reads, self.draws, self.style, self.invalid = observe != "image", observe != "text", style, invalid
+        self.reads, self.draws, self.style, self.invalid = observe != "image", observe != "text", style, float(invalid)
         self.host = make_host(
             of, options or {}, wrap, self.generators, draws=self.draws, shows_state=state or told or self.reads
         )
