@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from embodied_rft.agents.language import texts
 from embodied_rft.agents.models.tiny_vlm import TinyVLMConfig
 from embodied_rft.agents.models.vlm import VLM, Context, load_vlm
-from embodied_rft.agents.parts.chain import Codec, Scaling
+from embodied_rft.agents.parts.chain import Codec, Coded, Scaling
 from embodied_rft.agents.parts.features import FrozenFeatures, standardized
 from embodied_rft.agents.parts.vla_heads import HEADS, FlowOptions, ParallelOptions, Size, TokenOptions
-from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.data import Decisions, Field, Space, Tree
 from embodied_rft.device import drawn_on
 from embodied_rft.names import UserError, nearest
@@ -86,7 +85,7 @@ class VLAConfig:
 
 
 @register("agent", "vla")
-class VLAPolicy(Policy):
+class VLAPolicy(Coded, Policy):
     """See docs/architecture.md for the methods.
 
     Example: {"id": "vla", "model": {"tiny": {}}, "head": "flow", "horizon": 4, "instruction": "reach the red dot"}.
@@ -262,10 +261,6 @@ class VLAPolicy(Policy):
         if self.config.value == "own":
             return Encoder(self.observation_space, keys=[*self.image_keys, *self.state_keys], rng=rng)
         return FrozenFeatures(self, self.vlm.hidden_size)
-
-    def fit_statistics(self, buffer: Buffer, rows: np.ndarray | None = None) -> None:
-        """Take the statistics of actions; once."""
-        self.codec.fit(buffer, buffer.rows() if rows is None else rows)
 
     # --- files ---------------------------------------------------------------------------------------------------
 

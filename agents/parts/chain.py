@@ -153,6 +153,16 @@ class Codec(nn.Module):
         self.statistics.fit({"action": data}, extremes={"action": torch.from_numpy(np.stack(ends))})
 
 
+class Coded:
+    """A policy whose chunks go through a `Codec`, which has the statistics of the data."""
+
+    codec: Codec
+
+    def fit_statistics(self, buffer: Buffer, rows: np.ndarray | None = None) -> None:
+        """Take the statistics of actions; once."""
+        self.codec.fit(buffer, buffer.rows() if rows is None else rows)
+
+
 class ChunkNetwork(nn.Module):
     """(x [..., D], condition [..., width], time [...]) -> [..., outputs]: a residual MLP with sinusoidal time features.
 
@@ -198,7 +208,7 @@ class ChunkNetwork(nn.Module):
         return self.last(F.silu(hidden)).float()
 
 
-class ChainPolicy(Policy):
+class ChainPolicy(Coded, Policy):
     """A policy whose decision is a chain of S Gaussian steps; see docs/architecture.md for the methods.
 
     The trace holds the chain [S + 1, D] in normalised units, from noise to chunk; given it, the log-probability of
@@ -358,10 +368,6 @@ class ChainPolicy(Policy):
     def draw(self, observation: Tree, *, rng: torch.Generator | None = None) -> Tensor:
         """A reparametrised chunk [B, D] as `act` draws it: for objectives that need no log-probability."""
         return self.rsample(observation, rng=rng)[0]
-
-    def fit_statistics(self, buffer: Buffer, rows: np.ndarray | None = None) -> None:
-        """Take the statistics of actions; once."""
-        self.codec.fit(buffer, buffer.rows() if rows is None else rows)
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, *, first: int | None = None) -> Tensor:
