@@ -29,7 +29,7 @@ OUR_OWN = (
     "embodied_rft.objectives", "embodied_rft.stages", "embodied_rft.turns", "embodied_rft.agents",
     "embodied_rft.envs.games", "embodied_rft.envs.manipulation", "embodied_rft.envs.text", "embodied_rft.envs.turns",
 )  # fmt: skip
-KINDS = ("agent", "objective", "demonstrator", "stage", "credit", "reward", "parser", "logger", "check")
+KINDS = ("agent", "objective", "demonstrator", "stage", "credit", "shaping", "reward", "parser", "logger", "check")
 _tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 _contracts: dict[str, type] = {}  # what every class of a kind derives from, where there is such a thing
 

@@ -13,13 +13,14 @@ from embodied_rft.learning.objective import Objective
 from embodied_rft.objectives import build_objective
 from embodied_rft.objectives.implicit import IQL, IQLConfig
 from embodied_rft.options import STRICT, validate_plugin_config
+from tests.lab import marked  # noqa: F401  (an agent)
 from tests.lab.effects import Walk, tally
 from tests.lab.scene import Scene, copies, experience, make_agent, shaken
 
 GAUSSIAN = {"id": "gaussian", "hidden": [8]}
 CHAIN = {"id": "diffusion", "width": 8, "num_blocks": 1, "denoising_steps": 3}
 TINY_LM = {"tiny": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}}
-TALKS = {"id": "language", "model": TINY_LM, "prompt": "plain", "max_new_tokens": 4}
+TALKS = {"id": "marked", "model": TINY_LM, "prompt": "plain", "max_new_tokens": 4}
 STANDS = {  # where an objective is walked: (agent, its scene)
     "stochastic": (GAUSSIAN, {}),
     "stochastic goal": (GAUSSIAN, {"sees": ("state", "goal")}),
@@ -57,6 +58,9 @@ VALUES = {
     "huber": 0.01,
     "overlong": [2, 1],
     "credit": "dr_grpo",
+    "shaping": [{"id": "progress"}],
+    "kl_turns": [0],
+    "unit_weights": {"thought": 0.3},
     "ratio": "mean",
     "normalizer": "decisions",
     "clip_low": 1e-5,
@@ -92,7 +96,7 @@ VALUED = dict.fromkeys(
     ("value_hidden", "value_activation", "value_clip", "critic_warm_up", "trace_decay"), {"credit": "gae"}
 )
 CONTEXTS = {
-    **dict.fromkeys(("kl_in", "kl_estimator", "reference"), KL),
+    **dict.fromkeys(("kl_in", "kl_estimator", "kl_turns", "reference"), KL),
     "reference_decay": {**KL, "reference": "moving"},
     "min_groups": {"drop_even_groups": True, "credit": "grpo"},
     "drop_even_groups": {"credit": "grpo"},
@@ -116,6 +120,7 @@ SITUATIONS = {
     "hindsight": "goal",
     "warm_start": "trained",
     **dict.fromkeys(("unit_gamma", "unit_trace_decay", "value_weight", "cut"), "text"),
+    **dict.fromkeys(("unit_weights", "unit_weights.thought", "unit_weights.action"), "text"),
 }
 
 
@@ -172,23 +177,30 @@ def of_objective(id):
     return Walk(f"objective {id}", config, functools.partial(run_objective, id), base, values, CONTEXTS, SITUATIONS)
 
 
-CREDITS = {"gigpo": {"anchor": ["desired_goal"]}}  # values of their own options
+PARTS = {  # plug-ins of an objective: {kind: {id: values of its own options}}
+    "credit": {"gigpo": {"anchor": ["desired_goal"]}},
+    "shaping": {"gated": {"gates": {"success": 0.5}}, "turns": {"weights": [1, 0]}},
+}
 
 
-def of_credit(id):
-    """The walk over one credit's own options."""
+def of_part(kind, id):
+    """The walk over the own options of a credit or a shaping."""
+    base = {"gates": {"success": -1.0}} if id == "gated" else {}
+    mixed = {"env": 1.0, "success": 1.0}
 
     def run(options, situation):
-        agent, buffer = copies(*stand("stochastic goal"))
-        return learn({"id": "ppo", "batch_size": 40, "num_epochs": 1, "credit": {"id": id, **options}}, agent, buffer)
+        agent, buffer = copies(*stand("stochastic goal" if kind == "credit" else "stochastic"))
+        spec = {"id": id, **options}
+        made = {kind: [spec] if kind == "shaping" else spec, "reward_weights": mixed}
+        return learn({"id": "ppo", "batch_size": 40, "num_epochs": 1, **made}, agent, buffer)
 
-    return Walk(f"credit {id}", registry.config_of("credit", id), run, values=CREDITS[id])
+    return Walk(f"{kind} {id}", registry.config_of(kind, id), run, base, PARTS[kind].get(id, {}))
 
 
 def walks():
     """All of this file."""
-    credits = [of_credit(id) for id in registry.shipped("credit") if registry.config_of("credit", id) is not None]
-    return [*(of_objective(id) for id in registry.shipped("objective")), *credits]
+    parts = [(k, id) for k in PARTS for id in registry.shipped(k) if registry.config_of(k, id) is not None]
+    return [*(of_objective(id) for id in registry.shipped("objective")), *(of_part(*part) for part in parts)]
 
 
 def test_options_of_objectives():

@@ -295,6 +295,10 @@ class Buffer:
         """Names of all streams of reward: those of the schema, then those that were labelled."""
         return self._store.streams
 
+    def stream(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """One stream of reward, of rows [B]; NaN where it is unknown."""
+        return self._store.stream(name, rows)
+
     def note(self, name: str, rows: np.ndarray) -> np.ndarray:
         """A note of one number a row, of rows [B]; NaN where it was never written."""
         column = self._notes.dense.get(name)

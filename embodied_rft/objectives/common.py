@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import make_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import numpy as np
 import torch
+from pydantic import Field as Option
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from embodied_rft.pools.chunks import ChunkBox
 from embodied_rft.registry import register
 
 T = TypeVar("T", bound=type)
+MARK = "mark"  # key of a trace, int8 a unit: what it is a part of, see `UnitWeights`
 
 
 def preset(id: str, **defaults: Any) -> Callable[[T], T]:
@@ -47,6 +49,25 @@ def preset(id: str, **defaults: Any) -> Callable[[T], T]:
         return register("objective", id)(cls)
 
     return decorate
+
+
+@dataclass(config=STRICT, kw_only=True, frozen=True)
+class UnitWeights:
+    """What units count in the log-probability of a decision, by their mark; 0 masks them."""
+
+    thought: Annotated[float, Option(ge=0)] = 1.0  # mark 0
+    action: Annotated[float, Option(ge=0)] = 1.0  # mark 1
+
+
+def unit_weights(batch: Batch, weights: UnitWeights | None) -> Tensor | None:
+    """[B, U]: the weight of each unit in the log-probability of its decision (Zhai et al. 2024, RL4VLM, eq. 4).
+
+    log pi(reply) = thought * sum of log pi(thought tokens) + action * sum of log pi(action tokens). None: all are 1.
+    """
+    if weights is None:
+        return None
+    mark = torch.from_numpy(batch.trace[MARK].pad()[0]).to(batch.mask.device)
+    return torch.where(mark == 1, weights.action, weights.thought)
 
 
 @dataclass(config=STRICT, kw_only=True)

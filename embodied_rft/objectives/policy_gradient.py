@@ -31,12 +31,21 @@ from embodied_rft.learning import losses, returns
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective, fit_normalizers
 from embodied_rft.names import UserError
-from embodied_rft.networks.critics import ReturnScale, Value
+from embodied_rft.networks.critics import Value
 from embodied_rft.networks.fused import Bound
 from embodied_rft.networks.tensors import polyak
-from embodied_rft.objectives.common import readable, score_in_chunks, units_of, whole_groups
+from embodied_rft.objectives.common import (
+    MARK,
+    UnitWeights,
+    readable,
+    score_in_chunks,
+    unit_weights,
+    units_of,
+    whole_groups,
+)
 from embodied_rft.objectives.correction import Correction, correct
 from embodied_rft.objectives.credit import OPTIONS, make_credit
+from embodied_rft.objectives.shaping import make_shaping, scale_rewards
 from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import Policy, UnitValues, Values, able, require
 from embodied_rft.registry import register
@@ -71,11 +80,13 @@ class PPOConfig:
     # advantage exceeds the root of batch_size
     normalize_advantage: Literal["iteration", "minibatch", False] = "iteration"
     reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward
+    shaping: tuple[dict[str, Any], ...] = ()  # what is made of an episode's rewards, one after the other; see `shaping`
     scale_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     overlong: tuple[int, int] | None = None  # (limit, margin) in units: longer decisions lose up to 1 (DAPO, eq. 13)
     cut: Literal["keep", "drop"] = "keep"  # what ran into a length limit; dropped, it still counts in its group
     # Surrogate
     ratio: losses.RatioLevel = "unit"  # what shares one importance ratio
+    unit_weights: UnitWeights | None = None  # of thought and action units in a decision's log-probability (RL4VLM)
     # ratio and entropy of a unit are means over its action numbers, as in DPPO's and ReinFlow's code
     per_dimension: bool = False
     clip_low: float | None = 0.2  # how far the ratio may fall below 1; None: no bound
@@ -90,6 +101,7 @@ class PPOConfig:
     kl_weight: float = 0.0  # of the divergence from the reference
     kl_in: Literal["loss", "reward"] = "loss"  # where it enters
     kl_estimator: losses.KLEstimator = "k3"  # Schulman 2020
+    kl_turns: tuple[NonNegativeInt, ...] | None = None  # decisions of an episode, from 0, that it counts for; null: all
     reference: Literal["start", "moving"] = "start"  # the policy when the stage starts, or an average that follows it
     reference_decay: Share = 0.99  # of "moving", per learn call
     # Entropy and value
@@ -127,7 +139,7 @@ class PPOConfig:
         if self.ratio in SHARED:
             refuse_idle(self, ["unit_discount"], f"with ratio {self.ratio!r}, which is one number for all units")
         if not self.kl_weight:
-            refuse_idle(self, ["kl_in", "kl_estimator", "reference"], "without kl_weight")
+            refuse_idle(self, ["kl_in", "kl_estimator", "kl_turns", "reference"], "without kl_weight")
         if not self.kl_weight or self.reference != "moving":
             refuse_idle(self, ["reference_decay"], "without a reference that is moving, and kl_weight")
         if self.overlong is not None and not 0 <= self.overlong[1] <= self.overlong[0]:
@@ -145,6 +157,7 @@ class PPO(Objective):
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
         self.credit = make_credit(config.credit)
+        self.shaping = [make_shaping(spec, config.reward_weights) for spec in config.shaping]
         self.uses_value, self.per_unit = self.credit.uses_value, self.credit.per_unit
         self.needs_groups = self.credit.needs_groups
         self.prefix = "unit_" if self.per_unit else ""  # of the notes that credit writes
@@ -213,6 +226,8 @@ class PPO(Objective):
             )
         if CUT not in policy.trace_fields:
             refuse_idle(self.config, ["cut"], "on this policy, whose decisions run into no length limit")
+        if self.config.unit_weights is not None and MARK not in policy.trace_fields:
+            refuse_idle(self.config, ["unit_weights"], "on this policy, whose units have no marks")
         if self.config.clip_first is not None and policy.num_units is None:
             raise UserError("clip_first needs a fixed number of units in a decision (a chain's steps): leave it out")
 
@@ -262,7 +277,9 @@ class PPO(Objective):
         log_prob, entropy = agent.policy.log_prob(batch.observation, batch.action, batch.trace)
         old = batch.log_prob if c.correction is None else notes["old_log_prob"]
         mask = batch.mask if agent.policy.num_units is None else None  # a fixed number of units is never padded
-        ratio = losses.log_ratio(log_prob, old, mask, level=c.ratio, episode=self._episode(batch, log_prob.device))
+        part = unit_weights(batch, c.unit_weights)
+        now, then = (log_prob, old) if part is None else (log_prob * part, old * part)
+        ratio = losses.log_ratio(now, then, mask, level=c.ratio, episode=self._episode(batch, log_prob.device))
         if c.per_dimension:
             size = agent.policy.unit_size
             assert size is not None  # see `_check`
@@ -272,7 +289,8 @@ class PPO(Objective):
         if c.correction is not None:
             each = each * notes["weight"]
         if c.kl_weight and c.kl_in == "loss":
-            each = each + c.kl_weight * losses.kl(log_prob, notes["reference_log_prob"], estimator=c.kl_estimator)
+            kl = losses.kl(log_prob, notes["reference_log_prob"], estimator=c.kl_estimator)
+            each = each + c.kl_weight * (kl if c.kl_turns is None else kl * self._pulled(batch))
         if c.entropy_weight:
             each = each - c.entropy_weight * entropy
         loss = losses.per_batch(
@@ -296,6 +314,12 @@ class PPO(Objective):
         if not self.reading.whole_episodes:
             return None
         return torch.from_numpy(np.unique(batch.columns["episode"], return_inverse=True)[1]).to(device)
+
+    def _pulled(self, batch: Batch) -> Tensor:
+        """[B, 1] bool: decisions whose divergence from the reference counts."""
+        turns = self.config.kl_turns
+        chosen = np.ones(len(batch), bool) if turns is None else np.isin(batch.columns["step"], turns)
+        return torch.from_numpy(chosen)[:, None].to(batch.mask.device)
 
     def _advantage(self, batch: Batch) -> Tensor:
         """[B] or [B, U], discounted by the units that follow (Ren et al. 2024, DPPO, section 4.3)."""
@@ -342,8 +366,10 @@ class PPO(Objective):
         order, c = np.concatenate(segments), self.config
         batch = buffer.batch(order, gamma=c.gamma, reward_weights=c.reward_weights, next_observation=False)
         metrics = {"data/reward": float(batch.reward.mean())} | torn
+        for shape in self.shaping:
+            batch.reward = shape(batch, [len(s) for s in segments], lambda name: buffer.stream(name, order))
         if c.scale_reward:
-            metrics |= self._scale(agent, buffer, batch, segments)
+            metrics["data/return_scale"] = scale_rewards(agent, buffer, batch, segments, gamma=c.gamma)
         self._score(agent, buffer, batch, [len(s) for s in segments])
         live = torch.ones(len(batch), dtype=torch.bool)
         if c.correction is not None:
@@ -385,26 +411,6 @@ class PPO(Objective):
             following[torch.from_numpy(last)] = score_in_chunks(scorers["value"], ends, agent.device)
             batch.notes["next_value"] = following
 
-    def _scale(self, agent: Agent, buffer: Buffer, batch: Batch, segments: list[np.ndarray]) -> dict[str, float]:
-        """Divide rewards by the running standard deviation of R_t = r_t + gamma R_{t-1} (Engstrom et al. 2020, item 2).
-
-        R goes on where an episode does: it is a note of the decision before. Changes `batch`.
-        """
-        book = buffer.columns(known := buffer.rows())
-        so_far = buffer.note("running_return", known)
-        before = {
-            (int(episode), int(step) + 1): float(value)
-            for episode, step, value in zip(book["episode"], book["step"], so_far, strict=True)
-            if not math.isnan(value)
-        }
-        starts = buffer.columns(np.array([s[0] for s in segments]))
-        carried = [before.get((int(e), int(t)), 0.0) for e, t in zip(starts["episode"], starts["step"], strict=True)]
-        running = returns.running_returns(batch.reward, [len(s) for s in segments], carried, gamma=self.config.gamma)
-        buffer.annotate("running_return", np.concatenate(segments), running.numpy())
-        scale = agent.part("return_scale", ReturnScale).update(running)
-        batch.reward = batch.reward / scale
-        return {"data/return_scale": scale}
-
     def _shape(self, batch: Batch) -> dict[str, float]:
         """Reward terms that are no stream of the environment: length and KL. Changes `batch`."""
         c, metrics = self.config, {}
@@ -414,8 +420,9 @@ class PPO(Objective):
             metrics["credit/overlong"] = float(penalty.mean())
         if c.kl_weight:
             each = losses.kl(batch.log_prob, batch.notes["reference_log_prob"], estimator=c.kl_estimator)
-            each = torch.where(batch.mask, each, 0.0)
-            metrics["policy/kl_to_reference"] = float(each.sum() / batch.mask.sum().clamp_min(1))
+            each = torch.where(batch.mask & self._pulled(batch), each, 0.0)
+            count = (batch.mask & self._pulled(batch)).sum().clamp_min(1)
+            metrics["policy/kl_to_reference"] = float(each.sum() / count)
             if c.kl_in == "reward" and self.per_unit:
                 batch.notes["unit_reward"] = -c.kl_weight * each
             elif c.kl_in == "reward":

@@ -1,16 +1,18 @@
 """What is made for many turns learns in seconds; with its idea switched off it does not."""
 
+import numpy as np
 import pytest
 
+from tests.lab import spelling, thinking
 from tests.lab.harness import fails, require
-from tests.lab.spelling import Lab
+from tests.lab.moves import Lab, Moves
 
 pytestmark = pytest.mark.learning
 
 
 def spells_many(spec, *, rounds=16, num_turns=16):
     """Sixteen classes in a row, from few episodes: the sum of all rewards says little about one turn."""
-    lab = Lab(turns=num_turns, num_envs=32)
+    lab = spelling.Lab(turns=num_turns, num_envs=32)
     lab.objective({"batch_size": 128, "num_epochs": 2, **spec}, learning_rate=1e-2)
     require(lab.grade() < 0.25, "it must not know how to spell yet")
     for _ in range(rounds):
@@ -25,3 +27,119 @@ def test_gigpo():
 
 def test_gigpo_without_anchors_fails():
     fails(spells_many, {"id": "gigpo", "gamma": 0.5, "credit": {"id": "gigpo", "weight": 0.0}})
+
+
+# --- thoughts weigh less ---------------------------------------------------------------------------------------------
+
+
+def answers_soon(**options):
+    """A reply of 96 tokens of thought and an answer: the ratio of the whole is that of the thoughts, nearly."""
+    lab = thinking.Lab(thoughts=96)
+    spec = {"id": "grpo", "ratio": "decision", "normalizer": "decisions", "batch_size": 16, "num_epochs": 4}
+    lab.objective({**spec, **options}, learning_rate=1e-2)
+    require(lab.grade() < 0.45, "it must not know the answers yet")
+    for _ in range(5):
+        lab.collect(64, group_size=8)
+        lab.learner.learn(lab.buffer, lab.numbers)
+    assert lab.grade() >= 0.75
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.0])
+def test_thoughts_that_weigh_less(weight):
+    answers_soon(unit_weights={"thought": weight})
+
+
+def test_thoughts_that_weigh_as_much_as_the_answer_fail():
+    fails(answers_soon)
+
+
+# --- gated rewards ---------------------------------------------------------------------------------------------------
+
+WORK, FARM = 0, 1
+STREAMS = {"success": 1.0, "env": 1.0}
+
+
+def farm(num_envs):
+    """Six of eight moves must be work; the other kind pays at once."""
+
+    def pay(moves, turn, secret):
+        now = moves[np.arange(len(moves)), np.maximum(turn - 1, 0)]
+        return np.where(now == FARM, 0.3, 0.0), (moves == WORK).sum(1) >= 6
+
+    return Moves(num_envs, length=8, kinds=2, pay=pay)
+
+
+def works(**options):
+    lab = Lab(farm)
+    spec = {"id": "grpo", "reward_weights": STREAMS, "batch_size": 128, "num_epochs": 4, **options}
+    lab.objective(spec, learning_rate=1e-2)
+    assert np.mean(lab.finetune(12, group_size=8)[-3:]) >= 0.8
+
+
+def test_gated_rewards_are_not_farmed():
+    works(shaping=[{"id": "gated", "gates": {"success": 1.0}}])
+
+
+def test_without_the_gate_the_step_reward_is_farmed():
+    fails(works)
+
+
+# --- second tries ----------------------------------------------------------------------------------------------------
+
+GUESSES = 5
+
+
+def guess(num_envs, secrets=tuple(range(GUESSES))):
+    """Two guesses; after the first one it is told whether the secret is below, equal or above."""
+    hidden = np.array(secrets)
+
+    def tell(moves, turn, secret):
+        first, secret = moves[:, 0], hidden[secret]
+        said = np.stack([secret < first, secret == first, secret > first], 1)
+        return np.where((turn > 0)[:, None], said, 0.0)
+
+    def pay(moves, turn, secret):
+        right = moves[np.arange(len(moves)), np.maximum(turn - 1, 0)] == hidden[secret]
+        return right.astype(float), right
+
+    return Moves(num_envs, length=2, kinds=GUESSES, pay=pay, tell=tell, told=3, secrets=len(secrets))
+
+
+def guesses(rounds, make=guess, **options):
+    """First guesses [N], and how often the first and the second were right."""
+    lab = Lab(make, num_envs=128)
+    lab.objective({"id": "dr_grpo", "batch_size": 128, "num_epochs": 4, **options}, learning_rate=5e-3)
+    lab.finetune(rounds, episodes=128, group_size=8)
+    moves, secret = lab.play(2000)
+    rewards = [lab.pool.pay(moves[:, :turn], np.full(2000, turn), secret)[0].mean() for turn in (1, 2)]
+    return np.bincount(moves[:, 0], minlength=GUESSES) / 2000, *rewards
+
+
+def improves_the_second_try_alone(**options):
+    """SCoRe's first phase: the first guess would become the middle one, which tells most; it is to stay as it was."""
+    first, _, second = guesses(32, shaping=[{"id": "turns", "weights": [0, 1]}], **options)
+    assert second >= 0.42
+    assert np.abs(first - 1 / GUESSES).sum() / 2 < 0.2
+
+
+def test_a_pull_on_the_first_try_keeps_it():
+    improves_the_second_try_alone(kl_weight=0.3, kl_turns=[0])
+
+
+def test_without_it_the_first_try_drifts():
+    fails(improves_the_second_try_alone)
+    fails(improves_the_second_try_alone, kl_weight=0.3, kl_turns=[1])
+
+
+def corrects_itself(**options):
+    """Six of ten secrets are 0: guessing that twice is what is learned at once."""
+    _, first, second = guesses(16, make=lambda n: guess(n, (0,) * 6 + (1, 2, 3, 4)), **options)
+    assert second >= 0.6 and second - first >= 0.4
+
+
+def test_progress_is_paid():
+    corrects_itself(shaping=[{"id": "progress", "weight": 3.0}])
+
+
+def test_without_the_bonus_it_repeats_itself():
+    fails(corrects_itself)

@@ -1,12 +1,16 @@
 """What is learned over turns equals its paper's equations, written out turn by turn."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from embodied_rft.objectives.shaping import make_shaping
+from tests.lab import thinking
 from tests.lab.spelling import CLASSES, Lab
 from tests.objectives.test_policy_gradient import moved
-from tests.objectives.test_policy_gradient_references import Told, compare, filled, pessimistic, read
+from tests.objectives.test_policy_gradient_references import Told, compare, filled, group_advantage, pessimistic, read
 
 
 def spread(values, how):
@@ -67,3 +71,105 @@ def test_what_teaches_nothing_in_gigpo_is_not_read():
     advantage = lab.buffer.note("advantage", rows)
     assert live[~even].all() and 0 < live[even].sum() and (advantage[even & ~live] == 0).all()
     assert (advantage[even & live] != 0).all() and len(np.unique(advantage[even & live])) > CLASSES - 1
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+class Told3:
+    """Three streams of four episodes, one of which is cut into two segments; `batch` is what a shaping reads."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.lengths = [3, 1, 4, 2, 3]
+        self.step = np.concatenate([np.arange(3), [0], np.arange(4), np.arange(2), [2, 3, 4]])
+        self.streams = {name: rng.integers(-1, 3, 13).astype(np.float32) / 2 for name in ("env", "quality", "success")}
+        self.weights = {"env": 0.5, "quality": 0.3, "success": 2.0}
+        mixed = sum(w * self.streams[name] for name, w in self.weights.items())
+        self.batch = SimpleNamespace(reward=torch.from_numpy(mixed).float(), columns={"step": self.step})
+
+    def shaped(self, **spec):
+        return make_shaping(spec, self.weights)(self.batch, self.lengths, self.streams.__getitem__).tolist()
+
+    @property
+    def segments(self):
+        ends = np.cumsum(self.lengths)
+        return [range(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+
+
+def test_gates_equal_their_definition():
+    """Sun et al. 2025: lower ranks accumulate only where every rank above has reached its threshold."""
+    told, expected = Told3(), []
+    for rows in told.segments:
+        won = sum(told.streams["success"][i] for i in rows) >= 1.0
+        good = won and sum(told.streams["quality"][i] for i in rows) >= 0.5
+        for i in rows:
+            reward = 2.0 * told.streams["success"][i] + (0.3 * told.streams["quality"][i] if won else 0.0)
+            expected.append(reward + (0.5 * told.streams["env"][i] if good else 0.0))
+    assert told.shaped(id="gated", gates={"success": 1.0, "quality": 0.5}) == pytest.approx(expected, abs=1e-6)
+    kept = [told.shaped(id="gated", gates={"success": -100.0}), told.batch.reward.tolist()]
+    assert kept[0] == pytest.approx(kept[1], abs=1e-6)  # an open gate is none
+
+
+def test_progress_and_weights_of_turns():
+    told, expected = Told3(), []
+    reward = told.batch.reward.tolist()
+    for rows in told.segments:
+        expected += [reward[i] + (3.0 * (reward[i] - reward[i - 1]) if i > rows[0] else 0.0) for i in rows]
+    assert told.shaped(id="progress", weight=3.0) == pytest.approx(expected, abs=1e-6)
+    weights = [0.0, 1.0, 0.5, 0.5, 0.5]
+    expected = [r * weights[t] for r, t in zip(reward, told.step, strict=True)]
+    assert told.shaped(id="turns", weights=[0, 1, 0.5]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("weights, said", [(None, "none"), ({"env": 1.0}, "env"), ({"success": 1.0}, "ranks below")])
+def test_a_gate_needs_streams(weights, said):
+    with pytest.raises(ValueError, match=said):
+        make_shaping({"id": "gated", "gates": {"success": 1.0}}, weights)
+
+
+@pytest.mark.parametrize("kl_in", ["loss", "reward"])
+def test_the_pull_to_the_reference_is_on_the_turns_that_are_named(kl_in):
+    """What the others do changes nothing: their reference is nowhere."""
+    lab = Lab()
+    pull = {"kl_weight": 0.3, "kl_in": kl_in, "kl_estimator": "k3", "kl_turns": [1, 2]}
+    objective = lab.objective({"id": "dr_grpo", "normalizer_units": 5.0, "clip_low": 0.1, "clip_high": 0.15, **pull})
+    filled(lab)
+    moved(lab)
+    objective.annotate(lab.agent, lab.buffer, lab.buffer.rows(), lab.rng)
+    episodes, total = [Told(lab, t) for t in lab.buffer.trajectories()], 0.0
+    pulled = [torch.from_numpy((t.turn >= 1) & (t.turn <= 2)) for t in episodes]
+    for told, chosen in zip(episodes, pulled, strict=True):
+        if kl_in == "reward":
+            r = (told.reference - told.old).double()
+            told.total -= 0.3 * float((r.exp() - r - 1)[chosen].sum())
+    advantage = group_advantage(episodes, "mean")
+    for told, chosen, a in zip(episodes, pulled, advantage, strict=True):
+        each = pessimistic((told.log_prob - told.old).exp(), a)
+        if kl_in == "loss":
+            r = told.reference - told.log_prob
+            each = each - 0.3 * torch.where(chosen, r.exp() - r - 1, 0.0)
+        total = total + each.sum() / 5
+    compare(lab, objective, -total / len(episodes), atol=5e-6)
+
+
+# --- thoughts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.0])
+@pytest.mark.parametrize("ratio", ["unit", "decision"])
+def test_thought_weights_equal_their_paper(ratio, weight):
+    """Zhai et al. 2024, eq. 4: log pi(a) = w log pi(thought) + log pi(action | thought), in PPO's ratio."""
+    lab = thinking.Lab(thoughts=3)
+    spec = {"id": "dr_grpo", "normalizer": "decisions", "whole_groups": False, "clip_low": 0.1, "clip_high": 0.15}
+    objective = lab.objective({**spec, "ratio": ratio, "unit_weights": {"thought": weight}})
+    lab.collect(64, group_size=4)
+    objective.annotate(lab.agent, lab.buffer, lab.buffer.rows(), lab.rng)
+    moved(lab)
+    batch, total = read(lab, objective), 0.0
+    log_prob, _ = lab.agent.policy.log_prob(batch.observation, batch.action, batch.trace)
+    for i in range(len(batch)):
+        change = (log_prob[i] - batch.log_prob[i]) * torch.tensor([weight] * 3 + [1.0])
+        change = change.sum()[None] if ratio == "decision" else change
+        total = total + pessimistic(change.exp(), float(batch.notes["advantage"][i])).mean()
+    compare(lab, objective, -total / len(batch))
