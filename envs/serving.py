@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import gymnasium
 import numpy as np
@@ -98,6 +98,17 @@ class EnvBatch(ABC):
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from `get_state`, bit by bit; the generators follow."""
         _put_back(self.held(), state)
+
+    def save(self, row: int) -> object:
+        """One row, beside its generator; see `states.Branches`."""
+        return {name: value[row].copy() for name, value in self.get_state().items()}
+
+    def restore(self, row: int, saved: object) -> None:
+        """Go on with a row from what `save` gave; the generators follow."""
+        state = self.get_state()
+        for name, value in cast(State, saved).items():
+            state[name][row] = value
+        self.set_state(state)
 
     def render(self, row: int, mode: str) -> np.ndarray | str | None:
         """How one environment looks: "rgb_array" [H, W, 3] uint8, "ansi" a text; None where it has no such look."""
@@ -300,6 +311,23 @@ class BatchVectorEnv(gymnasium.vector.VectorEnv):
         for generator, packed in zip(self.batch.generators, state["rng"], strict=True):
             unpack_generator(generator, packed)
         return self.batch.observe(np.arange(self.num_envs))
+
+    def save(self, row: int) -> object:
+        """One environment, to go on from in any row; see `states.Branches`."""
+        clocks = {name: value[row] for name, value in self._clocks().items()}
+        return self.batch.save(row), clocks, pack_generator(self.batch.generators[row])
+
+    def restore(self, row: int, saved: object) -> None:
+        """Go on with one environment from what `save` gave."""
+        inside, clocks, generator = cast(Any, saved)
+        packed = [pack_generator(each) for each in self.batch.generators]
+        packed[row] = generator
+        for name, value in clocks.items():
+            self._clocks()[name][row] = value
+        self.unborn[row] = False
+        self.batch.restore(row, inside)
+        for each, words in zip(self.batch.generators, packed, strict=True):
+            unpack_generator(each, words)
 
     def _clocks(self) -> State:
         return {"elapsed": self.elapsed, "started": self.started, "ended": self.ended}

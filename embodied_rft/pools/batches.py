@@ -22,7 +22,7 @@ from embodied_rft.pools.answers import Unfit, as_truth, leaves_of
 from embodied_rft.pools.hosts import DEADLINE, FIRST_TIME, Answer, Host, told_of
 from embodied_rft.pools.promises import find_seeding, narrow_seed
 from embodied_rft.pools.protocol import Seeding, merge
-from embodied_rft.pools.states import Saves, can_save
+from embodied_rft.pools.states import Branches, Saves, can_save
 from embodied_rft.pools.watch import Alarm, Watch
 
 BROKEN = "broken"  # key of infos
@@ -221,6 +221,21 @@ class Batch(Host):
             self._started = True
         self.vector_env.set_state({k: v for k, v in state.items() if k != "batch/ended"})
         self._ended = state["batch/ended"].astype(np.bool_)
+
+    def save(self, row: int) -> object:
+        """One of them, if the vector environment can tell them apart."""
+        if not isinstance(self.vector_env, Branches) or self._broken:
+            raise UserError(f"{self.vector_env} cannot save one of its environments: episodes cannot branch in it")
+        return self.vector_env.save(row), bool(self._ended[row])
+
+    def restore(self, row: int, saved: object) -> None:
+        """Go on with one."""
+        assert isinstance(self.vector_env, Branches)
+        if not self._started:
+            self.vector_env.reset(seed=cast(Any, [0] * self.num_envs))
+            self._started = True
+        inside, self._ended[row] = cast(Any, saved)
+        self.vector_env.restore(row, inside)
 
     def close(self) -> None:
         """Close it."""

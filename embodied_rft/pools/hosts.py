@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from embodied_rft.data import Action, Space
+from embodied_rft.names import UserError
 from embodied_rft.pools.answers import Unfit
 from embodied_rft.pools.incidents import describe_error, kind_of
 from embodied_rft.pools.protocol import Seeding
@@ -90,6 +91,14 @@ class Host(Protocol):
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from `get_state`."""
+
+    def save(self, row: int) -> object:
+        """One environment inside its episode, see `states.Branches`; UserError where it cannot be told or copied."""
+        raise UserError(f"environments of a {type(self).__name__} cannot be saved one by one")
+
+    def restore(self, row: int, saved: object) -> None:
+        """Go on with one from what `save` gave."""
+        raise UserError(f"environments of a {type(self).__name__} cannot be restored one by one")
 
     def close(self) -> None:
         """Close all environments."""

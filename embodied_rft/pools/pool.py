@@ -28,6 +28,7 @@ from embodied_rft.pools.hosts import DEADLINE, Answer, Host
 from embodied_rft.pools.incidents import MAX_INCIDENTS, Incidents
 from embodied_rft.pools.making import find_spec, make_single
 from embodied_rft.pools.protocol import (
+    Branch,
     Pool,
     Purpose,
     Seeding,
@@ -200,6 +201,25 @@ class VectorPool(Pool):
         self._reports_success = bool(state["pool/reports_success"])
         own = {key.removeprefix("pool/"): value for key, value in state.items() if key.startswith("pool/")}
         self._observation = self.host.observation = unpack_observation(own)
+
+    def save(self, row: int) -> Branch:
+        """One environment in the middle of its episode."""
+        if not self._observation or self._bad_start[row]:
+            raise UserError(f"environment {row} is in no episode: there is nothing to be saved")
+        shown = {key: value[row] for key, value in self._observation.items()}
+        return Branch(self.host.save(row), shown, int(self._seeds[row]), bool(self._idle[row]))
+
+    def restore(self, row: int, branch: Branch) -> None:
+        """Go on from a branch of a pool of the same environments; others are not touched. UserError before a reset."""
+        if not self._observation:
+            raise UserError("the pool was never reset: call reset before restore")
+        self.host.restore(row, branch.environment)
+        new = {key: value.copy() for key, value in self._observation.items()}
+        for key, value in branch.observation.items():
+            new[key][row] = value
+        self._observation = self.host.observation = new
+        self._idle, self._bad_start, self._seeds = self._idle.copy(), self._bad_start.copy(), self._seeds.copy()
+        self._idle[row], self._bad_start[row], self._seeds[row] = branch.idle, False, branch.seed
 
     def close(self) -> None:
         """Close the environments; a second call does nothing."""

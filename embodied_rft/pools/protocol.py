@@ -74,6 +74,16 @@ class Seeding:
         return ""
 
 
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One environment of a pool in the middle of an episode: `pool.restore(row, branch)` goes on from there."""
+
+    environment: object  # what its host saved
+    observation: dict[str, Any]  # of one: what it shows
+    seed: int  # from which its episode began
+    idle: bool  # no episode is running
+
+
 class Pool(Protocol):
     """N environments that step together. There is no autoreset: who steps a pool resets what has ended.
 
@@ -120,6 +130,14 @@ class Pool(Protocol):
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from what `get_state` gave."""
+
+    def save(self, row: int) -> Branch:
+        """One environment in the middle of its episode; UserError where it can be neither told nor copied."""
+        raise UserError(f"in a {type(self).__name__} episodes cannot branch: take a pool of single steps")
+
+    def restore(self, row: int, branch: Branch) -> None:
+        """Go on from a branch in any place: one state may be gone on with in many environments at once."""
+        raise UserError(f"in a {type(self).__name__} episodes cannot branch: take a pool of single steps")
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""

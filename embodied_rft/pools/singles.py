@@ -8,10 +8,11 @@ Legend: N environments.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -295,6 +296,36 @@ class Singles(Host):
                     slot.young = False
                 slot.seed, slot.steps = (int(v) for v in own.pop("slot"))
                 set_single_state(slot.env, own)
+
+    def save(self, row: int) -> object:
+        """The state of one environment, or a copy of it where it does not offer its state."""
+        slot = self.slots[row]
+        if slot.env is None or slot.young:
+            raise UserError(f"environment {self.first + row} is in no episode: there is nothing to be saved")
+        found: Any = single_state(slot.env) if self.can_save else None
+        if found is None:
+            try:
+                found = copy.deepcopy(slot.env)
+            except Exception as error:
+                raise UserError(
+                    f"environment {self.first + row} offers no get_state, and it cannot be copied ({error}): episodes "
+                    "cannot branch in it. Give it get_state and set_state (docs/plugins.md)"
+                ) from error
+        return found, slot.seed, slot.steps, slot.globals
+
+    def restore(self, row: int, saved: object) -> None:
+        """Go on with one; copies are copied again, so that one can be gone on with often."""
+        slot = self.slots[row]
+        found, slot.seed, slot.steps, slot.globals = cast(Any, saved)
+        if isinstance(found, gymnasium.Env):
+            slot.env, slot.young = copy.deepcopy(found), False
+            return
+        if slot.env is None:
+            slot.env, slot.young = self.make(), True
+        if slot.young:  # fills what no state holds
+            slot.env.reset(seed=0)
+            slot.young = False
+        set_single_state(slot.env, found)
 
     def close(self) -> None:
         """Close all environments."""

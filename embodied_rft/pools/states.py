@@ -37,6 +37,17 @@ class Saves(Protocol):
 
 
 @runtime_checkable
+class Branches(Protocol):
+    """Many environments, any of which can be gone on with in the place of another: trees of what might have been."""
+
+    def save(self, row: int) -> object:
+        """All that the future of one depends on; only `restore` reads it."""
+
+    def restore(self, row: int, saved: object) -> None:
+        """The environment `row` goes on from what `save` gave, of any row of equal environments."""
+
+
+@runtime_checkable
 class MaySave(Protocol):
     """Has the methods of `Saves`, and says whether they can be used."""
 

@@ -232,6 +232,12 @@ class _Slice:
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         self.host.set_state(state)
 
+    def save(self, row: int) -> object:
+        return self.host.save(row)
+
+    def restore(self, row: int, saved: object) -> None:
+        self.host.restore(row, saved)
+
     def close(self) -> None:
         self.host.close()
         if self.shared is not None:

@@ -204,6 +204,22 @@ class Workers(Host):
         for w, worker in enumerate(self._workers):
             self._lost[worker.envs] = w not in answers
 
+    def save(self, row: int) -> object:
+        """Asked of its worker."""
+        return self._of_one(row, "save", ())
+
+    def restore(self, row: int, saved: object) -> None:
+        """Told to its worker."""
+        self._of_one(row, "restore", (saved,))
+
+    def _of_one(self, row: int, command: str, arguments: tuple[Any, ...]) -> object:
+        """A command for one environment; UserError if its worker failed."""
+        w = next(w for w, worker in enumerate(self._workers) if worker.envs.start <= row < worker.envs.stop)
+        answers = self._exchange({w: (command, (row - self._workers[w].envs.start, *arguments))})
+        if w not in answers:
+            raise UserError(f"the worker of environment {row} failed while it was to {command} it")
+        return answers[w]
+
     def close(self) -> None:
         """Stop the workers and remove the shared memory; a second call does nothing."""
         self._finalizer()

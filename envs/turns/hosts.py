@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from gymnasium import spaces
@@ -75,6 +75,14 @@ class Host(ABC):
     @abstractmethod
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from it."""
+
+    @abstractmethod
+    def save(self, row: int) -> object:
+        """One of them; see `states.Branches`."""
+
+    @abstractmethod
+    def restore(self, row: int, saved: object) -> None:
+        """Go on with one."""
 
     @abstractmethod
     def close(self) -> None:
@@ -164,6 +172,15 @@ class BatchHost(Host):
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Its own."""
         self.batch.set_state(state)
+        self._seen = None
+
+    def save(self, row: int) -> object:
+        """Its own."""
+        return self.batch.save(row)
+
+    def restore(self, row: int, saved: object) -> None:
+        """Its own."""
+        self.batch.restore(row, saved)
         self._seen = None
 
     def close(self) -> None:
@@ -258,6 +275,19 @@ class SinglesHost(Host):
         """Continue."""
         self.singles.set_state(state)
         self.singles.observation = unpack_observation(state)
+
+    def save(self, row: int) -> object:
+        """With what it showed."""
+        return self.singles.save(row), {key: value[row] for key, value in self.observation().items()}
+
+    def restore(self, row: int, saved: object) -> None:
+        """Go on."""
+        inside, shown = cast(Any, saved)
+        self.singles.restore(row, inside)
+        seen = {key: value.copy() for key, value in self.singles.observation.items()}
+        for key, value in shown.items():
+            seen[key][row] = value
+        self.singles.observation = seen
 
     def close(self) -> None:
         """Close them."""

@@ -11,7 +11,7 @@ Legend: N environments, K of them named by `rows`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 from gymnasium import spaces
@@ -256,6 +256,18 @@ class Lifted(EnvBatch):
         self.host.set_state({n.removeprefix("inner/"): value for n, value in state.items() if n.startswith("inner/")})
         rows = np.flatnonzero(self.turn >= 0)
         self._write(rows)
+
+    def save(self, row: int) -> object:
+        """One conversation."""
+        return {name: value[row].copy() for name, value in self.held().items()}, self.host.save(row)
+
+    def restore(self, row: int, saved: object) -> None:
+        """Go on with one."""
+        own, inside = cast(Any, saved)
+        for name, value in self.held().items():
+            value[row] = own[name]
+        self.host.restore(row, inside)
+        self._write(np.array([row]))
 
     def close(self) -> None:
         """Close what is lifted."""
