@@ -9,9 +9,13 @@ Example, after `import gymnasium, embodied_rft.envs`:
 if __name__ != "embodied_rft.envs":  # one module must have one name
     raise ImportError("import embodied_rft.envs, not envs")
 
+import gymnasium
+
 from embodied_rft.envs.serving import serve
 
-_ARMS, _TEXT, _GAMES, _TURNS = (f"{__name__}.{room}" for room in ("manipulation", "text", "games", "turns"))
+_ARMS, _TEXT, _GAMES, _TURNS, _WORLDS = (
+    f"{__name__}.{room}" for room in ("manipulation", "text", "games", "turns", "worlds")
+)
 
 for _name in ("Reach", "Push", "Slide", "PickAndPlace"):
     _fetch = {"batch": f"{_ARMS}.fetch:FetchSimulation", "task": f"{_ARMS}.fetch:FetchTask", "name": _name}
@@ -32,3 +36,10 @@ for _name, _file in _FILES.items():
     serve(f"embodied_rft/{_name}-v0", f"{_GAMES}.batch:GameBatch", task=f"{_GAMES}.{_file}:{_name}")
     serve(f"embodied_rft/Told{_name}-v0", f"{_TURNS}.lifted:Lifted", of=f"embodied_rft/{_name}-v0")
 serve("embodied_rft/Told-v0", f"{_TURNS}.lifted:Lifted")
+
+_OTHERS: dict[str, tuple[str, dict[str, object]]] = {
+    "BabyAI": ("grids:Grid", {"family": "BabyAI"}), "MiniGrid": ("grids:Grid", {"family": "MiniGrid", "expert": False}),
+    "Arcade": ("arcade:Arcade", {}), "Crafter": ("crafting:Crafter", {}), "TextGame": ("text_games:TextGame", {}),
+}  # fmt: skip
+for _name, (_place, _fixed) in _OTHERS.items():
+    gymnasium.register(f"embodied_rft/{_name}-v0", f"{_WORLDS}.{_place}", kwargs=_fixed)

@@ -10,6 +10,7 @@ from tests import (
     test_effects_of_models,
     test_effects_of_stages,
     test_effects_of_tasks,
+    test_effects_of_worlds,
 )
 from tests.lab.effects import Walk, tally
 
@@ -19,7 +20,8 @@ def walks(folder: Path) -> dict[str, list[Walk]]:
     found = defaultdict(list)
     found["objective"] = test_effects.walks()
     found["agent"] = [*test_effects_of_agents.walks(), *sum(test_effects_of_models.walks(folder).values(), [])]
-    for walk in [*test_effects_of_stages.walks(folder), *test_effects_of_tasks.walks(folder)]:
+    of_tasks = [*test_effects_of_tasks.walks(folder), *test_effects_of_worlds.walks()]
+    for walk in [*test_effects_of_stages.walks(folder), *of_tasks]:
         found[walk.what.partition(" ")[0]].append(walk)
     return dict(found)
 

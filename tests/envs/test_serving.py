@@ -40,7 +40,8 @@ class Count(EnvBatch):
 
 
 serve("serving/Count-v0", Count, max_episode_steps=5, least=3)
-IDS = ("serving/Count-v0", *sorted(id for id in gymnasium.registry if id.startswith("embodied_rft/")))
+BATCHES = [id for id, spec in gymnasium.registry.items() if spec.vector_entry_point is not None]
+IDS = ("serving/Count-v0", *sorted(id for id in BATCHES if id.startswith("embodied_rft/")))
 REQUIRED = {"embodied_rft/TextJsonl-v0", "embodied_rft/Told-v0"}  # need a file, or what is lifted; as the others do
 
 
