@@ -47,7 +47,7 @@ ALLOWED = {
     "registry.py": (1, "options of plug-ins, which may be plain functions"),
     "runs/console.py": (1, "the terminal"),
     "runs/inputs.py": (2, "modules of anybody"),
-    "tokens/prefix.py": (2, "configurations of Hugging Face"),
+    "tokens/decoder.py": (2, "configurations of Hugging Face"),
 }
 
 
