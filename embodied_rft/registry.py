@@ -32,7 +32,8 @@ OUR_OWN = (
 )  # fmt: skip
 KINDS = ("agent", "objective", "demonstrator", "stage", "credit", "shaping", "reward", "parser", "logger", "check")
 _tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
-_contracts: dict[str, type] = {}  # what every class of a kind derives from, where there is such a thing
+# What every class of a kind derives from, where there is such a thing; None: not imported yet.
+_contracts: dict[str, type | None] = dict.fromkeys(("agent", "objective", "stage", "logger"))
 
 
 def register(kind: str, *ids: str) -> Callable[[T], T]:
@@ -72,12 +73,12 @@ def find(kind: str, id: str) -> Any:
     Raises:
         ValueError: there is none, with the nearest known id; or it does not derive from what its kind does.
     """
-    if id not in _tables[kind]:
+    if id not in _tables[kind] or _contracts.get(kind, object) is None:
         load_plugins()
     if id not in _tables[kind]:
         raise UserError(f"unknown {kind} {id!r}; {nearest(id, _tables[kind])}")
     found, base = _tables[kind][id], _contracts.get(kind, object)
-    if base is not object and not (isinstance(found, type) and issubclass(found, base)):
+    if base not in (None, object) and not (isinstance(found, type) and issubclass(found, base)):
         raise UserError(f"{kind} {id!r} is {found!r}: derive the class from {base.__module__}.{base.__qualname__}")
     return found
 
