@@ -31,7 +31,18 @@ BUG = "This is a bug of ours, not a mistake of yours: please report it, with the
 
 TAKE_VALUE = ("--run", "--seed", "--out", "--episodes", "--noise", "--device")  # options of the verbs below
 TAKE_PAIRS = ("train", "demos")  # verbs that take KEY=VALUE
-LISTED = ("recipes", "stages", "agents", "objectives", "envs", "demonstrators", "rewards", "parsers", "credits")
+LISTED = (
+    "recipes",
+    "stages",
+    "agents",
+    "objectives",
+    "envs",
+    "demonstrators",
+    "rewards",
+    "parsers",
+    "credits",
+    "shapings",
+)
 
 
 def train(
@@ -192,8 +203,8 @@ def list_known(
     """Show what can be named in a recipe, with one line each, or all options of one of them.
 
     Args:
-        kind: recipes, stages, agents, objectives, envs, demonstrators, rewards, parsers, credits; default all. Or
-            recipe, env, buffer, learner, logging: the options of that part of a recipe.
+        kind: recipes, stages, agents, objectives, envs, demonstrators, rewards, parsers, credits, shapings; default
+            all. Or recipe, env, buffer, learner, logging: the options of that part of a recipe.
         id: One of the kind, as in `erft list objective sac`: its options, with meaning, default and range.
     """
     from embodied_rft.runs.listing import print_known, print_options

@@ -43,6 +43,7 @@ BASE |= {"discrete_sac": {**CRITIC, "target_every": 2}, "dppo": {**BASE["ppo"], 
 BASE |= {id: {**CRITIC, "policy_delay": 2} for id in ("rlpd", "wsrl")}
 BASE |= dict.fromkeys(("iql", "sac", "td3", "td3_bc", "spot", "e2o", "dsrl_sac", "dsrl_na"), CRITIC)
 BASE |= dict.fromkeys(("cql", "cal_ql"), {**CRITIC, "num_sampled_actions": 2})
+BASE |= {"gflownet": {"batch_size": 40, "num_epochs": 1, "flow_hidden": [8]}}
 BASE |= {"cpl": {"batch_size": 8, "segment": 2}, "gigpo": {**BASE["ppo"], "whole_groups": True}}
 
 VALUES = {
@@ -89,6 +90,7 @@ OWN_VALUES = {
     "reinflow": {"ratio": "decision", "normalizer": "units"},
     "cpl": {"within": "group"},
     "gigpo": {"normalizer": "episodes"},
+    "gflownet": {"batch_size": 90, "floor": 1.0},
     **dict.fromkeys(("rlpd", "wsrl", "e2o"), {"policy_value": "min"}),
 }
 KL = {"kl_weight": 0.1}
@@ -114,6 +116,7 @@ CONTEXTS = {
     "unit_discount": {"ratio": "unit", "normalizer": "units"},
     "subset_size": {"target": "random_subset"},
     "cooling_updates": {"final_support_weight": 0.05},
+    "sub_decay": {"balance": "sub_trajectory"},
     "reward_weights": {"selection": {"best_of": 1}},
 }
 SITUATIONS = {

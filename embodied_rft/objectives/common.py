@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import make_dataclass
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Protocol, TypeVar, get_type_hints
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from embodied_rft.learning.learner import to_device
 from embodied_rft.learning.returns import monte_carlo, pad_segments
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.critics import Temperature
-from embodied_rft.options import STRICT
-from embodied_rft.policy import Imitates, require
+from embodied_rft.options import STRICT, Dataclass, refuse_idle
+from embodied_rft.policy import Imitates, Policy, require
 from embodied_rft.pools.chunks import ChunkBox
 from embodied_rft.registry import register
 
@@ -68,6 +68,18 @@ def unit_weights(batch: Batch, weights: UnitWeights | None) -> Tensor | None:
         return None
     mark = torch.from_numpy(batch.trace[MARK].pad()[0]).to(batch.mask.device)
     return torch.where(mark == 1, weights.action, weights.thought)
+
+
+class Weighs(Dataclass, Protocol):
+    """Options with weights of units."""
+
+    unit_weights: UnitWeights | None
+
+
+def refuse_unmarked(policy: Policy, config: Weighs) -> None:
+    """Refuse weights of units on a policy that does not mark them."""
+    if MARK not in policy.trace_fields:
+        refuse_idle(config, ["unit_weights"], "on this policy, whose units have no marks")
 
 
 @dataclass(config=STRICT, kw_only=True)

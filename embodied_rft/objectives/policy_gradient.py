@@ -35,9 +35,9 @@ from embodied_rft.networks.critics import Value
 from embodied_rft.networks.fused import Bound
 from embodied_rft.networks.tensors import polyak
 from embodied_rft.objectives.common import (
-    MARK,
     UnitWeights,
     readable,
+    refuse_unmarked,
     score_in_chunks,
     unit_weights,
     units_of,
@@ -226,8 +226,7 @@ class PPO(Objective):
             )
         if CUT not in policy.trace_fields:
             refuse_idle(self.config, ["cut"], "on this policy, whose decisions run into no length limit")
-        if self.config.unit_weights is not None and MARK not in policy.trace_fields:
-            refuse_idle(self.config, ["unit_weights"], "on this policy, whose units have no marks")
+        refuse_unmarked(policy, self.config)
         if self.config.clip_first is not None and policy.num_units is None:
             raise UserError("clip_first needs a fixed number of units in a decision (a chain's steps): leave it out")
 

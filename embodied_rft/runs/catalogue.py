@@ -39,7 +39,18 @@ from embodied_rft.runs.recipe import BufferConfig, Recipe
 TOPICS: dict[str, Any] = {
     "recipe": Recipe, "env": EnvConfig, "buffer": BufferConfig, "learner": LearnerConfig, "logging": LogConfig,
 }  # fmt: skip
-KINDS = ("stage", "objective", "agent", "env", "demonstrator", "reward", "credit", "parser", "logger")  # that have ids
+KINDS = (
+    "stage",
+    "objective",
+    "agent",
+    "env",
+    "demonstrator",
+    "reward",
+    "credit",
+    "shaping",
+    "parser",
+    "logger",
+)  # that have ids
 NOT_SET = {"render_mode", "autoreset_mode", "num_envs"}  # of environments: not for a recipe's env.options
 WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", type(None): "null"}
 
@@ -71,7 +82,7 @@ def options_of(kind: str, id: str) -> list[Option]:
     target, config = registry.find(kind, id), registry.config_of(kind, id)
     if config is not None:
         return of_dataclass(config)
-    if kind in ("stage", "objective", "agent", "credit"):
+    if kind in ("stage", "objective", "agent", "credit", "shaping"):
         return []
     skipped = {"reward": 2, "logger": 1}.get(kind, 0)  # what a rule judges and where a logger writes is no option
     return of_callable(target, skip=skipped, without={"step", "recipe", "prompt", "columns", "environment"})

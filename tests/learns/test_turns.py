@@ -143,3 +143,38 @@ def test_progress_is_paid():
 
 def test_without_the_bonus_it_repeats_itself():
     fails(corrects_itself)
+
+
+# --- ends in proportion to reward ------------------------------------------------------------------------------------
+
+WORTH = np.where(np.random.default_rng(3).random(27) < 0.25, np.random.default_rng(4).choice([2.0, 4.0], 27), 0.3)
+
+
+def leaves(num_envs):
+    """Three choices of three: 27 ends, some worth 2 or 4, the others 0.3."""
+
+    def pay(moves, turn, secret):
+        worth = WORTH[(np.maximum(moves, 0) * [9, 3, 1]).sum(1)]
+        return np.where(turn == 3, worth, 0.0), worth > 1
+
+    return Moves(num_envs, length=3, kinds=3, pay=pay)
+
+
+def samples_in_proportion(spec, *, flow_rate=None):
+    lab = Lab(leaves)
+    rates = {} if flow_rate is None else {"learning_rates": {"flow": flow_rate}}
+    lab.objective({"batch_size": 96, "num_epochs": 4, **spec}, learning_rate=5e-3, **rates)
+    lab.finetune(36)
+    found = np.bincount((lab.play(3000)[0] * [9, 3, 1]).sum(1), minlength=27) / 3000
+    assert (found[WORTH > 1] > 0.02).all(), "distinct solutions"
+    assert np.abs(found - WORTH / WORTH.sum()).sum() / 2 < 0.12
+
+
+@pytest.mark.parametrize("balance", ["trajectory", "sub_trajectory", "detailed"])
+def test_gflownet(balance):
+    samples_in_proportion({"id": "gflownet", "balance": balance}, flow_rate=2e-2)
+
+
+@pytest.mark.parametrize("spec", [{"id": "ppo", "gamma": 1.0, "entropy_weight": 0.01}, {"id": "gflownet", "beta": 4.0}])
+def test_ppo_finds_one_end_and_a_sharper_reward_other_shares(spec):
+    fails(samples_in_proportion, spec)

@@ -173,3 +173,47 @@ def test_thought_weights_equal_their_paper(ratio, weight):
         change = change.sum()[None] if ratio == "decision" else change
         total = total + pessimistic(change.exp(), float(batch.notes["advantage"][i])).mean()
     compare(lab, objective, -total / len(batch))
+
+
+# --- flows -----------------------------------------------------------------------------------------------------------
+
+
+def balance(told, flow, log_reward, how):
+    """Malkin 2022, eq. 14; Bengio 2023, eq. 9; Madan 2023, eq. 10, stretch by stretch of one episode."""
+    forward = [told.log_prob[torch.from_numpy(told.turn == t)].sum() for t in range(len(told.lengths))]
+    state, last = [*flow, torch.tensor(log_reward)], len(forward)
+    if how == "trajectory":
+        return (state[0] + sum(forward) - state[last]) ** 2
+    pairs = [(i, j) for i in range(last) for j in range(i + 1, last + 1) if how == "sub_trajectory" or j == i + 1]
+    weights = [0.7 ** (j - i) if how == "sub_trajectory" else 1.0 for i, j in pairs]
+    each = [w * (state[i] + sum(forward[i:j]) - state[j]) ** 2 for w, (i, j) in zip(weights, pairs, strict=True)]
+    return sum(each) / sum(weights)
+
+
+@pytest.mark.parametrize("reward", ["power", "exponential"])
+@pytest.mark.parametrize("how", ["trajectory", "sub_trajectory", "detailed"])
+def test_gflownet_equals_its_papers(how, reward):
+    lab = Lab()
+    options = {"sub_decay": 0.7} if how == "sub_trajectory" else {}
+    options |= {"floor": 0.1} if reward == "power" else {}
+    spec = {"id": "gflownet", "balance": how, "beta": 2.0, "reward": reward, "flow_hidden": [8], **options}
+    objective = lab.objective(spec)
+    filled(lab)
+    objective.annotate(lab.agent, lab.buffer, lab.buffer.rows(), lab.rng)
+    moved(lab)
+    total, net = 0.0, lab.agent.parts["flow"]
+    episodes = [(Told(lab, t), t.observation["observation"][:-1]) for t in lab.buffer.trajectories()]
+    for told, shown in episodes:
+        worth = 2.0 * (np.log(max(told.total, 0.1)) if reward == "power" else told.total)
+        total = total + balance(told, net({"observation": torch.from_numpy(shown)}), worth, how)
+    expected = total / len(episodes)
+    batch = read(lab, objective)
+    weights = {"flow": list(net.parameters()), "policy": list(lab.agent.policy.parameters())}
+    for name, part in weights.items():
+        truth = torch.autograd.grad(expected, part, retain_graph=True)
+        for pieces in ([batch], batch.split(5)):
+            losses = [objective.losses[name](lab.agent, piece, lab.rng)[0] for piece in pieces]
+            torch.testing.assert_close(sum(losses), expected.to(losses[0]), atol=1e-4, rtol=1e-4)
+            found = [torch.autograd.grad(loss, part, retain_graph=True) for loss in losses]
+            for one, other in zip([sum(g) for g in zip(*found, strict=True)], truth, strict=True):
+                torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
