@@ -154,4 +154,5 @@ class GFlowNet(Objective):
 def _runs(numbers: np.ndarray) -> list[int]:
     """How many equal neighbours there are, run after run."""
     ends = np.flatnonzero(np.append(np.diff(numbers) != 0, True)) + 1
-    return np.diff(ends, prepend=0).tolist()
+    lengths: list[int] = np.diff(ends, prepend=0).tolist()
+    return lengths
