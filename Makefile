@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 $(DEV_READY): $(READY)
 	@echo "setup: what the tests need: tools, peers to compare with, environments that are not ours"
 	@$(PIP) -c constraints.txt -e ".[dev,tasks]"
-	@$(PIP) -c constraints.txt --no-deps gym-pusht  # its own pins contradict minigrid's
+	@$(PIP) -c constraints.txt --no-deps gym-pusht openenv-core  # what they list contradicts minigrid's pins, and ours
 	@touch $@
 
 demo: setup

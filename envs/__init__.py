@@ -40,6 +40,7 @@ serve("embodied_rft/Told-v0", f"{_TURNS}.lifted:Lifted")
 _OTHERS: dict[str, tuple[str, dict[str, object]]] = {
     "BabyAI": ("grids:Grid", {"family": "BabyAI"}), "MiniGrid": ("grids:Grid", {"family": "MiniGrid", "expert": False}),
     "Arcade": ("arcade:Arcade", {}), "Crafter": ("crafting:Crafter", {}), "TextGame": ("text_games:TextGame", {}),
+    "OpenEnv": ("open_env:OpenEnv", {}),
 }  # fmt: skip
 for _name, (_place, _fixed) in _OTHERS.items():
     gymnasium.register(f"embodied_rft/{_name}-v0", f"{_WORLDS}.{_place}", kwargs=_fixed)

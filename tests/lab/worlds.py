@@ -22,7 +22,7 @@ QUICK = {
     "Crafter": {"area": 16},
     "TextGame": {"games": 2, "held_out": 2, "expert": True},
 }
-SERVED: set[str] = set()  # need a server
+SERVED = {"embodied_rft/OpenEnv-v0"}  # need a server
 IDS = {f"embodied_rft/{name}-v0": name for name in PACKAGES}
 
 
