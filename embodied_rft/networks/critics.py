@@ -18,21 +18,30 @@ from embodied_rft.networks.encoder import Features
 from embodied_rft.networks.fused import Activation
 from embodied_rft.networks.mlp import MLP, EnsembleMLP
 from embodied_rft.networks.mlp import linear as linear
+from embodied_rft.networks.texts import TextBag
+from embodied_rft.pools.protocol import is_text
 from embodied_rft.pools.spaces import DISCRETE, ActionScale, Choices, one_choice
 
 
 class ActionReader(nn.Module):
-    """What a network reads of an action [B, ...] in its space's units: [B, size], vectors scaled to [-1, 1]."""
+    """What a network reads of an action in its space's units: [B, size]; vectors scaled to [-1, 1], texts as bags."""
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, *, rng: torch.Generator) -> None:
         super().__init__()
+        self.bag = TextBag(rng=rng) if is_text(space) else None
+        if self.bag is not None:
+            self.size = self.bag.size
+            return
         self.space = Choices(space) if isinstance(space, DISCRETE) else ActionScale(space)
         self.size = sum(self.space.sizes) if isinstance(self.space, Choices) else self.space.action_dim
 
-    def forward(self, action: Tensor) -> Tensor:
-        """[B, ...] -> [B, size]."""
+    def forward(self, action: Tensor | Sequence[str]) -> Tensor:
+        """[B, ...], or B texts -> [B, size]."""
+        if self.bag is not None:
+            return self.bag(action)
+        assert isinstance(action, Tensor)
         return self.space.one_hot(action) if isinstance(self.space, Choices) else self.space.from_env(action)
 
 
@@ -56,7 +65,7 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.num_members = encoder, num_members
-        self.reads = ActionReader(space)
+        self.reads = ActionReader(space, rng=rng)
         self.net = EnsembleMLP(
             encoder.size + self.reads.size, hidden, num_members=num_members, rng=rng, layer_norm=layer_norm
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.plans import Share
-from embodied_rft.data import Batch, Ragged
+from embodied_rft.data import Batch, Ragged, Tree
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.learner import to_device
 from embodied_rft.learning.returns import monte_carlo, pad_segments
@@ -59,14 +59,14 @@ class UnitWeights:
     action: Annotated[float, Option(ge=0)] = 1.0  # mark 1
 
 
-def unit_weights(batch: Batch, weights: UnitWeights | None) -> Tensor | None:
+def unit_weights(mask: Tensor, trace: Tree, weights: UnitWeights | None) -> Tensor | None:
     """[B, U]: the weight of each unit in the log-probability of its decision (Zhai et al. 2024, RL4VLM, eq. 4).
 
     log pi(reply) = thought * sum of log pi(thought tokens) + action * sum of log pi(action tokens). None: all are 1.
     """
     if weights is None:
         return None
-    mark = torch.from_numpy(batch.trace[MARK].pad()[0]).to(batch.mask.device)
+    mark = torch.from_numpy(trace[MARK].pad()[0]).to(mask.device)
     return torch.where(mark == 1, weights.action, weights.thought)
 
 

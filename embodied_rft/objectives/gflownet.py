@@ -103,7 +103,7 @@ class GFlowNet(Objective):
         """Log-probability of each decision [B]; computed once an update."""
         if "log_forward" not in batch.notes:
             each, _ = agent.policy.log_prob(batch.observation, batch.action, batch.trace)
-            part = unit_weights(batch, self.config.unit_weights)
+            part = unit_weights(batch.mask, batch.trace, self.config.unit_weights)
             each = each if part is None else each * part
             batch.notes["log_forward"] = torch.where(batch.mask, each, 0.0).sum(1)
         return batch.notes["log_forward"]

@@ -276,7 +276,7 @@ class PPO(Objective):
         log_prob, entropy = agent.policy.log_prob(batch.observation, batch.action, batch.trace)
         old = batch.log_prob if c.correction is None else notes["old_log_prob"]
         mask = batch.mask if agent.policy.num_units is None else None  # a fixed number of units is never padded
-        part = unit_weights(batch, c.unit_weights)
+        part = unit_weights(batch.mask, batch.trace, c.unit_weights)
         now, then = (log_prob, old) if part is None else (log_prob * part, old * part)
         ratio = losses.log_ratio(now, then, mask, level=c.ratio, episode=self._episode(batch, log_prob.device))
         if c.per_dimension:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tests.lab import spelling, thinking
 from tests.lab.harness import fails, require
@@ -178,3 +179,43 @@ def test_gflownet(balance):
 @pytest.mark.parametrize("spec", [{"id": "ppo", "gamma": 1.0, "entropy_weight": 0.01}, {"id": "gflownet", "beta": 4.0}])
 def test_ppo_finds_one_end_and_a_sharper_reward_other_shares(spec):
     fails(samples_in_proportion, spec)
+
+
+# --- a critic of whole decisions -------------------------------------------------------------------------------------
+
+GOOD = np.array([0, 2, 1, 1, 0, 2])
+
+
+def lock(num_envs):
+    """Six choices of three; what they were worth is told at the end."""
+
+    def pay(moves, turn, secret):
+        right = (moves == GOOD).sum(1)
+        return np.where(turn == 6, (right / 6) ** 2, 0.0), right == 6
+
+    return Moves(num_envs, length=6, kinds=3, pay=pay)
+
+
+def opens(spec, *, updates=None, tamper=None):
+    """With 11 times 32 episodes."""
+    lab = Lab(lock, num_envs=32, tamper=tamper)
+    lab.objective(spec, learning_rate=3e-3)
+    assert lab.finetune(11, episodes=32, updates=updates)[-1] >= 0.7
+
+
+ARCHER = {"id": "archer", "batch_size": 64, "critic_hidden": [64], "tau": 0.05, "gamma": 1.0, "entropy_weight": 0.02}
+
+
+def without_bootstrap(batch):
+    batch.discount = torch.zeros_like(batch.discount)
+    return batch
+
+
+def test_archer():
+    opens(ARCHER, updates=96)
+
+
+def test_reinforce_on_as_many_rollouts_and_a_critic_of_one_step_fail():
+    plain = {"ratio": "none", "clip_low": None, "clip_high": None, "num_epochs": 1, "batch_size": 192}
+    fails(opens, {"id": "reinforce_pp", "entropy_weight": 0.02, **plain})
+    fails(opens, ARCHER, updates=48, tamper=without_bootstrap)
