@@ -122,6 +122,11 @@ def test_the_lines_and_the_recipe_of_the_text_page_are_read(tmp_path, monkeypatc
     assert len(env.unwrapped.initial_observations()) == lines.count("\n") + 1 > 3
 
 
+@pytest.mark.parametrize("example", blocks("turns", "python"))
+def test_the_examples_of_the_page_on_turns_are_true(example):
+    exec(example, {})
+
+
 def success(project, *command):
     """Success before and after a recipe of the project."""
     done = run(project, "-m", "embodied_rft.cli", "train", *command)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from embodied_rft.evaluation.panels import task_id
 from embodied_rft.evaluation.samples import Sample, Samples, summarize
 from embodied_rft.experience.schedule import Act, Played, Say, Schedule
 from embodied_rft.names import UserError
@@ -34,6 +35,10 @@ class Evaluation:
     returns: list[float]
     lengths: list[int]
     invalid: int = 0  # episodes that had to be started again because their environment failed
+    tasks: list[str] = field(
+        default_factory=list
+    )  # the panel: what each seed showed first, as `panels.task_id` names it
+    changed: list[int] = field(default_factory=list)  # seeds that showed another task in an earlier evaluation
     incidents: dict[str, int] = field(default_factory=dict)  # why, by kind, as pools count them
     seconds: float = 0.0
     name: str = ""
@@ -94,6 +99,11 @@ class Evaluation:
         if self.incidents:
             why = ", ".join(f"{count} {kind}" for kind, count in sorted(self.incidents.items()))
             on += f"; {self.invalid} episodes were void and played again ({why})"
+        if self.changed:
+            on += (
+                f"; {len(self.changed)} of the seeds showed other tasks in an earlier evaluation: the environment has "
+                "changed, and the two cannot be compared"
+            )
         if not self.told:
             return f"mean return {self.mean_return:.3g} {on}; {SILENT}"
         low, high = self.interval
@@ -186,6 +196,7 @@ class _Episodes:
         self.waiting = list(range(len(seeds)))[::-1]
         self.returns, self.lengths, self.failures = (np.zeros(len(seeds)) for _ in range(3))
         self.ended: dict[int, bool] = {}  # success of each episode that came to its end
+        self.tasks: dict[int, str] = {}  # of each episode that began
         self.told = False
 
     def deal(self, count: int) -> list[tuple[int, int]]:
@@ -198,6 +209,9 @@ class _Episodes:
         success = played.result.info.get("success")
         self.told |= success is not None
         for env in played.streams.tolist():
+            if schedule.step[env] == 1:
+                episode = int(schedule.episode[env])
+                self.tasks[episode] = task_id(played.observation, env, self.seeds[episode])
             reward = played.result.reward[env]
             self.said.add(int(schedule.episode[env]), played.observation, played.decisions, reward, env)
         for env in played.ended:
@@ -235,6 +249,7 @@ class _Episodes:
             name=name,
             states=states,
             told=self.told,
+            tasks=[self.tasks[i] for i in judged],
             left_out=[int(seed) for i, seed in enumerate(self.seeds) if i not in self.ended],
             samples=samples,
             pictures=pictures,

@@ -25,11 +25,13 @@ What lies in it:
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embodied_rft.evaluation.panels import changed_tasks
 from embodied_rft.evaluation.pictures import write_pictures
 from embodied_rft.evaluation.samples import write_samples
 from embodied_rft.files import write_json
@@ -119,6 +121,7 @@ class RunFolder(os.PathLike[str]):
         sheet: int,
         decisions: int,
         wall_seconds: float,
+        panel: str,
         **facts: Any,
     ) -> None:
         """Write `evaluations/slug.json`, and what was said beside it.
@@ -130,9 +133,19 @@ class RunFolder(os.PathLike[str]):
             sheet: of the initial states.
             decisions: that the policy had learned from.
             wall_seconds: that the run had used until then.
+            panel: which environments it was in (`panels.panel_of`): seeds that show other tasks than in an earlier
+                evaluation of them are said in `outcome.changed`.
             facts: whatever else is known.
         """
-        given = {"stage": list(stage), "sheet": sheet, "decisions": decisions, "wall_seconds": wall_seconds}
+        earlier = (_record(path) for path in self.evaluation_files() if path.stem != slug)
+        outcome.changed = changed_tasks(outcome.tasks, panel, earlier)
+        given = {
+            "stage": list(stage),
+            "sheet": sheet,
+            "decisions": decisions,
+            "wall_seconds": wall_seconds,
+            "panel": panel,
+        }
         content = outcome.to_json() | given | facts
         if outcome.samples:
             content["samples"] = f"{slug}.samples.jsonl"
@@ -143,3 +156,12 @@ class RunFolder(os.PathLike[str]):
     def add_film(self, path: Path, *, seed: int, success: bool, stage: Sequence[int]) -> None:
         """Write beside a video what it shows."""
         write_json(path.with_suffix(".json"), {"seed": seed, "success": success, "stage": list(stage)})
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """A record that was written earlier; empty if the file is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

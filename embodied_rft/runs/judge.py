@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from embodied_rft.evaluation.evaluate import Evaluation, evaluate, evaluation_seeds
+from embodied_rft.evaluation.panels import panel_of
 from embodied_rft.names import UserError
 from embodied_rft.pools.config import EnvConfig
 from embodied_rft.pools.pool import num_envs_for, open_pool
@@ -71,6 +72,7 @@ def evaluate_run(
             sheet=sheet,
             decisions=session.counters["decisions"],
             wall_seconds=session.counters["seconds"],
+            panel=panel_of(changed),
             environment=changed.id,
             **held_out(pool),
         )

@@ -19,6 +19,7 @@ from embodied_rft import distributed
 from embodied_rft.data import Decisions, Source, Tree
 from embodied_rft.device import on_device, resolve_device, restored_generator, seeded
 from embodied_rft.evaluation.evaluate import Evaluation, evaluate, evaluation_seeds, latest_incident
+from embodied_rft.evaluation.panels import panel_of
 from embodied_rft.experience.collect import Collector
 from embodied_rft.experience.schedule import Act
 from embodied_rft.files import write_atomically, write_json
@@ -189,8 +190,11 @@ class Session(resume.State):
             sheet=sheet,
             decisions=self.counters["decisions"],
             wall_seconds=self.seconds(),
+            panel=panel_of(self.env),
             **held_out(self.step_pool("evaluation")),
         )
+        if outcome.changed:
+            self.logger.message(f"warning: evaluate {name}: {outcome}")
         self.logger.show_samples(name, outcome.samples, decisions=self.counters["decisions"])
         self.log({f"evaluate/{key}": value for key, value in outcome.headline().items()}, name=name)
         if sheet and act is None:  # never by the states of the verdict

@@ -212,8 +212,6 @@ class SinglesHost(Host):
         draws: whether they are drawn.
     """
 
-    limit = None  # their own clocks
-
     def __init__(
         self,
         spec: EnvSpec,
@@ -229,6 +227,7 @@ class SinglesHost(Host):
         self.observation_space, self.action_space = self.singles.observation_space, self.singles.action_space
         if is_text(self.action_space):
             raise UserError(f"{spec.id!r} takes texts already: use it as it is")
+        self.limit = spec.max_episode_steps  # their own clocks stand still where an answer moves nothing
         self.can_save, self.env = self.singles.can_save, self.singles.unwrapped
         self.describes = _teller(self.singles.slots[0].env) is not None
 

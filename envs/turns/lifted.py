@@ -28,6 +28,7 @@ OBSERVE = ("text", "image", "both")
 STYLES = ("full", "short")
 MOST_CHARACTERS = 65_536  # of a message and of a reply
 UNDERSTOOD = -1  # no kind of invalid answer
+MOST_IN_VAIN = 100  # answers in a row that are not understood: where nobody counts turns, they end the episode
 
 
 class Lifted(EnvBatch):
@@ -92,7 +93,8 @@ class Lifted(EnvBatch):
         self.trouble = np.full(num_envs, UNDERSTOOD, np.int64)  # kind of the latest answer
         self.turn = np.full(num_envs, -1, np.int64)  # of the running episodes; -1: none was started
         self.messages, self.told = [""] * num_envs, [""] * num_envs
-        self.arrays = ("counts", "trouble", "turn")
+        self.vain = np.zeros(num_envs, np.int64)  # answers in a row that were not understood
+        self.arrays = ("counts", "trouble", "turn", "vain")
         self._set_spaces(shows_state=state, told=told)
 
     def _set_words(self, words: Any, bins: int | None, parser: Any, instead: str | None) -> None:
@@ -153,7 +155,7 @@ class Lifted(EnvBatch):
     def start(self, rows: np.ndarray, seeds: Sequence[int | None], options: Mapping[str, Any]) -> None:
         """New episodes; the first messages hold the rules."""
         self.broken.update(self.host.start(rows, seeds, options))
-        self.counts[rows], self.trouble[rows], self.turn[rows] = 0, UNDERSTOOD, 0
+        self.counts[rows], self.trouble[rows], self.turn[rows], self.vain[rows] = 0, UNDERSTOOD, 0, 0
         self._write(rows)
 
     def step(self, rows: np.ndarray, actions: Sequence[str]) -> Outcome:
@@ -163,8 +165,10 @@ class Lifted(EnvBatch):
         wrong = kinds != UNDERSTOOD
         self.trouble[rows], self.turn[rows] = kinds, self.turn[rows] + 1
         self.counts[rows[wrong], kinds[wrong]] += 1
+        self.vain[rows] = np.where(wrong, self.vain[rows] + 1, 0)
         moved = np.flatnonzero(~wrong | (self.instead is not None))
-        reward, (terminated, truncated) = self.invalid * wrong, np.zeros((2, len(rows)), dtype=bool)
+        reward, terminated = self.invalid * wrong, np.zeros(len(rows), dtype=bool)
+        truncated = (self.vain[rows] >= MOST_IN_VAIN) & (self.max_episode_steps is None)
         success: np.ndarray | None = None
         if len(moved):
             taken = np.stack([self._action(parsed[number]) for number in moved.tolist()])
@@ -176,7 +180,7 @@ class Lifted(EnvBatch):
                 success = np.zeros(len(rows), dtype=bool)
                 success[moved] = outcome.success
             if outcome.truncated is not None:
-                truncated[moved] = outcome.truncated
+                truncated[moved] |= outcome.truncated
         self._write(rows)
         return Outcome(reward, terminated, success, self._counted(rows), truncated)
 

@@ -145,6 +145,15 @@ def test_turns_that_are_not_understood_count():
     assert [inner.step(say(0))[3] for _ in range(2)] == [False, True]  # the inner clock is heard
 
 
+@pytest.mark.parametrize("of", ["CartPole-v1", "MiniGrid-Empty-5x5-v0"])
+def test_an_agent_that_is_never_understood_comes_to_an_end(of):
+    env = gymnasium.make(ANY, of=of)
+    env.reset(seed=0)
+    limit = 500 if of == "CartPole-v1" else 100  # what it is registered with, or so many in a row
+    ends = [env.step("hm")[2:4] for _ in range(limit)]
+    assert ends == [(False, False)] * (limit - 1) + [(False, True)]
+
+
 @pytest.mark.parametrize("id", [LAKE, "embodied_rft/ToldSokoban-v0"])
 @pytest.mark.parametrize("kind", ["native", "sync"])
 def test_a_saved_conversation_goes_on_bit_by_bit(id, kind):
