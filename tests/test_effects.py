@@ -75,6 +75,8 @@ VALUES = {
     "value_activation": "tanh",
     "selection.best_of": 2,
     "selection.newest": 4,
+    "selection.where": "success",
+    "selection.per": "state",
     "selection.min_return": -1.0,
     "within": "all",
     "min_gap": 1.0,
@@ -118,6 +120,7 @@ CONTEXTS = {
     "cooling_updates": {"final_support_weight": 0.05},
     "sub_decay": {"balance": "sub_trajectory"},
     "reward_weights": {"selection": {"best_of": 1}},
+    "selection.per": {"selection": {"best_of": 1}},
 }
 SITUATIONS = {
     "hindsight": "goal",

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from embodied_rft.data import Source, Trajectory
+from embodied_rft.objectives.imitation import helpful
 from tests.lab import spelling, thinking
 from tests.lab.harness import fails, require
 from tests.lab.moves import Lab, Moves
@@ -219,3 +221,53 @@ def test_reinforce_on_as_many_rollouts_and_a_critic_of_one_step_fail():
     plain = {"ratio": "none", "clip_low": None, "clip_high": None, "num_epochs": 1, "batch_size": 192}
     fails(opens, {"id": "reinforce_pp", "entropy_weight": 0.02, **plain})
     fails(opens, ARCHER, updates=48, tamper=without_bootstrap)
+
+
+# --- copying the best of each turn, and what helped of failures ------------------------------------------------------
+
+
+def tries_again(selection):
+    """Rounds of 256 pairs of guesses, the best answers to each observation copied."""
+    lab = Lab(guess, num_envs=128)
+    lab.objective({"id": "rise", "temperature": 0.3, "batch_size": 64, "selection": selection}, learning_rate=5e-3)
+    for _ in range(8):
+        lab.collect(256, group_size=16)
+        rows = lab.buffer.rows()
+        lab.buffer.label("first", rows, (lab.buffer.columns(rows)["step"] == 0).astype(np.float32))
+        lab.learner.learn(lab.buffer, lab.numbers, num_updates=40)
+    moves, secret = lab.play(2000)
+    first, second = (np.mean(moves[:, turn] == secret) for turn in (0, 1))
+    assert first >= 0.17 and second >= 0.38
+
+
+def test_rise():
+    tries_again({"best_of": 1, "per": "state"})
+
+
+def test_rise_on_first_turns_alone_fails():
+    fails(tries_again, {"best_of": 1, "per": "state", "where": "first"})
+
+
+def copies_what_helped(selection):
+    """An expert knows four of six moves; whoever starts behind them may still win, behind a later one nobody does."""
+    lab = Lab(lock, num_envs=32)
+    expert = np.where(np.arange(6) < 4, GOOD, (GOOD + 1) % 3)
+    seen = np.zeros((7, 18), np.float32)
+    for t, move in enumerate(expert):
+        seen[t + 1 :, 3 * t + move] = 1
+    run = Trajectory({"observation": seen}, expert, np.zeros(6, np.float32), "terminated", source=Source.DEMONSTRATION)
+    rows = lab.buffer.add_trajectory(run, retrace=lambda o, a: {})
+    lab.buffer.label("good", rows, helpful(np.array([0, 0, 1, 0, 1, 0, 0])).astype(np.float32))
+    lab.objective({"id": "bc", "batch_size": 16, "selection": selection}, learning_rate=1e-2)
+    lab.learner.learn(lab.buffer, lab.numbers, num_updates=300)
+    moves, _ = lab.play(2000)
+    assert (moves[:, :4] == GOOD[:4]).all(1).mean() >= 0.9, "what helped"
+    assert (moves[:, 4:] == expert[4:]).all(1).mean() < 0.5, "what lost"
+
+
+def test_helpful_actions_of_a_failed_expert():
+    copies_what_helped({"where": "good"})
+
+
+def test_a_failed_expert_copied_as_it_is_fails():
+    fails(copies_what_helped, {})

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from embodied_rft.objectives.imitation import Selection, helpful, select
 from embodied_rft.objectives.shaping import make_shaping
 from tests.lab import thinking
 from tests.lab.spelling import CLASSES, Lab
@@ -217,3 +218,47 @@ def test_gflownet_equals_its_papers(how, reward):
             found = [torch.autograd.grad(loss, part, retain_graph=True) for loss in losses]
             for one, other in zip([sum(g) for g in zip(*found, strict=True)], truth, strict=True):
                 torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
+
+
+# --- selection -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_best_answers_to_an_observation(count):
+    lab = Lab()
+    filled(lab, longest=5)
+    rows = lab.buffer.rows()
+    lab.buffer.label("odd", rows, np.where(rows % 3 == 0, np.nan, rows % 2).astype(np.float32))
+    batch = lab.buffer.batch(rows)
+    shown, group, reward = batch.observation["observation"].argmax(1).tolist(), batch.columns["group"], batch.reward
+    expected = set()
+    for i in range(len(rows)):
+        better = sum(
+            shown[j] == shown[i] and group[j] == group[i] and (-float(reward[j]), j) < (-float(reward[i]), i)
+            for j in range(len(rows))
+        )
+        if better < count:
+            expected.add(int(rows[i]))
+    assert set(select(lab.buffer, Selection(best_of=count, per="state")).tolist()) == expected
+    odd = select(lab.buffer, Selection(best_of=count, per="state", where="odd"))
+    assert set(odd.tolist()) == {row for row in expected if row % 3 and row % 2}
+    with pytest.raises(ValueError, match="nothing of 24 episodes"):
+        lab.buffer.label("never", rows, np.zeros(len(rows), np.float32))
+        select(lab.buffer, Selection(where="never"))
+    with pytest.raises(ValueError, match="per state has no effect without best_of"):
+        Selection(per="state")
+
+
+def test_helpful_actions_are_those_that_a_win_followed():
+    assert helpful(np.array([0, 1, 0, 1, 0])).tolist() == [True, True, True, False]
+    assert not helpful(np.array([1, 0, 0])).any() and helpful(np.array([0, 0, 1])).all()
+
+
+def test_rewards_weigh_what_is_copied():
+    lab = Lab()
+    objective = lab.objective({"id": "rise", "temperature": 0.5, "selection": {"min_return": -100.0}, "batch_size": 32})
+    filled(lab)
+    batch = next(objective.reading.batches(lab.buffer, np.random.default_rng(0), 0))
+    each = lab.agent.policy.imitation_loss(batch.observation, batch.action).detach()
+    expected = sum(float(e) * np.exp(float(r) / 0.5) for e, r in zip(each, batch.reward, strict=True)) / 32
+    assert objective.policy_loss(lab.agent, batch, lab.rng)[0].item() == pytest.approx(expected, rel=1e-5)
