@@ -58,10 +58,10 @@ def changed_tasks(tasks: Sequence[str], panel: str, earlier: Iterable[Mapping[st
         panel: of this evaluation, see `panel_of`.
         earlier: the records of others, `evaluations/*.json`.
     """
-    known = {
-        name.partition("-")[0]: name
-        for record in earlier
-        if record.get("panel") == panel
-        for name in record.get("tasks", ())
-    }
-    return [int(seed) for name in tasks if known.get(seed := name.partition("-")[0], name) != name]
+    known = {name for record in earlier if record.get("panel") == panel for name in record.get("tasks", ())}
+    others = {_seed(name) for name in known - set(tasks)}
+    return [seed for seed in map(_seed, tasks) if seed in others]
+
+
+def _seed(name: str) -> int:
+    return int(name.partition("-")[0])
