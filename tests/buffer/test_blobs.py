@@ -1,5 +1,7 @@
 """Images are stored once, come back bit for bit, and are freed with their last reference: against plain copies."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -75,3 +77,14 @@ def test_what_is_read_cannot_be_changed():
     with pytest.raises(ValueError, match="read-only"):
         store.get([id])[0][:] = 0
     np.testing.assert_array_equal(store.get([id])[0], image(0))
+
+
+def test_beside_its_pictures_a_store_takes_next_to_nothing():
+    pictures = [image(number % 100, (64, 64, 3)) for number in range(300)]
+    tracemalloc.start()
+    store = BlobStore()
+    ids = [store.put(picture) for picture in pictures]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(set(ids)) == 100 and store.nbytes == 100 * 64 * 64 * 3
+    assert held <= 1.1 * store.nbytes
