@@ -143,6 +143,8 @@ class LanguagePolicy(Policy):
             self.lm = CausalLM(self.vlm.model, self.vlm.tokenizer, continues=not whole)
         else:
             refuse_idle(config, OF_SIGHT, "where the observation has no picture")
+            if config.history.images is not None:
+                raise UserError("history.images has no effect where the observation has no picture: leave it out")
             self.lm = load_model(config.model, dtype=config.dtype, rng=rng)  # type: ignore[arg-type]
             self.model = self.lm.model
         self.tokenizer = self.lm.tokenizer

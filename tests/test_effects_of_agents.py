@@ -15,6 +15,8 @@ from tests.test_effects import CHAIN, GAUSSIAN, TALKS, learn
 NETWORK = {"hidden": [8], "num_image_features": 4}
 PLAIN = {"width": 8, "num_blocks": 1, "num_image_features": 4}
 BOTH = ("state", "image")
+TINY_VLM = {"tiny_vlm": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "vision_size": 16}}
+SIGHT = ("images", "freeze_vision", "cache_bytes", "history.images", "model.tiny_vlm.")  # others: on texts
 AGENTS = {  # (id, what is special): (base options, scene)
     ("gaussian", ""): (NETWORK, {"sees": BOTH}),
     ("gaussian", "deterministic"): ({**NETWORK, "deterministic": True}, {"sees": BOTH}),
@@ -28,6 +30,19 @@ AGENTS = {  # (id, what is special): (base options, scene)
     ("flow", "learned"): ({**PLAIN, "num_steps": 3, "noise": "learned"}, {"sees": BOTH}),
     ("consistency", ""): ({**PLAIN, "num_levels": 6}, {"sees": BOTH}),
     ("language", ""): ({**TALKS, "key": "prompt"}, {"sees": ("prompt", "instruction"), "acts": "text"}),
+    ("language", "pictures"): (
+        {**TALKS, "model": TINY_VLM, "key": "prompt"},
+        {"sees": ("image", "side", "prompt", "instruction"), "acts": "text", "num_steps": 3},
+    ),
+}
+SIZES = {
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "hidden_size": 48,
+    "vocab_size": 400,
+    "image_size": 16,
+    "patch_size": 4,
+    "vision_size": 32,
 }
 AGENT_VALUES = {
     "keys": ["state"],
@@ -40,10 +55,10 @@ AGENT_VALUES = {
     "stop": list("abcdefghijklmnopqrstuvwxyz"),
     "top_k": 5,
     "lora.targets": "q_proj",
-    "model.tiny.num_heads": 4,
-    "model.tiny.num_kv_heads": 2,
-    "model.tiny.hidden_size": 48,
-    "model.tiny.vocab_size": 400,
+    **{f"model.{tiny}.{name}": value for tiny in ("tiny", "tiny_vlm") for name, value in SIZES.items()},
+    "images": ["image"],
+    "history.turns": 0,
+    "history.images": 1,
     "model": {"tiny": {"hidden_size": 24, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}},
     "statistics": "min_max",
     **dict.fromkeys(("min_std", "parallel.min_std", "flow.min_std"), 0.3),
@@ -57,6 +72,7 @@ AGENT_CONTEXTS = {
     "max_std": {"noise": "learned"},
     "noise_hidden": {"noise": "learned"},
     "system": {"prompt": "chat"},
+    "history.first": {"history": {"turns": 0}},
     **dict.fromkeys(("lora.rank", "lora.alpha", "lora.targets"), ADAPTED),
 }
 # Options that spare time or memory: results stay what they are, and what is computed for them does not.
@@ -89,9 +105,20 @@ def of_agent(id, special):
     """The walk over one agent's options."""
     base, scene = AGENTS[id, special]
     values = AGENT_VALUES | ({"base": {**GAUSSIAN, "hidden": [4]}} if id == "residual" else {})
-    run = functools.partial(run_agent, id, scene)
-    config = registry.find("agent", id).Config
-    return Walk(f"agent {id} {special}".strip(), config, run, base, values, AGENT_CONTEXTS, SITUATIONS, limits=LIMITS)
+    walk = Walk(
+        f"agent {id} {special}".strip(),
+        registry.find("agent", id).Config,
+        functools.partial(run_agent, id, scene),
+        base,
+        values,
+        AGENT_CONTEXTS,
+        SITUATIONS,
+        limits=LIMITS,
+    )
+    if special == "pictures":
+        walk.among, walk.situations = SIGHT, SITUATIONS | {"cache_bytes": "frozen"}
+        walk.contexts = {"model.tiny_vlm.image_size": {"model.tiny_vlm.kind": "smolvlm"}}
+    return walk
 
 
 def walks():

@@ -1,4 +1,4 @@
-"""No option without effect, of agents around models of others: VLAs, vision-language models, SB3's and LeRobot's."""
+"""No option without effect, of agents around models of others: VLAs, SB3's and LeRobot's."""
 
 import functools
 import json
@@ -111,11 +111,10 @@ def of_sb3(folder):
     )
 
 
-def of_vlm(id, special, base, scene, folder, among=("",)):
-    """The walk over the options of an agent around a vision-language model."""
+def of_vla(special, base, scene, folder, among=("",)):
+    """The walk over the options of `vla`."""
     values = AGENT_VALUES | {
         "model": {"tiny": {**TINY["tiny"], "num_layers": 2}},
-        "images": ["image"],
         "state": [],
         "instruction": "go",
         "prompt": "{instruction}{images}",
@@ -126,17 +125,14 @@ def of_vlm(id, special, base, scene, folder, among=("",)):
         "parallel.min_std": 0.1,
         "flow.min_std": 3.0,
         "flow.width": 32,
-        "model.tiny.image_size": 16,
-        "model.tiny.patch_size": 4,
-        "model.tiny.vision_size": 32,
     }
     contexts = {name: context for name, context in AGENT_CONTEXTS.items() if name.startswith(("lora", "execute"))}
     contexts |= {"model.tiny.image_size": {"model.tiny.kind": "smolvlm"}}
-    if id == "vla" and not special:
+    if not special:
         contexts |= {"fresh_head": {"model": finished(base, scene, folder)}}
     situations = {"gradient_checkpointing": "work", "cache_bytes": "frozen"}
-    made, config = functools.partial(run_agent, id, scene), registry.find("agent", id).Config
-    return Walk(f"agent {id} {special}".strip(), config, made, base, values, contexts, situations, among=among)
+    made, config = functools.partial(run_agent, "vla", scene), registry.find("agent", "vla").Config
+    return Walk(f"agent vla {special}".strip(), config, made, base, values, contexts, situations, among=among)
 
 
 def finished(base, scene, folder):
@@ -147,7 +143,6 @@ def finished(base, scene, folder):
 
 
 FLOW = {"width": 16, "num_blocks": 1, "num_heads": 2, "num_steps": 2}
-TALK = {**VLM, "key": "prompt", "max_new_tokens": 3}
 HEADS = {  # the options of a head are walked where it is the one
     "": (VLM, ("",)),
     "parallel": ({**VLM, "head": "parallel", "parallel": {"hidden": [8]}, "horizon": 2}, ("parallel",)),
@@ -157,13 +152,11 @@ HEADS = {  # the options of a head are walked where it is the one
 
 def walks(folder):
     """All of this file, by agent."""
-    heads = [of_vlm("vla", special, base, SEES, folder, among) for special, (base, among) in HEADS.items()]
-    talks = {"sees": ("image", "side", "prompt", "instruction"), "acts": "text", "num_steps": 2}
-    seen = of_vlm("vision_language", "", TALK, talks, folder)
-    return {"vla": heads, "vision_language": [seen], "sb3": [of_sb3(folder)], "lerobot": [of_lerobot(folder)]}
+    heads = [of_vla(special, base, SEES, folder, among) for special, (base, among) in HEADS.items()]
+    return {"vla": heads, "sb3": [of_sb3(folder)], "lerobot": [of_lerobot(folder)]}
 
 
-@pytest.mark.parametrize("id", ["vla", "vision_language", "sb3", "lerobot"])
+@pytest.mark.parametrize("id", ["vla", "sb3", "lerobot"])
 def test_options_of_models(id, tmp_path):
     found = tally(walks(tmp_path)[id])
     print(found)

@@ -2,17 +2,20 @@
 
 A conversation is a first message, a reply, what comes next, a reply, ...; the replies' ids are those that were drawn,
 and never written again. What lies between them is taken from the tokenizer's chat template, which is asked once for
-each message; one that writes earlier turns differently later on is refused.
+each message; one that writes earlier messages differently later on is refused. Templates that drop the thoughts of
+earlier turns (Qwen 3, DeepSeek R1) would change what was drawn: here thoughts stay.
 
 Boundary: texts in, ids out; knows no model.
 """
 
 from __future__ import annotations
 
+import datetime
 import functools
+import os.path
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,6 +30,18 @@ Kind = Literal["chat", "plain"]
 ASKED, SAID = "question", "reply"  # a turn before, whatever it was
 MARK = "\ue000{}\ue001"  # stands for a text that looks like a special token, while a template is filled in
 MARKS = re.compile("\ue000([0-9]+)\ue001")
+TODAY = datetime.date(2024, 7, 26)  # of templates that write a date: what was said must read the same tomorrow
+CLOCK = "{{%- macro strftime_now(format) -%}}{{{{ format {} }}}}{{%- endmacro %}}".format(
+    " ".join(f"| replace('%{part}', '{TODAY.strftime('%' + part)}')" for part in "aAbBdmyYjHIMSp")
+)
+
+
+class Message(NamedTuple):
+    """One message of a conversation: Message("user", "what is that?", 1)."""
+
+    role: str
+    text: str
+    pictures: int = 0  # come before its text
 
 
 class Dialogue:
@@ -58,19 +73,26 @@ class Dialogue:
             raise UserError('the tokenizer has no chat template: use prompt "plain", or a checkpoint that has one')
         self.tokenizer, self.kind, self.end, self.system, self.chats = tokenizer, kind, end, system, chats
         self.pictures = places
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+        hidden = [*sorted(special, key=len, reverse=True), "\ue000", "\ue001"]
+        self._special = re.compile("|".join(map(re.escape, hidden)))
+        shown = () if places is None else (places.token, places.layout.before, places.layout.after)
+        self._picture = re.compile("|".join(re.escape(token) for token in (*shown, "\ue000", "\ue001") if token))
+        self._parts = places is not None  # messages are lists of parts for the template, or texts
         self.first = functools.lru_cache(maxsize=65_536)(self._first)
         self.following = functools.lru_cache(maxsize=65_536)(self._following)
         self.reply = functools.lru_cache(maxsize=65_536)(self._reply)
         if kind == "chat":  # a template that refuses is refused now
+            template = str(tokenizer.get_chat_template())
+            self._template = (CLOCK if "strftime_now" in template else "") + template
+            self._choose_form()
             self.first(write_chat([{"role": "user", "content": "?"}]) if chats else "?")
 
     def _first(self, message: str, pictures: int = 0) -> np.ndarray:
         """Ids of the first message; one id stands for each picture, which come before its text."""
         _check(message)
         if self.kind == "chat":
-            ids = self._encode(*self._filled(self._messages(message, pictures, first=True)), pictures)
+            ids = self._encode(*self._render(self._messages(message, pictures, first=True)), pictures)
         else:
             ids = self._plain(message, pictures, first=True)
         if not len(ids):
@@ -89,79 +111,104 @@ class Dialogue:
         if self.kind == "plain":
             ids = self._plain(message, pictures, first=False)
             return ids if ended else _frozen([self.end, *ids])
-        before = [{"role": "user", "content": self._content(ASKED, 0)}]
-        if self.system is not None:
-            before = [{"role": "system", "content": self._content(self.system, 0)}, *before]
-        head = self._render(before) + SAID
-        turn = [*before, {"role": "assistant", "content": self._content(SAID, 0)}]
-        whole, texts = self._filled([*turn, *self._messages(message, pictures, first=False)])
-        if not whole.startswith(head):
-            raise UserError(
-                "the tokenizer's chat template writes a conversation otherwise once it goes on (earlier turns change, "
-                "or are merged), so what was trained would not be what was said: "
-                f'{head!r:.200} is no beginning of {whole!r:.300}. Use prompt "plain", or mend the template'
-            )
-        ids = self._encode(whole[len(head) :], texts, pictures)
+        _, rest, texts = self._after_reply(self._messages(message, pictures))
+        ids = self._encode(rest, texts, pictures)
         if not len(ids) or ids[0] != self.end:
             raise UserError(
-                f"the tokenizer's chat template goes on after a reply with {whole[len(head) :]!r:.60}, not with the "
+                f"the tokenizer's chat template goes on after a reply with {rest!r:.60}, not with the "
                 f"token that ends one ({self.tokenizer.convert_ids_to_tokens(self.end)!r}), so a conversation of many "
                 'turns would not be what the model was trained on. Use prompt "plain", or mend the template'
             )
         return ids[1:] if ended else ids
 
+    def _after_reply(self, messages: list[Message]) -> tuple[str, str, list[str]]:
+        """What the template writes before a reply and its first word, and behind it with further messages.
+
+        What is read before a reply is how the whole begins, but that a prompt for a reply may open a thought, which
+        stays, as thoughts do (DeepSeek: <think>), and that a blank may be left to the reply (Mistral: [/INST] reply).
+        """
+        before = [] if self.system is None else [Message("system", self.system)]
+        before.append(Message("user", ASKED))
+        asked, _ = self._render(before)
+        whole, texts = self._render([*before, Message("assistant", SAID), *messages])
+        rest = whole[len(os.path.commonprefix([asked, whole])) :]  # noqa: RUF071
+        blank = rest[: len(rest) - len(rest.lstrip())]
+        if not rest.startswith(blank + SAID):
+            raise UserError(
+                "the tokenizer's chat template writes a conversation otherwise once it goes on (earlier turns change, "
+                "or are merged), so what was trained would not be what was said: "
+                f'{asked!r:.200} is no beginning of {whole!r:.300}. Use prompt "plain", or mend the template'
+            )
+        return blank, rest[len(blank + SAID) :], texts
+
+    @functools.cached_property
+    def _blank(self) -> str:
+        """What a given reply begins with, as the template has it."""
+        if self.kind == "plain":
+            return ""
+        try:
+            return self._after_reply([Message("user", ASKED)])[0]
+        except UserError:  # said where it matters: when a conversation goes on
+            return ""
+
     def _reply(self, text: str) -> np.ndarray:
         """Ids of a given reply, and its end."""
         _check(text)
-        return _frozen([*self._tokens(text), self.end])
+        end = str(self.tokenizer.convert_ids_to_tokens(self.end))
+        first, *ids = self._tokens(end + self._blank + text)  # some tokenizers write a blank where a text begins
+        return _frozen([*(ids if first == self.end else self._tokens(self._blank + text)), self.end])
 
-    def _messages(self, message: str, pictures: int, *, first: bool) -> list[dict[str, Any]]:
-        chat: Sequence[Mapping[str, str]] = read_chat(message) if self.chats else [{"role": "user", "content": message}]
-        if first and self.system is not None and chat[0]["role"] != "system":
-            chat = [{"role": "system", "content": self.system}, *chat]
-        last = len(chat) - 1
-        return [
-            {**one, "content": self._content(one["content"], pictures if i == last else 0)}
-            for i, one in enumerate(chat)
-        ]
+    def _messages(self, message: str, pictures: int, *, first: bool = False) -> list[Message]:
+        said = read_chat(message) if self.chats else [{"role": "user", "content": message}]
+        chat = [Message(one["role"], one["content"]) for one in said]
+        chat[-1] = chat[-1]._replace(pictures=pictures)
+        if first and self.system is not None and chat[0].role != "system":
+            chat = [Message("system", self.system), *chat]
+        return chat
 
-    def _content(self, text: str, pictures: int) -> Any:
-        """What a template is given: lists of parts where the model sees, texts else."""
-        if self.pictures is None:
-            return text
-        return [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": text}]
+    def _choose_form(self) -> None:
+        """Some templates take lists of parts, some texts, and some lose what comes in the other form without a word."""
+        asked, wrong = Message("user", ASKED, int(self.pictures is not None)), []
+        for parts in (self._parts, not self._parts):
+            self._parts = parts
+            try:
+                shown, _ = self._render([asked])
+                self._encode(shown, [], asked.pictures)
+                if ASKED in shown:
+                    return
+                wrong.append(UserError(f"the tokenizer's chat template leaves out what is said: {shown!r:.200}"))
+            except UserError as error:
+                wrong.append(error)
+        raise wrong[0]
 
-    def _filled(self, messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
+    def _content(self, message: Message, text: str) -> Any:
+        if self._parts:
+            return [{"type": "image"}] * message.pictures + [{"type": "text", "text": text}]
+        return (self.pictures.token + "\n" if self.pictures else "") * message.pictures + text
+
+    def _render(self, messages: Sequence[Message]) -> tuple[str, list[str]]:
         """The template with these messages, whose texts cannot pass for special tokens, and what they would have been.
 
         A game or a page may well show what a model once wrote.
         """
         texts: list[str] = []
-
-        def hide(match: re.Match[str]) -> str:
-            texts.append(match[0])
-            return MARK.format(len(texts) - 1)
-
-        def clean(content: Any) -> Any:
-            if isinstance(content, str):
-                return self._special.sub(hide, content)
-            return [part | {"text": clean(part["text"])} if "text" in part else part for part in content]
-
-        return self._render([{**one, "content": clean(one["content"])} for one in messages]), texts
-
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+        chat = [{"role": m.role, "content": self._content(m, _hidden(self._special, m.text, texts))} for m in messages]
         try:
-            return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            shown = self.tokenizer.apply_chat_template(
+                chat, chat_template=self._template, add_generation_prompt=True, tokenize=False
+            )
         except Exception as error:  # templates are programs, and some refuse a system message
             raise UserError(
-                f"the tokenizer's chat template refuses {', '.join(m['role'] for m in messages)} messages "
+                f"the tokenizer's chat template refuses {', '.join(m.role for m in messages)} messages "
                 f'({error}): {"drop the option system, or " if self.system else ""}use prompt "plain"'
             ) from error
+        return str(shown), texts
 
     def _plain(self, message: str, pictures: int, *, first: bool) -> np.ndarray:
         if self.pictures is not None:
-            hidden = message.replace(self.pictures.token, MARK.format(0))
-            return self._encode(self.pictures.before_text(pictures) + hidden, [self.pictures.token], pictures)
+            texts: list[str] = []
+            said = _hidden(self._picture, message, texts)
+            return self._encode(self.pictures.before_text(pictures) + said, texts, pictures)
         ids = self.tokenizer(message, add_special_tokens=first)["input_ids"]
         if first:  # begins as the tokenizer begins a text, but does not end
             eos = self.tokenizer.eos_token_id
@@ -171,7 +218,7 @@ class Dialogue:
 
     def _encode(self, text: str, texts: Sequence[str], pictures: int) -> np.ndarray:
         """Ids of what a template made; what looks like a special token in a message is no such token."""
-        if self.pictures is not None:
+        if self.pictures is not None and self.kind == "chat":
             text = self.pictures.around(text)
         ids: list[int] = []
         for number, part in enumerate(MARKS.split(text) if texts else [text]):
@@ -184,9 +231,23 @@ class Dialogue:
         return _frozen(ids)
 
     def _tokens(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of a text; of one that is `special` in its looks only, no id of an added token."""
         if special:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        ids = list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        if len(text) > 1 and not self.tokenizer.added_tokens_decoder.keys().isdisjoint(ids):
+            return self._tokens(text[:1], special=False) + self._tokens(text[1:], special=False)
+        return ids
+
+
+def _hidden(what: re.Pattern[str], text: str, texts: list[str]) -> str:
+    """A text with marks in place of what must not be read as it looks, which goes to `texts`."""
+
+    def hide(match: re.Match[str]) -> str:
+        texts.append(match[0])
+        return MARK.format(len(texts) - 1)
+
+    return what.sub(hide, text)
 
 
 def _check(text: str) -> None:

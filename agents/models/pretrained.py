@@ -189,14 +189,17 @@ def end_of_turn(tokenizer: Any) -> int | None:
     """The special token with which the chat template ends an assistant's turn; None if there is none."""
     if not tokenizer.chat_template:
         return None
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
-    try:
-        shown = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # templates are programs; one that cannot be used is refused where a prompt is made of it
-        return None
-    special = _special(tokenizer)
-    after = tokenizer(shown.rpartition("reply")[2], add_special_tokens=False)["input_ids"]
-    return next((token for token in after if token in special), None)
+    for form in (str, lambda text: [{"type": "text", "text": text}]):  # some templates lose what they do not take
+        messages = [{"role": "user", "content": form("question")}, {"role": "assistant", "content": form("reply")}]
+        try:
+            shown = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # templates are programs; one that cannot be used is refused where a prompt is made of it
+            continue
+        _, said, behind = shown.rpartition("reply")
+        if said:
+            special, after = _special(tokenizer), tokenizer(behind, add_special_tokens=False)["input_ids"]
+            return next((token for token in after if token in special), None)
+    return None
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ class Layout:
 
     before: str = ""  # of every image
     after: str = ""
+    margin: str = ""  # of text, around all that
     prompt: str = "{images}{instruction}\n"
     first_position: int = 0  # of the first token
     blocks: Literal["prompt", "images"] | None = None  # what sees itself in both directions; None: nothing does
@@ -52,7 +53,7 @@ LAYOUTS = {  # by model_type; of every other family see `layout_of`
     "idefics3": IDEFICS,
     "smolvlm": IDEFICS,
     "paligemma": Layout(prompt="{images}{bos}{instruction}\n", first_position=1, blocks="prompt"),
-    "gemma3": Layout(blocks="images"),
+    "gemma3": Layout(margin="\n\n", blocks="images"),
 }
 AROUND = (  # names under which a configuration has the tokens before and after an image
     ("vision_start_token_id", "vision_end_token_id"),
@@ -98,20 +99,22 @@ class Places:
 
     def before_text(self, pictures: int) -> str:
         """So many pictures."""
-        return (self.layout.before + self.token + self.layout.after) * pictures
+        return self._whole * pictures
+
+    @property
+    def _whole(self) -> str:
+        layout = self.layout
+        return layout.margin + layout.before + self.token + layout.after + layout.margin
 
     def around(self, text: str) -> str:
         """What a chat template wrote: its places of pictures get what it left out around them."""
         before, after = self.layout.before, self.layout.after
         if before and self.token not in text:  # Gemma writes the begin of a picture alone
-            return text.replace(before, before + self.token + after)
-        parts = text.split(self.token)
-        for place in range(len(parts) - 1):
-            if not parts[place].endswith(before):
-                parts[place] += before
-            if not parts[place + 1].startswith(after):
-                parts[place + 1] = after + parts[place + 1]
-        return self.token.join(parts)
+            return text.replace(before, self._whole)
+        first, *others = text.split(self.token)
+        for other in others:
+            first = first.removesuffix(before) + self._whole + other.removeprefix(after)
+        return first
 
 
 class Prompts:

@@ -49,12 +49,12 @@ def options_of(config: Any, prefix: str = "") -> list[Option]:
             default = field.default_factory()
         if repr(default) == "PydanticUndefined":
             default = REQUIRED
-        inner = _inner(hint)
-        if inner is None or not dataclasses.is_dataclass(hint):
+        if not dataclasses.is_dataclass(hint):
             declared = [c for c in config.__mro__ if field.name in vars(c).get("__annotations__", {})][-1]
             found.append(Option(name, hint, to_plain(default), declared))
-        if inner is not None and inner[1].__name__ not in ELSEWHERE:
-            found += options_of(inner[1], f"{name}.{inner[0]}")
+        for key, inner in _inside(hint):
+            if inner.__name__ not in ELSEWHERE:
+                found += options_of(inner, f"{name}.{key}")
     return found
 
 
@@ -67,16 +67,16 @@ def listed(kind: str, id: str, declared: Any) -> list[Option]:
     return found
 
 
-def _inner(hint: Any) -> tuple[str, Any] | None:
-    """(key, dataclass) inside a hint: of `Until | None` ("", Until), of `str | dict[str, TinyConfig]` ("tiny.", it)."""
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return "", hint
-    for part in typing.get_args(hint):
+def _inside(hint: Any) -> list[tuple[str, Any]]:
+    """(key, dataclass) inside a hint: of `Until | None` ("", Until), of `dict[Literal["a"], Tiny]` ("a.", Tiny)."""
+    found = []
+    for part in (hint, *typing.get_args(hint)):
         if typing.get_origin(part) is dict and dataclasses.is_dataclass(typing.get_args(part)[1]):
-            return "tiny.", typing.get_args(part)[1]
-        if isinstance(part, type) and dataclasses.is_dataclass(part):
-            return "", part
-    return None
+            key, inner = typing.get_args(part)
+            found.append((f"{typing.get_args(key)[0] if typing.get_origin(key) is Literal else 'tiny'}.", inner))
+        elif isinstance(part, type) and dataclasses.is_dataclass(part):
+            found.append(("", part))
+    return found
 
 
 def another(option: Option, default: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
 from embodied_rft.buffer.hindsight import Goals
-from embodied_rft.data import Decisions, Source
+from embodied_rft.data import Decisions, Field, Source, is_picture
 from embodied_rft.experience.collect import Collector, action_field
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.learning.objective import fit_normalizers
@@ -96,7 +96,10 @@ def experience(agent, pool, *, episodes=48, demonstrations=8, rewards=("env", "s
     """Demonstrations (good actions, where actions are vectors of one step), then episodes of two versions in groups."""
     policy = agent.policy
     acts = action_field(pool.action_space)
-    buffer = Buffer(Schema(dict(pool.fields), acts, dict(policy.trace_fields), policy.num_units, rewards), 600)
+    past, shown = policy.reads_past, dict(pool.fields)
+    if past:  # pictures are read by content, as `runs.rig` has it
+        shown |= {key: Field((), "uint8", "images") for key, f in shown.items() if is_picture(f.shape, f.dtype)}
+    buffer = Buffer(Schema(shown, acts, dict(policy.trace_fields), policy.num_units, rewards), 600, past=past)
     buffer.goals = Goals(PaidForGoals)
     rng = torch.Generator().manual_seed(1)
     numbers = np.random.default_rng(2)
@@ -111,10 +114,10 @@ def experience(agent, pool, *, episodes=48, demonstrations=8, rewards=("env", "s
         return Decisions(action, np.zeros((len(action), policy.num_units), np.float32))
 
     if demonstrations:
-        collector = Collector(pool, run_seed=3, source=Source.DEMONSTRATION)
+        collector = Collector(pool, run_seed=3, source=Source.DEMONSTRATION, past=past)
         collector.collect(demonstrate, episodes=demonstrations, version=-1).write(buffer)
         fit_normalizers(agent, buffer, buffer.rows())
-    collector = Collector(pool, run_seed=4, group_size=group_size)
+    collector = Collector(pool, run_seed=4, group_size=group_size, past=past)
     for version in (0, 1):
         act = functools.partial(policy.act, rng=rng)
         collector.collect(act, episodes=episodes // 2, version=version).write(buffer)

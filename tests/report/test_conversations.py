@@ -151,7 +151,7 @@ def test_a_run_of_a_picture_game_is_read_by_people(tmp_path, capsys, monkeypatch
     monkeypatch.setenv("COLUMNS", "160")
     tree = {
         "env": {"id": picture_talk.ID, "num_envs": 3, "options": {"rules": RULES}},
-        "agent": {"id": "vision_language", "model": {"tiny": {}}, "max_new_tokens": 3, "key": "message"},
+        "agent": {"id": "language", "model": {"tiny_vlm": {}}, "max_new_tokens": 3, "key": "message"},
         "buffer": {"capacity": 100},
         "threads": 1,
         "logging": {"tensorboard": True, "wandb": "offline", "console": False},
