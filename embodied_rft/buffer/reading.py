@@ -118,7 +118,7 @@ def read(store: Store, rows: np.ndarray, reading: Reading) -> Batch:
         reward = now["reward"]["env"] if weights is None else torch.from_numpy(mix(store, rows, weights))
     else:
         reward, discount, last = _window(store, rows, reading)
-    if reward.isnan().any():
+    if reading.reward_weights and reward.isnan().any():  # what an environment pays is finite: checked when it is added
         _refuse_unknown(store, rows, reading)
     if any((reading.reward_weights or {}).get(name) for name in FINAL):
         discount = torch.where(torch.from_numpy(store.end[last] == TRUNCATED), 0.0, discount)
