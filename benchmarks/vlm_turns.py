@@ -96,7 +96,7 @@ def main() -> None:
                 "shared": functools.partial(steps_per_second, shared, batch),
                 "dense": functools.partial(steps_per_second, dense, batch),
             },
-            rounds=2 if options.quick else 5,
+            rounds=1 if options.quick else 5,
         )
         name = f"{turns}/{group}/{message}/{reply}"
         ratios = np.array(scores["shared"].rounds) / np.array(scores["dense"].rounds)
