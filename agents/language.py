@@ -10,6 +10,8 @@ Legend: N prompts, B rows, U reply tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import field
@@ -29,7 +31,7 @@ from embodied_rft.agents.models.tiny_lm import TinyConfig
 from embodied_rft.agents.models.tiny_vlm import TinyVLMConfig
 from embodied_rft.agents.models.vlm import VLM, load_vlm
 from embodied_rft.agents.parts.features import FrozenFeatures, standardized
-from embodied_rft.data import CUT, PAST, Batch, Decisions, Field, Past, Ragged, Space, Tree, pick
+from embodied_rft.data import CUT, MARK, PAST, Batch, Decisions, Field, Past, Ragged, Space, Tree, pick
 from embodied_rft.device import drawn_on
 from embodied_rft.names import UserError, nearest
 from embodied_rft.networks.encoder import cameras
@@ -45,6 +47,7 @@ from embodied_rft.tokens.decoder import Decoder
 from embodied_rft.tokens.log_probs import token_log_probs
 from embodied_rft.tokens.micro_batches import plan_within
 from embodied_rft.tokens.prefix_tree import Usage
+from embodied_rft.turns.parsing import make_parser
 
 OF_SIGHT = ("images", "freeze_vision", "cache_bytes")  # options of a model that sees
 
@@ -80,6 +83,7 @@ class LanguageConfig:
     temperature: float = 1.0  # of sampling and of every log-probability
     top_k: int | None = None  # draw from the k likeliest tokens; null: all
     top_p: float | None = None  # draw from the likeliest tokens of this probability together; null: all
+    marks: str | dict[str, Any] | None = None  # parser that says what of a reply is thought: "tags", {id: json, ...}
     stop: tuple[str, ...] = ()  # texts that end a reply; the text handed to the environment ends before them
     train: Train = "full"  # all weights, adapters, adapters and output layer, output layer, nothing
     freeze_vision: bool = False  # of train "full": keep the way from pixels to image features as it is
@@ -113,7 +117,8 @@ class LanguagePolicy(Policy):
 
     Trace: "reply" are token ids, "cut" says that the reply ran into `max_new_tokens`. A cut reply is a decision like
     any other: the environment judges what there is of it. Collecting counts it ("collect/cut_decisions"), policy
-    gradients leave it out with `cut: drop`, and `overlong` makes it cost.
+    gradients leave it out with `cut: drop`, and `overlong` makes it cost. With the option `marks`, "mark" says of every
+    token whether it is thought (0) or a part of the answer (1), for objectives with `unit_weights`.
     """
 
     Config = LanguageConfig
@@ -160,6 +165,9 @@ class LanguagePolicy(Policy):
         )
         self._frame = 0 if chats else len(self.dialogue.first("?"))  # tokens of a prompt of one character
         self.usage = Usage()  # of the decoder when it scores
+        self.parser = None if config.marks is None else make_parser(config.marks)
+        if self.parser is not None:
+            self.trace_fields = {**self.trace_fields, MARK: Field((), "int8", "ragged")}
         if config.value_head:
             self.head = linear(self.lm.hidden_size, 1, gain=0.0, rng=rng)
         else:
@@ -195,7 +203,7 @@ class LanguagePolicy(Policy):
             allowed=self.lm.allowed,
         )
         text = [self.reply_text(ids) for ids in replies.ids]
-        return Decisions(text, replies.log_prob, {"reply": replies.ids, CUT: replies.cut})
+        return Decisions(text, replies.log_prob, {"reply": replies.ids, CUT: replies.cut, **self._marks(replies.ids)})
 
     def reply_text(self, ids: np.ndarray) -> str:
         """What the environment gets: without special tokens, and only up to a stop text."""
@@ -203,6 +211,27 @@ class LanguagePolicy(Policy):
         for stop in self.config.stop:
             text = text.split(stop, 1)[0]
         return text
+
+    def _marks(self, replies: Ragged) -> dict[str, Ragged]:
+        """{"mark": of each token, 0 where it begins inside the thought that the parser finds, else 1}, if asked for.
+
+        Form and end belong to the answer: a reply that says none has no thought to spare.
+        """
+        if self.parser is None:
+            return {}
+        marks = np.ones(len(replies.values), np.int8)
+        for row, ids in enumerate(replies):
+            parsed = self.parser.parse(self.reply_text(ids))
+            if parsed.said is not None and (thought := parsed.thought) is not None:
+                begins = functools.partial(self._begins, ids)  # never falls, so that few beginnings are decoded
+                first, last = (bisect.bisect_left(range(len(ids)), place, key=begins) for place in thought)
+                start = replies.offsets[row]
+                marks[start + first : start + last] = 0
+        return {MARK: Ragged(marks, replies.offsets)}
+
+    def _begins(self, ids: np.ndarray, token: int) -> int:
+        """At which character of a reply a token begins."""
+        return len(str(self.tokenizer.decode(ids[:token].tolist(), skip_special_tokens=True)))
 
     def _stops(self, ids: list[int]) -> bool:
         """Whether the reply so far holds a stop text; a token has at least one byte, so its tail is enough."""
@@ -271,7 +300,7 @@ class LanguagePolicy(Policy):
     def retrace(self, observation: Tree, action: Sequence[str]) -> dict[str, Any]:
         """The trace of given replies: each text as token ids and an end token."""
         replies = Ragged.of([self.dialogue.reply(text) for text in texts(action)], dtype=np.int64)
-        return {"reply": replies, CUT: np.zeros(len(replies), dtype=bool)}
+        return {"reply": replies, CUT: np.zeros(len(replies), dtype=bool), **self._marks(replies)}
 
     # --- conversations -------------------------------------------------------------------------------------------
 

@@ -168,6 +168,7 @@ def pick_tree(tree: Tree, index: slice | np.ndarray) -> dict[str, Any]:
 
 
 CUT = "cut"  # key of a trace, bool: the decision ran into a length limit
+MARK = "mark"  # key of a trace, int8 a unit: 0 a part of a thought, 1 of the action
 
 
 @dataclass(slots=True)

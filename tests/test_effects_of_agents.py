@@ -57,6 +57,7 @@ AGENT_VALUES = {
     "lora.targets": "q_proj",
     **{f"model.{tiny}.{name}": value for tiny in ("tiny", "tiny_vlm") for name, value in SIZES.items()},
     "images": ["image"],
+    "marks": "words",
     "history.turns": 0,
     "history.images": 1,
     "model": {"tiny": {"hidden_size": 24, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}},

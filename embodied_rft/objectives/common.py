@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.plans import Share
-from embodied_rft.data import Batch, Ragged, Tree
+from embodied_rft.data import MARK, Batch, Ragged, Tree
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.learner import to_device
 from embodied_rft.learning.returns import monte_carlo, pad_segments
@@ -26,7 +26,6 @@ from embodied_rft.pools.chunks import ChunkBox
 from embodied_rft.registry import register
 
 T = TypeVar("T", bound=type)
-MARK = "mark"  # key of a trace, int8 a unit: what it is a part of, see `UnitWeights`
 
 
 def preset(id: str, **defaults: Any) -> Callable[[T], T]:

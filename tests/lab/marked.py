@@ -3,8 +3,7 @@
 import numpy as np
 
 from embodied_rft.agents.language import LanguagePolicy
-from embodied_rft.data import Field, Ragged
-from embodied_rft.objectives.common import MARK
+from embodied_rft.data import MARK, Field, Ragged
 from embodied_rft.registry import register
 
 

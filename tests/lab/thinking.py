@@ -8,10 +8,9 @@ import torch
 
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
-from embodied_rft.data import Decisions, Field, Ragged
+from embodied_rft.data import MARK, Decisions, Field, Ragged
 from embodied_rft.learning.agent import Agent
 from embodied_rft.networks.mlp import MLP
-from embodied_rft.objectives.common import MARK
 from embodied_rft.policy import Policy, UnitValues, Values
 from embodied_rft.pools.protocol import StepResult
 from tests.lab import spelling
