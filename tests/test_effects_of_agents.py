@@ -29,9 +29,12 @@ AGENTS = {  # (id, what is special): (base options, scene)
     ("flow", ""): ({**PLAIN, "num_steps": 3}, {"sees": BOTH}),
     ("flow", "learned"): ({**PLAIN, "num_steps": 3, "noise": "learned"}, {"sees": BOTH}),
     ("consistency", ""): ({**PLAIN, "num_levels": 6}, {"sees": BOTH}),
-    ("language", ""): ({**TALKS, "key": "prompt"}, {"sees": ("prompt", "instruction"), "acts": "text"}),
+    ("language", ""): (
+        {**TALKS, "id": "language", "key": "prompt"},
+        {"sees": ("prompt", "instruction"), "acts": "text"},
+    ),
     ("language", "pictures"): (
-        {**TALKS, "model": TINY_VLM, "key": "prompt"},
+        {**TALKS, "id": "language", "model": TINY_VLM, "key": "prompt"},
         {"sees": ("image", "side", "prompt", "instruction"), "acts": "text", "num_steps": 3},
     ),
 }
