@@ -35,20 +35,19 @@ UPDATES = 3
 def text_batch(seed: int, count: int = 12) -> Batch:
     """Replies of different lengths to four prompts, in groups of three."""
     rng = np.random.default_rng(seed)
-    prompts = [rng.integers(5, 200, size=rng.integers(8, 40)) for _ in range(count // 3)]
+    prompts = ["".join(rng.choice(list("abcdefgh"), size=rng.integers(8, 40))) for _ in range(count // 3)]
     reply = Ragged.of([rng.integers(5, 200, size=rng.integers(1, 9)) for _ in range(count)])
     mask, zeros = torch.from_numpy(reply.pad()[1]), torch.zeros(count)
-    prompt = Ragged.of([prompts[i // 3] for i in range(count)])
     advantage = torch.from_numpy(rng.standard_normal(count)).float()
     return Batch(
-        observation={},
+        observation={"prompt": [prompts[i // 3] for i in range(count)]},
         action=[""] * count,
         reward=zeros,
         discount=zeros,
         next_observation={},
         log_prob=torch.where(mask, -5.5, 0.0),
         mask=mask,
-        trace={"prompt": prompt, "reply": reply},
+        trace={"reply": reply},
         notes={"advantage": advantage, "episode_units": mask.sum(1).float()},
         num_decisions=count,
         num_units=int(mask.sum()),

@@ -296,7 +296,7 @@ def test_selection(selection, expected):
 
 
 def test_a_selection_of_nothing_says_so():
-    with pytest.raises(ValueError, match="none of 2 episodes"):
+    with pytest.raises(ValueError, match="nothing of 2 episodes"):
         select(filled([0.1, 0.2], [0, 0]), Selection(min_return=1.0))
     with pytest.raises(ValueError, match="no reward stream 'success'"):
         select(Lab_with_one_episode().buffer, Selection(successes=True))

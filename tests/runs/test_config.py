@@ -14,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied_rft import options, registry
+from embodied_rft.learning.objective import Objective
 from embodied_rft.options import ConfigError, Stages, parse, parse_stages
+from embodied_rft.policy import Policy
 from embodied_rft.runs.recipe import BufferConfig, Recipe, dump_recipe, load_recipe, recipe_names
+from embodied_rft.stages.base import Stage
 
 
 class Mode(Enum):
@@ -34,7 +37,7 @@ class Until:
     success: float | None = None
 
 
-class Finetune:
+class Finetune(Stage):
     @dataclass
     class Config:
         objective: str = "sac"
@@ -47,39 +50,39 @@ class Finetune:
         file: Path | None = None
 
 
-class Gaussian:
+class Gaussian(Policy):
     @dataclass
     class Config:
         hidden: tuple[int, ...] = (256, 256)
         scale: float = 1.0
 
 
-class Pretrain:
+class Pretrain(Stage):
     @dataclass
     class Config:
         objective: Annotated[dict[str, Any], options.plugin_spec("objective")]
 
 
-class Cloning:
+class Cloning(Objective):
     @dataclass
     class Config:
         share: float = 0.5
 
 
-class Evaluate:
+class Evaluate(Stage):
     @pydantic.dataclasses.dataclass
     class Config:  # a pydantic dataclass that forgot to forbid unknown keys
         episodes: int = 200
 
 
-class Repeat:
+class Repeat(Stage):
     @dataclass
     class Config:
         times: int
         stages: Stages = field(default_factory=list)
 
 
-class Bare:
+class Bare(Stage):
     """A stage without options."""
 
 
@@ -257,7 +260,7 @@ def test_bad_files_are_named(tmp_path, text, message):
 def test_a_recipe_brings_its_own_modules(base, monkeypatch):
     monkeypatch.chdir(base.parent)
     (base.parent / "my_words.py").write_text(
-        "from embodied_rft.registry import register\n\n\n@register('stage', 'wait')\nclass Wait:\n    pass\n"
+        "from embodied_rft import Stage, register\n\n\n@register('stage', 'wait')\nclass Wait(Stage):\n    pass\n"
     )
     recipe = load_recipe(base, ["plugins=[my_words]", "stages=[wait]"])
     assert recipe.stages[0].word == "wait" and recipe.plugins == ["my_words"]
