@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -92,9 +93,9 @@ def project(tmp_path_factory):
     return folder
 
 
-def run(project, *command):
-    done = subprocess.run([sys.executable, *command], cwd=project, capture_output=True, text=True)
-    return done
+def run(project, *command, **environment):
+    own = os.environ | environment
+    return subprocess.run([sys.executable, *command], cwd=project, env=own, capture_output=True, text=True)
 
 
 def test_the_examples_pass_the_checkers(project):
@@ -184,7 +185,7 @@ def test_with_equal_weights_it_does_not(project):
 
 
 def test_the_relatives_of_the_example_are_what_the_page_says(project):
-    done = run(project, "-c", RELATIVES)
+    done = run(project, "-c", RELATIVES, PYTHONPATH=str(ROOT))  # other packages install a `tests` of theirs
     assert done.returncode == 0, done.stderr
 
 
