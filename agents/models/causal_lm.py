@@ -64,7 +64,6 @@ class CausalLM:
             if not close(factor * own, read) or model.get_output_embeddings().bias is not None:
                 self._refuse("it changes its states before the output layer")
             self.scale *= factor
-        self.num_layers: int = config.num_hidden_layers
         self.hidden_size: int = read.shape[-1]
         self.max_tokens: int | None = getattr(config, "max_position_embeddings", None)
         size = model.get_output_embeddings().weight.shape[0]

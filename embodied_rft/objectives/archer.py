@@ -23,6 +23,7 @@ from embodied_rft.networks.tensors import as_tensors, polyak
 from embodied_rft.objectives.common import (
     CriticOptions,
     UnitWeights,
+    critic_on_value,
     ensure_critic,
     refuse_unmarked,
     unit_weights,
@@ -68,10 +69,7 @@ class ArCHer(Objective):
         """(Q(o, a) - r - gamma V'(o'))^2 of what was done (eq. 1), summed over members; V' is the target value."""
         with torch.no_grad():
             following = agent.part("target_value", Value)(batch.next_observation)
-            target = losses.td_target(batch.reward, batch.discount, following)
-        q = agent.part("critic", Critic)(batch.observation, batch.action)
-        loss = losses.squared_error(q, target).sum() / batch.num_decisions
-        return loss, {"critic/loss": loss.detach(), "critic/q_mean": q.detach().mean()}
+        return critic_on_value(agent, batch, following)
 
     def value_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """(V(o) - Q'(o, a))^2 (eq. 2): a is what the policy would do now, Q' the smaller of the target critics."""

@@ -15,11 +15,12 @@ from torch import Tensor
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.plans import Share
 from embodied_rft.data import MARK, Batch, Ragged, Tree
+from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.learner import to_device
 from embodied_rft.learning.returns import monte_carlo, pad_segments
 from embodied_rft.names import UserError, nearest
-from embodied_rft.networks.critics import Temperature
+from embodied_rft.networks.critics import Critic, Temperature
 from embodied_rft.options import STRICT, Dataclass, refuse_idle
 from embodied_rft.policy import Imitates, Policy, require
 from embodied_rft.pools.chunks import ChunkBox
@@ -90,6 +91,14 @@ class CriticOptions:
     critic_hidden: tuple[int, ...] | None = None  # a new critic has (256, 256)
     critic_layer_norm: bool | None = None  # a new critic has none
     warm_start: bool = True  # keep a critic that an earlier stage trained
+
+
+def critic_on_value(agent: Agent, batch: Batch, following: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The critic's loss (Q(o, a) - r - gamma V(o'))^2, summed over its members, with `following` [B] for V(o')."""
+    target = losses.td_target(batch.reward, batch.discount, following)
+    q = agent.part("critic", Critic)(batch.observation, batch.action)
+    loss = losses.squared_error(q, target).sum() / batch.num_decisions
+    return loss, {"critic/loss": loss.detach(), "critic/q_mean": q.detach().mean()}
 
 
 def ensure_critic(agent: Agent, config: CriticOptions, kind: str = "critic", **options: Any) -> None:

@@ -16,7 +16,7 @@ from embodied_rft.learning.objective import Losses, Objective
 from embodied_rft.names import UserError
 from embodied_rft.networks.critics import Critic, Value
 from embodied_rft.networks.tensors import polyak
-from embodied_rft.objectives.common import CriticOptions, ensure_critic, imitation
+from embodied_rft.objectives.common import CriticOptions, critic_on_value, ensure_critic, imitation
 from embodied_rft.options import STRICT
 from embodied_rft.policy import Imitates, Retraces, able, require
 from embodied_rft.registry import register
@@ -77,10 +77,7 @@ class IQL(Objective):
         """One-step regression of Q on V of the next observation (eq. 6), summed over members."""
         with torch.no_grad():
             value = agent.part("value", Value)(batch.next_observation)
-            target = losses.td_target(batch.reward, batch.discount, value)
-        q = agent.part("critic", Critic)(batch.observation, batch.action)
-        loss = losses.squared_error(q, target).sum() / batch.num_decisions
-        return loss, {"critic/loss": loss.detach(), "critic/q_mean": q.detach().mean()}
+        return critic_on_value(agent, batch, value)
 
     def policy_loss(self, agent: Agent, batch: Batch, rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Log-likelihood weighted by exp(beta A) (eq. 7), A of the target critic over the value just updated."""
