@@ -73,6 +73,11 @@ class GameBatch(EnvBatch):
         self.shown = OBSERVATIONS[observation]
         self.observation_space = spaces.Dict({key: seen[key] for key in self.shown})
 
+    @property
+    def words(self) -> tuple[tuple[str, ...], ...]:
+        """Of each choice of an action."""
+        return self.task.words
+
     def start(self, rows: np.ndarray, seeds: Sequence[int | None], options: Mapping[str, Any]) -> None:
         """New episodes in `rows`, each with dice of its own."""
         self.keys[rows] = [self.generators[row].integers(2**64, dtype=np.uint64) for row in rows]

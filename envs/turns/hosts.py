@@ -17,7 +17,16 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 from embodied_rft.data import Space
 from embodied_rft.envs.games.batch import GameBatch
 from embodied_rft.envs.serving import BatchEnv, EnvBatch, Outcome, State, make_batch
-from embodied_rft.envs.turns.telling import Plain, Tells, TellsRows, Told, state_text
+from embodied_rft.envs.turns.telling import (
+    EXPERT,
+    Plain,
+    Tells,
+    TellsBriefly,
+    TellsRows,
+    Told,
+    is_picture,
+    state_text,
+)
 from embodied_rft.names import UserError
 from embodied_rft.pools.answers import leaves_of
 from embodied_rft.pools.hosts import Answer
@@ -49,16 +58,16 @@ class Host(ABC):
         """New episodes in `rows`; gives which of them failed: kind and text."""
 
     @abstractmethod
-    def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[Outcome, Mapping[int, tuple[str, str]]]:
-        """One decision in `rows` [K]; likewise."""
+    def step(self, rows: np.ndarray, actions: Sequence[Any]) -> tuple[Outcome, Mapping[int, tuple[str, str]]]:
+        """One decision in each of `rows` [K]; likewise."""
 
     @abstractmethod
     def observation(self) -> dict[str, Any]:
         """The flat observation of all N: arrays [N, ...], texts as lists."""
 
     @abstractmethod
-    def tell(self, row: int, *, digits: int) -> Told:
-        """A position for one who reads."""
+    def tell(self, row: int, *, digits: int, briefly: bool) -> Told:
+        """A position for one who reads; briefly where the environment can."""
 
     @abstractmethod
     def picture(self, row: int) -> np.ndarray | None:
@@ -111,8 +120,8 @@ class BatchHost(Host):
         self.batch: EnvBatch = make_batch(
             **given | ({"observation": needs} if is_game else {}), num_envs=len(generators)
         )
-        if self.batch.one_decision and is_text(self.batch.action_space):
-            raise UserError(f"{spec.id!r} takes texts already: use it as it is")
+        if is_text(self.batch.action_space):
+            raise UserError(f"{spec.id!r} reads answers itself: use it as it is")
         self.batch.generators, self.is_game = generators, is_game
         self.observation_space, self.action_space = self.batch.observation_space, self.batch.action_space
         self.limit = spec.max_episode_steps or self.batch.max_episode_steps
@@ -128,10 +137,10 @@ class BatchHost(Host):
         self._seen = None
         return self.batch.broken
 
-    def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[Outcome, Mapping[int, tuple[str, str]]]:
+    def step(self, rows: np.ndarray, actions: Sequence[Any]) -> tuple[Outcome, Mapping[int, tuple[str, str]]]:
         """Its own step."""
         self.batch.broken.clear()
-        outcome = self.batch.step(rows, actions)
+        outcome = self.batch.step(rows, np.stack(actions))
         self._seen = None
         return outcome, self.batch.broken
 
@@ -143,8 +152,8 @@ class BatchHost(Host):
             self._seen = {leaf.key: list(part) if leaf.text else part for leaf, part in parts}
         return dict(self._seen)
 
-    def tell(self, row: int, *, digits: int) -> Told:
-        """Its own words, or its numbers."""
+    def tell(self, row: int, *, digits: int, briefly: bool) -> Told:
+        """Its own words, which are few, or its numbers."""
         if isinstance(self.batch, TellsRows):
             return self.batch.describe(row)
         return Plain(
@@ -225,8 +234,6 @@ class SinglesHost(Host):
         make = functools.partial(make_single, spec, options=options, wrappers=wrappers, render_mode=mode)
         self.singles, self.generators = Singles(make, len(generators), watch=Unwatched()), generators
         self.observation_space, self.action_space = self.singles.observation_space, self.singles.action_space
-        if is_text(self.action_space):
-            raise UserError(f"{spec.id!r} takes texts already: use it as it is")
         self.limit = spec.max_episode_steps  # their own clocks stand still where an answer moves nothing
         self.can_save, self.env = self.singles.can_save, self.singles.unwrapped
         self.describes = _teller(self.singles.slots[0].env) is not None
@@ -240,11 +247,11 @@ class SinglesHost(Host):
         mask[rows] = True
         return _failures(self.singles.reset(every, mask, options))
 
-    def step(self, rows: np.ndarray, actions: np.ndarray) -> tuple[Outcome, Mapping[int, tuple[str, str]]]:
+    def step(self, rows: np.ndarray, actions: Sequence[Any]) -> tuple[Outcome, Mapping[int, tuple[str, str]]]:
         """Stepped one by one."""
-        count = self.singles.num_envs
-        every, running = np.zeros((count, *actions.shape[1:]), dtype=actions.dtype), np.zeros(count, dtype=np.bool_)
-        every[rows], running[rows] = actions, True
+        every, running = [actions[0]] * self.singles.num_envs, np.zeros(self.singles.num_envs, dtype=np.bool_)
+        for row, action in zip(rows.tolist(), actions, strict=True):
+            every[row], running[row] = action, True
         answer = self.singles.step(every, running)
         success = answer.success[rows] if answer.told else None
         outcome = Outcome(answer.reward[rows], answer.terminated[rows], success, truncated=answer.truncated[rows])
@@ -254,9 +261,11 @@ class SinglesHost(Host):
         """As they showed it last."""
         return dict(self.singles.observation)
 
-    def tell(self, row: int, *, digits: int) -> Told:
+    def tell(self, row: int, *, digits: int, briefly: bool) -> Told:
         """Their own words, or their numbers."""
         if (teller := _teller(self.singles.slots[row].env)) is not None:
+            if briefly and isinstance(teller, TellsBriefly):
+                return Plain("", teller.brief(), ())
             return teller.describe()
         seen = _one(self.observation_space, self.observation(), row)
         return Plain("", state_text(self.observation_space, seen, digits=digits), ())
@@ -345,17 +354,9 @@ def state_space(space: Space) -> Space | None:
 
 
 def number_leaves(space: Space) -> dict[str, Space]:
-    """The leaves of a space that are no texts and no pictures."""
-    return {key: leaf for key, leaf in flatten_space(space).items() if not is_text(leaf) and not _is_picture(leaf)}
-
-
-def _is_picture(space: Space) -> bool:
-    return (
-        isinstance(space, spaces.Box)
-        and space.dtype == np.uint8
-        and len(space.shape) == 3
-        and min(space.shape[:2]) > 15
-    )
+    """The leaves of a space that are no texts, no pictures and no expert's."""
+    leaves = flatten_space(space).items()
+    return {key: leaf for key, leaf in leaves if not is_text(leaf) and not is_picture(leaf) and key != EXPERT}
 
 
 def state_of(space: Space, flat: Mapping[str, Any]) -> np.ndarray:

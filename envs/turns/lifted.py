@@ -19,10 +19,11 @@ from gymnasium import spaces
 from embodied_rft.data import Space
 from embodied_rft.envs.serving import EnvBatch, Outcome, State
 from embodied_rft.envs.turns.hosts import make_host, state_of, state_space
-from embodied_rft.envs.turns.telling import Told, action_of, choices_text, words_of
+from embodied_rft.envs.turns.speech import speech_of
+from embodied_rft.envs.turns.telling import EXPERT, Told, untold
 from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.text_spaces import AnyText
-from embodied_rft.turns.parsing import INVALID, Parsed, make_parser
+from embodied_rft.turns.parsing import INVALID, Invalid, make_parser
 
 OBSERVE = ("text", "image", "both")
 STYLES = ("full", "short")
@@ -41,11 +42,13 @@ class Lifted(EnvBatch):
         wrap: what is around it, as `env.wrappers` says it; batches of ours take nothing.
         parser: how an answer is read, as `tags` or {id: tags, strict: true}.
         words: of its actions, in their order (a list of them for each choice); None: the environment's, or numbers.
-        bins: of actions that are numbers, so many values of each, evenly spaced.
+        bins: of actions that are numbers, so many values of each, evenly spaced; None: 5.
+        numbers: answers are any numbers within the bounds, not the words of `bins`.
         observe: whether the state is told in text, drawn as an image, or both.
         state: whether its symbols or numbers are shown as well, under "state": for players and critics.
         told: whether the state is told in text under "told" whatever is observed: for thoughts of demonstrators.
-        style: "full": rules, how to answer, what is legal; "short": the state and nothing else.
+        style: "full": rules, how to answer, what is legal; "short": the state and nothing else, as briefly as the
+            environment can.
         rules: in the place of the environment's own.
         digits: significant ones of numbers that are told.
         invalid: added to the reward of an answer that is not understood.
@@ -64,6 +67,7 @@ class Lifted(EnvBatch):
         parser: str | Mapping[str, Any] = "tags",
         words: Sequence[Any] | None = None,
         bins: int | None = None,
+        numbers: bool = False,
         observe: Literal["text", "image", "both"] = "text",
         state: bool = False,
         told: bool = False,
@@ -87,7 +91,13 @@ class Lifted(EnvBatch):
         if digits is not None and (self.host.describes or not (self.reads or told)):
             raise UserError("digits have no effect where no numbers are told: leave them out")
         self.digits = 3 if digits is None else digits
-        self._set_words(words, bins, parser, instead)
+        if observe == "text" and not self.host.describes and (missing := untold(self.host.observation_space)):
+            raise UserError(
+                f"{missing[0]!r} of the observations of {of!r} is too large to be told, and nothing else shows it: set "
+                "observe to both, or lift what has a method describe(), as all environments of ours have"
+            )
+        self.speech = speech_of(self.host.action_space, self.host.env, words=words, bins=bins, numbers=numbers)
+        self._set_parser(parser, instead)
         self.of, self.rules = of, rules
         self.counts = np.zeros((num_envs, len(INVALID)), np.int64)  # invalid answers of the running episodes, by kind
         self.trouble = np.full(num_envs, UNDERSTOOD, np.int64)  # kind of the latest answer
@@ -97,26 +107,21 @@ class Lifted(EnvBatch):
         self.arrays = ("counts", "trouble", "turn", "vain")
         self._set_spaces(shows_state=state, told=told)
 
-    def _set_words(self, words: Any, bins: int | None, parser: Any, instead: str | None) -> None:
-        """Words of actions, who reads them, and what is done when they are not understood."""
-        space = self.host.action_space
-        if bins is not None and not isinstance(space, spaces.Box):
-            raise UserError(f"bins have no effect on actions {space}: leave them out")
-        if bins is not None and bins < 2:
-            raise UserError(f"bins is {bins}; expected at least 2 values of each number")
-        self.bins = 5 if bins is None else bins
-        own = () if words is not None else self._own_words()
-        self.words = own or words_of(space, self.host.env, given=words, bins=self.bins)
+    def _set_parser(self, parser: Any, instead: str | None) -> None:
+        """Who reads the answers, and what is done when they are not understood."""
+        self.words = self.speech.words
         self.parser = make_parser(parser, words=self.words)
         self.vocabulary = self.parser.vocabulary
-        self.instead = None if instead is None else self.vocabulary.read(instead)
+        read = self.parser.parse(self.parser.write(self.speech.example)).action
+        if read != self.speech.example:
+            raise UserError(
+                f"the parser {parser!r} reads {read!r} where {self.speech.example!r} is answered: set its option "
+                "strict to true, or take one with a frame, as tags"
+            )
+        self.instead = None if instead is None else self.speech.read(instead)
         if instead is not None and self.instead is None:
-            raise UserError(f"instead is {instead!r}, which is no action; {nearest(instead, self.words[0])}")
-
-    def _own_words(self) -> Any:
-        """Those that the environment itself tells."""
-        env = self.host.env
-        return getattr(getattr(env, "task", None), "words", ())
+            known = self.words[0] if self.words else (self.speech.example,)
+            raise UserError(f"instead is {instead!r}, which is no action; {nearest(instead, known)}")
 
     def _set_spaces(self, *, shows_state: bool, told: bool) -> None:
         seen: dict[str, Space] = {"message": AnyText(MOST_CHARACTERS)}
@@ -134,6 +139,10 @@ class Lifted(EnvBatch):
             seen["state"] = inner
         if told:
             seen["told"] = AnyText(MOST_CHARACTERS)
+        inside = self.host.observation_space
+        self.advises = isinstance(inside, spaces.Dict) and EXPERT in inside.spaces
+        if isinstance(inside, spaces.Dict) and self.advises:
+            seen[EXPERT] = inside[EXPERT]
         self.observation_space, self.action_space = spaces.Dict(seen), AnyText(MOST_CHARACTERS)
 
     def _first_picture(self) -> np.ndarray:
@@ -160,19 +169,18 @@ class Lifted(EnvBatch):
 
     def step(self, rows: np.ndarray, actions: Sequence[str]) -> Outcome:
         """Read the answers, and do what they say."""
-        parsed = [self.parser.parse(reply) for reply in actions]
-        kinds = np.array([UNDERSTOOD if p.invalid is None else INVALID.index(p.invalid) for p in parsed])
+        understood = [self._understand(reply) for reply in actions]
+        kinds, wanted = np.array([kind for kind, _ in understood]), [action for _, action in understood]
         wrong = kinds != UNDERSTOOD
         self.trouble[rows], self.turn[rows] = kinds, self.turn[rows] + 1
         self.counts[rows[wrong], kinds[wrong]] += 1
         self.vain[rows] = np.where(wrong, self.vain[rows] + 1, 0)
-        moved = np.flatnonzero(~wrong | (self.instead is not None))
+        moved = np.flatnonzero([action is not None for action in wanted])
         reward, terminated = self.invalid * wrong, np.zeros(len(rows), dtype=bool)
         truncated = (self.vain[rows] >= MOST_IN_VAIN) & (self.max_episode_steps is None)
         success: np.ndarray | None = None
         if len(moved):
-            taken = np.stack([self._action(parsed[number]) for number in moved.tolist()])
-            outcome, failed = self.host.step(rows[moved], taken)
+            outcome, failed = self.host.step(rows[moved], [wanted[number] for number in moved.tolist()])
             self.broken.update(failed)
             reward[moved] += outcome.reward
             terminated[moved] = outcome.terminated
@@ -184,11 +192,16 @@ class Lifted(EnvBatch):
         self._write(rows)
         return Outcome(reward, terminated, success, self._counted(rows), truncated)
 
-    def _action(self, parsed: Parsed) -> np.ndarray:
-        """What an answer means, in the inner environment's numbers."""
-        chosen = self.instead if parsed.action is None else self.vocabulary.read(parsed.action)
-        assert chosen is not None
-        return action_of(self.host.action_space, chosen, self.bins)
+    def _understand(self, reply: str) -> tuple[int, Any]:
+        """What is wrong with an answer, and the action that follows; None: none does."""
+        parsed = self.parser.parse(reply)
+        invalid: Invalid | None = parsed.invalid
+        if parsed.action is not None:
+            if (action := self.speech.read(parsed.action)) is not None:
+                return UNDERSTOOD, action
+            invalid = "unknown_word"
+        assert invalid is not None
+        return INVALID.index(invalid), self.instead
 
     def _counted(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """How many answers of each kind were invalid in the running episodes."""
@@ -208,6 +221,9 @@ class Lifted(EnvBatch):
             seen["state"] = state_of(self.host.observation_space, self.host.observation())
         if self.tells:
             seen["told"] = tuple(self.told)
+        if self.advises:
+            advice = self.host.observation()[EXPERT]
+            seen[EXPERT] = tuple(advice) if isinstance(advice, list) else advice.copy()
         return seen
 
     # --- messages ------------------------------------------------------------------------------------------------
@@ -218,7 +234,8 @@ class Lifted(EnvBatch):
             if row in self.broken or self.turn[row] < 0:
                 self.messages[row] = self.told[row] = ""
                 continue
-            now = self.host.tell(row, digits=self.digits) if self.reads or self.tells or self.turn[row] == 0 else None
+            asked = self.reads or self.tells or self.turn[row] == 0
+            now = self.host.tell(row, digits=self.digits, briefly=self.style == "short") if asked else None
             self.told[row] = now.state if now is not None and self.tells else ""
             self.messages[row] = "\n".join(line for line in self._lines(row, now) if line)
 
@@ -232,15 +249,13 @@ class Lifted(EnvBatch):
             lines += [now.rules if self.rules is None else self.rules, self._how()]
         if now is not None and self.reads:
             lines += [now.state]
-            if full and now.legal and len(self.words) == 1 and len(now.legal) < len(self.words[0]):
-                lines += [f"Legal: {', '.join(now.legal)}"]
+            if full and self.speech.lists(now.legal):
+                lines += [f"Legal: {', '.join(now.legal or ())}"]
         return lines
 
     def _how(self) -> str:
         """How one answers."""
-        first = next(number for number, word in enumerate(self.words[0]) if word)
-        example = self.vocabulary.say([first, *(choice.index("") if "" in choice else 0 for choice in self.words[1:])])
-        return f"Answer like {self.parser.how(example)}. Actions: {choices_text(self.words)}."
+        return f"Answer like {self.parser.how(self.speech.example)}. Actions: {self.speech.choices}."
 
     def render(self, row: int, mode: str) -> np.ndarray | str | None:
         """The picture, or the message."""

@@ -14,7 +14,8 @@ import numpy as np
 from embodied_rft import registry
 from embodied_rft.envs.serving import make_batch
 from embodied_rft.envs.turns.lifted import Lifted
-from embodied_rft.envs.turns.telling import chosen_of
+from embodied_rft.envs.turns.telling import EXPERT
+from embodied_rft.envs.worlds.world import Follower
 from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.making import find_spec
 
@@ -23,10 +24,11 @@ OURS = tuple(sorted(id for id in gymnasium.registry if id.startswith("embodied_r
 
 @registry.register("demonstrator", "told", *OURS)
 class ToldPlayer:
-    """The demonstrator of what was lifted, who speaks. Reads "state", so the environment must show it.
+    """The demonstrator of what was lifted, who speaks; reads "state", or the "expert" of worlds, which must be shown.
 
     Args:
-        noise: of the demonstrator inside: of games, the share of decisions that are drawn at random.
+        noise: of the demonstrator inside: of games, the share of decisions that are drawn at random. With 1 none is
+            needed: answers are drawn at random, and show nothing but their form.
         thought: "state": what the position is, in words, comes before the answer (the environment's option `told`).
         player: further options of the demonstrator inside.
         environment: id and options of the environment, told by whoever makes demonstrators.
@@ -47,17 +49,34 @@ class ToldPlayer:
         made.close()
         self.lifted, self.thinks = made, thought == "state"
         of, known = made.of, registry.known("demonstrator")
-        if of not in known:
-            raise UserError(f"no scripted demonstrator for {of!r}, which is lifted; {nearest(of, known)}")
-        self.inner = registry.find("demonstrator", of)(noise=noise, **(player or {}))
+        if of in known:
+            self.inner = registry.find("demonstrator", of)(noise=noise, **(player or {}))
+        elif noise == 1 and player is None:
+            self.inner = None
+        else:
+            raise UserError(
+                f"no scripted demonstrator for {of!r}, which is lifted; {nearest(of, known)}. "
+                "With noise: 1 answers are drawn at random, and show nothing but their form"
+            )
 
     def act(self, observation: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
         """One reply for each of N observations."""
-        for key, wanted in (("state", True), ("told", self.thinks)):
+        for key, option, wanted in (
+            (EXPERT, "options.expert", isinstance(self.inner, Follower)),
+            ("state", "state", self.inner is not None and not isinstance(self.inner, Follower)),
+            ("told", "told", self.thinks),
+        ):
             if wanted and key not in observation:
-                raise UserError(f"the demonstrator reads {key!r}: set env.options.{key} to true")
-        actions = self.inner.act({"state": observation["state"], "observation": observation["state"]}, rng)
-        space, bins = self.lifted.host.action_space, self.lifted.bins
-        said = [self.lifted.vocabulary.say(chosen_of(space, action, bins)) for action in actions]
+                raise UserError(f"the demonstrator reads {key!r}: set env.options.{option} to true")
+        said = self._say(observation, rng)
         thoughts = observation["told"] if self.thinks else [""] * len(said)
         return [self.lifted.parser.write(words, thought) for words, thought in zip(said, thoughts, strict=True)]
+
+    def _say(self, observation: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
+        """Decisions in words."""
+        speech = self.lifted.speech
+        if self.inner is None:
+            return [speech.draw(rng) for _ in observation["message"]]
+        seen = {key: observation[key] for key in ("state", EXPERT) if key in observation}
+        actions = self.inner.act(seen | {"observation": seen.get("state")}, rng)
+        return [speech.say(action) for action in actions]

@@ -52,10 +52,10 @@ class Arcade(World[int]):
             raise UserError(f"size is {size} and length {length}; expected at least 8 and 1, or null")
         self.game, self.size, self.goal, self.length, self.wait = game, size, goal, length, wait
         self.inner = _make(game, frameskip=frameskip, repeat_action_probability=sticky)
-        self.words = tuple(_word(name) for name in self.inner.get_action_meanings())
+        self.words = (tuple(_word(name) for name in self.inner.get_action_meanings()),)
         shape = self.inner.observation_space.shape if size is None else (size, size, 3)
         shown = {"image": spaces.Box(0, 255, shape, np.uint8)}
-        super().__init__(shown, spaces.Discrete(len(self.words)), render_mode=render_mode)
+        super().__init__(shown, spaces.Discrete(len(self.words[0])), render_mode=render_mode)
 
     def begin(self, start: int) -> None:
         """A new game, after a wait of 0 to `wait` decisions."""
@@ -92,7 +92,7 @@ class Arcade(World[int]):
         """Score and lives; whatever else there is to know, the picture shows."""
         rules = f"You play {self.game} on an Atari 2600; the picture shows the screen. Make as many points as you can."
         lives = f", lives: {self.lives}" if self.counts_lives else ""
-        return Description(rules, f"Score: {self.score:g}{lives}", (self.words,), self.words)
+        return Description(rules, f"Score: {self.score:g}{lives}", self.words, self.words[0])
 
 
 def _make(game: str, **options: Any) -> Any:

@@ -53,10 +53,10 @@ class Crafter(World[int]):
         if length < 1 or size < 9 or area < 16:
             raise UserError(f"length is {length}, size {size}, area {area}; expected at least 1, 9 and 16")
         self.goal, self.length = goal, length
-        self.words = ("wait", *(name.replace("_", " ") for name in package.constants.actions[1:]))
+        self.words = (("wait", *(name.replace("_", " ") for name in package.constants.actions[1:])),)
         self.inner = _steady(package)(area=(area, area), size=(size, size), length=None)
         image = spaces.Box(0, 255, (size, size, 3), np.uint8)
-        super().__init__({"image": image}, spaces.Discrete(len(self.words)), render_mode=render_mode)
+        super().__init__({"image": image}, spaces.Discrete(len(self.words[0])), render_mode=render_mode)
 
     def begin(self, start: int) -> None:
         """A new world."""
@@ -93,7 +93,7 @@ class Crafter(World[int]):
         side, before = FACING[int(player.facing[0]), int(player.facing[1])], self._at(player.pos + player.facing)
         lines += [f"You face {side}: {before}.", f"You see {', '.join(self._near()) or 'nothing else'}."]
         lines += [f"You have {body} (of 9).", f"Inventory: {held or 'empty'}"]
-        return Description(RULES, "\n".join(lines), (self.words,), self.words)
+        return Description(RULES, "\n".join(lines), self.words, self.words[0])
 
     def _at(self, place: np.ndarray) -> str:
         """What is on a square."""

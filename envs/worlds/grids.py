@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
@@ -51,6 +51,8 @@ class Grid(World[int]):
         family: what ids of the package begin with: "BabyAI" or "MiniGrid".
         render_mode: None, "rgb_array" or "ansi".
     """
+
+    words = (WORDS,)
 
     def __init__(
         self,
@@ -109,7 +111,11 @@ class Grid(World[int]):
     def describe(self) -> Description:
         """The mission, and everything in sight."""
         said = tell(self.seen["image"])
-        return Description(RULES, f"Mission: {self.seen['mission']}\n{said}", (WORDS,), WORDS)
+        return Description(RULES, f"Mission: {self.seen['mission']}\n{said}", self.words, WORDS)
+
+    def brief(self) -> str:
+        """The mission, and everything in sight, in few characters."""
+        return f"{self.seen['mission']}\n{tell_briefly(self.seen['image'])}"
 
     def picture(self) -> np.ndarray:
         """What the agent sees, or the whole grid."""
@@ -141,8 +147,16 @@ def _make(family: str, level: str) -> Any:
     return gymnasium.make(f"{family}-{level}", disable_env_checker=True).unwrapped
 
 
-def tell(view: np.ndarray) -> str:
-    """The agent's view in words: "You carry nothing. You see a red ball 1 step left and 2 steps forward."
+class Sight(NamedTuple):
+    """What the agent sees: things and the next walls in front of it and beside it, and what it carries."""
+
+    things: list[tuple[str, int, int]]  # name, steps to the right, steps ahead; the nearest first
+    walls: list[tuple[int, int]]
+    carried: str | None
+
+
+def look(view: np.ndarray) -> Sight:
+    """What is in a view.
 
     Args:
         view: [W, H, 3] kind, colour and state of squares; the agent is in the middle of the last row and looks at the
@@ -150,33 +164,59 @@ def tell(view: np.ndarray) -> str:
     """
     middle, last = view.shape[0] // 2, view.shape[1] - 1
     things: list[tuple[int, int, int, str]] = []
-    walls: dict[int, tuple[int, str]] = {}
+    walls: dict[int, tuple[int, int, int]] = {}
     for across, down in np.ndindex(*view.shape[:2]):
         kind, side, ahead = int(view[across, down, 0]), across - middle, last - down
         if kind in (UNSEEN, EMPTY, FLOOR) or (side == 0 and ahead == 0):
             continue
         if kind != WALL:
-            things.append((ahead + abs(side), side, ahead, f"{_name(view[across, down])} {_where(side, ahead)}"))
+            things.append((ahead + abs(side), side, ahead, _name(view[across, down])))
         elif side == 0 or ahead == 0:  # the next wall in each direction
             direction = int(np.sign(side))
-            walls[direction] = min(walls.get(direction, (99, "")), (abs(side) + ahead, _where(side, ahead)))
-    said = [text for *_, text in sorted(things)] + [f"a wall {walls[s][1]}" for s in (0, -1, 1) if s in walls]
+            walls[direction] = min(walls.get(direction, (99, 0, 0)), (abs(side) + ahead, side, ahead))
     own = view[middle, last]
-    carried = "nothing" if own[0] in (UNSEEN, EMPTY, FLOOR, DOOR, AGENT, 8, 9) else _name(own)
+    carried = None if own[0] in (UNSEEN, EMPTY, FLOOR, DOOR, AGENT, 8, 9) else _name(own)
+    found = [(name, side, ahead) for _, side, ahead, name in sorted(things)]
+    return Sight(found, [walls[side][1:] for side in (0, -1, 1) if side in walls], carried)
+
+
+def tell(view: np.ndarray) -> str:
+    """A view in words: "You carry nothing.", and below "You see a red ball 1 step left and 2 steps forward."."""
+    seen = look(view)
+    said = [f"{_article(name)} {name} {_where(*place)}" for name, *place in seen.things]
+    said += [f"a wall {_where(*place)}" for place in seen.walls]
+    carried = "nothing" if seen.carried is None else f"{_article(seen.carried)} {seen.carried}"
     return f"You carry {carried}.\nYou see {', '.join(said) or 'nothing'}."
+
+
+def tell_briefly(view: np.ndarray) -> str:
+    """The same in few characters: "red ball 2 ahead 1 left, wall 5 ahead"."""
+    seen = look(view)
+    said = [] if seen.carried is None else [f"carry {seen.carried}"]
+    return ", ".join(
+        [*said, *(f"{name} {_there(*place)}" for name, *place in [*seen.things, *(("wall", *at) for at in seen.walls)])]
+    )
 
 
 def _name(square: np.ndarray) -> str:
     kind, color, state = (int(number) for number in square)
     parts = [STATES[state]] if kind == DOOR else []
     parts += [] if kind in PLAIN else [COLORS[color]]
-    text = " ".join([*parts, THINGS[kind]])
-    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+    return " ".join([*parts, THINGS[kind]])
+
+
+def _article(name: str) -> str:
+    return "an" if name[0] in "aeiou" else "a"
 
 
 def _where(side: int, ahead: int) -> str:
     steps = [(abs(side), "left" if side < 0 else "right"), (ahead, "forward")]
     return " and ".join(f"{count} step{'s' * (count > 1)} {where}" for count, where in steps if count)
+
+
+def _there(side: int, ahead: int) -> str:
+    steps = [(ahead, "ahead"), (abs(side), "left" if side < 0 else "right")]
+    return " ".join(f"{count} {where}" for count, where in steps if count)
 
 
 @register("demonstrator", "baby_ai_bot", "embodied_rft/BabyAI-v0")

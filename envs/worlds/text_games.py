@@ -108,7 +108,7 @@ class TextGame(World[str]):
             self.inner = textworld.start(str(path), textworld.EnvInfos(feedback=True, **asked))
             self.now = self.inner.reset()
         self.steps, self.score, self.wasted = 0, 0, 0
-        self.news = f"{self.now.objective.strip()}\n\n{_clean(self.now.description)}"
+        self.news = _clean(self.now.description)
 
     def advance(self, action: str) -> tuple[float, bool, bool, dict[str, Any]]:
         """One command; info counts those that were not admissible."""
@@ -128,14 +128,14 @@ class TextGame(World[str]):
 
     def observe(self) -> dict[str, str]:
         """What is new; the rules and the quest with the first message."""
-        head = f"{RULES}\n\n" if self.steps == 0 else ""
-        listed = f"\nCommands: {', '.join(self._commands())}" if self.admissible and not self.over else ""
+        head = f"{RULES}\n\n{self.now.objective.strip()}\n\n" if self.steps == 0 else ""
+        listed = f"\nCommands: {', '.join(self._commands())}" if self._commands() else ""
         return {"message": f"{head}{self.news}{listed}"[:LONGEST]}
 
     def describe(self) -> Description:
-        """The room, the quest, and all commands that do something now."""
+        """The quest, what is new, and all commands that do something now."""
         said = f"{self.now.objective.strip()}\n\n{self.news}"
-        return Description(RULES, said, (), self._commands())
+        return Description(RULES, said, (), self._commands() or None)
 
     def picture(self) -> None:
         """There is none."""
@@ -151,7 +151,8 @@ class TextGame(World[str]):
             self.inner = None
 
     def _commands(self) -> tuple[str, ...]:
-        return tuple(sorted(self.now.admissible_commands or ()))
+        """All commands that do something now, where they are told."""
+        return tuple(sorted(self.now.admissible_commands or ())) if self.admissible and not self.over else ()
 
 
 def prepare(folder: Path, start: int, **family: int) -> Path:

@@ -21,6 +21,7 @@ from embodied_rft.data import Space
 from embodied_rft.envs.games.batch import OBSERVATIONS, Description
 from embodied_rft.names import UserError, nearest
 from embodied_rft.seeding import FIRST_EVALUATION_SEED, pack_generator, unpack_generator
+from embodied_rft.turns.words import Words
 
 A = TypeVar("A", int, str)  # what an action is
 Seen = dict[str, Any]  # an observation
@@ -57,6 +58,7 @@ class World(gymnasium.Env[Seen, A], ABC, Generic[A]):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array", "ansi"], "render_fps": 10}  # noqa: RUF012
+    words: Words = ()  # of each choice of an action; (): actions are texts
 
     def __init__(
         self, shown: Mapping[str, Space], action_space: Space, *, expert: bool = False, render_mode: str | None = None
