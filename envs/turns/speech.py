@@ -49,11 +49,11 @@ class Speech(ABC):
     choices: str  # what may be said, for the rules
 
     @abstractmethod
-    def read(self, said: str) -> Any:
+    def read(self, said: str) -> object:
         """The action that is meant, in the form of the space; None: none is."""
 
     @abstractmethod
-    def say(self, action: Any) -> str:
+    def say(self, action: object) -> str:
         """The inverse."""
 
     @abstractmethod
@@ -91,7 +91,7 @@ class InWords(Speech):
         start, shape = getattr(self.space, "start", 0), self.space.shape
         return (index.reshape(shape or ()) + start).astype(dtype)
 
-    def say(self, action: Any) -> str:
+    def say(self, action: object) -> str:
         """Of a Box, the words of the nearest values."""
         if self.grid is not None:
             chosen = np.abs(self.grid - np.asarray(action, dtype=np.float64)[:, None]).argmin(1)
@@ -133,7 +133,7 @@ class InNumbers(Speech):
         whole = np.issubdtype(action.dtype, np.floating) or bool((action == numbers).all())
         return action if whole and self.space.contains(action) else None
 
-    def say(self, action: Any) -> str:
+    def say(self, action: object) -> str:
         """Rounded, where that stays within the bounds."""
         inside = np.clip(np.asarray(action, np.float64), self.space.low, self.space.high)
         rounded = " ".join(f"{number:.{DIGITS}g}" for number in inside)
@@ -153,7 +153,7 @@ class InText(Speech):
         """Itself."""
         return said
 
-    def say(self, action: Any) -> str:
+    def say(self, action: object) -> str:
         """Itself."""
         return str(action)
 
