@@ -1,4 +1,4 @@
-"""GeneralPoints: four cards, one formula a decision, a verifier that answers (Chu et al. 2025, arXiv:2501.17161).
+"""GeneralPoints: cards, one formula of them a decision, a verifier that answers (Chu et al. 2025, arXiv:2501.17161).
 
 Reward 5 for a formula that equals the target, which ends the episode; -1 for one of the right numbers with another
 value, -2 for other numbers than those of the cards (each once), -3 for what is no formula: both are invalid. What the
@@ -23,6 +23,7 @@ from embodied_rft.registry import register
 SUITS = {"black": (0, 3), "red": (1, 2), "mixed": (0, 1, 2, 3)}
 LENGTH = 15  # words of an answer; 11 are enough for every solution
 WORDS = ("", *(str(number) for number in range(1, 14)), *"+-*/()")
+MOST_CARDS = 4
 VERDICTS = ("", "wrong value", "wrong numbers", "no formula")
 REWARDS = np.array([5.0, -1.0, -2.0, -3.0])
 
@@ -32,6 +33,7 @@ class GeneralPoints(Game):
 
     Args:
         target: what the formula is to equal.
+        cards: how many are dealt, 2 to 4; fewer are easier.
         face_cards: the rule: J, Q and K count "ten", or their "rank" (11, 12, 13).
         suits: the looks: "black", "red" or "mixed".
         needs_face: deal only hands in which the rule matters (one card at least is J, Q or K).
@@ -44,6 +46,7 @@ class GeneralPoints(Game):
         self,
         *,
         target: int = 24,
+        cards: int = MOST_CARDS,
         face_cards: FaceCards = "ten",
         suits: str = "mixed",
         needs_face: bool = False,
@@ -55,14 +58,17 @@ class GeneralPoints(Game):
             raise UserError(f"unknown suits {suits!r}; {nearest(suits, SUITS)}")
         if not 1 <= target <= 100 or not 1 <= tries <= 99:
             raise UserError(f"target is {target} and tries {tries}; expected 1 to 100, and 1 to 99")
-        self.target, self.face_cards, self.needs_face, self.tries = target, face_cards, needs_face, tries
+        if not 2 <= cards <= MOST_CARDS:
+            raise UserError(f"cards is {cards}; expected 2 to {MOST_CARDS}")
+        self.target, self.face_cards, self.needs_face = target, face_cards, needs_face
+        self.cards, self.tries = cards, tries
         self.suits = np.array(SUITS[suits])
-        self.arrays = {"rank": (4,), "suit": (4,), "left": (), "verdict": ()}
-        self.sizes = [2, 101, tries + 1, len(VERDICTS), *[14] * 4]
-        count = "10" if face_cards == "ten" else "11, 12 and 13"
+        self.arrays = {"rank": (cards,), "suit": (cards,), "left": (), "verdict": ()}
+        self.sizes = [2, 101, tries + 1, len(VERDICTS), *[14] * cards]
+        self.count = "10" if face_cards == "ten" else "11, 12 and 13"
         self.rules = (
-            f"Write a formula that equals {target} and has every card once. J, Q and K count {count}. Use numbers, "
-            "+ - * / and brackets, with blanks between them."
+            f"Write a formula that equals {target} and has every card once. J, Q and K count {self.count}. Use "
+            "numbers, + - * / and brackets, with blanks between them."
         )
         style = {"color": drawing.WHITE, "background": drawing.TABLE}
         self.verdicts = drawing.labels([verdict.upper() for verdict in VERDICTS], **style)
@@ -71,8 +77,8 @@ class GeneralPoints(Game):
 
     def deal(self, dice: Dice) -> Position:
         """Hands that can make the target."""
-        ranks = deal_hands(dice, 4, self.target, self.face_cards, needs_face=self.needs_face)
-        suit = self.suits[dice.roll(len(self.suits), 4)]
+        ranks = deal_hands(dice, self.cards, self.target, self.face_cards, needs_face=self.needs_face)
+        suit = self.suits[dice.roll(len(self.suits), self.cards)]
         return self.empty(len(dice)) | {"rank": ranks, "suit": suit, "left": np.full(len(dice), self.tries)}
 
     def valid(self, now: Position, actions: np.ndarray) -> np.ndarray:
@@ -108,7 +114,7 @@ class GeneralPoints(Game):
     def draw(self, now: Position) -> np.ndarray:
         """The cards on a table, what the verifier said, and how many tries are left, [K, 52, 114, 3]."""
         pictures = self.background.repeat(len(now["rank"]), 0)
-        for i in range(4):
+        for i in range(self.cards):
             card = np.where(now["rank"][:, i] > 0, now["rank"][:, i] - 1 + 13 * now["suit"][:, i], 53)
             drawing.put(pictures, drawing.deck()[card], 6, 6 + 27 * i)
         drawing.put(pictures, self.verdicts[now["verdict"]], 40, 6)
@@ -116,10 +122,11 @@ class GeneralPoints(Game):
         return pictures
 
     def tell(self, now: Position) -> str:
-        """Cards, tries left and what the verifier said."""
+        """Cards, what J, Q and K count, tries left and what the verifier said."""
         cards = ", ".join(drawing.RANKS[rank - 1] for rank in now["rank"][0])
         said = VERDICTS[now["verdict"][0]]
-        return f"Cards: {cards}\nAnswers left: {now['left'][0]}" + (f"\nThe last answer: {said}" if said else "")
+        told = f"Cards: {cards}\nJ, Q, K: {self.count}\nAnswers left: {now['left'][0]}"
+        return told + (f"\nThe last answer: {said}" if said else "")
 
 
 @register("demonstrator", "general_points", "embodied_rft/GeneralPoints-v0")

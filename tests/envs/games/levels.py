@@ -12,7 +12,11 @@ LEVELS = {
     "EZPoints": [({"target": 5}, 1.0), ({}, 1.0), ({"target": 18}, 1.0)],
     "Points24": [({"solvable": True}, 1.0), ({"solvable": True, "face_cards": "rank", "target": 36}, 1.0), ({}, 0.6)],
     "BlackJack": [({"dealer_stands": 12}, 0.45), ({}, 0.33), ({"natural": True, "dealer_stands": 19}, 0.33)],
-    "GeneralPoints": [({}, 1.0), ({"face_cards": "rank", "needs_face": True, "suits": "red", "tries": 1}, 1.0)],
+    "GeneralPoints": [
+        ({"cards": 3, "target": 12}, 1.0),
+        ({}, 1.0),
+        ({"face_cards": "rank", "needs_face": True, "suits": "red", "tries": 1}, 1.0),
+    ],
     "TwentyFortyEight": [({"goal": 64}, 1.0), ({"goal": 256}, 0.97), ({"goal": 512}, 0.9)],
     "ShisenSho": [({"size": 4}, 0.85), ({}, 0.9), ({"size": 6, "colors": 2, "shapes": 5}, 0.9)],
     "Swap": [({"size": 5, "kinds": 4}, 1.0), ({}, 0.9), ({"goal": 90}, 0.8)],

@@ -179,6 +179,7 @@ BAD = [
     ("GeneralPoints", {"face_cards": "eleven"}, "expected 'ten'"),
     ("GeneralPoints", {"suits": "blak"}, "did you mean 'black'"),
     ("GeneralPoints", {"tries": 0}, "tries 0; expected"),
+    ("GeneralPoints", {"cards": 5}, "cards is 5; expected 2 to 4"),
     ("TwentyFortyEight", {"goal": 100}, "goal is 100; expected a power of two"),
     ("TwentyFortyEight", {"size": 1}, "size is 1; expected 2 to 6"),
     ("TwentyFortyEight", {"reward": "scor"}, "did you mean 'score'"),
