@@ -13,6 +13,9 @@ from tests.lab.draws import generator
 
 SMALL = {
     "episodes": 8,  # a whole group
+    "episodes_per_iteration": 16,
+    "group_size": 8,
+    "times": 2,
     "updates": 4,
     "decisions": 400,
     "decisions_per_iteration": 200,

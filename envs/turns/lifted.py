@@ -10,6 +10,7 @@ Legend: N environments, K of them named by `rows`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
@@ -53,6 +54,7 @@ class Lifted(EnvBatch):
         digits: significant ones of numbers that are told.
         invalid: added to the reward of an answer that is not understood.
         instead: word of the action that is done then; None: nothing moves, and the turn is over.
+        turns: most of an episode; None: as many as the environment allows.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array", "ansi"], "render_fps": 4}
@@ -76,6 +78,7 @@ class Lifted(EnvBatch):
         digits: int | None = None,
         invalid: float = 0.0,
         instead: str | None = None,
+        turns: int | None = None,
     ) -> None:
         super().__init__(num_envs=num_envs)
         for name, given, known in (("observe", observe, OBSERVE), ("style", style, STYLES)):
@@ -87,7 +90,11 @@ class Lifted(EnvBatch):
         self.host = make_host(
             of, options or {}, wrap, self.generators, draws=self.draws, shows_state=state or told or self.reads
         )
-        self.max_episode_steps, self.can_save = self.host.limit, self.host.can_save
+        self.can_save = self.host.can_save
+        most = self.host.limit or math.inf
+        if turns is not None and not 1 <= turns <= most:
+            raise UserError(f"turns is {turns}; expected 1 to {most}, where the environment ends an episode")
+        self.max_episode_steps = self.host.limit if turns is None else turns
         if digits is not None and (self.host.describes or not (self.reads or told)):
             raise UserError("digits have no effect where no numbers are told: leave them out")
         self.digits = 3 if digits is None else digits

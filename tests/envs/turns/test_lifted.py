@@ -140,6 +140,9 @@ def test_turns_that_are_not_understood_count():
     env = vector(LAKE, 1, max_episode_steps=3)
     env.reset(seed=0)
     assert [env.step(["hm"])[3].item() for _ in range(3)] == [False, False, True]
+    short = gymnasium.make(LAKE, turns=2)
+    short.reset(seed=0)
+    assert [short.step("hm")[3] for _ in range(2)] == [False, True]
     inner = gymnasium.make(ANY, of="CartPole-v1", wrap=[{"id": "TimeLimit", "max_episode_steps": 2}])
     inner.reset(seed=0)
     assert [inner.step(say(0))[3] for _ in range(2)] == [False, True]  # the inner clock is heard
@@ -226,6 +229,8 @@ def test_demonstrations_of_lifted_games_succeed(id):
         ({"of": LAKE}, "reads answers itself"),
         ({"of": "CartPole-v1", "words": ["left"]}, "as many as there are actions"),
         ({"of": "CartPole-v1", "bins": 3}, "bins have no effect"),
+        ({"of": "CartPole-v1", "turns": 501}, "turns is 501; expected 1 to 500"),
+        ({"of": "CartPole-v1", "turns": 0}, "turns is 0"),
         ({"of": "Pendulum-v1", "bins": 1}, "bins is 1"),
         ({"of": "CartPole-v1", "instead": "up"}, "instead is 'up', which is no action"),
         ({"of": "CartPole-v1", "observe": "pictures"}, "observe is 'pictures'"),
