@@ -57,7 +57,7 @@ GAMES = {  # id: other values of its options
 TASKS |= dict.fromkeys(GAMES, {"observation": "both"})
 TASKS["embodied_rft/Swap-v0"] = {"observation": "both", "kinds": 4}  # with few kinds some swaps are valid
 CLOCK = [{"id": "TimeLimit", "max_episode_steps": 1}]
-LIFTS = {"wrap": CLOCK, "bins": 3, "digits": 1, "turns": 1, "of": "MountainCarContinuous-v0"}
+LIFTS = {"wrap": CLOCK, "bins": 3, "digits": 1, "decimals": 1, "turns": 1, "of": "MountainCarContinuous-v0"}
 TOLD = {  # what is lifted: other values of the options
     "embodied_rft/ToldFrozenLake-v0": {**LIFTS, "options": {"size": 5}, "words": list("lrud"), "instead": "left"},
     "embodied_rft/Told-v0": {**LIFTS, "options": {"g": 3.0}, "words": [list("abcde")], "instead": "0"},

@@ -66,7 +66,7 @@ class Host(ABC):
         """The flat observation of all N: arrays [N, ...], texts as lists."""
 
     @abstractmethod
-    def tell(self, row: int, *, digits: int, briefly: bool) -> Told:
+    def tell(self, row: int, *, form: str, briefly: bool) -> Told:
         """A position for one who reads; briefly where the environment can."""
 
     @abstractmethod
@@ -152,13 +152,13 @@ class BatchHost(Host):
             self._seen = {leaf.key: list(part) if leaf.text else part for leaf, part in parts}
         return dict(self._seen)
 
-    def tell(self, row: int, *, digits: int, briefly: bool) -> Told:
+    def tell(self, row: int, *, form: str, briefly: bool) -> Told:
         """Its own words, which are few, or its numbers."""
         if isinstance(self.batch, TellsRows):
             return self.batch.describe(row)
         return Plain(
             "",
-            state_text(self.observation_space, _one(self.observation_space, self.observation(), row), digits=digits),
+            state_text(self.observation_space, _one(self.observation_space, self.observation(), row), form=form),
             (),
         )
 
@@ -261,14 +261,14 @@ class SinglesHost(Host):
         """As they showed it last."""
         return dict(self.singles.observation)
 
-    def tell(self, row: int, *, digits: int, briefly: bool) -> Told:
+    def tell(self, row: int, *, form: str, briefly: bool) -> Told:
         """Their own words, or their numbers."""
         if (teller := _teller(self.singles.slots[row].env)) is not None:
             if briefly and isinstance(teller, TellsBriefly):
-                return Plain("", teller.brief(), ())
+                return teller.brief()
             return teller.describe()
         seen = _one(self.observation_space, self.observation(), row)
-        return Plain("", state_text(self.observation_space, seen, digits=digits), ())
+        return Plain("", state_text(self.observation_space, seen, form=form), ())
 
     def picture(self, row: int) -> np.ndarray | None:
         """As it renders."""

@@ -20,8 +20,8 @@ from gymnasium import spaces
 from embodied_rft.data import Space
 from embodied_rft.envs.serving import EnvBatch, Outcome, State
 from embodied_rft.envs.turns.hosts import make_host, state_of, state_space
-from embodied_rft.envs.turns.speech import speech_of
-from embodied_rft.envs.turns.telling import EXPERT, Told, untold
+from embodied_rft.envs.turns.speech import InMenu, Legal, speech_of
+from embodied_rft.envs.turns.telling import EXPERT, LEGAL, Told, number_form, untold
 from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.text_spaces import AnyText
 from embodied_rft.turns.parsing import INVALID, Invalid, make_parser
@@ -45,13 +45,15 @@ class Lifted(EnvBatch):
         words: of its actions, in their order (a list of them for each choice); None: the environment's, or numbers.
         bins: of actions that are numbers, so many values of each, evenly spaced; None: 5.
         numbers: answers are any numbers within the bounds, not the words of `bins`.
+        menu: legal actions are listed with numbers in every message, and an answer is a number.
         observe: whether the state is told in text, drawn as an image, or both.
         state: whether its symbols or numbers are shown as well, under "state": for players and critics.
         told: whether the state is told in text under "told" whatever is observed: for thoughts of demonstrators.
         style: "full": rules, how to answer, what is legal; "short": the state and nothing else, as briefly as the
             environment can.
         rules: in the place of the environment's own.
-        digits: significant ones of numbers that are told.
+        digits: significant ones of numbers that are told; None: 3.
+        decimals: in their place so many digits behind the point, and the sign: "-0.04 +1.20", which stand in columns.
         invalid: added to the reward of an answer that is not understood.
         instead: word of the action that is done then; None: nothing moves, and the turn is over.
         turns: most of an episode; None: as many as the environment allows.
@@ -70,12 +72,14 @@ class Lifted(EnvBatch):
         words: Sequence[Any] | None = None,
         bins: int | None = None,
         numbers: bool = False,
+        menu: bool = False,
         observe: Literal["text", "image", "both"] = "text",
         state: bool = False,
         told: bool = False,
         style: Literal["full", "short"] = "full",
         rules: str | None = None,
         digits: int | None = None,
+        decimals: int | None = None,
         invalid: float = 0.0,
         instead: str | None = None,
         turns: int | None = None,
@@ -95,15 +99,20 @@ class Lifted(EnvBatch):
         if turns is not None and not 1 <= turns <= most:
             raise UserError(f"turns is {turns}; expected 1 to {most}, where the environment ends an episode")
         self.max_episode_steps = self.host.limit if turns is None else turns
-        if digits is not None and (self.host.describes or not (self.reads or told)):
-            raise UserError("digits have no effect where no numbers are told: leave them out")
-        self.digits = 3 if digits is None else digits
+        if not (digits is None and decimals is None) and (self.host.describes or not (self.reads or told)):
+            raise UserError("digits and decimals have no effect where no numbers are told: leave them out")
+        self.form = number_form(digits, decimals)
         if observe == "text" and not self.host.describes and (missing := untold(self.host.observation_space)):
             raise UserError(
                 f"{missing[0]!r} of the observations of {of!r} is too large to be told, and nothing else shows it: set "
                 "observe to both, or lift what has a method describe(), as all environments of ours have"
             )
+        if menu and not self.host.describes:
+            raise UserError(f"menu: {of!r} does not tell what is legal: leave it out")
         self.speech = speech_of(self.host.action_space, self.host.env, words=words, bins=bins, numbers=numbers)
+        self.menu, self.legal = menu, cast("list[Legal]", [None] * num_envs)  # what is legal now
+        if menu:
+            self.speech = InMenu(self.speech)
         self._set_parser(parser, instead)
         self.of, self.rules = of, rules
         self.counts = np.zeros((num_envs, len(INVALID)), np.int64)  # invalid answers of the running episodes, by kind
@@ -125,6 +134,8 @@ class Lifted(EnvBatch):
                 f"the parser {parser!r} reads {read!r} where {self.speech.example!r} is answered: set its option "
                 "strict to true, or take one with a frame, as tags"
             )
+        if instead is not None and self.menu:
+            raise UserError("instead has no effect beside menu, where numbers mean something else at every turn")
         self.instead = None if instead is None else self.speech.read(instead)
         if instead is not None and self.instead is None:
             known = self.words[0] if self.words else (self.speech.example,)
@@ -150,6 +161,8 @@ class Lifted(EnvBatch):
         self.advises = isinstance(inside, spaces.Dict) and EXPERT in inside.spaces
         if isinstance(inside, spaces.Dict) and self.advises:
             seen[EXPERT] = inside[EXPERT]
+        if self.menu and (shows_state or self.advises):  # somebody plays, who must know
+            seen[LEGAL] = AnyText(MOST_CHARACTERS)
         self.observation_space, self.action_space = spaces.Dict(seen), AnyText(MOST_CHARACTERS)
 
     def _first_picture(self) -> np.ndarray:
@@ -176,7 +189,7 @@ class Lifted(EnvBatch):
 
     def step(self, rows: np.ndarray, actions: Sequence[str]) -> Outcome:
         """Read the answers, and do what they say."""
-        understood = [self._understand(reply) for reply in actions]
+        understood = [self._understand(reply, row) for reply, row in zip(actions, rows.tolist(), strict=True)]
         kinds, wanted = np.array([kind for kind, _ in understood]), [action for _, action in understood]
         wrong = kinds != UNDERSTOOD
         self.trouble[rows], self.turn[rows] = kinds, self.turn[rows] + 1
@@ -199,12 +212,12 @@ class Lifted(EnvBatch):
         self._write(rows)
         return Outcome(reward, terminated, success, self._counted(rows), truncated)
 
-    def _understand(self, reply: str) -> tuple[int, Any]:
+    def _understand(self, reply: str, row: int) -> tuple[int, Any]:
         """What is wrong with an answer, and the action that follows; None: none does."""
         parsed = self.parser.parse(reply)
         invalid: Invalid | None = parsed.invalid
         if parsed.action is not None:
-            if (action := self.speech.read(parsed.action)) is not None:
+            if (action := self.speech.read(parsed.action, self.legal[row])) is not None:
                 return UNDERSTOOD, action
             invalid = "unknown_word"
         assert invalid is not None
@@ -231,6 +244,8 @@ class Lifted(EnvBatch):
         if self.advises:
             advice = self.host.observation()[EXPERT]
             seen[EXPERT] = tuple(advice) if isinstance(advice, list) else advice.copy()
+        if self.menu and (self.shows_state or self.advises):
+            seen[LEGAL] = tuple("\n".join(legal or ()) for legal in self.legal)
         return seen
 
     # --- messages ------------------------------------------------------------------------------------------------
@@ -241,9 +256,10 @@ class Lifted(EnvBatch):
             if row in self.broken or self.turn[row] < 0:
                 self.messages[row] = self.told[row] = ""
                 continue
-            asked = self.reads or self.tells or self.turn[row] == 0
-            now = self.host.tell(row, digits=self.digits, briefly=self.style == "short") if asked else None
+            asked = self.reads or self.tells or self.menu or self.turn[row] == 0
+            now = self.host.tell(row, form=self.form, briefly=self.style == "short") if asked else None
             self.told[row] = now.state if now is not None and self.tells else ""
+            self.legal[row] = None if now is None else now.legal
             self.messages[row] = "\n".join(line for line in self._lines(row, now) if line)
 
     def _lines(self, row: int, now: Told | None) -> list[str]:
@@ -256,8 +272,10 @@ class Lifted(EnvBatch):
             lines += [now.rules if self.rules is None else self.rules, self._how()]
         if now is not None and self.reads:
             lines += [now.state]
-            if full and self.speech.lists(now.legal):
-                lines += [f"Legal: {', '.join(now.legal or ())}"]
+        if now is not None and self.menu:
+            lines += [f"{number} {said}" for number, said in enumerate(now.legal or (), 1)]
+        elif now is not None and self.reads and full and self.speech.lists(now.legal):
+            lines += [f"Legal: {', '.join(now.legal or ())}"]
         return lines
 
     def _how(self) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 from embodied_rft import registry
 from embodied_rft.envs.serving import make_batch
 from embodied_rft.envs.turns.lifted import Lifted
-from embodied_rft.envs.turns.telling import EXPERT
+from embodied_rft.envs.turns.speech import Legal
+from embodied_rft.envs.turns.telling import EXPERT, LEGAL
 from embodied_rft.envs.worlds.world import Follower
 from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.making import find_spec
@@ -74,9 +75,14 @@ class ToldPlayer:
 
     def _say(self, observation: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
         """Decisions in words."""
-        speech = self.lifted.speech
+        speech, messages = self.lifted.speech, observation["message"]
+        legal: list[Legal] = [None] * len(messages)
+        if self.lifted.menu:
+            if LEGAL not in observation:
+                raise UserError(f"the demonstrator reads {LEGAL!r}: set env.options.state or options.expert to true")
+            legal = [tuple(said.split("\n")) for said in observation[LEGAL]]
         if self.inner is None:
-            return [speech.draw(rng) for _ in observation["message"]]
+            return [speech.draw(rng, one) for one in legal]
         seen = {key: observation[key] for key in ("state", EXPERT) if key in observation}
         actions = self.inner.act(seen | {"observation": seen.get("state")}, rng)
-        return [speech.say(action) for action in actions]
+        return [speech.say(action, one) or speech.draw(rng, one) for action, one in zip(actions, legal, strict=True)]

@@ -19,6 +19,8 @@ from embodied_rft.names import UserError
 from embodied_rft.pools.protocol import is_text
 from embodied_rft.turns.words import Vocabulary, Words
 
+Legal = tuple[str, ...] | None  # all actions that are legal now, as they are said; None: nobody tells
+MOST_LEGAL = 99  # numbers of a menu
 MOST_LISTED = 30  # words of a choice that are written out
 DIGITS = 3  # of numbers that are said
 BETWEEN = re.compile(r"[\s,;()\[\]]+")  # numbers
@@ -49,18 +51,18 @@ class Speech(ABC):
     choices: str  # what may be said, for the rules
 
     @abstractmethod
-    def read(self, said: str) -> object:
-        """The action that is meant, in the form of the space; None: none is."""
+    def read(self, said: str, legal: Legal = None) -> object:
+        """The action that is meant, in the form of the space; None: none is. `legal`: see `InMenu`."""
 
     @abstractmethod
-    def say(self, action: object) -> str:
+    def say(self, action: object, legal: Legal = None) -> str:
         """The inverse."""
 
     @abstractmethod
-    def draw(self, rng: np.random.Generator) -> str:
+    def draw(self, rng: np.random.Generator, legal: Legal = None) -> str:
         """Any action."""
 
-    def lists(self, legal: tuple[str, ...] | None) -> bool:
+    def lists(self, legal: Legal) -> bool:
         """Whether legal actions are worth telling."""
         return bool(legal)
 
@@ -80,7 +82,7 @@ class InWords(Speech):
         self.choices = choices_text(words)
         self.grid = grid_of(space, len(words[0])) if isinstance(space, spaces.Box) else None
 
-    def read(self, said: str) -> np.ndarray | None:
+    def read(self, said: str, legal: Legal = None) -> np.ndarray | None:
         """Read word by word."""
         chosen = self.vocabulary.read(said)
         if chosen is None:
@@ -91,7 +93,7 @@ class InWords(Speech):
         start, shape = getattr(self.space, "start", 0), self.space.shape
         return (index.reshape(shape or ()) + start).astype(dtype)
 
-    def say(self, action: object) -> str:
+    def say(self, action: object, legal: Legal = None) -> str:
         """Of a Box, the words of the nearest values."""
         if self.grid is not None:
             chosen = np.abs(self.grid - np.asarray(action, dtype=np.float64)[:, None]).argmin(1)
@@ -99,11 +101,11 @@ class InWords(Speech):
             chosen = (np.asarray(action) - getattr(self.space, "start", 0)).reshape(-1)
         return self.vocabulary.say(chosen.tolist())
 
-    def draw(self, rng: np.random.Generator) -> str:
+    def draw(self, rng: np.random.Generator, legal: Legal = None) -> str:
         """All alike."""
         return self.vocabulary.say([int(rng.integers(len(choice))) for choice in self.words])
 
-    def lists(self, legal: tuple[str, ...] | None) -> bool:
+    def lists(self, legal: Legal) -> bool:
         """Where some words are not legal now."""
         return bool(legal) and len(self.words) == 1 and len(legal or ()) < len(self.words[0])
 
@@ -121,7 +123,7 @@ class InNumbers(Speech):
             each = f"each {bounds[0]}" if len(set(bounds)) == 1 else f"in turn {', '.join(bounds)}"
             self.choices = f"{self.size} numbers, with blanks between them, {each}"
 
-    def read(self, said: str) -> np.ndarray | None:
+    def read(self, said: str, legal: Legal = None) -> np.ndarray | None:
         """Neither more nor less of them, all within the bounds."""
         parts = [part for part in BETWEEN.split(said) if part]
         try:
@@ -133,13 +135,13 @@ class InNumbers(Speech):
         whole = np.issubdtype(action.dtype, np.floating) or bool((action == numbers).all())
         return action if whole and self.space.contains(action) else None
 
-    def say(self, action: object) -> str:
+    def say(self, action: object, legal: Legal = None) -> str:
         """Rounded, where that stays within the bounds."""
         inside = np.clip(np.asarray(action, np.float64), self.space.low, self.space.high)
         rounded = " ".join(f"{number:.{DIGITS}g}" for number in inside)
         return rounded if self.read(rounded) is not None else " ".join(f"{number:.9g}" for number in inside)
 
-    def draw(self, rng: np.random.Generator) -> str:
+    def draw(self, rng: np.random.Generator, legal: Legal = None) -> str:
         """All alike."""
         return self.say(rng.uniform(self.space.low, self.space.high))
 
@@ -149,21 +151,44 @@ class InText(Speech):
 
     example, choices = "look", "any text"
 
-    def read(self, said: str) -> str:
+    def read(self, said: str, legal: Legal = None) -> str:
         """Itself."""
         return said
 
-    def say(self, action: object) -> str:
+    def say(self, action: object, legal: Legal = None) -> str:
         """Itself."""
         return str(action)
 
-    def draw(self, rng: np.random.Generator) -> str:
+    def draw(self, rng: np.random.Generator, legal: Legal = None) -> str:
         """There is no telling what is one.
 
         Raises:
             ValueError: always.
         """
         raise UserError("actions that are texts cannot be drawn at random: let noise be less than 1")
+
+
+class InMenu(Speech):
+    """The number of a legal action: "2", where ("go west", "open box") are legal and each stands behind its number."""
+
+    words, example, choices = (tuple(map(str, range(1, MOST_LEGAL + 1))),), "1", "the number of a legal one"
+
+    def __init__(self, inside: Speech) -> None:
+        self.inside = inside
+
+    def read(self, said: str, legal: Legal = None) -> object:
+        """Of those that are legal now."""
+        place = int(said) - 1
+        return self.inside.read(legal[place]) if legal and place < len(legal) else None
+
+    def say(self, action: object, legal: Legal = None) -> str:
+        """Nothing where it is not legal."""
+        said = self.inside.say(action)
+        return str(legal.index(said) + 1) if legal and said in legal else ""
+
+    def draw(self, rng: np.random.Generator, legal: Legal = None) -> str:
+        """Of those that are legal now."""
+        return str(rng.integers(min(len(legal or ()), MOST_LEGAL) or 1) + 1)
 
 
 def speech_of(space: Space, env: object, *, words: Sequence[Any] | None, bins: int | None, numbers: bool) -> Speech:

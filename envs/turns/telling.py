@@ -16,6 +16,7 @@ from embodied_rft.pools.protocol import flatten_space, is_text
 from embodied_rft.turns.words import Words
 
 MOST_NUMBERS = 64  # of a part of an observation: more are a picture, and are not told
+LEGAL = "legal"  # key of the actions of a menu, one a line, for players
 EXPERT = "expert"  # key of what an expert would do, beside the observation: nothing that one sees
 
 
@@ -59,8 +60,8 @@ class Tells(Protocol):
 class TellsBriefly(Protocol):
     """A single environment that can in few characters, for `style: short`."""
 
-    def brief(self) -> str:
-        """Its position."""
+    def brief(self) -> Told:
+        """Its position; rules are not told."""
 
 
 class Plain(NamedTuple):
@@ -72,33 +73,46 @@ class Plain(NamedTuple):
     legal: tuple[str, ...] | None = None
 
 
-def state_text(space: Space, value: object, *, digits: int) -> str:
-    """An observation in words: numbers with so many significant digits; of a Dict one line for each part.
+def state_text(space: Space, value: object, *, form: str) -> str:
+    """An observation in words: numbers in a form as ".3g"; of a Dict one line for each part.
 
     Raises:
         ValueError: nothing of it can be told.
     """
     if not isinstance(space, spaces.Dict):
-        if (said := _part(space, value, digits)) is None:
+        if (said := _part(space, value, form)) is None:
             raise UserError(
                 f"observations {space} cannot be told in words: set observe to image, or put a wrapper around the "
                 "environment that has a method describe()"
             )
         return said
     shown = [(key, child) for key, child in space.spaces.items() if key != EXPERT]
-    parts = {key: _part(child, cast(Any, value)[key], digits) for key, child in shown}
+    parts = {key: _part(child, cast(Any, value)[key], form) for key, child in shown}
     return "\n".join(f"{key}: {said}" for key, said in parts.items() if said is not None)
 
 
-def _part(space: Space, value: object, digits: int) -> str | None:
+def _part(space: Space, value: object, form: str) -> str | None:
     if is_text(space):
         return str(value)
     if isinstance(space, spaces.Dict):
-        return state_text(space, value, digits=digits)
+        return state_text(space, value, form=form)
     numbers = np.asarray(value).reshape(-1)
     if len(numbers) > MOST_NUMBERS:
         return None
-    return " ".join(f"{number:.{digits}g}" if numbers.dtype.kind == "f" else str(number) for number in numbers.tolist())
+    return " ".join(f"{number:{form}}" if numbers.dtype.kind == "f" else str(number) for number in numbers.tolist())
+
+
+def number_form(digits: int | None, decimals: int | None) -> str:
+    """How numbers are written: ".3g", or "+.2f".
+
+    Raises:
+        ValueError: both are given, or one is negative.
+    """
+    if digits is not None and decimals is not None:
+        raise UserError("digits have no effect beside decimals: give one of them")
+    if (digits or 0) < 0 or (decimals or 0) < 0:
+        raise UserError(f"digits is {digits} and decimals {decimals}; expected at least 0")
+    return f".{3 if digits is None else digits}g" if decimals is None else f"+.{decimals}f"
 
 
 def untold(space: Space) -> list[str]:

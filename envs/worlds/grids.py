@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,9 +114,9 @@ class Grid(World[int]):
         said = tell(self.seen["image"])
         return Description(RULES, f"Mission: {self.seen['mission']}\n{said}", self.words, WORDS)
 
-    def brief(self) -> str:
+    def brief(self) -> Description:
         """The mission, and everything in sight, in few characters."""
-        return f"{self.seen['mission']}\n{tell_briefly(self.seen['image'])}"
+        return replace(self.describe(), state=f"{self.seen['mission']}\n{tell_briefly(self.seen['image'])}")
 
     def picture(self) -> np.ndarray:
         """What the agent sees, or the whole grid."""
@@ -190,12 +191,12 @@ def tell(view: np.ndarray) -> str:
 
 
 def tell_briefly(view: np.ndarray) -> str:
-    """The same in few characters: "red ball 2 ahead 1 left, wall 5 ahead"."""
+    """The same in few characters, steps forward, to the left and to the right: "red ball 2f1l, wall 5f 3r"."""
     seen = look(view)
     said = [] if seen.carried is None else [f"carry {seen.carried}"]
-    return ", ".join(
-        [*said, *(f"{name} {_there(*place)}" for name, *place in [*seen.things, *(("wall", *at) for at in seen.walls)])]
-    )
+    said += [f"{name} {_there(*place)}" for name, *place in seen.things]
+    walls = [_there(*place) for place in seen.walls]
+    return ", ".join([*said, *([" ".join(["wall", *walls])] if walls else [])])
 
 
 def _name(square: np.ndarray) -> str:
@@ -215,8 +216,8 @@ def _where(side: int, ahead: int) -> str:
 
 
 def _there(side: int, ahead: int) -> str:
-    steps = [(ahead, "ahead"), (abs(side), "left" if side < 0 else "right")]
-    return " ".join(f"{count} {where}" for count, where in steps if count)
+    steps = [(ahead, "f"), (abs(side), "l" if side < 0 else "r")]
+    return "".join(f"{count}{where}" for count, where in steps if count)
 
 
 @register("demonstrator", "baby_ai_bot", "embodied_rft/BabyAI-v0")

@@ -30,6 +30,7 @@ from embodied_rft.seeding import FIRST_EVALUATION_SEED, held_out_index
 LONGEST = 10_000  # characters of a message, and of a command
 REWARDS = ("score", "progress")
 OF_THE_EMULATOR = {"quit", "q", "restart", "restore", "save", "undo", "script", "transcript", "verify", "version"}
+IDLE = {"look", "inventory", "examine"}  # first words of commands that change nothing
 NOTHING = "look"  # a command that changes nothing
 RULES = (
     "You play a text game. Each turn you write one command, such as: look, inventory, examine box, take key from box, "
@@ -102,13 +103,13 @@ class TextGame(World[str]):
         if self.inner is not None:
             self.inner.close()
         asked = dict.fromkeys(["admissible_commands", "won", "lost", "objective", "description"], True)
-        asked |= {"policy_commands": self.expert, "intermediate_reward": self.reward == "progress"}
+        asked |= {"game": True, "policy_commands": self.expert, "intermediate_reward": self.reward == "progress"}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the emulator knows no score of this game, which is told otherwise
             self.inner = textworld.start(str(path), textworld.EnvInfos(feedback=True, **asked))
             self.now = self.inner.reset()
         self.steps, self.score, self.wasted = 0, 0, 0
-        self.news = _clean(self.now.description)
+        self.news, self.end = _clean(self.now.description), self.now.game.metadata["walkthrough"][-1]
 
     def advance(self, action: str) -> tuple[float, bool, bool, dict[str, Any]]:
         """One command; info counts those that were not admissible."""
@@ -135,7 +136,12 @@ class TextGame(World[str]):
     def describe(self) -> Description:
         """The quest, what is new, and all commands that do something now."""
         said = f"{self.now.objective.strip()}\n\n{self.news}"
-        return Description(RULES, said, (), self._commands() or None)
+        return Description(RULES, said, (), self._commands())
+
+    def brief(self) -> Description:
+        """The last command of the quest, which is its end, and all commands that change something now."""
+        changing = tuple(each for each in self._commands() if each.split()[0] not in IDLE)
+        return Description(RULES, self.end, (), changing)
 
     def picture(self) -> None:
         """There is none."""

@@ -114,6 +114,11 @@ def test_environments_name_their_actions():
     assert cart.step(say("RIGHT"))[1] == 1
 
 
+def test_numbers_in_columns():
+    env = gymnasium.make(ANY, of="CartPole-v1", words=["left", "right"], style="short", decimals=2)
+    assert env.reset(seed=3)[0]["message"] == "-0.04 -0.03 +0.03 +0.01"
+
+
 def test_pictures_beside_or_instead_of_text():
     both, image = vector(LAKE, observe="both"), vector(LAKE, observe="image")
     a, b = both.reset(seed=0)[0], image.reset(seed=0)[0]
@@ -232,6 +237,9 @@ def test_demonstrations_of_lifted_games_succeed(id):
         ({"of": "CartPole-v1", "turns": 501}, "turns is 501; expected 1 to 500"),
         ({"of": "CartPole-v1", "turns": 0}, "turns is 0"),
         ({"of": "Pendulum-v1", "bins": 1}, "bins is 1"),
+        ({"of": "Pendulum-v1", "digits": 2, "decimals": 2}, "digits have no effect beside decimals"),
+        ({"of": "Pendulum-v1", "decimals": -1}, "decimals -1; expected at least 0"),
+        ({"of": "embodied_rft/NumberLine-v0", "decimals": 1}, "digits and decimals have no effect where no numbers"),
         ({"of": "CartPole-v1", "instead": "up"}, "instead is 'up', which is no action"),
         ({"of": "CartPole-v1", "observe": "pictures"}, "observe is 'pictures'"),
         ({"of": "CartPole-v1", "style": "shrt"}, "did you mean 'short'"),

@@ -30,9 +30,9 @@ def test_a_mission_in_full_and_in_short():
     assert how.endswith("Actions: turn left, turn right, go forward, pick up, drop, toggle, done.")
     assert state == ["Mission: go to the yellow box", "You carry nothing.",
                      "You see a wall 5 steps forward, a wall 1 step left."]  # fmt: skip
-    assert short.reset(seed=3)[0]["message"] == "go to the yellow box\nwall 5 ahead, wall 1 left"
+    assert short.reset(seed=3)[0]["message"] == "go to the yellow box\nwall 5f 1l"
     seen = short.step(say("turn right"))[0]
-    assert seen["message"].split("\n")[1] == "yellow box 5 ahead 2 left, wall 6 ahead, wall 2 right"
+    assert seen["message"].split("\n")[1] == "yellow box 5f2l, wall 6f 2r"
     world = gymnasium.make("embodied_rft/BabyAI-v0", **LEVEL)
     world.reset(seed=3)
     assert np.array_equal(world.step(1)[0]["state"], seen["state"])  # the same level, told or not
@@ -149,6 +149,8 @@ def test_answers_at_random_show_the_form_and_nothing_else():
     ("options", "message"),
     [
         ({"of": "MiniGrid-Empty-5x5-v0"}, "'image' of the observations of .* is too large to be told"),
+        ({"of": "CartPole-v1", "menu": True}, "does not tell what is legal"),
+        ({"of": "embodied_rft/FrozenLake-v0", "menu": True, "instead": "1"}, "instead has no effect beside menu"),
         ({"of": "CartPole-v1", "numbers": True}, "numbers have no effect"),
         ({"of": "Pendulum-v1", "numbers": True, "bins": 3}, "bins and words have no effect beside numbers"),
         ({"of": "Pendulum-v1", "numbers": True, "instead": "3"}, "instead is '3', which is no action"),
@@ -163,3 +165,39 @@ def test_wrong_options_are_refused(options, message):
             pytest.importorskip(package[1])
     with pytest.raises(ValueError, match=message):
         gymnasium.make(ANY, **options)
+
+
+def test_a_menu_numbers_what_is_legal():
+    options = {"games": 2, "held_out": 2, "expert": True}
+    env = lifted("TextGame", options=options, menu=True, style="short", parser=STRICT)
+    seen, over = env.reset(seed=3)[0], False
+    goal, *listed = seen["message"].split("\n")
+    assert [line.split(" ", 1) for line in listed] == [[str(n), a] for n, a in enumerate(seen["legal"].split("\n"), 1)]
+    assert env.step(str(len(listed) + 1))[4]["invalid/unknown_word"] == 1  # nothing has this number
+    assert env.step(seen["expert"])[4]["invalid/unknown_word"] == 2  # a number is asked for
+    while not over:
+        last = seen["expert"]
+        seen, reward, over, *_ = env.step(str(seen["legal"].split("\n").index(last) + 1))
+    assert reward == 1 and last == goal
+    lake = gymnasium.make(ANY, of="embodied_rft/FrozenLake-v0", menu=True, state=True)
+    assert lake.reset(seed=0)[0]["message"].split("\n")[-2:] == ["1 down", "2 right"]
+    assert lake.step(say(2))[0]["message"].split("\n")[-3:] == ["1 left", "2 down", "3 right"]  # it is no corner
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "inside",
+    [
+        {"of": "embodied_rft/TextGame-v0", "options": {"games": 2, "held_out": 2, "expert": True}},
+        {"of": "embodied_rft/FrozenLake-v0", "state": True},
+    ],
+    ids=["TextGame", "FrozenLake"],
+)
+def test_demonstrators_choose_from_menus(inside, noise):
+    pytest.importorskip("textworld")
+    options = {**inside, "menu": True}
+    pool = make_pool(ANY, 2, options=options)
+    act = demonstrator_act(make_demonstrator(ANY, env_options=options, noise=noise), np.random.default_rng(0), None)
+    recording = Collector(pool, run_seed=0).collect(act, episodes=4)
+    assert noise or np.mean(recording.successes) == 1
+    assert all(value == 0 for key, value in recording.metrics().items() if "invalid/" in key)
