@@ -26,6 +26,8 @@ serve("embodied_rft/PegInsert-v0", **_peg, max_episode_steps=60)
 
 for _name in ("Sum", "Countdown", "Format", "Jsonl"):
     serve(f"embodied_rft/Text{_name}-v0", f"{_TEXT}.batch:TextBatch", task=f"{_TEXT}.tasks:{_name}Task")
+for _name in ("Sum", "Jsonl"):
+    serve(f"embodied_rft/Tool{_name}-v0", f"{_TEXT}.tools:ToolBatch", task=f"{_TEXT}.tasks:{_name}Task")
 
 _FILES = {
     "NumberLine": "number_line", "EZPoints": "points", "Points24": "points", "BlackJack": "black_jack",

@@ -62,6 +62,9 @@ TOLD = {  # what is lifted: other values of the options
     "embodied_rft/ToldFrozenLake-v0": {**LIFTS, "options": {"size": 5}, "words": list("lrud"), "instead": "left"},
     "embodied_rft/Told-v0": {**LIFTS, "options": {"g": 3.0}, "words": [list("abcde")], "instead": "0"},
 }
+CALLS = {"parser": {"id": "tags", "tags": ["calc"]}, "max_calls": 1, "style": "full"}
+TOOLS = {"embodied_rft/ToolSum-v0": CALLS, "embodied_rft/ToolJsonl-v0": CALLS}  # beside a tool: likewise
+TASKS |= dict.fromkeys(TOOLS, {"style": "short"})
 TASKS |= {"embodied_rft/ToldFrozenLake-v0": {}, "embodied_rft/Told-v0": {"of": "Pendulum-v1"}}
 SAME = {  # the options of another one
     **{f"embodied_rft/Fetch{task}-v0": "embodied_rft/FetchReach-v0" for task in ("PickAndPlace", "Push", "Slide")},
@@ -69,20 +72,21 @@ SAME = {  # the options of another one
 }
 WORLDS = {*WORLD_IDS, *SERVED}  # of other packages, walked in test_effects_of_worlds.py
 REPLIES = ["7", "<think>7</think><answer>7</answer>", '{"a": 7}']
+CALLED = ['{"name": "calculator", "arguments": {"expression": "3+4"}}', *REPLIES]
 MOVES = ["<answer>left</answer>", "<answer>l</answer>", "<answer>-2</answer>", "right", "<answer>0.1 </answer>"]
 
 
 def visit(id, options, situation):
     """A few steps of some environments; of those that answer texts, as many episodes."""
     count, steps = (32, 6) if id in GAMES else (8, 3)
-    key = "message" if id in TOLD else "prompt"
+    key = "message" if id in {*TOLD, *TOOLS} else "prompt"
     pool = make_pool(id, count, options=options)
     pool.action_space.seed(0)
     try:
         seen = [pool.reset(np.arange(count))]
         for number in range(steps):
             if isinstance(pool.action_space, gymnasium.spaces.Text):
-                spoken = [*MOVES, *REPLIES] if id in TOLD else REPLIES
+                spoken = [*MOVES, *REPLIES] if id in TOLD else CALLED if id in TOOLS else REPLIES
                 action = [*spoken, *map(add, seen[-1][key][len(spoken) :])]
             else:
                 action = np.stack([pool.action_space.sample() for _ in range(count)])
@@ -102,9 +106,9 @@ def add(prompt):
 
 def of_task(id, folder):
     """The walk over the options of one environment."""
-    base, values = TASKS[id], VALUES | GAMES.get(id, {}) | TOLD.get(id, {})
+    base, values = TASKS[id], VALUES | GAMES.get(id, {}) | TOLD.get(id, {}) | TOOLS.get(id, {})
     if "Jsonl" in id:
-        base, values["path"] = {"path": problems(folder, 7)}, problems(folder, 11)
+        base, values["path"] = {**base, "path": problems(folder, 7)}, problems(folder, 11)
     if "Peg" in id:
         values["cameras"] = ["front"]
     options, made = listed("env", id, "env"), functools.partial(visit, id)
