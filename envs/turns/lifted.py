@@ -101,20 +101,11 @@ class Lifted(EnvBatch):
         self.max_episode_steps = self.host.limit if turns is None else turns
         if not (digits is None and decimals is None) and (self.host.describes or not (self.reads or told)):
             raise UserError("digits and decimals have no effect where no numbers are told: leave them out")
-        self.form = number_form(digits, decimals)
-        if observe == "text" and not self.host.describes and (missing := untold(self.host.observation_space)):
-            raise UserError(
-                f"{missing[0]!r} of the observations of {of!r} is too large to be told, and nothing else shows it: set "
-                "observe to both, or lift what has a method describe(), as all environments of ours have"
-            )
-        if menu and not self.host.describes:
-            raise UserError(f"menu: {of!r} does not tell what is legal: leave it out")
+        self.of, self.rules, self.form, self.menu = of, rules, number_form(digits, decimals), menu
+        self._refuse_silence(observe)
         self.speech = speech_of(self.host.action_space, self.host.env, words=words, bins=bins, numbers=numbers)
-        self.menu, self.legal = menu, cast("list[Legal]", [None] * num_envs)  # what is legal now
-        if menu:
-            self.speech = InMenu(self.speech)
         self._set_parser(parser, instead)
-        self.of, self.rules = of, rules
+        self.legal: list[Legal] = [None] * num_envs  # what is legal now
         self.counts = np.zeros((num_envs, len(INVALID)), np.int64)  # invalid answers of the running episodes, by kind
         self.trouble = np.full(num_envs, UNDERSTOOD, np.int64)  # kind of the latest answer
         self.turn = np.full(num_envs, -1, np.int64)  # of the running episodes; -1: none was started
@@ -123,8 +114,20 @@ class Lifted(EnvBatch):
         self.arrays = ("counts", "trouble", "turn", "vain")
         self._set_spaces(shows_state=state, told=told)
 
+    def _refuse_silence(self, observe: str) -> None:
+        """Nothing that decides is left out of messages."""
+        if observe == "text" and not self.host.describes and (missing := untold(self.host.observation_space)):
+            raise UserError(
+                f"{missing[0]!r} of the observations of {self.of!r} is too large to be told, and nothing else shows "
+                "it: set observe to both, or lift what has a method describe(), as all environments of ours have"
+            )
+        if self.menu and not self.host.describes:
+            raise UserError(f"menu: {self.of!r} does not tell what is legal: leave it out")
+
     def _set_parser(self, parser: Any, instead: str | None) -> None:
         """Who reads the answers, and what is done when they are not understood."""
+        if self.menu:
+            self.speech = InMenu(self.speech)
         self.words = self.speech.words
         self.parser = make_parser(parser, words=self.words)
         self.vocabulary = self.parser.vocabulary
