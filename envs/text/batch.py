@@ -33,7 +33,7 @@ class TextBatch(EnvBatch):
         exclude: names of problems that nobody shows, as `initial_observations` names them.
     """
 
-    arrays = ("evaluates", "place", "before", "shown")
+    arrays: tuple[str, ...] = ("evaluates", "place", "before", "shown")
     one_decision: ClassVar[bool] = True
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 1}
 

@@ -18,7 +18,7 @@ from embodied_rft.envs.text.batch import TextBatch
 from embodied_rft.envs.text.rules import evaluate_expression
 from embodied_rft.envs.text.tasks import TextTask
 from embodied_rft.names import UserError, nearest
-from embodied_rft.pools.text_spaces import AnyText, ChatText
+from embodied_rft.pools.text_spaces import AnyText
 from embodied_rft.registry import register
 from embodied_rft.turns.parsing import Parsed, make_parser
 
@@ -61,7 +61,7 @@ class ToolBatch(TextBatch):
         super().__init__(
             task, num_envs=num_envs, max_chars=max_chars, overlong=overlong, held_out=held_out, exclude=exclude
         )
-        if isinstance(self.observation_space["prompt"], ChatText):
+        if getattr(task, "chat", False):
             raise UserError("problems that are chats have no room for a tool: write their prompts as texts")
         if max_calls < 0:
             raise UserError(f"max_calls is {max_calls}; expected at least 0")
