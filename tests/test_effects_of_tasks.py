@@ -70,6 +70,7 @@ SAME = {  # the options of another one
     **{f"embodied_rft/Fetch{task}-v0": "embodied_rft/FetchReach-v0" for task in ("PickAndPlace", "Push", "Slide")},
     **{id.replace("/", "/Told"): "embodied_rft/ToldFrozenLake-v0" for id in GAMES if "Lake" not in id},
 }
+OTHERS = {"CartPole-v1"}  # environments of other packages, which we show how to play
 WORLDS = {*WORLD_IDS, *SERVED}  # of other packages, walked in test_effects_of_worlds.py
 REPLIES = ["7", "<think>7</think><answer>7</answer>", '{"a": 7}']
 CALLED = ['{"name": "calculator", "arguments": {"expression": "3+4"}}', *REPLIES]
@@ -195,7 +196,7 @@ def walks(folder):
     """All of this file."""
     tasks = [of_task(id, folder) for id in TASKS]
     # By their environment; they have a name as well. What is lifted has one demonstrator.
-    own = [id for id in registry.shipped("demonstrator") if id in TASKS and id != "embodied_rft/Told-v0"]
+    own = [id for id in registry.shipped("demonstrator") if id in {*TASKS, *OTHERS} and id != "embodied_rft/Told-v0"]
     return [
         *tasks,
         *map(of_demonstrator, own),

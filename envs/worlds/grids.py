@@ -191,12 +191,14 @@ def tell(view: np.ndarray) -> str:
 
 
 def tell_briefly(view: np.ndarray) -> str:
-    """The same in few characters, steps forward, to the left and to the right: "red ball 2f1l, wall 5f 3r"."""
+    """The same in few characters, steps forward, to the left and to the right: "wall 5f 3r, red ball 2f1l".
+
+    The nearest thing stands last, where an answer begins.
+    """
     seen = look(view)
     said = [] if seen.carried is None else [f"carry {seen.carried}"]
-    said += [f"{name} {_there(*place)}" for name, *place in seen.things]
-    walls = [_there(*place) for place in seen.walls]
-    return ", ".join([*said, *([" ".join(["wall", *walls])] if walls else [])])
+    said += [" ".join(["wall", *(_there(*place) for place in seen.walls)])] * bool(seen.walls)
+    return ", ".join([*said, *(f"{name} {_there(*place)}" for name, *place in reversed(seen.things))])
 
 
 def _name(square: np.ndarray) -> str:

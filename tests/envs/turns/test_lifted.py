@@ -263,8 +263,8 @@ def test_players_say_what_they_need():
         make_demonstrator(LAKE).act(pool.reset(np.arange(1)), np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"set env.options.told to true"):
         make_demonstrator(LAKE, thought="state").act({"state": np.zeros((1, 16))}, np.random.default_rng(0))
-    with pytest.raises(ValueError, match="no scripted demonstrator for 'CartPole-v1', which is lifted"):
-        make_demonstrator(ANY, env_options={"of": "CartPole-v1"})
+    with pytest.raises(ValueError, match="no scripted demonstrator for 'Acrobot-v1', which is lifted"):
+        make_demonstrator(ANY, env_options={"of": "Acrobot-v1"})
 
 
 def test_a_lifted_environment_passes_the_check():

@@ -32,7 +32,7 @@ def test_a_mission_in_full_and_in_short():
                      "You see a wall 5 steps forward, a wall 1 step left."]  # fmt: skip
     assert short.reset(seed=3)[0]["message"] == "go to the yellow box\nwall 5f 1l"
     seen = short.step(say("turn right"))[0]
-    assert seen["message"].split("\n")[1] == "yellow box 5f2l, wall 6f 2r"
+    assert seen["message"].split("\n")[1] == "wall 6f 2r, yellow box 5f2l"
     world = gymnasium.make("embodied_rft/BabyAI-v0", **LEVEL)
     world.reset(seed=3)
     assert np.array_equal(world.step(1)[0]["state"], seen["state"])  # the same level, told or not
@@ -135,13 +135,13 @@ def test_a_demonstrator_says_its_numbers():
 
 
 def test_answers_at_random_show_the_form_and_nothing_else():
-    options = {"of": "CartPole-v1", "words": ["left", "right"], "parser": STRICT, "style": "short"}
+    options = {"of": "Acrobot-v1", "parser": STRICT, "style": "short", "turns": 20}
     pool = make_pool(ANY, 8, options=options)
     act = demonstrator_act(make_demonstrator(ANY, env_options=options, noise=1.0), np.random.default_rng(0), None)
     recording = Collector(pool, run_seed=0).collect(act, episodes=16)
     assert not any(recording.metrics().get(f"collect/invalid/{kind}", 0) for kind in ("unknown_word", "empty"))
-    assert 10 < recording.decisions / 16 < 40  # of a pole that nobody holds
-    with pytest.raises(ValueError, match="no scripted demonstrator for 'CartPole-v1'.*With noise: 1"):
+    assert recording.decisions == 16 * 20
+    with pytest.raises(ValueError, match="no scripted demonstrator for 'Acrobot-v1'.*With noise: 1"):
         make_demonstrator(ANY, env_options=options, noise=0.9)
 
 
@@ -201,3 +201,18 @@ def test_demonstrators_choose_from_menus(inside, noise):
     recording = Collector(pool, run_seed=0).collect(act, episodes=4)
     assert noise or np.mean(recording.successes) == 1
     assert all(value == 0 for key, value in recording.metrics().items() if "invalid/" in key)
+
+
+def test_who_holds_the_pole_speaks():
+    """Alone and in a conversation the same pushes; with noise the pole falls sooner."""
+    options = {"of": "CartPole-v1", "words": ["left", "right"], "parser": STRICT, "state": True, "turns": 200}
+    lengths = {}
+    for id, opts, units in ((ANY, options, None), ("CartPole-v1", {}, 1)):
+        for noise in (0.0, 0.8):
+            pool = make_pool(id, 4, options=opts)
+            act = demonstrator_act(
+                make_demonstrator(id, env_options=opts, noise=noise), np.random.default_rng(0), units
+            )
+            lengths[id, noise] = Collector(pool, run_seed=0).collect(act, episodes=4).decisions / 4
+    assert lengths[ANY, 0.0] == 200 and lengths["CartPole-v1", 0.0] == 500
+    assert max(lengths[ANY, 0.8], lengths["CartPole-v1", 0.8]) < 150
