@@ -18,7 +18,7 @@ import yaml
 from embodied_rft import cli, registry
 from embodied_rft.options import parse, to_plain
 from embodied_rft.runs.catalogue import KINDS, TOPICS, of_dataclass, options_of
-from embodied_rft.runs.recipe import Recipe, recipe_names
+from embodied_rft.runs.recipe import Recipe, load_recipe, recipe_names
 from tests.lab import ROOT
 
 CHECK = """
@@ -273,6 +273,18 @@ def test_commands_are_understood(page, monkeypatch):
             assert words[3:6] == ["-m", "--", "embodied_rft.cli"], command
             words = ["erft", *words[6:]]
         assert parsed(words[1:]) or "corridor/" in command, command
+
+
+@each_page
+def test_overrides_that_a_page_names_fit_their_recipe(page):
+    """Those of a command, and those that stand alone in a line, such as a row of a table, with one command."""
+    for line in page.read_text(encoding="utf-8").replace("SEED", "0").splitlines():
+        spans = [shlex.split(span) for span in re.findall(r"`([^`]+)`", line) if span.count("'") % 2 == 0]
+        trained = [words[2:] for words in spans if words[:2] == ["erft", "train"]]
+        alone = [words for words in spans if words and all(re.match(r"[a-z][\w.]*\.\w+=", word) for word in words)]
+        for name, *behind in trained if len(trained) == 1 else ():
+            for words in [behind, *alone] if name in recipe_names() else ():
+                load_recipe(name, [word for word in words if re.match(r"[a-z][\w.]*=", word)])
 
 
 @pytest.mark.parametrize(
