@@ -333,6 +333,8 @@ class LanguagePolicy(Policy):
                 ended = bool(reply[-1] == self.dialogue.end)
             parts.append(shown.message(row, first=not parts, ended=ended, seen=True))
             rows.append(np.concatenate(parts))
+            if not len(rows[-1]):
+                raise UserError("an empty prompt, and a model without a begin token: there is nothing to continue")
         return sight or Decoder(self.lm.decoder), Ragged.of(rows, dtype=np.int64)
 
     def prompt_ids(self, observation: Tree) -> Ragged:

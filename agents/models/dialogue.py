@@ -92,12 +92,8 @@ class Dialogue:
         """Ids of the first message; one id stands for each picture, which come before its text."""
         _check(message)
         if self.kind == "chat":
-            ids = self._encode(*self._render(self._messages(message, pictures, first=True)), pictures)
-        else:
-            ids = self._plain(message, pictures, first=True)
-        if not len(ids):
-            raise UserError("an empty prompt was given to a model without a begin token: there is nothing to continue")
-        return ids
+            return self._encode(*self._render(self._messages(message, pictures, first=True)), pictures)
+        return self._plain(message, pictures, first=True)
 
     def _following(self, message: str, pictures: int = 0, *, ended: bool = True) -> np.ndarray:
         """Ids of a later message.
