@@ -43,6 +43,7 @@ class Evaluation:
     seconds: float = 0.0
     name: str = ""
     states: int | None = None  # distinct held-out states that there are, where the environment knows
+    statistics: dict[str, float] = field(default_factory=dict)  # means of what it tells of episodes: "invalid/cut"
     told: bool = False  # whether the environment said anything about success; if not, only the returns mean something
     left_out: list[int] = field(default_factory=list)  # seeds on which the environment failed each time: no verdict
     extra: dict[str, Any] = field(default_factory=dict)
@@ -197,6 +198,7 @@ class _Episodes:
         self.returns, self.lengths, self.failures = (np.zeros(len(seeds)) for _ in range(3))
         self.ended: dict[int, bool] = {}  # success of each episode that came to its end
         self.tasks: dict[int, str] = {}  # of each episode that began
+        self.statistics: dict[str, list[float]] = {}  # of the episodes that came to their end
         self.told = False
 
     def deal(self, count: int) -> list[tuple[int, int]]:
@@ -214,6 +216,8 @@ class _Episodes:
                 self.tasks[episode] = task_id(played.observation, env, self.seeds[episode])
             reward = played.result.reward[env]
             self.said.add(int(schedule.episode[env]), played.observation, played.decisions, reward, env)
+        for name, values in played.result.statistics(played.ended).items():
+            self.statistics.setdefault(name, []).extend(values)
         for env in played.ended:
             episode = int(schedule.episode[env])
             self.returns[episode], self.lengths[episode] = schedule.returned[env], schedule.step[env]
@@ -248,6 +252,7 @@ class _Episodes:
             seconds=seconds,
             name=name,
             states=states,
+            statistics={name: float(np.mean(values)) for name, values in self.statistics.items() if values},
             told=self.told,
             tasks=[self.tasks[i] for i in judged],
             left_out=[int(seed) for i, seed in enumerate(self.seeds) if i not in self.ended],

@@ -151,6 +151,8 @@ class Collector:
             recording.successes += [False] * len(done) if success is None else [bool(s) for s in success[done]]
             recording.returns += self.schedule.returned[done].tolist()
             recording.lengths += self.schedule.step[done].tolist()
+            for name, values in played.result.statistics(done).items():
+                recording.statistics.setdefault(name, []).extend(values)
 
     def _shown(self, streams: np.ndarray) -> Tree:
         """What these environments show now."""

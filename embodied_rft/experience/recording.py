@@ -119,6 +119,7 @@ class Recording:
     told: bool = False  # whether the environment said anything about success; if not, `successes` mean nothing
     returns: list[float] = field(default_factory=list)  # undiscounted sum of the environment's reward
     lengths: list[int] = field(default_factory=list)
+    statistics: dict[str, list[float]] = field(default_factory=dict)  # what environments tell of them: "invalid/cut"
     invalid: int = 0  # episodes thrown away because their environment failed
     lost: int = 0  # running episodes that a checkpoint could not hold: they are cut, others begin in their place
     cut: int | None = None  # decisions that ran into a length limit; None: the policy has none (trace "cut")
@@ -149,7 +150,7 @@ class Recording:
     def metrics(self) -> dict[str, float]:
         """Means over the episodes that ended while recording, those of all processes."""
         own: dict[str, list[Any]] = {"success": self.successes, "return": self.returns, "length": self.lengths}
-        all_ = distributed.total({name: [float(v) for v in values] for name, values in own.items()})
+        all_ = distributed.total({name: [float(v) for v in values] for name, values in (self.statistics | own).items()})
         if not distributed.any_of(self.told):
             del all_["success"]
         metrics = {f"collect/{name}": float(np.mean(values)) for name, values in all_.items() if values}

@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 from embodied_rft.data import Space
 from embodied_rft.names import UserError
-from embodied_rft.pools.protocol import is_text
+from embodied_rft.pools.protocol import is_statistic, is_text
 
 
 class Unfit(UserError):
@@ -123,6 +123,17 @@ def success_of(info: object) -> bool | None:
         if key in info:
             return as_truth(info[key], f"info[{key!r}]")
     return None
+
+
+def statistics_of(info: Mapping[str, object]) -> dict[str, float]:
+    """The finite numbers that `info` tells of an episode that has ended, by name."""
+    found: dict[str, float] = {}
+    for name, value in info.items():
+        if is_statistic(name) and isinstance(value, (int, float, np.number, np.bool_, np.ndarray)):
+            array = np.asarray(value)
+            if array.size == 1 and array.dtype.kind in "bifu" and np.isfinite(array).all():
+                found[name] = float(array.reshape(()))
+    return found
 
 
 def _short(value: object) -> str:

@@ -21,7 +21,7 @@ from embodied_rft.names import UserError
 from embodied_rft.pools.answers import Unfit, as_truth, leaves_of
 from embodied_rft.pools.hosts import DEADLINE, FIRST_TIME, Answer, Host, told_of
 from embodied_rft.pools.promises import find_seeding, narrow_seed
-from embodied_rft.pools.protocol import Seeding, merge
+from embodied_rft.pools.protocol import Seeding, is_statistic, merge
 from embodied_rft.pools.states import Branches, Saves, can_save
 from embodied_rft.pools.watch import Alarm, Watch
 
@@ -106,6 +106,7 @@ class Batch(Host):
             answer.terminated[:], answer.truncated[:] = terminated & running, truncated & running
             self._hear(answer, infos, running)
             self._tell(answer, infos, running)
+            self._note(answer, infos, self._ended & running)
             return answer
 
         if self._broken or not running.any():  # a reset of others failed: those that were running are lost
@@ -192,6 +193,17 @@ class Batch(Host):
             except (Unfit, IndexError) as error:
                 answer.failed[row] = True
                 answer.incidents.append(("error", f"environment {self.first + row}: {error}"))
+
+    def _note(self, answer: Answer, infos: Any, ended: np.ndarray) -> None:
+        """What is told of the episodes that ended."""
+        if not ended.any():
+            return
+        for name in filter(is_statistic, infos):
+            values = np.asarray(infos[name])
+            if values.shape == ended.shape and values.dtype.kind in "bifu":
+                told = np.broadcast_to(np.asarray(infos.get(f"_{name}", True), dtype=np.bool_), ended.shape)
+                rows = np.flatnonzero(ended & told & np.isfinite(values))
+                answer.note(name, rows, values[rows])
 
     def _find_seeding(self) -> Seeding:
         every = np.ones(self.num_envs, dtype=np.bool_)

@@ -173,7 +173,10 @@ class ChunkPool(Around):
         running = ~(total.terminated | total.truncated)
         fine = running & new.valid
         reward = total.reward + np.where(fine, new.reward, np.float32(0))
-        info = {k: np.where(running, v, total.info.get(k, np.zeros_like(v))) for k, v in new.info.items()}
+        info = dict(total.info)
+        for key, value in new.info.items():
+            untold = np.nan if value.dtype.kind == "f" else 0
+            info[key] = np.where(running, value, total.info.get(key, np.full_like(value, untold)))
         return StepResult(
             merge(running, new.observation, total.observation),
             reward.astype(np.float32),

@@ -36,12 +36,17 @@ class Answer:
     failed: np.ndarray  # [N] bool
     told: bool = False  # somebody said something about success
     incidents: list[tuple[str, str]] = field(default_factory=list)  # kind and text of what went wrong
+    statistics: dict[str, np.ndarray] = field(default_factory=dict)  # of episodes that ended, [N]; NaN: not told
 
     @classmethod
     def blank(cls, observation: dict[str, Any], num_envs: int) -> Answer:
         """Nothing has happened yet."""
         none = np.zeros((4, num_envs), dtype=np.bool_)
         return cls(observation, np.zeros(num_envs), none[0], none[1], none[2], none[3])
+
+    def note(self, name: str, rows: int | slice | np.ndarray, values: float | np.ndarray) -> None:
+        """A statistic of the episodes that ended in `rows`."""
+        self.statistics.setdefault(name, np.full(len(self.reward), np.nan))[rows] = values
 
 
 @runtime_checkable

@@ -143,6 +143,7 @@ class VectorPool(Pool):
             terminated, truncated = terminated | (truncated & valid), ~valid
         self._reports_success |= answer.told
         info = {"success": answer.success & valid} if self._reports_success else {}
+        info |= {name: np.where(valid, values, np.nan) for name, values in answer.statistics.items()}
         self._idle, self._bad_start, self._observation = terminated | truncated, np.zeros_like(idle), new
         self.host.observation = new
         failed = ~valid & ~idle

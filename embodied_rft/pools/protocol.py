@@ -37,8 +37,15 @@ class StepResult:
     reward: np.ndarray  # [N] float32
     terminated: np.ndarray  # [N] bool
     truncated: np.ndarray  # [N] bool; True where invalid, so that every loop resets it
-    info: dict[str, np.ndarray]  # {"success": [N] bool} if the environment reports is_success or success
+    # {"success": [N] bool} if the environment reports is_success or success; and where episodes end, what it tells of
+    # them under names with a slash, as floats [N]: "invalid/no_answer", NaN of those that go on
+    info: dict[str, np.ndarray]
     valid: np.ndarray  # [N] bool; False: crash, hang, non-finite numbers or idle: learn nothing from this row
+
+    def statistics(self, rows: np.ndarray) -> dict[str, list[float]]:
+        """What the environments tell of the episodes that ended in `rows` [K], by name; at most K numbers each."""
+        found = {name: values[rows] for name, values in self.info.items() if is_statistic(name)}
+        return {name: values[~np.isnan(values)].tolist() for name, values in found.items()}
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,11 @@ class Pool(Protocol):
 def is_text(space: Space) -> bool:
     """Whether values of this space are strings: Text, and spaces of one's own with dtype str."""
     return isinstance(space, spaces.Text) or (space.dtype is not None and np.dtype(space.dtype).kind == "U")
+
+
+def is_statistic(name: object) -> bool:
+    """Whether a key of `info` names a number that is told of a whole episode at its end: "invalid/no_answer"."""
+    return isinstance(name, str) and "/" in name and not name.startswith("_")
 
 
 def flatten_space(space: Space, *, prefix: str = "") -> dict[str, Space]:

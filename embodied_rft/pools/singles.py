@@ -19,7 +19,7 @@ import numpy as np
 
 from embodied_rft.data import Action
 from embodied_rft.names import UserError
-from embodied_rft.pools.answers import Unfit, as_reward, as_truth, leaves_of, success_of
+from embodied_rft.pools.answers import Unfit, as_reward, as_truth, leaves_of, statistics_of, success_of
 from embodied_rft.pools.hosts import DEADLINE, FIRST_TIME, Answer, Host, told_of
 from embodied_rft.pools.promises import (
     call_seed_method,
@@ -157,6 +157,9 @@ class Singles(Host):
         success = success_of(info)
         if success is not None:
             answer.told, answer.success[index] = True, success
+        if answer.terminated[index] or answer.truncated[index]:
+            for name, value in statistics_of(info).items():
+                answer.note(name, index, value)
 
     def _stepped(self, slot: _Slot, action: Any) -> Any:
         assert slot.env is not None

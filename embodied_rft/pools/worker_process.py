@@ -31,6 +31,8 @@ from embodied_rft.pools.protocol import Seeding, flatten_space, is_text
 from embodied_rft.pools.watch import Note
 
 SIGNALS = ("reward", "terminated", "truncated", "success", "failed")  # of an `Answer`, in its order
+# Of an `Answer`, what goes through the pipe: texts, incidents, told, statistics; and the host's seeding.
+Told = tuple[dict[str, list[str]], list[tuple[str, str]], bool, dict[str, np.ndarray], Seeding | None]
 Layout = dict[str, tuple[tuple[int, ...], str, int]]  # name -> shape, dtype, offset in bytes
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 ALIGNMENT = 64  # bytes; a cache line, so that two arrays never share one
@@ -206,14 +208,14 @@ class _Slice:
         assert self.shared is not None
         return self.shared.arrays[name][self.envs]
 
-    def _tell(self, answer: Answer) -> tuple[dict[str, list[str]], list[tuple[str, str]], bool, Seeding | None]:
+    def _tell(self, answer: Answer) -> Told:
         """Arrays into shared memory; text and small things come back."""
         texts = {key: value for key, value in answer.observation.items() if isinstance(value, list)}
         for key in answer.observation.keys() - texts.keys():
             self._mine(f"observation/{key}")[:] = answer.observation[key]
         for name in SIGNALS:
             self._mine(name)[:] = getattr(answer, name)
-        return texts, answer.incidents, answer.told, self.host.seeding
+        return texts, answer.incidents, answer.told, answer.statistics, self.host.seeding
 
     def reset(self, options: Any) -> Any:
         return self._tell(self.host.reset(self._mine("seed").copy(), self._mine("rows").copy(), options))

@@ -156,8 +156,10 @@ class Workers(Host):
             e.key: e.empty(len(rows)) if e.text else arrays[f"observation/{e.key}"] for e in self.leaves
         }
         told, incidents = False, list[tuple[str, str]]()
-        for w, (texts, found, reports, seeding) in answers.items():
+        statistics: list[tuple[slice, dict[str, np.ndarray]]] = []
+        for w, (texts, found, reports, noted, seeding) in answers.items():
             told, incidents = told or reports, incidents + found
+            statistics.append((self._workers[w].envs, noted))
             for key, value in texts.items():
                 new[key][self._workers[w].envs] = value
             if seeding is not None and (self.seeding is None or self.seeding.held_out):
@@ -166,6 +168,9 @@ class Workers(Host):
         signals: Any = {name: np.where(asked, arrays[name], arrays[name].dtype.type(0)) for name in SIGNALS}
         answer = Answer(observation, **signals, told=told, incidents=self._incidents + incidents)
         answer.failed |= rows & self._lost
+        for envs, noted in statistics:
+            for name, values in noted.items():
+                answer.note(name, envs, values)
         self._incidents = []
         return answer
 

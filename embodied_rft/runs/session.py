@@ -196,7 +196,8 @@ class Session(resume.State):
         if outcome.changed:
             self.logger.message(f"warning: evaluate {name}: {outcome}")
         self.logger.show_samples(name, outcome.samples, decisions=self.counters["decisions"])
-        self.log({f"evaluate/{key}": value for key, value in outcome.headline().items()}, name=name)
+        shown = outcome.headline() | outcome.statistics
+        self.log({f"evaluate/{key}": value for key, value in shown.items()}, name=name)
         if sheet and act is None:  # never by the states of the verdict
             self.save_best(outcome)
         return outcome
