@@ -91,7 +91,7 @@ class GameBatch(EnvBatch):
         moves = self.task.move(now, actions, valid, self._dice(rows))
         self._put(rows, now)
         self.invalid_moves[rows] += ~valid
-        return Outcome(moves.reward, moves.over, moves.success, {"invalid_moves": self.invalid_moves[rows]})
+        return Outcome(moves.reward, moves.over, moves.success, {"invalid/moves": self.invalid_moves[rows]})
 
     def observe(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Pictures, drawn anew for `rows`, and states."""

@@ -91,7 +91,8 @@ class OpenEnv(gymnasium.Env[Seen, str]):
         self.link: Any = None  # the connection; the session, and its episode, live as long
         self.open = ExitStack()  # closes it
         self.rules: str | None = None  # once the server has told what an action is
-        self.running, self.evaluates, self.steps, self.news = False, False, 0, ""
+        self.running, self.evaluates, self.news = False, False, ""
+        self.steps, self.wasted = 0, 0  # of the running episode: all, and refused ones
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Seen, dict[str, Any]]:
         """A new episode; `options` go to the server's reset. Raises Infrastructure if there is none."""
@@ -106,20 +107,21 @@ class OpenEnv(gymnasium.Env[Seen, str]):
             answer = self._ask("reset", {**(options or {}), "seed": named}, again=True)
         except _Refused as error:
             raise Infrastructure("server_error", f"{self.url} refuses to reset: {error}") from None
-        self.running, self.steps, self.news = True, 0, self._text(answer.observation)
+        self.running, self.steps, self.wasted, self.news = True, 0, 0, self._text(answer.observation)
         return {"message": f"{self.rules}\n\n{self.news}"[: self.max_chars]}, {}
 
     def step(self, action: str) -> tuple[Seen, float, bool, bool, dict[str, Any]]:
-        """One action; info counts whether it was refused. Raises Infrastructure if the server does not answer."""
+        """One action; info counts those that were refused. Raises Infrastructure if the server does not answer."""
         if not self.running:
             raise gymnasium.error.ResetNeeded("call reset() before step(): no episode is running")
-        told: dict[str, Any] = {"invalid_moves": 0.0}
         try:
             answer = self._ask("step", self._written(action))
             self.news = self._text(answer.observation)
         except _Refused as error:
             answer = Answer({}, self.refused, False)
-            self.news, told["invalid_moves"] = f"That action is not possible: {error}"[: self.max_chars], 1.0
+            self.news = f"That action is not possible: {error}"[: self.max_chars]
+            self.wasted += 1
+        told: dict[str, Any] = {"invalid/moves": float(self.wasted)}
         self.steps += 1
         late = not answer.done and self.steps >= self.length
         self.running = not (answer.done or late)

@@ -124,7 +124,7 @@ class TextGame(World[str]):
             gained = float(self.now.intermediate_reward if self.reward == "progress" else score - self.score)
             self.score, self.news = score, _clean(self.now.feedback)
         over = bool(self.now.won or self.now.lost)
-        told = {"is_success": float(self.now.won), "invalid_moves": float(self.wasted)}
+        told = {"is_success": float(self.now.won), "invalid/moves": float(self.wasted)}
         return gained, over, not over and self.steps >= self.length, told
 
     def observe(self) -> dict[str, str]:

@@ -46,7 +46,7 @@ def play(env, act, *, seed=0, steps=4000):
         observation, reward, terminated, truncated, info = env.step(act(observation))
         total += np.where(running, reward, 0.0)
         success = np.where(running, info["is_success"] > 0, success)
-        invalid = np.where(running, info["invalid_moves"], invalid)
+        invalid = np.where(running, info["invalid/moves"], invalid)
         running &= ~(terminated | truncated)
         if not running.any():
             return success, total, invalid

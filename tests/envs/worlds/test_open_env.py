@@ -81,7 +81,7 @@ def test_an_episode_over_the_wire(server):
     assert observation["message"] == "An action is a text: a number from 0 to 9.\n\nguess, you"
     first, (observation, reward, terminated, truncated, info) = right(env)
     assert observation["message"] == env.render() == "right" and (reward, terminated, truncated) == (1.0, True, False)
-    assert info == {"invalid_moves": 0.0, "is_success": 1.0} and env.state()["step_count"] == first + 1
+    assert info == {"invalid/moves": 0.0, "is_success": 1.0} and env.state()["step_count"] == first + 1
     with pytest.raises(gymnasium.error.ResetNeeded):
         env.step("3")
     env.reset(seed=3)
@@ -115,7 +115,7 @@ def test_refused_actions_are_turns_and_errors_of_the_server_are_not(server):
     env.reset(seed=0)
     observation, reward, terminated, _, info = env.step("9" * 41)
     assert "word: String should have at most 40 characters" in observation["message"]
-    assert (reward, terminated, info["invalid_moves"]) == (-0.5, False, 1.0)
+    assert (reward, terminated, info["invalid/moves"]) == (-0.5, False, 1.0)
     for word, reason in (("raise", "execution_error"), ("hang", "timeout")):
         env.reset(seed=0)
         with pytest.raises(Infrastructure) as error:
@@ -135,9 +135,10 @@ def test_a_server_that_dies_and_comes_back():
         assert env.reset(seed=0)[0]["message"].startswith(
             'An action is a JSON object. Its fields: "word": a number from 0 to 9; "stake": what is at stake.'
         )
-        for said, why in (("7", "no JSON object"), ("{", "not JSON"), ('{"word": "1"}', "stake: Field required")):
+        refused = (("7", "no JSON object"), ("{", "not JSON"), ('{"word": "1"}', "stake: Field required"))
+        for count, (said, why) in enumerate(refused, 1):
             observation, *_, info = env.step(said)
-            assert why in observation["message"] and info["invalid_moves"] == 1
+            assert why in observation["message"] and info["invalid/moves"] == count
         with pytest.raises(Infrastructure) as error:
             env.step('{"word": "crash", "stake": 1}')
         assert error.value.reason == "dead_server"
