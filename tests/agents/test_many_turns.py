@@ -162,6 +162,14 @@ def test_pictures_that_are_no_longer_seen_change_nothing():
             assert torch.equal(read, plain) == same
 
 
+def test_a_first_message_of_which_nothing_is_read_begins_a_conversation():
+    policy = make(history={"images": 1}, prompt="plain").policy
+    said = past_of(policy, [(picture, "", reply) for picture, reply in zip(coloured(40, 90), ("r", None), strict=True)])
+    ids, reply = policy.prompt_ids(said).row(0), policy.dialogue.reply("r")
+    assert ids[: len(reply)].tolist() == reply.tolist() and len(ids) > len(reply)
+    assert policy.act(said, rng=rng(1)).trace["reply"].lengths.all()
+
+
 def test_values_of_turns_are_read_where_the_reply_begins():
     agent = make(value_head=True)
     torch.nn.init.normal_(agent.policy.head.weight, generator=rng(3))

@@ -59,4 +59,5 @@ def test_a_picture(tmp_path):
 
 
 def test_a_picture_that_is_not_seen_again_fails(tmp_path):
-    fails(recalls, tmp_path, SEES, images=1)
+    """Nor what was said of it: with the picture alone left out, an agent learns to tell itself."""
+    fails(recalls, tmp_path, SEES, turns=0, first=False)
