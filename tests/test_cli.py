@@ -221,6 +221,20 @@ def test_doctor_reports_what_is_broken(monkeypatch, capsys):
     assert "Engine" in out and "broken" in out
 
 
+def test_doctor_tells_which_worlds_can_be_opened(monkeypatch):
+    from embodied_rft.envs.worlds import checks
+
+    real = checks._version
+    monkeypatch.setattr(checks, "_version", lambda package: real("numpy"))
+    found = checks.check_worlds()
+    assert found.state == "ok" and found.value.count(real("numpy")) == len(checks.PACKAGES) and real("no-such") is None
+    monkeypatch.setattr(checks, "_version", lambda package: None if package == "crafter" else "1.0")
+    found = checks.check_worlds()
+    assert (
+        found.state == "note" and "crafter" not in found.value and "for Crafter-v0: pip install crafter" in found.advice
+    )
+
+
 def test_a_loss_that_explodes_stops_the_run_and_leaves_a_whole_checkpoint(tmp_path, monkeypatch, capsys):
     from embodied_rft.runs.tree_file import load
 

@@ -7,11 +7,12 @@ import gymnasium
 import numpy as np
 import pytest
 
-from embodied_rft import registry
+from embodied_rft import Infrastructure, registry
 from embodied_rft.experience.demonstrate import make_demonstrator
 from embodied_rft.seeding import evaluation_seed
 from tests.lab.effects import Walk, listed, tally
-from tests.lab.worlds import IDS, PACKAGES, QUICK, story
+from tests.lab.open_env import HERE, shared
+from tests.lab.worlds import IDS, PACKAGES, QUICK, SERVED, story
 
 BASE = {**QUICK, "Arcade": {"size": 16, "wait": 3, "length": 20}, "Crafter": {"area": 16, "length": 20}}
 VALUES = {
@@ -21,6 +22,9 @@ VALUES = {
     "Crafter": {"goal": "collect_sapling", "length": 5, "size": 80},
     "TextGame": {"reward": "progress", "length": 1},
 }
+SERVER = "a server's"  # stands for the address of one
+SERVES = {"url": "http://127.0.0.1:9", "action": "json", "message": "reply", "success": "solved", "refused": -0.5}
+SERVES |= {"length": 2, "timeout": 0.2, "max_chars": 30}
 EXEMPT = {"folder": "where files are kept is no business of what they hold"}
 
 
@@ -45,6 +49,23 @@ def follow(env, seed):
         told.append(env.step(observation["expert"]))
         observation, over = told[-1][0], told[-1][2] or told[-1][3]
     return told
+
+
+def talk(id, options, situation):
+    """What a client of OpenEnv hears: wrong and slow actions, and guesses until one is right."""
+    url = shared("text").url if options["url"] == SERVER else options["url"]
+    told = []
+    with gymnasium.make(id, **{**options, "url": url}) as env:
+        for said in (["9" * 41, "1", "hang"], [*map(str, range(10)), '{"word": "3"}']):
+            try:
+                told.append(env.reset(seed=1))
+                for word in said:
+                    told.append(env.step(word))
+                    if any(told[-1][2:4]):
+                        break
+            except Infrastructure as error:
+                told.append(error.reason)
+    return [*told, str(env.observation_space)]
 
 
 def demonstrate(id, options, situation):
@@ -72,6 +93,9 @@ def walks():
         if id in registry.shipped("demonstrator"):
             options = listed("demonstrator", id, f"demonstrator {id}")
             found.append(Walk(f"demonstrator {id}", options, functools.partial(demonstrate, id)))
+    if HERE:
+        (id,) = SERVED
+        found.append(Walk(f"env {id}", listed("env", id, id), functools.partial(talk, id), {"url": SERVER}, SERVES))
     return found
 
 

@@ -203,7 +203,8 @@ class Batch(Host):
             if values.shape == ended.shape and values.dtype.kind in "bifu":
                 told = np.broadcast_to(np.asarray(infos.get(f"_{name}", True), dtype=np.bool_), ended.shape)
                 rows = np.flatnonzero(ended & told & np.isfinite(values))
-                answer.note(name, rows, values[rows])
+                if len(rows):
+                    answer.note(name, rows, values[rows])
 
     def _find_seeding(self) -> Seeding:
         every = np.ones(self.num_envs, dtype=np.bool_)

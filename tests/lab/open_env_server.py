@@ -61,4 +61,4 @@ class Guess(Environment):
 
 if __name__ == "__main__":
     app = create_app(Guess, {"text": Say, "json": Bet}[sys.argv[2]], Heard, max_concurrent_envs=16)
-    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="error")
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="critical")

@@ -83,6 +83,16 @@ def test_every_episode_is_told_of_once(name, kind, workers):
     assert not any("none" in key or "speed" in key for key in metrics)
 
 
+def test_an_end_that_has_not_come_is_not_told_of():
+    for name, kind, _ in KINDS[::2]:
+        pool = make_pool(f"toy/{name}-v0", 2, kind=kind)
+        pool.reset(np.array([0, 2]))  # of two and of four steps
+        assert [list(pool.step(np.zeros(2, np.int64)).statistics(np.arange(2)).values()) for _ in range(2)] == [
+            [],
+            [[2.0], [1.0], [1.0]],
+        ]
+
+
 def test_evaluations_keep_their_means():
     pool = make_pool("toy/CountingBatch-v0", 3, purpose="evaluation")
     outcome = evaluate(idle, pool, evaluation_seeds(10))

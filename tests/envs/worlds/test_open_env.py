@@ -1,11 +1,7 @@
 """A client of OpenEnv against a server of the package itself, in a process of its own, and against servers that lie."""
 
 import json
-import socket
-import subprocess
-import sys
 import threading
-import time
 import warnings
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,38 +16,10 @@ from embodied_rft.names import UserError
 from embodied_rft.pools.pool import make_pool
 from embodied_rft.seeding import evaluation_seed
 from embodied_rft.testing.check_env import check_env
+from tests.lab.open_env import Server
 
 ID = "embodied_rft/OpenEnv-v0"
 pytest.importorskip("websockets")
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-class Server:
-    """The process, which can be killed and started again."""
-
-    def __init__(self, form):
-        self.form, self.port, self.process = form, free_port(), None
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def start(self):
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.lab.open_env_server", str(self.port), self.form])
-        for _ in range(600):
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}")
-            with socket.socket() as one:
-                if one.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return self
-            time.sleep(0.1)
-        raise RuntimeError("the server does not start")
-
-    def stop(self):
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module", params=["text"])
