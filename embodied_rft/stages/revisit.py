@@ -140,14 +140,10 @@ class _Visiting(Collector):
 
     def _follow(self, own: Decisions, observation: Tree, rows: np.ndarray, places: np.ndarray) -> Decisions:
         """Decisions [K], those of `places` replaced by what was done there; who decided so is not known any more."""
-        schedule = self.schedule
-        actions = [
-            pick(
-                self._visit(int(schedule.episode[row])).actions,
-                slice(int(schedule.step[row]), int(schedule.step[row]) + 1),
-            )
-            for row in rows[places].tolist()
-        ]
+        actions = []
+        for row in rows[places].tolist():
+            at = int(self.schedule.step[row])
+            actions.append(pick(self._visit(int(self.schedule.episode[row])).actions, slice(at, at + 1)))
         action: Any = np.concatenate(actions) if isinstance(own.action, np.ndarray) else [*itertools.chain(*actions)]
         trace: Tree = {}
         if own.trace:
