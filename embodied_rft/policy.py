@@ -25,6 +25,7 @@ from embodied_rft.options import validate_plugin_config
 from embodied_rft.pools.chunks import Chunk, ChunkPool, Planner, QueuedPool, step_space
 from embodied_rft.pools.protocol import Pool
 from embodied_rft.pools.spaces import check_action_space
+from embodied_rft.pools.splits import Splits
 from embodied_rft.tokens.prefix_tree import Usage
 
 Spec = Mapping[str, Any]
@@ -114,6 +115,8 @@ class Policy(nn.Module):
 
     def fit_pool(self, pool: Pool) -> Pool:
         """A pool of single steps as one of its decisions: steps, chunks, or steps along a plan."""
+        if isinstance(pool, Splits):
+            return pool.fitted(self.fit_pool)
         if self.planner is not None:
             return QueuedPool(pool, self.planner)
         return pool if self.chunk.horizon == 1 else ChunkPool(pool, **vars(self.chunk))

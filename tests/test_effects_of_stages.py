@@ -287,6 +287,7 @@ ENV = Walk(
     exempt={
         "num_workers": "how many processes share the work is no business of the results (tests/pools)",
         "deadline": "how long a hanging environment is waited for (tests/pools)",
+        "splits": "who waits for whom where environments are processes (tests/experience/test_splits.py)",
     },
 )
 LOGS = Walk(

@@ -211,17 +211,16 @@ class _Episodes:
         success = played.result.info.get("success")
         self.told |= success is not None
         for env in played.streams.tolist():
+            episode, row = int(schedule.episode[env]), env - played.first
             if schedule.step[env] == 1:
-                episode = int(schedule.episode[env])
-                self.tasks[episode] = task_id(played.observation, env, self.seeds[episode])
-            reward = played.result.reward[env]
-            self.said.add(int(schedule.episode[env]), played.observation, played.decisions, reward, env)
-        for name, values in played.result.statistics(played.ended).items():
+                self.tasks[episode] = task_id(played.observation, row, self.seeds[episode])
+            self.said.add(episode, played.observation, played.decisions, played.result.reward[row], row)
+        for name, values in played.result.statistics(played.ended - played.first).items():
             self.statistics.setdefault(name, []).extend(values)
         for env in played.ended:
             episode = int(schedule.episode[env])
             self.returns[episode], self.lengths[episode] = schedule.returned[env], schedule.step[env]
-            self.ended[episode] = success is not None and bool(success[env])
+            self.ended[episode] = success is not None and bool(success[env - played.first])
             self.said.end(episode, float(schedule.returned[env]))
         for episode in schedule.episode[played.broken].tolist():
             self.said.forget(episode)

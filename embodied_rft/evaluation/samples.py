@@ -51,7 +51,7 @@ class Samples:
         self._returns: dict[int, float] = {}
 
     def add(self, episode: int, observation: Tree, decisions: Decisions, reward: float, env: int) -> None:
-        """One decision of environment `env`; nothing happens where actions are no texts."""
+        """One decision, row `env` of those given; nothing happens where actions are no texts."""
         action = decisions.action
         if not isinstance(action, list) or not isinstance(action[env], str):
             return

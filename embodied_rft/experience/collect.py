@@ -72,7 +72,7 @@ class Collector:
             raise UserError("episodes can only be counted from a fresh start; call cut() first")
         self.schedule.fill()
         while self.schedule.playing.any() and (decisions is None or recording.decisions < decisions):
-            played = self.schedule.play(act)
+            played = self.schedule.play(act, None if decisions is None else decisions - recording.decisions)
             self._take(recording, played, version)
             self._finish(recording, played)
             self.schedule.fill(played.over)
@@ -112,24 +112,24 @@ class Collector:
     def _take(self, recording: Recording, played: Played, version: int) -> None:
         """The decisions, as rows."""
         streams, result, schedule = played.streams, played.result, self.schedule
-        shown, taken = played.observation, played.decisions
+        shown, taken, rows = played.observation, played.decisions, streams - played.first
         if len(streams) < len(result.reward):
-            shown, taken = pick_tree(shown, streams), taken.take(streams)
+            shown, taken = pick_tree(shown, rows), taken.take(rows)
         span = result.info.get("env_steps", -1)  # of a chunk, how much of it
         recording.rows.append(
             Taken(
                 streams=streams,
                 observation=shown,
                 decisions=taken,
-                reward=pick_tree(_streams(result), streams),
-                terminated=result.terminated[streams],
-                truncated=result.truncated[streams],
+                reward=pick_tree(_streams(result), rows),
+                terminated=result.terminated[rows],
+                truncated=result.truncated[rows],
                 group=schedule.episode[streams] // self.group_size,
                 seed=schedule.seed[streams],
                 step=schedule.step[streams] - 1,
                 version=version,
                 source=self.source,
-                span=span[streams] if isinstance(span, np.ndarray) else span,
+                span=span[rows] if isinstance(span, np.ndarray) else span,
             )
         )
         recording.decisions += len(streams)
@@ -138,20 +138,20 @@ class Collector:
 
     def _finish(self, recording: Recording, played: Played) -> None:
         """Close ended episodes, throw broken ones away."""
-        failed, done = played.broken, played.ended
+        failed, done, rows = played.broken, played.ended, played.ended - played.first
         if len(failed):
             recording.rows.append(Broken(failed))
             recording.invalid += len(failed)
             if self._last_episode is not None:  # a counted episode that failed is run again, from another state
                 self._last_episode += len(failed)
         if len(done):
-            recording.rows.append(Last(done, self._shown(done)))
+            recording.rows.append(Last(done, pick_tree(played.result.observation, rows)))
             success = played.result.info.get("success")
             recording.told |= success is not None
-            recording.successes += [False] * len(done) if success is None else [bool(s) for s in success[done]]
+            recording.successes += [False] * len(done) if success is None else [bool(s) for s in success[rows]]
             recording.returns += self.schedule.returned[done].tolist()
             recording.lengths += self.schedule.step[done].tolist()
-            for name, values in played.result.statistics(done).items():
+            for name, values in played.result.statistics(rows).items():
                 recording.statistics.setdefault(name, []).extend(values)
 
     def _shown(self, streams: np.ndarray) -> Tree:
@@ -171,6 +171,7 @@ class Collector:
             | ({} if pool is None else {"pool": pool})
             | {
                 "next_episode": self.next_episode,
+                "turn": self.schedule.turn,
                 **{name: getattr(self.schedule, name).copy() for name in KEPT},
                 "observation": {
                     k: np.asarray(v) if not isinstance(v, list) else list(v) for k, v in observation.items()
@@ -185,7 +186,7 @@ class Collector:
             return
         for name in KEPT:
             getattr(self.schedule, name)[:] = state[name]
-        self.schedule.observation = dict(state["observation"])
+        self.schedule.observation, self.schedule.turn = dict(state["observation"]), int(state.get("turn", 0))
         if self.schedule.memory is not None:
             self.schedule.memory.load_state_dict(state["past"])
         self._unsaved = "pool" not in state

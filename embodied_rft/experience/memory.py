@@ -26,11 +26,11 @@ class Memory:
         self.turns: list[list[Turn]] = [[] for _ in range(num_envs)]
 
     def add(self, streams: np.ndarray, observation: Tree, decisions: Decisions) -> None:
-        """One decision in each of K environments, taken from trees of all N."""
-        for row in streams.tolist():
+        """One decision in each of K environments; trees and decisions are of these K."""
+        for row, stream in enumerate(streams.tolist()):
             turn = {f"observation/{key}": _row(value, row) for key, value in observation.items()}
             turn |= {f"trace/{key}": _row(value, row) for key, value in decisions.trace.items()}
-            self.turns[row].append(turn | {"action/": _row(decisions.action, row)})
+            self.turns[stream].append(turn | {"action/": _row(decisions.action, row)})
 
     def forget(self, streams: np.ndarray) -> None:
         """New episodes begin in K environments."""

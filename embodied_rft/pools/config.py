@@ -23,6 +23,7 @@ class EnvConfig:
     evaluation_envs: Annotated[int, Limit(gt=0, le=MOST_ENVS)] | None = None  # the same for evaluations; None: num_envs
     pool: Literal["auto", "native", "sync", "workers"] = "auto"  # see `pool.make_pool`
     num_workers: PositiveInt | None = None  # worker processes; None: one for each core
+    splits: PositiveInt = 1  # environments in so many parts, by turns: the policy answers in one, the others step
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the environment
     # innermost first: {id: TimeLimit, max_episode_steps: 200}
     wrappers: list[dict[str, Any]] = field(default_factory=list)
@@ -35,7 +36,24 @@ class EnvConfig:
             raise ConfigError(f"env.num_workers has no effect with env.pool {self.pool!r}: set env.pool to workers")
         if self.wrappers and self.pool == "native":
             raise ConfigError("env.wrappers wrap single environments: they cannot be used with env.pool 'native'")
+        self._check_splits()
         try:
             check_wrappers(self.wrappers)
         except ValueError as error:
             raise ConfigError(f"env.{error}") from None
+
+    def _check_splits(self) -> None:
+        """Refuse parts that would wait for one another all the same."""
+        if self.splits == 1:
+            return
+        if self.pool != "workers":
+            raise ConfigError(
+                f"env.splits has no effect with env.pool {self.pool!r}, which steps in the process of the policy: set "
+                "env.pool to workers"
+            )
+        for name, count in (("num_envs", self.num_envs), ("num_workers", self.num_workers)):
+            if count is not None and count < self.splits:
+                raise ConfigError(
+                    f"env.splits {self.splits} with env.{name} {count}: each part needs one of its own; expected "
+                    f"env.splits <= {count}"
+                )

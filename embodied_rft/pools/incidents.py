@@ -97,6 +97,12 @@ class Incidents:
         count = min(fresh.total(), len(self.latest))
         return dict(fresh), list(self.latest)[len(self.latest) - count :]
 
+    def take(self, others: Incidents) -> None:
+        """What is new in `others`, which then count it as told."""
+        counts, texts = others.news()
+        self.counts.update(counts)
+        self.latest.extend(texts)
+
     def judge(self, *, ended: int, failed: int) -> None:
         """Hear how many episodes just ended well and how many failed; EnvironmentFailure when too many do."""
         self._failed.extend([True] * failed + [False] * ended)

@@ -44,8 +44,9 @@ from embodied_rft.pools.protocol import (
     unpack_observation,
 )
 from embodied_rft.pools.singles import Singles
+from embodied_rft.pools.splits import Splits
 from embodied_rft.pools.watch import Watch
-from embodied_rft.pools.workers import Workers
+from embodied_rft.pools.workers import Workers, num_cores
 
 Kind = Literal["auto", "native", "sync", "workers"]
 KINDS = ("auto", "native", "sync", "workers")
@@ -257,26 +258,46 @@ def open_pool(env: EnvConfig, *, purpose: Purpose, num_envs: int | None = None) 
         purpose: "training" or "evaluation".
         num_envs: how many; None: as the recipe says.
     """
-    pool = make_pool(
+    count = num_envs or num_envs_for(env, purpose)
+    splits = min(env.splits, count)
+    make = functools.partial(
+        make_pool,
         env.id,
-        num_envs or num_envs_for(env, purpose),
         options=env.options,
         wrappers=env.wrappers,
         kind=env.pool,
-        num_workers=env.num_workers,
         purpose=purpose,
         deadline=env.deadline,
         max_incidents=env.max_incidents,
         time_limit=env.time_limit,
     )
+    if splits > 1:
+        pool: Pool = _split(make, count, splits, env.num_workers or max(splits, num_cores()))
+    else:
+        pool = make(count, num_workers=env.num_workers)
     idle = sorted({*env.options} & {*(pool.ask("batch_options") or ())})
-    if idle and (env.wrappers or isinstance(pool.host, Singles)):
+    if idle and (env.wrappers or (isinstance(pool, VectorPool) and isinstance(pool.host, Singles))):
         pool.close()
         raise UserError(
             f"env.options.{idle[0]} has no effect where environments step one after the other (env.wrappers, env.pool "
             "sync): leave it out"
         )
     return pool
+
+
+def _split(make: Callable[..., Pool], num_envs: int, splits: int, num_workers: int) -> Splits:
+    """Pools of an equal share of the environments, and of the processes."""
+    pools: list[Pool] = []
+    bounds, shares = ([total * i // splits for i in range(splits + 1)] for total in (num_envs, num_workers))
+    try:
+        for i in range(splits):
+            share = shares[i + 1] - shares[i]
+            pools.append(make(bounds[i + 1] - bounds[i], num_workers=share, first=bounds[i]))
+    except BaseException:
+        for pool in pools:
+            pool.close()
+        raise
+    return Splits(pools)
 
 
 def make_pool(
@@ -291,6 +312,7 @@ def make_pool(
     deadline: float = DEADLINE,
     max_incidents: float = MAX_INCIDENTS,
     time_limit: TimeLimitIs = "truncated",
+    first: int = 0,
 ) -> VectorPool:
     """N environments of one id behind the Pool protocol.
 
@@ -306,6 +328,7 @@ def make_pool(
         deadline: seconds that a step or a reset of one environment (of the batch, if native) may take.
         max_incidents: share of the latest episodes that may fail in their environment before EnvironmentFailure.
         time_limit: "truncated" bootstraps where an episode is cut off, "terminal" does not.
+        first: number of the first environment, for messages.
 
     Raises:
         ValueError: unknown id or kind, options that the environment refuses, a native form that does not exist.
@@ -319,9 +342,11 @@ def make_pool(
     spec = find_spec(id)
     make = functools.partial(make_host, spec, options=options, wrappers=wrappers, deadline=deadline)
     if kind == "workers":
-        host: Host = Workers(make, num_envs, num_workers=num_workers, deadline=deadline, preload=[__name__])
+        host: Host = Workers(
+            make, num_envs, num_workers=num_workers, deadline=deadline, preload=[__name__], first=first
+        )
     else:
-        host = make(num_envs, kind=kind)
+        host = make(num_envs, kind=kind, first=first)
     return VectorPool(host, purpose=purpose, max_incidents=max_incidents, time_limit=time_limit)
 
 

@@ -110,6 +110,7 @@ def serve(
     worker: int,
     first: int,
     count: int,
+    before: int,
     control: tuple[str, Layout],
     cores: set[int],
 ) -> None:
@@ -121,6 +122,7 @@ def serve(
         worker: number of this worker.
         first: number of the first environment of the slice.
         count: environments in the slice.
+        before: environments of other pools that come before, for messages.
         control: name and layout of the shared memory in which the worker says what it is busy with.
         cores: this worker's share of the processor: what counts its cores to start threads finds these.
     """
@@ -129,7 +131,7 @@ def serve(
     note = Note(shared.arrays["due"], shared.arrays["busy"], worker=worker, first=first)
     try:
         with _only(cores):
-            own = _Slice(cloudpickle.loads(make_slice)(count, watch=note, first=first), first, count)
+            own = _Slice(cloudpickle.loads(make_slice)(count, watch=note, first=before + first), first, count)
     except BaseException as error:
         connection.send(("failed", (_portable(error), traceback.format_exc())))
         return

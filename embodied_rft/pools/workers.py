@@ -69,6 +69,7 @@ class Workers(Host):
         deadline: float = DEADLINE,
         max_restarts: int = 3,
         preload: Sequence[str] = (),
+        first: int = 0,
     ) -> None:
         """Start the workers and wait until their environments stand.
 
@@ -80,19 +81,20 @@ class Workers(Host):
             deadline: seconds that a step or a reset of one environment may take before its worker counts as hanging.
             max_restarts: how often in a row a new process may fail to come up before EnvironmentFailure.
             preload: modules that `make_slice` needs, imported once for all workers instead of by each.
+            first: number of the first environment, for messages.
 
         Raises:
             Exception: the environment's own error if it cannot be made.
             ValueError: the environment cannot be sent to a process, or /dev/shm is too small.
         """
-        self.num_envs, self.deadline, self.max_restarts = num_envs, deadline, max_restarts
+        self.num_envs, self.deadline, self.max_restarts, self.first = num_envs, deadline, max_restarts, first
         self._skips_images = False
         self._incidents: list[tuple[str, str]] = []  # that no answer has told yet
         self._make_slice = _pickled(make_slice)
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(list(preload))
         self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        self._start(min(num_envs, num_workers or len(self._cores) or os.cpu_count() or 1))
+        self._start(min(num_envs, num_workers or num_cores()))
 
     def _start(self, num_workers: int) -> None:
         """Launch W workers, where there are none."""
@@ -236,7 +238,7 @@ class Workers(Host):
         control = self._shared[0]
         control.arrays["due"][w], control.arrays["busy"][w] = 0.0, -1
         share = self._cores[envs.start * len(self._cores) // self.num_envs :][: max(1, self._cores_each)]
-        place = (w, envs.start, envs.stop - envs.start, (control.memory.name, control.layout), set(share))
+        place = (w, envs.start, envs.stop - envs.start, self.first, (control.memory.name, control.layout), set(share))
         process = self._context.Process(
             target=serve, args=(theirs, self._make_slice, *place), daemon=True, name=f"environments {envs.start}"
         )
@@ -314,8 +316,8 @@ class Workers(Host):
             busy = int(self._shared[0].arrays["busy"][w])
             _kill(self._workers[w])
             text = text or _death(self._workers[w].process)
-            who = f"environment {busy} (seed {self._seeds[busy]}) in " if busy >= 0 else ""
-            where = f"{who}worker {w} (environments {envs.start} to {envs.stop - 1})"
+            who = f"environment {self.first + busy} (seed {self._seeds[busy]}) in " if busy >= 0 else ""
+            where = f"{who}worker {w} (environments {self.first + envs.start} to {self.first + envs.stop - 1})"
             self._incidents.append((kind, f"{where}: {text}"))
             self._workers[w] = self._launch(w, envs)
             try:
@@ -330,6 +332,11 @@ class Workers(Host):
             f"worker {w} could not be replaced, {self.max_restarts + 1} times; the last time, {kind}: {text}\n"
             "Use the pool kind 'sync' to meet the error in this process."
         )
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pickled(make_slice: Callable[..., Host]) -> bytes:

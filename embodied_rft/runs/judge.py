@@ -51,7 +51,6 @@ def evaluate_run(
         own = session.env
         count = num_envs or min(num_envs_for(own, "evaluation"), episodes)
         changed = _asked(own, env, reproduced=session.step_pool("training").ask("official_id") if official else "")
-        changed = replace(changed, num_workers=own.num_workers and min(own.num_workers, count))
         pool = open_pool(changed, purpose="evaluation", num_envs=count)
         try:
             if pool.fields != session.step_pool("training").fields:

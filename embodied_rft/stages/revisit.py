@@ -126,8 +126,7 @@ class _Visiting(Collector):
 
         def decide(observation: Tree) -> Decisions:
             own, schedule = act(observation), self.schedule
-            rows = np.flatnonzero(schedule.playing)
-            rows = rows if len(rows) == len(own.action) else np.arange(len(own.action))
+            rows = schedule.asked
             follows = [
                 place
                 for place, row in enumerate(rows.tolist())

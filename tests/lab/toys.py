@@ -17,7 +17,7 @@ class SeedPool(Pool):
         self.num_envs = num_envs
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
         self.action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
-        self.fields = {"observation": Field((2,))}
+        self.fields, self.action_field = {"observation": Field((2,))}, Field((1,))
         self.incidents = Incidents()
         self.seeds = np.zeros(num_envs, np.int64)
         self.steps = np.zeros(num_envs, np.int64)
@@ -27,6 +27,10 @@ class SeedPool(Pool):
 
     def _observe(self):
         return {"observation": np.stack([self.seeds % 100_000, self.steps], 1).astype(np.float64)}
+
+    @property
+    def observation(self):
+        return self._observe()
 
     def reset(self, seeds, mask=None, options=None):
         mask = np.ones(self.num_envs, bool) if mask is None else mask

@@ -172,6 +172,18 @@ def test_a_run_that_is_asked_to_stop_stops_cleanly_and_can_be_continued(tmp_path
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_environments_that_take_turns_are_killed_and_continued_to_the_bit(tmp_path):
+    env = RECIPE["env"] | {"num_envs": 5, "pool": "workers", "num_workers": 2, "splits": 2}
+    finetune = {"objective": "ppo", "decisions": 400, "decisions_per_iteration": 33}
+    recipe = tmp_path / "recipe-in.yaml"
+    agent = {"id": "gaussian", "hidden": [8]}
+    recipe.write_text(yaml.safe_dump(RECIPE | {"env": env, "agent": agent, "stages": [{"finetune": finetune}]}))
+    finish(tmp_path / "whole", recipe)
+    kill_when(tmp_path / "run", recipe, [0], 4)
+    assert "continuing" in finish(tmp_path / "run", recipe)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_two_runs_in_one_folder_and_another_recipe_are_refused(tmp_path, reference):
     recipe, uninterrupted = reference
     first = start(tmp_path / "run", recipe)
