@@ -18,17 +18,22 @@ from tests.lab.spelling import CLASSES, SPACES, Spelling
 
 
 class Thinker(Policy):
-    """Every token is drawn from logits of its own; marks are 0 of thoughts and 1 of the answer."""
+    """Every token is drawn from logits of its own; marks are 0 of thoughts and 1 of the answer.
+
+    With `values` it says what to expect before every token, and is told which one comes next.
+    """
 
     num_units = None
     trace_fields = {MARK: Field((), "int8", "ragged")}
     spec = {"id": "thinker"}
-    lacks = frozenset({Values, UnitValues})
 
-    def __init__(self, *, rng, thoughts):
+    def __init__(self, *, rng, thoughts, values=False):
         super().__init__()
         self.units = thoughts + 1
         self.net = MLP(CLASSES, (32,), self.units * CLASSES, rng=rng, last_gain=0.1)
+        self.lacks = frozenset() if values else frozenset({Values, UnitValues})
+        if values:
+            self.head = MLP(CLASSES + 2, (32,), 1, rng=rng)
 
     def _scores(self, observation):
         return self.net(observation["observation"]).reshape(-1, self.units, CLASSES).log_softmax(-1)
@@ -48,6 +53,15 @@ class Thinker(Policy):
         tokens = torch.from_numpy(action.pad()[0])
         return scores.gather(2, tokens[:, :, None])[:, :, 0], -(scores.exp() * scores).sum(-1)
 
+    def value(self, observation, trace=None):
+        return self.unit_values(observation, None, None)[:, 0]
+
+    def unit_values(self, observation, action, trace):
+        count, place = len(observation["observation"]), torch.arange(self.units)
+        where = torch.stack([place / place[-1], place == place[-1]], -1).expand(count, -1, -1)
+        shown = observation["observation"][:, None].expand(-1, self.units, -1)
+        return self.head(torch.cat([shown, where], -1)).squeeze(-1)
+
 
 class Answering(Spelling):
     """The answer should be the class that is shown."""
@@ -63,10 +77,10 @@ class Answering(Spelling):
 class Lab(spelling.Lab):
     """One thinker."""
 
-    def __init__(self, *, seed=0, thoughts=24, num_envs=64):
+    def __init__(self, *, seed=0, thoughts=24, values=False, num_envs=64):
         self.pool, self.tamper = Answering(num_envs), None
         self.rng, self.numbers = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-        policy = Thinker(rng=self.rng, thoughts=thoughts)
+        policy = Thinker(rng=self.rng, thoughts=thoughts, values=values)
         self.agent = Agent(policy, SPACES, rng=self.rng)
         columns = {"observation": Field((CLASSES,))}, Field((), "int64", "ragged"), policy.trace_fields
         self.buffer, self.seed, self.episodes = Buffer(Schema(*columns, units=None), 8_000), seed, 0

@@ -56,6 +56,29 @@ def test_thoughts_that_weigh_as_much_as_the_answer_fail():
     fails(answers_soon)
 
 
+def answers_sooner(least, *, values=False, **options):
+    """The same by PPO, after three rounds: the mean of three seeds."""
+    grades = []
+    for seed in range(3):
+        lab = thinking.Lab(thoughts=96, seed=seed, values=values)
+        lab.objective({"id": "ppo", "batch_size": 16, "num_epochs": 4, **options}, learning_rate=1e-2)
+        for _ in range(3):
+            lab.collect(64, group_size=8)
+            lab.learner.learn(lab.buffer, lab.numbers)
+        grades.append(lab.grade())
+    assert np.mean(grades) >= least, grades
+
+
+def test_a_ratio_of_every_token_learns_sooner_than_one_of_the_reply():
+    answers_sooner(0.65, value_hidden=[32])
+    fails(answers_sooner, 0.65, value_hidden=[32], ratio="decision", normalizer="decisions")
+
+
+def test_values_inside_replies_learn_sooner_than_those_of_turns():
+    answers_sooner(0.79, values=True, credit="bi_level_gae", unit_trace_decay=0.5)
+    fails(answers_sooner, 0.79, values=True)
+
+
 # --- gated rewards ---------------------------------------------------------------------------------------------------
 
 WORK, FARM = 0, 1
