@@ -361,7 +361,7 @@ class LanguagePolicy(Policy):
             row = int(total.argmax())
             raise UserError(
                 f"a prompt of {prompt[row]} tokens and {total[row] - prompt[row]} tokens for its reply exceed the "
-                f"model's context of {limit} tokens: shorten the prompt or lower max_new_tokens"
+                f"model's context of {limit} tokens: shorten the prompt, or lower history.turns or max_new_tokens"
             )
 
     # --- values and files ----------------------------------------------------------------------------------------
