@@ -155,8 +155,8 @@ THINKING = [f"<think>t</think><answer>{number}</answer>" for number in (7, 8)]
 def judge(id, options, situation):
     """What a rule says of some replies."""
     rule = registry.find("reward", id)
-    answer = "seven" if id == "exact" else "7"
-    told = ["7", "It is 7.", "7.2", "11.0", "<a>7</a>", *THINKING, "Seven", "seven"]
+    answer = {"exact": "seven", "calls": CALLED[0]}.get(id, "7")
+    told = [CALLED[0].replace("3+4", "7"), "7", "It is 7.", "7.2", "11.0", "<a>7</a>", *THINKING, "Seven", "seven"]
     return [rule(reply, answer, **options) for reply in told]
 
 

@@ -29,8 +29,8 @@ from numpy.typing import ArrayLike
 
 from embodied_rft.names import UserError, nearest
 from embodied_rft.registry import find, register
-from embodied_rft.turns.objects import same_json
-from embodied_rft.turns.parsing import Tags
+from embodied_rft.turns.objects import agreement, read_calls, same_json
+from embodied_rft.turns.parsing import Tags, ToolCalls
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +191,27 @@ def _read_json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+@register("reward", "calls")
+def tool_calls(reply: str, answer: str, *, graded: bool = True) -> float:
+    """How far the calls of tools in a reply are those that were expected (Qian et al. 2025, ToolRL, sec. 3.3).
+
+    A seventh for calls that can be read, the rest for names, parameters and values: ToolRL's -3 to 4, moved to 0 to 1.
+
+    Args:
+        reply: calls as the parser "tool_call" reads them, with any text around.
+        answer: JSON {"name": ..., "arguments": {...}}, or a list of such.
+        graded: whether what is partly right is worth something.
+    """
+    expected, parsed = read_calls(answer), ToolCalls().parse(reply)
+    if not expected:
+        raise UserError(f'the answer {answer!r} is no call: {{"name": "move", "arguments": {{"to": 3}}}} is expected')
+    given = [] if parsed.action is None else read_calls(parsed.action)
+    share = agreement(given, expected).share
+    if share == 1 and len(given) == len(expected):
+        return 1.0
+    return (1 + 6 * min(share, 0.99)) / 7 if given and graded else 0.0
 
 
 @register("reward", "countdown")

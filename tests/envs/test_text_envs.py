@@ -16,6 +16,7 @@ from embodied_rft.registry import known
 from embodied_rft.seeding import evaluation_seed
 
 IDS = ("embodied_rft/TextSum-v0", "embodied_rft/TextCountdown-v0", "embodied_rft/TextFormat-v0")
+GO = '{"name": "go", "arguments": {"to": 3}}'
 ANSWER = {
     "embodied_rft/TextSum-v0": lambda prompt: str(sum(map(int, prompt.rstrip("=").split("+")))),
     "embodied_rft/TextFormat-v0": lambda prompt: formatted(prompt),
@@ -64,6 +65,15 @@ def formatted(prompt):
         ("json", '{"a": 1, "b": [2]}', '{"b": [2]}', 1),
         ("json", '{"a": 1}', '{"b": null}', 0),
         ("json", "{", "{}", 0),
+        ("calls", f"so <tool_call>{GO}</tool_call>", GO, 1),
+        ("calls", GO, f"[{GO}]", 1),
+        ("calls", GO.replace("3", "4"), GO, (1 + 6 * 2 / 3) / 7),  # tool and parameter are right
+        ("calls", GO.replace("to", "at"), GO, (1 + 6 * 1 / 3) / 7),
+        ("calls", GO.replace("go", "run"), GO, 1 / 7),
+        ("calls", f"{GO} {GO}", GO, (1 + 6 * 0.99) / 7),  # once too often
+        ("calls", "go to 3", GO, 0),
+        ({"id": "calls", "graded": False}, GO.replace("3", "4"), GO, 0),
+        ({"id": "calls", "graded": False}, GO, GO, 1),
         ("countdown", "(3+7)/2 = 5", '{"numbers": [2, 3, 7], "target": 5}', 1),
         ("countdown", "3+3", '{"numbers": [3, 7], "target": 6}', 0),
         ("countdown", "6", '{"numbers": [3, 7], "target": 6}', 0),
