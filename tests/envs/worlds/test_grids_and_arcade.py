@@ -47,7 +47,7 @@ def test_a_mission_is_done_or_not():
     env.reset(seed=4)
     while not (told := env.step(6))[3]:
         assert told[4]["is_success"] == 0
-    assert told[1] == 0 and not told[2]
+    assert told[1] == 0 and not told[2] and told[4]["is_success"] == 0
 
 
 def test_symbols_pictures_and_missions_are_those_of_the_package():
