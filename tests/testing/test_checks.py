@@ -27,7 +27,7 @@ VECTORS = spaces.Dict({"state": spaces.Box(-np.inf, np.inf, (5,), np.float32)})
 @pytest.mark.parametrize("id", [*OURS, "Moody-v0", "Chatter-v0", "CartPole-v1"])
 def test_registered_environments_pass(id, tmp_path):
     options = {}
-    if id == "embodied_rft/TextJsonl-v0":  # asks what a file says
+    if id.endswith("Jsonl-v0"):  # asks what a file says
         file = tmp_path / "questions.jsonl"
         file.write_text("".join(f'{{"prompt": "{n} + 1 =", "answer": "{n + 1}"}}\n' for n in range(20)))
         options = {"path": str(file)}
