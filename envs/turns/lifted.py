@@ -257,7 +257,7 @@ class Lifted(EnvBatch):
         """The new messages of `rows`."""
         for row in rows.tolist():
             if row in self.broken or self.turn[row] < 0:
-                self.messages[row] = self.told[row] = ""
+                self.messages[row], self.told[row], self.legal[row] = "", "", None
                 continue
             asked = self.reads or self.tells or self.menu or self.turn[row] == 0
             now = self.host.tell(row, form=self.form, briefly=self.style == "short") if asked else None

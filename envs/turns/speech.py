@@ -20,7 +20,7 @@ from embodied_rft.pools.protocol import is_text
 from embodied_rft.turns.words import Vocabulary, Words
 
 Legal = tuple[str, ...] | None  # all actions that are legal now, as they are said; None: nobody tells
-MOST_LEGAL = 99  # numbers of a menu
+MOST_LEGAL = 999  # numbers of a menu
 MOST_LISTED = 30  # words of a choice that are written out
 DIGITS = 3  # of numbers that are said
 BETWEEN = re.compile(r"[\s,;()\[\]]+")  # numbers

@@ -184,6 +184,21 @@ def test_a_menu_numbers_what_is_legal():
     assert lake.step(say(2))[0]["message"].split("\n")[-3:] == ["1 left", "2 down", "3 right"]  # it is no corner
 
 
+@pytest.mark.parametrize("of", ["TextGame", "BabyAI"])
+def test_a_lifted_world_goes_on_bit_by_bit_elsewhere(of):
+    pytest.importorskip(PACKAGES[of])
+    inside = {"TextGame": {"games": 2, "held_out": 2}, "BabyAI": {"level": "GoToObj-v0"}}[of]
+    options = {"of": f"embodied_rft/{of}-v0", "options": inside, "menu": True, "style": "short", "parser": STRICT}
+    first, second = (make_pool(ANY, 2, options=options) for _ in range(2))
+    first.reset(np.arange(2)), second.reset(np.arange(2) + 4)
+    first.step(["1", "2"])
+    second.set_state(first.get_state())
+    for answers in (["2", "1"], ["no", "3"], ["1", "1"]):
+        told, again = first.step(answers), second.step(answers)
+        assert told.observation["message"] == again.observation["message"]
+        assert told.reward.tolist() == again.reward.tolist()
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 @pytest.mark.parametrize(
     "inside",
