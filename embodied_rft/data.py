@@ -181,12 +181,13 @@ class Decisions:
     """
 
     action: Any  # what env.step receives: [N, A] array, [N] int array, or a list of N strings
-    log_prob: np.ndarray | Ragged  # behaviour log-probability of each unit, [N, U] or ragged
+    log_prob: np.ndarray | Ragged | None  # behaviour log-probability of each unit, [N, U] or ragged; None: unknown
     trace: dict[str, Any] = field(default_factory=dict)  # what is needed to score the same decision again; and `CUT`
 
     def take(self, index: slice | np.ndarray) -> Decisions:
         """Some of them."""
-        return Decisions(pick(self.action, index), pick(self.log_prob, index), pick_tree(self.trace, index))
+        log_prob = None if self.log_prob is None else pick(self.log_prob, index)
+        return Decisions(pick(self.action, index), log_prob, pick_tree(self.trace, index))
 
 
 End = Literal["terminated", "truncated", "cut"]

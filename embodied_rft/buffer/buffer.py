@@ -222,10 +222,7 @@ class Buffer:
         reward = {**trajectory.rewards, "env": trajectory.reward}
         labels = {name: reward[name] for name in self._labels.dense.keys() & reward.keys()}
         reward = {name: reward[name] for name in schema.rewards if name in reward}
-        log_prob = trajectory.log_prob
-        if log_prob is None:
-            log_prob = Ragged.of([[]] * count) if schema.units is None else np.zeros((count, schema.units), np.float32)
-        decisions = Decisions(trajectory.action, log_prob, pick_tree(trace, head))
+        decisions = Decisions(trajectory.action, trajectory.log_prob, pick_tree(trace, head))
         values = check_decisions(self.schema, streams, pick_tree(trajectory.observation, head), decisions, reward)
         final = pick_tree(trajectory.observation, last)
         closing = check_tree("observation", final, schema.observation, streams[:1])

@@ -63,6 +63,12 @@ class Schema:
         """One number a unit."""
         return Field((), "float32", "ragged") if self.units is None else Field((self.units,))
 
+    def no_log_prob(self, count: int) -> np.ndarray | Ragged:
+        """How unknown log-probabilities of so many decisions are stored: as 0, or empty."""
+        if self.units is None:
+            return Ragged.of([[]] * count, np.float32)
+        return np.zeros((count, self.units), np.float32)
+
     def columns(self) -> dict[str, Field]:
         """All columns, named "section/key". What the next row is asked for comes first."""
         return {

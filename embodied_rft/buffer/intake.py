@@ -25,13 +25,14 @@ def check_decisions(
     """All columns of N new decisions, in the form that is stored, or ValueError. `reward`: [N], or one a stream."""
     unknown = np.full(len(streams), np.nan, np.float32)
     told = reward if isinstance(reward, Mapping) else {"env": reward}
+    log_prob = schema.no_log_prob(len(streams)) if decisions.log_prob is None else decisions.log_prob
     rewards = {name: unknown for name in schema.rewards if name != "env"} | dict(told)
     return {
         **check_tree("observation", observation, schema.observation, streams),
         **check_tree("trace", decisions.trace, schema.trace, streams, partial=True),
         **check_tree("action", {"": decisions.action}, {"": schema.action}, streams),
         **check_tree("reward", rewards, dict.fromkeys(schema.rewards, Field()), streams),
-        **check_tree("log_prob", {"": decisions.log_prob}, {"": schema.log_prob}, streams),
+        **check_tree("log_prob", {"": log_prob}, {"": schema.log_prob}, streams),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from embodied_rft.data import PAST, Decisions, Past, Ragged, Tree, is_picture, pick, pick_tree
+from embodied_rft.data import PAST, Decisions, Past, Ragged, Tree, is_picture
 
 Turn = dict[str, Any]  # one decision: a row of each column, by "section/key"
 
@@ -61,7 +61,7 @@ def spread(decisions: Decisions, rows: np.ndarray, count: int) -> Decisions:
     """Decisions of K environments as those of all: the others, who do not hear theirs, get a copy."""
     place = np.zeros(count, np.int64)
     place[rows] = np.arange(len(rows))
-    return Decisions(pick(decisions.action, place), pick(decisions.log_prob, place), pick_tree(decisions.trace, place))
+    return decisions.take(place)
 
 
 def _row(column: Any, row: int) -> Any:

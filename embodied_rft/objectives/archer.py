@@ -97,6 +97,7 @@ class ArCHer(Objective):
         if "drawn" not in batch.notes:
             shown = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in batch.observation.items()}
             made = agent.policy.act(shown, rng=rng)
+            assert made.log_prob is not None  # a policy knows its own
             if isinstance(made.log_prob, Ragged):
                 mask = torch.from_numpy(made.log_prob.pad()[1])
             else:

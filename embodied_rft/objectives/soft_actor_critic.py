@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embodied_rft import distributed
 from embodied_rft.buffer.plans import Replay
-from embodied_rft.data import Batch, Decisions, Ragged, Source, Tree
+from embodied_rft.data import Batch, Decisions, Source, Tree
 from embodied_rft.learning import losses
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Objective
@@ -310,10 +310,7 @@ class E2O(SAC):
         bonus = q.std(0, correction=0) if len(q) > 1 else 0.0
         score = (q.mean(0) + self.config.explore_bonus * bonus).reshape(-1, count)
         chosen = score.argmax(1).cpu().numpy() + count * np.arange(len(score))
-        assert not isinstance(proposed.log_prob, Ragged)
-        return Decisions(
-            proposed.action[chosen], proposed.log_prob[chosen], {k: v[chosen] for k, v in proposed.trace.items()}
-        )
+        return proposed.take(chosen)
 
 
 def is_stochastic(policy: Policy) -> bool:

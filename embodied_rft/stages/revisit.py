@@ -150,13 +150,14 @@ class _Visiting(Collector):
                 raise UserError("revisit: this policy cannot say what trace another one's decisions would have left")
             seen = pick_tree(observation, np.append(places, places[-1]))
             trace = pick_tree(self.retraces.retrace(seen, action), slice(0, len(places)))
-        if isinstance(own.log_prob, Ragged):
-            unknown: Any = Ragged.of([[]] * len(places), own.log_prob.values.dtype)
-        else:
-            unknown = np.zeros((len(places), *own.log_prob.shape[1:]), np.float32)
+        log_prob = own.log_prob
+        if isinstance(log_prob, Ragged):
+            log_prob = _put(log_prob, places, [[]] * len(places))
+        elif log_prob is not None:
+            log_prob = _put(log_prob, places, 0)
         return Decisions(
             _put(own.action, places, action),
-            _put(own.log_prob, places, unknown),
+            log_prob,
             {key: _put(value, places, trace[key]) for key, value in own.trace.items()},
         )
 

@@ -5,10 +5,11 @@ import pytest
 
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
-from embodied_rft.data import Decisions
+from embodied_rft.data import Decisions, Field
 from embodied_rft.experience.collect import KEPT, Collector, action_field
 from embodied_rft.pools.promises import same
 from embodied_rft.pools.protocol import StepResult
+from embodied_rft.pools.text_spaces import AnyText
 from embodied_rft.seeding import training_seed
 from tests.lab.toys import SeedPool
 
@@ -190,3 +191,21 @@ def test_success_of_0_is_never_shown_where_nobody_told_it():
     untold = Collector(pool, run_seed=0).collect(act, episodes=4).metrics()
     assert "collect/success" in told and "collect/success" not in untold
     assert untold["collect/return"] == told["collect/return"]
+
+
+@pytest.mark.parametrize("units", [1, None])
+def test_who_does_not_know_how_likely_he_was_is_recorded_and_may_leave_environments_idle(units):
+    """As a player: what is unknown is stored as of demonstrations."""
+    pool, schema = SeedPool(5), Schema(observation={"observation": Field((2,))}, action=Field((1,)), units=units)
+    pool.action_space = AnyText(9)  # idle environments are not shown to who acts
+    asked, buffer = [], Buffer(schema, 200)
+
+    def play(observation):
+        asked.append(len(observation["observation"]))
+        return Decisions(act(observation).action, None)
+
+    Collector(pool, run_seed=5).collect(play, episodes=7).write(buffer)
+    trajectories = list(buffer.trajectories())
+    assert min(asked) < 5 and len(trajectories) == 7
+    check(trajectories, 5)
+    assert all(np.size(row) == (units or 0) and not np.any(row) for t in trajectories for row in t.log_prob)
