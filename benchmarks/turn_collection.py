@@ -5,23 +5,18 @@
 256 environments whose episodes end after each turn with probability p (0.05, 0.1, 0.2), after 15 at the latest; who
 acts counts what it is asked to write. Ours is the product's collector on its pool. The loop that agent frameworks
 write is lock-step: all environments begin together, every turn is generated for all of them, and what those that have
-ended are given is thrown away; the next round begins when the last one has ended. Nothing here is timed but the last
-part, so that no other number depends on the machine.
+ended are given is thrown away; the next round begins when the last one has ended. Nothing here is timed, so that no
+number depends on the machine; what slow environments cost is in `async_turns`.
 
 `useful_share` is kept turns over generated ones, the least over p, of two ways to collect: so many decisions, and so
 many whole episodes (`episodes=`, as groups of siblings are collected). `width` is generated turns over those that as
 many calls could have held: whole episodes keep the share, their tail is in the width. Beside it stands the share while
 1 % of turns break (a dead server: the episode is void, none of its turns is learned from).
-
-At last 32 environments in 4 processes, where a step takes 50 ms with probability 1/32 (a page that loads), and a policy
-that takes 20 ms whatever it is asked: the share of time in which something is generated. A pool answers for all at
-once, so that the slowest counts.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,10 +33,9 @@ from embodied_rft.pools.config import EnvConfig
 from embodied_rft.pools.pool import open_pool
 from embodied_rft.pools.text_spaces import AnyText
 
-ID, SLOW_ID, NUM_ENVS, CAP = "benchmarks/Turns-v0", "benchmarks.turn_collection:SlowTurns-v0", 256, 15
+ID, NUM_ENVS, CAP = "benchmarks/Turns-v0", 256, 15
 DECISIONS, BREAKING, LOCK_STEP = "ours, decisions", "ours, 1 % of turns break", "lock-step"
 ENDS = (0.05, 0.1, 0.2)
-SLOW, GENERATION, FEW, WORKERS = 0.05, 0.02, 32, 4  # of the last part: seconds, seconds, environments, processes
 
 
 class Turns(EnvBatch):
@@ -81,48 +75,20 @@ class Turns(EnvBatch):
         return {"message": [f"turn {turn}" for turn in self.turn]}
 
 
-class SlowTurns(gymnasium.Env):
-    """The environment of the last part: it never ends, and takes its time now and then."""
-
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
-
-    def __init__(self, render_mode: str | None = None) -> None:
-        self.observation_space = gymnasium.spaces.Dict({"message": AnyText(20)})
-        self.action_space = AnyText(20)
-        self.render_mode = render_mode
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """See Gymnasium."""
-        super().reset(seed=seed)
-        return {"message": "begin"}, {}
-
-    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """See Gymnasium."""
-        if self.np_random.random() < 1 / FEW:
-            time.sleep(SLOW)
-        return {"message": "go on"}, 1.0, False, False, {}
-
-
 if ID not in gymnasium.registry:  # this file is read twice: once as the program
     serve(ID, Turns)
-    gymnasium.register(id="SlowTurns-v0", entry_point="benchmarks.turn_collection:SlowTurns")
 
 
 class Writer:
-    """A policy that counts what it is asked to write.
+    """A policy that counts what it is asked to write."""
 
-    Args:
-        seconds: that it takes, whatever it is asked.
-    """
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds, self.generated, self.calls = seconds, 0, 0
+    def __init__(self) -> None:
+        self.generated, self.calls = 0, 0
 
     def __call__(self, observation: Mapping[str, Any]) -> Decisions:
         """One token for each message."""
         count = len(observation["message"])
         self.generated, self.calls = self.generated + count, self.calls + 1
-        time.sleep(self.seconds)
         return Decisions(["x"] * count, Ragged.of([np.zeros(1, np.float32)] * count, np.float32))
 
 
@@ -152,21 +118,6 @@ def lock_step(ends: float, seed: int) -> float:
     return kept / generated
 
 
-def waiting(seconds: float) -> float:
-    """Share of time in which something is generated while some steps are slow."""
-    pool, writer = (
-        open_pool(EnvConfig(SLOW_ID, FEW, pool="workers", num_workers=WORKERS), purpose="training"),
-        Writer(GENERATION),
-    )
-    collector = Collector(pool, run_seed=0)
-    collector.collect(writer, decisions=1)  # processes and first resets
-    writer.calls, start = 0, time.perf_counter()
-    while (passed := time.perf_counter() - start) < seconds:
-        collector.collect(writer, decisions=1)
-    pool.close()
-    return writer.calls * GENERATION / passed
-
-
 def main() -> None:
     """Count, print."""
     options = common.arguments(__doc__)
@@ -188,8 +139,6 @@ def main() -> None:
     common.table(results, unit="kept / generated", title=f"Turns of {NUM_ENVS} environments", digits=3)
     held = {name: common.Result(name, found) for name, found in widths.items()}
     common.table(held, unit="share of environments", title="Width of a generation", digits=3)
-    busy = waiting(2.0 if options.quick else 10.0)
-    print(f"something is generated in {busy:.2f} of the time where a step takes {SLOW:g} s now and then")
     whole = [
         np.min(found) for name, found in shares.items() if name.startswith("ours") and not name.startswith(BREAKING)
     ]
@@ -202,7 +151,6 @@ def main() -> None:
         useful_share_with_failures=float(np.min([r.median for n, r in results.items() if n.startswith(BREAKING)])),
         lock_step=[round(float(x), 3) for x in theirs],
         widths={name: round(one.median, 3) for name, one in held.items()},
-        generating=busy,
     )
 
 
