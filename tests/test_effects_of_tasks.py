@@ -46,7 +46,7 @@ GAMES = {  # id: other values of its options
     "embodied_rft/BlackJack-v0": {},
     "embodied_rft/EZPoints-v0": {},
     "embodied_rft/FrozenLake-v0": {"slip": 0.5},
-    "embodied_rft/GeneralPoints-v0": {"face_cards": "rank", "suits": "black", "tries": 1},
+    "embodied_rft/GeneralPoints-v0": {"cards": 3, "face_cards": "rank", "suits": "black", "tries": 1},
     "embodied_rft/NumberLine-v0": {},
     "embodied_rft/Points24-v0": {"face_cards": "rank"},
     "embodied_rft/ShisenSho-v0": {"size": 4, "colors": 5, "shapes": 5},
