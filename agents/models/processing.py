@@ -219,9 +219,9 @@ class Pixels:
         x = images.permute(0, 3, 1, 2).float()
         height, width = self._target(*x.shape[-2:])
         if (height, width) != x.shape[-2:]:
-            x = F.interpolate(x, (height, width), mode="bilinear", antialias=True).round().clamp(0, 255)
+            x = F.interpolate(x, (height, width), mode="bilinear", antialias=True).round_().clamp_(0, 255)
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
-        x = (x / 255 - mean) / std
+        x = x.div_(255).sub_(mean).div_(std)  # `float` has made a copy
         if self.patches:
             return self._patchify(x)
         if self.tiles:
