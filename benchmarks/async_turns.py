@@ -36,7 +36,7 @@ from embodied_rft.pools.text_spaces import AnyText
 ID, NUM_ENVS, SPLITS = "benchmarks.async_turns:AsyncTurns-v0", 24, (1, 2, 4)
 MEDIAN, SIGMA, ENDS = 0.06, 0.8, 0.1  # seconds of a step, spread of its logarithm, probability of a last turn
 BATCH, EACH = 0.02, 0.01  # seconds of the stand-in
-MODEL, TOKENS, FREE = {"hidden_size": 384, "num_layers": 4}, 8, "steps that cost nothing"
+MODEL, TOKENS, FREE = {"hidden_size": 768, "num_layers": 2}, 8, "steps that cost nothing"
 
 
 class AsyncTurns(gymnasium.Env):
@@ -122,7 +122,7 @@ def main() -> None:
     """Measure, print."""
     options = common.arguments(__doc__)
     torch.set_num_threads(1)
-    turns, rounds = (NUM_ENVS * 10, 1) if options.quick else (NUM_ENVS * 25, 5)
+    turns, rounds = (NUM_ENVS * 8, 1) if options.quick else (NUM_ENVS * 25, 5)
     configs = {f"splits {n}": EnvConfig(ID, NUM_ENVS, pool="workers", num_workers=NUM_ENVS, splits=n) for n in SPLITS}
     configs[FREE] = EnvConfig(ID, NUM_ENVS, options={"median": 0.0})
     stepping = NUM_ENVS / ((1 + ENDS) * MEDIAN * math.exp(SIGMA**2 / 2))
