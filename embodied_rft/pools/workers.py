@@ -93,7 +93,7 @@ class Workers(Host):
         self._make_slice = _pickled(make_slice)
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(list(preload))
-        self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self._cores = own_cores()
         self._start(min(num_envs, num_workers or num_cores()))
 
     def _start(self, num_workers: int) -> None:
@@ -334,9 +334,14 @@ class Workers(Host):
         )
 
 
+def own_cores() -> list[int]:
+    """Numbers of the cores that this process may use; [] where the operating system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many these are."""
+    return len(own_cores()) or os.cpu_count() or 1
 
 
 def _pickled(make_slice: Callable[..., Host]) -> bytes:
