@@ -13,7 +13,7 @@ from embodied_rft import registry
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.columns import Schema
 from embodied_rft.buffer.trajectories import OUTSIDE, within, write_trajectories
-from embodied_rft.data import Action, Decisions, Ragged, Source, Tree
+from embodied_rft.data import Action, Decisions, Source, Tree
 from embodied_rft.experience.collect import Collector, action_field
 from embodied_rft.experience.schedule import Act
 from embodied_rft.names import UserError, nearest
@@ -64,7 +64,7 @@ def write_demos(
     try:
         demonstrator = make_demonstrator(env_id, env_options=options, noise=noise)
         collector = Collector(pool, run_seed=seed, source=Source.DEMONSTRATION)
-        recording = collector.collect(demonstrator_act(demonstrator, spawn_generator(seed, 1), 1), episodes=episodes)
+        recording = collector.collect(demonstrator_act(demonstrator, spawn_generator(seed, 1)), episodes=episodes)
         metrics = recording.metrics()
         buffer = Buffer(step_schema(pool, recording.rewards), recording.decisions + 2 * episodes)
         recording.write(buffer)
@@ -85,13 +85,6 @@ def step_schema(pool: Pool, rewards: tuple[str, ...] = ("env",)) -> Schema:
     return Schema(observation=dict(pool.fields), action=action_field(pool.action_space), rewards=rewards)
 
 
-def demonstrator_act(demonstrator: Demonstrator, rng: np.random.Generator, units: int | None) -> Act:
-    """A demonstrator as something that acts. Its log-probabilities are unknown and stored as 0, or as empty."""
-
-    def act(observation: Tree) -> Decisions:
-        action = demonstrator.act(observation, rng)
-        count = len(action)
-        unknown = Ragged.of([[]] * count, np.float32) if units is None else np.zeros((count, units), np.float32)
-        return Decisions(action, unknown)
-
-    return act
+def demonstrator_act(demonstrator: Demonstrator, rng: np.random.Generator) -> Act:
+    """A demonstrator as something that acts, and does not know how likely its decisions were."""
+    return lambda observation: Decisions(demonstrator.act(observation, rng), None)

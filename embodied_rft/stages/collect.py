@@ -48,8 +48,7 @@ class Demonstrate(Stage):
         )
         chunk = session.agent.policy.chunk
         collector = session.make_collector(source=Source.DEMONSTRATION, pool=session.step_pool("training"))
-        units = session.schema().units if chunk.horizon == 1 else 1
-        act = demonstrator_act(demonstrator, session.numpy_generator("demonstrate"), units)
+        act = demonstrator_act(demonstrator, session.numpy_generator("demonstrate"))
         session.buffer  # noqa: B018  announces the memory before the first episode
         recording = collector.collect(act, episodes=distributed.share(config.episodes, "episodes"))
         count = sum(distributed.gather(recording.decisions))

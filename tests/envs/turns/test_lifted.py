@@ -204,7 +204,7 @@ def test_players_of_games_speak(id, parser):
     options = {"state": True, "told": True, "parser": parser}
     pool = make_pool(id, 8, options=options)
     player = make_demonstrator(id, env_options=options, thought="state")
-    act, plain = demonstrator_act(player, np.random.default_rng(0), None), make_demonstrator(id.replace("Told", ""))
+    act, plain = demonstrator_act(player, np.random.default_rng(0)), make_demonstrator(id.replace("Told", ""))
     observation = pool.reset(np.arange(8))
     for _ in range(3):
         replies = act(observation).action
@@ -222,7 +222,7 @@ def test_players_of_games_speak(id, parser):
 def test_demonstrations_of_lifted_games_succeed(id):
     options = {"state": True, "style": "short", "parser": {"id": "words", "strict": True}}
     pool = make_pool(id, 8, options=options)
-    act = demonstrator_act(make_demonstrator(id, env_options=options), np.random.default_rng(0), None)
+    act = demonstrator_act(make_demonstrator(id, env_options=options), np.random.default_rng(0))
     assert np.mean(Collector(pool, run_seed=0).collect(act, episodes=16).successes) > 0.9
 
 

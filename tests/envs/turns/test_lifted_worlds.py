@@ -72,11 +72,9 @@ def test_experts_speak(of, options):
     options = {**reads, "options": {**options, "expert": True}}
     pool = make_pool(ANY, 3, options=options)
     player = make_demonstrator(ANY, env_options=options, thought="state")
-    recording = Collector(pool, run_seed=0).collect(
-        demonstrator_act(player, np.random.default_rng(0), None), episodes=6
-    )
+    recording = Collector(pool, run_seed=0).collect(demonstrator_act(player, np.random.default_rng(0)), episodes=6)
     assert np.mean(recording.successes) == 1
-    noisy = demonstrator_act(make_demonstrator(ANY, env_options=options, noise=0.5), np.random.default_rng(0), None)
+    noisy = demonstrator_act(make_demonstrator(ANY, env_options=options, noise=0.5), np.random.default_rng(0))
     assert Collector(pool, run_seed=0).collect(noisy, episodes=6).decisions > recording.decisions
     seen = pool.reset(np.arange(3))
     expert = seen["expert"] if of == "TextGame" else [player.lifted.words[0][number] for number in seen["expert"]]
@@ -137,7 +135,7 @@ def test_a_demonstrator_says_its_numbers():
 def test_answers_at_random_show_the_form_and_nothing_else():
     options = {"of": "Acrobot-v1", "parser": STRICT, "style": "short", "turns": 20}
     pool = make_pool(ANY, 8, options=options)
-    act = demonstrator_act(make_demonstrator(ANY, env_options=options, noise=1.0), np.random.default_rng(0), None)
+    act = demonstrator_act(make_demonstrator(ANY, env_options=options, noise=1.0), np.random.default_rng(0))
     recording = Collector(pool, run_seed=0).collect(act, episodes=16)
     assert not any(recording.metrics().get(f"collect/invalid/{kind}", 0) for kind in ("unknown_word", "empty"))
     assert recording.decisions == 16 * 20
@@ -212,7 +210,7 @@ def test_demonstrators_choose_from_menus(inside, noise):
     pytest.importorskip("textworld")
     options = {**inside, "menu": True}
     pool = make_pool(ANY, 2, options=options)
-    act = demonstrator_act(make_demonstrator(ANY, env_options=options, noise=noise), np.random.default_rng(0), None)
+    act = demonstrator_act(make_demonstrator(ANY, env_options=options, noise=noise), np.random.default_rng(0))
     recording = Collector(pool, run_seed=0).collect(act, episodes=4)
     assert noise or np.mean(recording.successes) == 1
     assert all(value == 0 for key, value in recording.metrics().items() if "invalid/" in key)
@@ -222,12 +220,10 @@ def test_who_holds_the_pole_speaks():
     """Alone and in a conversation the same pushes; with noise the pole falls sooner."""
     options = {"of": "CartPole-v1", "words": ["left", "right"], "parser": STRICT, "state": True, "turns": 200}
     lengths = {}
-    for id, opts, units in ((ANY, options, None), ("CartPole-v1", {}, 1)):
+    for id, opts in ((ANY, options), ("CartPole-v1", {})):
         for noise in (0.0, 0.8):
             pool = make_pool(id, 4, options=opts)
-            act = demonstrator_act(
-                make_demonstrator(id, env_options=opts, noise=noise), np.random.default_rng(0), units
-            )
+            act = demonstrator_act(make_demonstrator(id, env_options=opts, noise=noise), np.random.default_rng(0))
             lengths[id, noise] = Collector(pool, run_seed=0).collect(act, episodes=4).decisions / 4
     assert lengths[ANY, 0.0] == 200 and lengths["CartPole-v1", 0.0] == 500
     assert max(lengths[ANY, 0.8], lengths["CartPole-v1", 0.8]) < 150
