@@ -17,7 +17,7 @@ import torch
 
 from embodied_rft import registry
 from embodied_rft.data import Finding
-from embodied_rft.runs.facts import version_of
+from embodied_rft.registry import version_of
 
 OPTIONAL = {
     "wandb": "logging to Weights & Biases",

@@ -17,7 +17,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any, TypeVar
 
 from embodied_rft.names import UserError, nearest
@@ -122,3 +122,11 @@ def import_files(package: str, path: Iterable[str]) -> None:
     """Import every file of a package, `import_files(__name__, __path__)`, so that each registers what it holds."""
     for module in pkgutil.iter_modules(path):
         importlib.import_module(f"{package}.{module.name}")
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, by the name that pip knows; None: it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

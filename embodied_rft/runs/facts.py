@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -13,18 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from embodied_rft.files import PACKAGE, write_json
+from embodied_rft.registry import version_of
 from embodied_rft.runs.folder import RunFolder
 
 OURS = "embodied-rft"
 REPORTED = (OURS, "torch", "numpy", "mujoco", "gymnasium", "gymnasium-robotics", "stable-baselines3", "transformers")
-
-
-def version_of(package: str) -> str | None:
-    """The installed version, None if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def machine_facts() -> dict[str, Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 from embodied_rft.data import Finding
-from embodied_rft.registry import register
+from embodied_rft.registry import register, version_of
 
 PACKAGES = {  # what opens with each, by the names that pip knows
     "minigrid": "MiniGrid-v0, BabyAI-v0",
@@ -19,7 +17,7 @@ PACKAGES = {  # what opens with each, by the names that pip knows
 @register("check", "Worlds")
 def check_worlds() -> Finding:
     """Those that are not there are missed only by who asks for them."""
-    found = {package: _version(package) for package in PACKAGES}
+    found = {package: version_of(package) for package in PACKAGES}
     here = ", ".join(f"{package} {number}" for package, number in found.items() if number)
     missing = [package for package, number in found.items() if not number]
     if not missing:
@@ -27,10 +25,3 @@ def check_worlds() -> Finding:
     opens = ", ".join(PACKAGES[package] for package in missing)
     advice = f"for {opens}: pip install {' '.join(missing)}, or all with 'embodied-rft[tasks]'"
     return Finding(here or "not installed", "note", advice)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
