@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from embodied_rft.data import Action, Field, Space, Tree, pick_tree
 from embodied_rft.names import UserError
-from embodied_rft.pools.protocol import Pool, Seeding, StepResult, merge
+from embodied_rft.pools.protocol import Pool, Seeding, StepResult, merge, untold_value
 from embodied_rft.pools.spaces import ActionBox, what_suits
 
 BASE_ACTION = "base_action"  # the observation key of a queued plan
@@ -175,8 +175,7 @@ class ChunkPool(Around):
         reward = total.reward + np.where(fine, new.reward, np.float32(0))
         info = dict(total.info)
         for key, value in new.info.items():
-            untold = np.nan if value.dtype.kind == "f" else 0
-            info[key] = np.where(running, value, total.info.get(key, np.full_like(value, untold)))
+            info[key] = np.where(running, value, total.info.get(key, np.full_like(value, untold_value(value.dtype))))
         return StepResult(
             merge(running, new.observation, total.observation),
             reward.astype(np.float32),

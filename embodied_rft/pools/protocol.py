@@ -160,6 +160,11 @@ def is_text(space: Space) -> bool:
     return isinstance(space, spaces.Text) or (space.dtype is not None and np.dtype(space.dtype).kind == "U")
 
 
+def untold_value(dtype: np.dtype[Any]) -> float:
+    """What stands in a column of `info` where nothing is told: NaN, or 0 where there is none."""
+    return np.nan if dtype.kind == "f" else 0
+
+
 def is_statistic(name: object) -> bool:
     """Whether a key of `info` names a number that is told of a whole episode at its end: "invalid/no_answer"."""
     return isinstance(name, str) and "/" in name and not name.startswith("_")

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from embodied_rft.data import Action, Tree, pick
 from embodied_rft.pools.incidents import Incidents
-from embodied_rft.pools.protocol import Branch, Pool, Seeding, StepResult, check_mask
+from embodied_rft.pools.protocol import Branch, Pool, Seeding, StepResult, check_mask, untold_value
 
 T = TypeVar("T")
 
@@ -213,4 +213,4 @@ def joined(trees: Sequence[Tree]) -> dict[str, Any]:
 def _untold(results: Sequence[StepResult], count: int) -> dict[str, np.ndarray]:
     """What stands in the info of `count` environments that tell nothing of what others tell."""
     told = {key: value.dtype for result in results for key, value in result.info.items()}
-    return {key: np.full(count, np.nan if dtype.kind == "f" else 0, dtype) for key, dtype in told.items()}
+    return {key: np.full(count, untold_value(dtype), dtype) for key, dtype in told.items()}
