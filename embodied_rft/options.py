@@ -175,6 +175,17 @@ def parse(cls: type[T], mapping: object, path: str = "") -> T:
     return made
 
 
+def check_share(name: str, value: float, what: str) -> float:
+    """Give back `value`, the share of something: ("noise", 0.3, "random moves").
+
+    Raises:
+        UserError: it is not in [0, 1].
+    """
+    if not 0 <= value <= 1:
+        raise UserError(f"{name} is {value}: the share of {what}, in [0, 1], is expected")
+    return value
+
+
 def refuse_idle(config: Dataclass, names: Iterable[str], why: str) -> None:
     """Refuse options that nothing would read: those of `names` that do not have their default.
 

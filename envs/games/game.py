@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from embodied_rft.names import UserError
+from embodied_rft.options import check_share
 
 Position = dict[str, np.ndarray]  # K of them: everything that a game changes, each [K, ...]
 MOST_LISTED = 10_000  # actions that `legal` tries one by one
@@ -132,9 +133,7 @@ class Player(ABC):
     """
 
     def __init__(self, *, noise: float = 0.0) -> None:
-        if not 0 <= noise <= 1:
-            raise UserError(f"noise is {noise}: the share of random moves, in [0, 1], is expected")
-        self.noise = noise
+        self.noise = check_share("noise", noise, "random moves")
 
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
         """Actions [N] or [N, C] for N observations; `rng` is drawn from only if there is noise."""

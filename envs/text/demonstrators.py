@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from embodied_rft.names import UserError
+from embodied_rft.options import check_share
 from embodied_rft.registry import register
 
 
@@ -24,9 +24,7 @@ class SumDemonstrator:
     """
 
     def __init__(self, *, noise: float = 0.0) -> None:
-        if not 0 <= noise <= 1:
-            raise UserError(f"noise is {noise}: the share of wrong replies, in [0, 1], is expected")
-        self.noise = noise
+        self.noise = check_share("noise", noise, "wrong replies")
 
     def act(self, observation: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
         """One reply for each of N prompts; `rng` is drawn from only if there is noise."""

@@ -18,6 +18,7 @@ from embodied_rft.envs.text.batch import TextBatch
 from embodied_rft.envs.text.rules import evaluate_expression
 from embodied_rft.envs.text.tasks import TextTask
 from embodied_rft.names import UserError, nearest
+from embodied_rft.options import check_share
 from embodied_rft.pools.text_spaces import AnyText
 from embodied_rft.registry import register
 from embodied_rft.turns.parsing import Parsed, make_parser
@@ -137,9 +138,8 @@ class ToolSumDemonstrator:
     """
 
     def __init__(self, *, noise: float = 0.0, environment: Mapping[str, Any]) -> None:
-        if not 0 <= noise <= 1:
-            raise UserError(f"noise is {noise}: the share of problems that are guessed, in [0, 1], is expected")
-        self.noise, self.parser = noise, make_parser(environment["options"].get("parser") or CALL)
+        self.noise = check_share("noise", noise, "problems that are guessed")
+        self.parser = make_parser(environment["options"].get("parser") or CALL)
 
     def act(self, observation: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
         """One reply to each of N messages; `rng` is drawn from only if there is noise."""

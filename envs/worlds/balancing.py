@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from embodied_rft.names import UserError
+from embodied_rft.options import check_share
 from embodied_rft.registry import register
 
 GAINS = np.array([0.1, 0.2, 1.0, 0.4])  # of place, speed, angle and angular speed: push to where the pole falls
@@ -24,9 +24,7 @@ class Balancer:
     """
 
     def __init__(self, *, noise: float = 0.0) -> None:
-        if not 0 <= noise <= 1:
-            raise UserError(f"noise is {noise}: the share of pushes drawn at random, in [0, 1], is expected")
-        self.noise = noise
+        self.noise = check_share("noise", noise, "pushes drawn at random")
 
     def act(self, observation: Mapping[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
         """Actions [N]: 0 to the left, 1 to the right."""

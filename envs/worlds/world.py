@@ -20,6 +20,7 @@ from gymnasium import spaces
 from embodied_rft.data import Space
 from embodied_rft.envs.games.batch import OBSERVATIONS, Description
 from embodied_rft.names import UserError, nearest
+from embodied_rft.options import check_share
 from embodied_rft.seeding import FIRST_EVALUATION_SEED, pack_generator, unpack_generator
 from embodied_rft.turns.words import Words
 
@@ -171,9 +172,7 @@ class Follower(ABC, Generic[A]):
     """
 
     def __init__(self, *, noise: float = 0.0) -> None:
-        if not 0 <= noise <= 1:
-            raise UserError(f"noise is {noise}: the share of other decisions, in [0, 1], is expected")
-        self.noise = noise
+        self.noise = check_share("noise", noise, "other decisions")
 
     def act(self, observation: Mapping[str, Any], rng: np.random.Generator) -> list[str] | np.ndarray:
         """Actions for N observations; `rng` is drawn from only if there is noise."""
