@@ -25,9 +25,9 @@ class Memory:
     def __init__(self, num_envs: int) -> None:
         self.turns: list[list[Turn]] = [[] for _ in range(num_envs)]
 
-    def add(self, streams: np.ndarray, observation: Tree, decisions: Decisions) -> None:
-        """One decision in each of K environments; trees and decisions are of these K."""
-        for row, stream in enumerate(streams.tolist()):
+    def add(self, streams: np.ndarray, rows: np.ndarray, observation: Tree, decisions: Decisions) -> None:
+        """One decision in each of K environments, at `rows` [K] of trees and decisions."""
+        for stream, row in zip(streams.tolist(), rows.tolist(), strict=True):
             turn = {f"observation/{key}": _row(value, row) for key, value in observation.items()}
             turn |= {f"trace/{key}": _row(value, row) for key, value in decisions.trace.items()}
             self.turns[stream].append(turn | {"action/": _row(decisions.action, row)})

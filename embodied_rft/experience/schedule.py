@@ -165,7 +165,7 @@ class Schedule:
         self.returned[streams] += result.reward[happened]
         self.step[streams] += 1
         if self.memory is not None:
-            self.memory.add(streams, pick_tree(shown, happened), taken.take(happened))
+            self.memory.add(streams, happened, shown, taken)
         self._endless.step(bool((over & playing).any()))
         ended, broken = (part.first + np.flatnonzero(each) for each in (valid & over, playing & ~result.valid))
         return Played(part.first, shown, taken, result, streams, ended, broken)
