@@ -23,6 +23,7 @@ from embodied_rft.envs.turns.hosts import make_host, state_of, state_space
 from embodied_rft.envs.turns.speech import InMenu, Legal, speech_of
 from embodied_rft.envs.turns.telling import EXPERT, LEGAL, Told, number_form, untold
 from embodied_rft.names import UserError, nearest
+from embodied_rft.pools.protocol import flatten_space
 from embodied_rft.pools.text_spaces import AnyText
 from embodied_rft.turns.parsing import INVALID, Invalid, make_parser
 
@@ -160,11 +161,12 @@ class Lifted(EnvBatch):
             seen["state"] = inner
         if told:
             seen["told"] = AnyText(MOST_CHARACTERS)
-        inside = self.host.observation_space
-        self.advises = isinstance(inside, spaces.Dict) and EXPERT in inside.spaces
-        if isinstance(inside, spaces.Dict) and self.advises:
+        inside = flatten_space(self.host.observation_space)
+        self.advises = EXPERT in inside
+        if self.advises:
             seen[EXPERT] = inside[EXPERT]
-        if self.menu and (shows_state or self.advises):  # somebody plays, who must know
+        self.lists_legal = self.menu and (shows_state or self.advises)  # somebody plays, who must know
+        if self.lists_legal:
             seen[LEGAL] = AnyText(MOST_CHARACTERS)
         self.observation_space, self.action_space = spaces.Dict(seen), AnyText(MOST_CHARACTERS)
 
@@ -247,7 +249,7 @@ class Lifted(EnvBatch):
         if self.advises:
             advice = self.host.observation()[EXPERT]
             seen[EXPERT] = tuple(advice) if isinstance(advice, list) else advice.copy()
-        if self.menu and (self.shows_state or self.advises):
+        if self.lists_legal:
             seen[LEGAL] = tuple("\n".join(legal or ()) for legal in self.legal)
         return seen
 

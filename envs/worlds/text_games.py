@@ -130,7 +130,7 @@ class TextGame(World[str]):
     def observe(self) -> dict[str, str]:
         """What is new; the rules and the quest with the first message."""
         head = f"{RULES}\n\n{self.now.objective.strip()}\n\n" if self.steps == 0 else ""
-        listed = f"\nCommands: {', '.join(self._commands())}" if self._commands() else ""
+        listed = f"\nCommands: {', '.join(commands)}" if (commands := self._commands()) else ""
         return {"message": f"{head}{self.news}{listed}"[:LONGEST]}
 
     def describe(self) -> Description:
