@@ -224,11 +224,11 @@ def test_doctor_reports_what_is_broken(monkeypatch, capsys):
 def test_doctor_tells_which_worlds_can_be_opened(monkeypatch):
     from embodied_rft.envs.worlds import checks
 
-    real = checks._version
-    monkeypatch.setattr(checks, "_version", lambda package: real("numpy"))
+    real = checks.version_of
+    monkeypatch.setattr(checks, "version_of", lambda package: real("numpy"))
     found = checks.check_worlds()
     assert found.state == "ok" and found.value.count(real("numpy")) == len(checks.PACKAGES) and real("no-such") is None
-    monkeypatch.setattr(checks, "_version", lambda package: None if package == "crafter" else "1.0")
+    monkeypatch.setattr(checks, "version_of", lambda package: None if package == "crafter" else "1.0")
     found = checks.check_worlds()
     assert (
         found.state == "note" and "crafter" not in found.value and "for Crafter-v0: pip install crafter" in found.advice
