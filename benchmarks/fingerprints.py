@@ -90,7 +90,7 @@ def main() -> None:
     torch.set_num_threads(1)
     before = json.loads(options.against.read_text()) if options.against else {}
     found, differ = {}, []
-    for name in options.only or [n for n in recipe_names() if not n.endswith("base")]:
+    for name in options.only or recipe_names():
         found[name] = fingerprint(name)
         word = "" if name not in before else "equal" if before[name] == found[name] else "DIFFERS"
         differ += [name] if word == "DIFFERS" else []

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from embodied_rft import distributed
+from embodied_rft.options import ConfigError
 from embodied_rft.pools.incidents import EnvironmentFailure
 from embodied_rft.report.page import write_report
 from embodied_rft.runs import inputs
@@ -27,10 +28,12 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False, report: bo
     """Run a recipe in a folder, or continue it there. Returns the closed session, its agent trained.
 
     Raises:
-        ValueError: the folder holds a run of another recipe, or another process is working in it.
+        ValueError: the folder holds a run of another recipe, another process is working in it, or there are no stages.
         EnvironmentFailure: the environments fail too often to go on.
         Interrupted: Ctrl-C or SIGTERM; the run was saved and the same call continues it.
     """
+    if not recipe.stages:
+        raise ConfigError(f"{recipe.name} has no stages: it is there to be extended (`extends:`) by a recipe with some")
     rank = distributed.rank()
     main = RunFolder(Path(folder).absolute())  # an environment may change the current folder
     run = main.of_process(rank)

@@ -1,16 +1,21 @@
 """Every shipped recipe runs all of its stages for a moment on the CPU."""
 
+import importlib.resources
+from pathlib import Path
+
 import pytest
 import yaml
 
 from benchmarks.fingerprints import shrink
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.options import ConfigError
-from embodied_rft.runs.recipe import dump_recipe, load_recipe, recipe_names
+from embodied_rft.runs.recipe import describe_recipes, dump_recipe, load_recipe, recipe_names
 from embodied_rft.train import train
 from tests.agents.test_agents import ACTION, STATE
 from tests.lab.draws import generator
 
+CONFIGS = Path(str(importlib.resources.files("embodied_rft.configs")))
+BASES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*base.yaml"))
 SMALL = {
     "episodes": 8,  # a whole group
     "episodes_per_iteration": 16,
@@ -29,7 +34,15 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n in recipe_names() if not n.endswith("base")])
+@pytest.mark.parametrize("name", BASES)
+def test_bases_are_extended_and_not_run(name, tmp_path):
+    assert name not in recipe_names() and name not in describe_recipes()
+    with pytest.raises(ValueError, match=r"env\.id is required|there to be extended"):
+        train(load_recipe(name), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", recipe_names())
 def test_recipe_runs(name, tmp_path):
     tree = yaml.safe_load(dump_recipe(load_recipe(name)))
     small = tmp_path / "small.yaml"

@@ -175,15 +175,16 @@ def _as_of_now(text: str) -> Any:
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes, sorted: "demo", "smoke/fetch_reach"."""
-    return sorted(_shipped())
+    """Names of the shipped recipes, sorted: "demo", "smoke/fetch_reach"; not of those that are there to be extended."""
+    return sorted(name for name in _shipped() if not name.endswith("base"))
 
 
 def describe_recipes() -> dict[str, str]:
     """{name: its `description`, else its first comment line} of the shipped recipes."""
     described = {}
-    for name, path in _shipped().items():
-        text = path.read_text(encoding="utf-8")
+    shipped = _shipped()
+    for name in recipe_names():
+        text = shipped[name].read_text(encoding="utf-8")
         comment = text.partition("\n")[0].lstrip("# ") if text.startswith("#") else ""
         described[name] = str((yaml.load(text, Loader=Loader) or {}).get("description") or comment)
     return described

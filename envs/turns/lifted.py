@@ -112,7 +112,8 @@ class Lifted(EnvBatch):
         self.turn = np.full(num_envs, -1, np.int64)  # of the running episodes; -1: none was started
         self.messages, self.told = [""] * num_envs, [""] * num_envs
         self.vain = np.zeros(num_envs, np.int64)  # answers in a row that were not understood
-        self.arrays = ("counts", "trouble", "turn", "vain")
+        self.silent = np.zeros(num_envs, dtype=bool)  # seen to say nothing of success
+        self.arrays = ("counts", "trouble", "turn", "vain", "silent")
         self._set_spaces(shows_state=state, told=told)
 
     def _refuse_silence(self, observe: str) -> None:
@@ -203,19 +204,19 @@ class Lifted(EnvBatch):
         moved = np.flatnonzero([action is not None for action in wanted])
         reward, terminated = self.invalid * wrong, np.zeros(len(rows), dtype=bool)
         truncated = (self.vain[rows] >= MOST_IN_VAIN) & (self.max_episode_steps is None)
-        success: np.ndarray | None = None
+        success = np.zeros(len(rows), dtype=bool)  # who did nothing solved nothing
         if len(moved):
             outcome, failed = self.host.step(rows[moved], [wanted[number] for number in moved.tolist()])
             self.broken.update(failed)
             reward[moved] += outcome.reward
             terminated[moved] = outcome.terminated
-            if outcome.success is not None:
-                success = np.zeros(len(rows), dtype=bool)
-                success[moved] = outcome.success
+            self.silent[rows[moved]] = outcome.success is None
+            success[moved] = False if outcome.success is None else outcome.success
             if outcome.truncated is not None:
                 truncated[moved] |= outcome.truncated
         self._write(rows)
-        return Outcome(reward, terminated, success, self._counted(rows), truncated)
+        said = None if self.silent.any() else success
+        return Outcome(reward, terminated, said, self._counted(rows), truncated)
 
     def _understand(self, reply: str, row: int) -> tuple[int, Any]:
         """What is wrong with an answer, and the action that follows; None: none does."""

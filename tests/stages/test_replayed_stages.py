@@ -115,7 +115,7 @@ def test_the_averaged_policy_is_what_evaluations_see_and_what_stays(tmp_path, mo
     assert curve == final != 0  # the same states, the same policy
 
 
-@pytest.mark.parametrize("name", [n for n in recipe_names() if not n.endswith("base") and not n.startswith("tasks/")])
+@pytest.mark.parametrize("name", [n for n in recipe_names() if not n.startswith("tasks/")])
 def test_shipped_recipes_with_replay_say_how_many_updates_they_make(name):
     """The default is the paper's, as in tasks/; a recipe made for minutes on two cores says what it takes instead."""
     for _, stage in walk(load_recipe(name).stages):

@@ -153,6 +153,15 @@ def test_turns_that_are_not_understood_count():
     assert [inner.step(say(0))[3] for _ in range(2)] == [False, True]  # the inner clock is heard
 
 
+def test_who_is_never_understood_fails_where_success_is_told():
+    game, silent = vector(LAKE, 2), vector(ANY, 2, of="CartPole-v1")
+    game.reset(seed=0), silent.reset(seed=0)
+    assert game.step(["hm", ""])[4]["is_success"].tolist() == [False, False]
+    assert "is_success" in silent.step(["hm", "hm"])[4]  # not known yet
+    silent.step([say(0), "hm"])
+    assert "is_success" not in silent.step(["hm", "hm"])[4]
+
+
 @pytest.mark.parametrize("of", ["CartPole-v1", "MiniGrid-Empty-5x5-v0"])
 def test_an_agent_that_is_never_understood_comes_to_an_end(of):
     env = gymnasium.make(ANY, of=of, observe="both")
