@@ -28,7 +28,7 @@ T = TypeVar("T")
 OUR_OWN = (
     "embodied_rft.objectives", "embodied_rft.stages", "embodied_rft.turns", "embodied_rft.agents",
     "embodied_rft.envs.games", "embodied_rft.envs.manipulation", "embodied_rft.envs.text", "embodied_rft.envs.turns",
-    "embodied_rft.envs.worlds",
+    "embodied_rft.envs.worlds", "embodied_rft.envs.gui",
 )  # fmt: skip
 KINDS = ("agent", "objective", "demonstrator", "stage", "credit", "shaping", "reward", "parser", "logger", "check")
 _tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}

@@ -13,8 +13,8 @@ import gymnasium
 
 from embodied_rft.envs.serving import serve
 
-_ARMS, _TEXT, _GAMES, _TURNS, _WORLDS = (
-    f"{__name__}.{room}" for room in ("manipulation", "text", "games", "turns", "worlds")
+_ARMS, _TEXT, _GAMES, _TURNS, _WORLDS, _GUI = (
+    f"{__name__}.{room}" for room in ("manipulation", "text", "games", "turns", "worlds", "gui")
 )
 
 for _name in ("Reach", "Push", "Slide", "PickAndPlace"):
@@ -46,3 +46,5 @@ _OTHERS: dict[str, tuple[str, dict[str, object]]] = {
 }  # fmt: skip
 for _name, (_place, _fixed) in _OTHERS.items():
     gymnasium.register(f"embodied_rft/{_name}-v0", f"{_WORLDS}.{_place}", kwargs=_fixed)
+
+serve("embodied_rft/ClickScreen-v0", f"{_GUI}.click_screen:ClickScreen")

@@ -66,6 +66,10 @@ CALLS = {"parser": {"id": "tags", "tags": ["calc"]}, "max_calls": 1, "style": "f
 TOOLS = {"embodied_rft/ToolSum-v0": CALLS, "embodied_rft/ToolJsonl-v0": CALLS}  # beside a tool: likewise
 TASKS |= dict.fromkeys(TOOLS, {"style": "short"})
 TASKS |= {"embodied_rft/ToldFrozenLake-v0": {}, "embodied_rft/Told-v0": {"of": "Pendulum-v1"}}
+SCREENS = {  # drawn, and clicked on: likewise
+    "embodied_rft/ClickScreen-v0": {"tasks": ["pair"], "grid": [16, 16], "size": 80, "parser": "tags", "turns": 1},
+}
+TASKS |= dict.fromkeys(SCREENS, {})
 SAME = {  # the options of another one
     **{f"embodied_rft/Fetch{task}-v0": "embodied_rft/FetchReach-v0" for task in ("PickAndPlace", "Push", "Slide")},
     **{id.replace("/", "/Told"): "embodied_rft/ToldFrozenLake-v0" for id in GAMES if "Lake" not in id},
@@ -73,14 +77,15 @@ SAME = {  # the options of another one
 OTHERS = {"CartPole-v1"}  # environments of other packages, which we show how to play
 WORLDS = {*WORLD_IDS, *SERVED}  # of other packages, walked in test_effects_of_worlds.py
 REPLIES = ["7", "<think>7</think><answer>7</answer>", '{"a": 7}']
+PLACES = [f"{x} {y}" for x in range(8) for y in range(8)]
 CALLED = ['{"name": "calculator", "arguments": {"expression": "3+4"}}', *REPLIES]
 MOVES = ["<answer>left</answer>", "<answer>l</answer>", "<answer>-2</answer>", "right", "<answer>0.1 </answer>"]
 
 
 def visit(id, options, situation):
     """A few steps of some environments; of those that answer texts, as many episodes."""
-    count, steps = (32, 6) if id in GAMES else (8, 3)
-    key = "message" if id in {*TOLD, *TOOLS} else "prompt"
+    count, steps = (32, 6) if id in {*GAMES, *SCREENS} else (8, 3)
+    key = "message" if id in {*TOLD, *TOOLS, *SCREENS} else "prompt"
     pool = make_pool(id, count, options=options)
     pool.action_space.seed(0)
     try:
@@ -88,6 +93,8 @@ def visit(id, options, situation):
         for number in range(steps):
             if isinstance(pool.action_space, gymnasium.spaces.Text):
                 spoken = [*MOVES, *REPLIES] if id in TOLD else CALLED if id in TOOLS else REPLIES
+                if id in SCREENS:
+                    spoken = [*REPLIES, *PLACES[number::2]][:count]
                 action = [*spoken, *map(add, seen[-1][key][len(spoken) :])]
             else:
                 action = np.stack([pool.action_space.sample() for _ in range(count)])
@@ -107,7 +114,10 @@ def add(prompt):
 
 def of_task(id, folder):
     """The walk over the options of one environment."""
-    base, values = TASKS[id], VALUES | GAMES.get(id, {}) | TOLD.get(id, {}) | TOOLS.get(id, {})
+    base, values = (
+        TASKS[id],
+        VALUES | {name: value for some in (GAMES, TOLD, TOOLS, SCREENS) for name, value in some.get(id, {}).items()},
+    )
     if "Jsonl" in id:
         base, values["path"] = {**base, "path": problems(folder, 7)}, problems(folder, 11)
     if "Peg" in id:
@@ -128,6 +138,7 @@ def problems(folder, answer):
 def demonstrate(id, options, situation):
     """What a demonstrator does in twelve steps."""
     shown = {"observation": "state"} if id in GAMES else {"state": True, "told": True} if id in TOLD else {}
+    shown |= {"expert": True} if id in SCREENS else {}
     pool = make_pool(id, 4, options=shown)
     demonstrator, rng, done = make_demonstrator(id, env_options=shown, **options), np.random.default_rng(0), []
     try:

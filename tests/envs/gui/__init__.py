@@ -1,0 +1,1 @@
+"""Of pages and screens."""
