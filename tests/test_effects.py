@@ -44,6 +44,7 @@ BASE |= {id: {**CRITIC, "policy_delay": 2} for id in ("rlpd", "wsrl")}
 BASE |= dict.fromkeys(("iql", "sac", "td3", "td3_bc", "spot", "e2o", "dsrl_sac", "dsrl_na", "archer"), CRITIC)
 BASE |= dict.fromkeys(("cql", "cal_ql"), {**CRITIC, "num_sampled_actions": 2})
 BASE |= {"gflownet": {"batch_size": 40, "num_epochs": 1, "flow_hidden": [8]}}
+BASE |= {"digirl": {"batch_size": 8, "value_hidden": [8], "top": 0.5, "reward_weights": {"success": 1.0}}}
 BASE |= {"cpl": {"batch_size": 8, "segment": 2}, "gigpo": {**BASE["ppo"], "whole_groups": True}}
 
 VALUES = {
@@ -92,6 +93,7 @@ OWN_VALUES = {
     "reinflow": {"ratio": "decision", "normalizer": "units"},
     "cpl": {"within": "group"},
     "gigpo": {"normalizer": "episodes"},
+    "digirl": {"margin": 0.9},
     "gflownet": {"batch_size": 90, "floor": 1.0},
     **dict.fromkeys(("rlpd", "wsrl", "e2o"), {"policy_value": "min"}),
 }

@@ -62,6 +62,26 @@ def monte_carlo(reward: Tensor, discount: Tensor, mask: Tensor, tail: Tensor | N
     return returns
 
 
+def doubly_robust(
+    reward: Tensor, value: Tensor, next_value: Tensor, outcome: Tensor, ahead: Tensor, *, decay: float
+) -> Tensor:
+    """What became of an episode and what a value says of one decision, mixed [B] (Zhou, Bai et al. 2024, DigiRL, 4.3).
+
+    A = lambda^n R + (1 - lambda^n) (r + V(o') - V(o)): near the end the outcome R, which is unbiased, far from it the
+    value, which does not vary. Of the last decision it is R.
+
+    Args:
+        reward: [B] r, of the decision.
+        value: [B] V(o), before it.
+        next_value: [B] V(o'), after it.
+        outcome: [B] R, what the episode came to.
+        ahead: [B] n, decisions of the episode that follow.
+        decay: lambda.
+    """
+    share = decay**ahead
+    return share * outcome + (1 - share) * (reward + next_value - value)
+
+
 def running_returns(reward: Tensor, lengths: list[int], before: list[float], *, gamma: float) -> Tensor:
     """R_t = r_t + gamma R_{t-1} [B], the discounted sum of rewards so far, of segments that lie one after the other.
 
