@@ -48,3 +48,4 @@ for _name, (_place, _fixed) in _OTHERS.items():
     gymnasium.register(f"embodied_rft/{_name}-v0", f"{_WORLDS}.{_place}", kwargs=_fixed)
 
 serve("embodied_rft/ClickScreen-v0", f"{_GUI}.click_screen:ClickScreen")
+serve("embodied_rft/Grounding-v0", f"{_GUI}.grounding:Grounding")

@@ -63,6 +63,10 @@ VALUES = {
     "shaping": [{"id": "progress"}],
     "kl_turns": [0],
     "unit_weights": {"thought": 0.3},
+    "difficulty": {"stream": "far"},
+    "difficulty.stream": "far",
+    "difficulty.power": -3.0,
+    "difficulty.largest": 0.9,
     "ratio": "mean",
     "normalizer": "decisions",
     "clip_low": 1e-5,
@@ -118,6 +122,7 @@ CONTEXTS = {
     **dict.fromkeys(("target_kl", "dual_clip"), {"ratio": "unit"}),
     "clip_first": {"ratio": "unit", "normalizer": "units", "clip_low": 0.2, "clip_high": 0.2},
     "unit_discount": {"ratio": "unit", "normalizer": "units"},
+    **dict.fromkeys(("difficulty.power", "difficulty.largest"), {"difficulty": {"stream": "far"}}),
     "subset_size": {"target": "random_subset"},
     "cooling_updates": {"final_support_weight": 0.05},
     "sub_decay": {"balance": "sub_trajectory"},
@@ -139,6 +144,8 @@ def stand(kind):
     agent, pool = make_agent(spec, Scene(8, **scene))
     few = {"episodes": 24, "demonstrations": 2} if kind == "text" else {}
     buffer = experience(agent, pool, **few)
+    rows = buffer.rows()
+    buffer.label("far", rows, 1.0 + buffer.columns(rows)["episode"] % 3)
     return shaken(agent), buffer
 
 

@@ -31,6 +31,17 @@ from tests.lab.effects import Walk, Work, tally
 from tests.lab.helpers_envs import Moody
 
 sys.path.append(str(Path(__file__).parent / "lab" / "plugins"))  # walked_plugin
+
+
+class Telling(Moody):
+    """Tells how far it is from the origin where an episode ends."""
+
+    def step(self, action):
+        seen, reward, over, cut, info = super().step(action)
+        return seen, reward, over, cut, {**info, "way/left": -reward}
+
+
+gymnasium.register("Telling-v0", Telling, max_episode_steps=50)
 gymnasium.register("Brisk-v0", lambda **options: Moody(stride=0.6, **options), max_episode_steps=50)
 
 MOODY = {"id": "Moody-v0", "num_envs": 2}
@@ -224,7 +235,8 @@ def learn(options, situation):
 
 def keep(options, situation):
     """Collecting twice."""
-    return run({"env": MOODY, "buffer": {"capacity": 80, **options}, "stages": [COLLECT, COLLECT, COLLECT]})
+    env = {**MOODY, "id": "Telling-v0"}
+    return run({"env": env, "buffer": {"capacity": 80, **options}, "stages": [COLLECT, COLLECT, COLLECT]})
 
 
 def step(options, situation):
@@ -274,7 +286,7 @@ LEARNER = Walk(
     situations={"micro_batch": "work", "micro_units": "work"},
     exempt={"compile": "the same numbers from other code (tests/learning)"},
 )
-BUFFER = Walk("buffer", BufferConfig, keep, values={"capacity": 60})
+BUFFER = Walk("buffer", BufferConfig, keep, values={"capacity": 60, "streams": ["way/left"]})
 ENV = Walk(
     "env",
     EnvConfig,

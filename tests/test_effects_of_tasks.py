@@ -68,8 +68,17 @@ TASKS |= dict.fromkeys(TOOLS, {"style": "short"})
 TASKS |= {"embodied_rft/ToldFrozenLake-v0": {}, "embodied_rft/Told-v0": {"of": "Pendulum-v1"}}
 SCREENS = {  # drawn, and clicked on: likewise
     "embodied_rft/ClickScreen-v0": {"tasks": ["pair"], "grid": [16, 16], "size": 80, "parser": "tags", "turns": 1},
+    "embodied_rft/Grounding-v0": {
+        "answer": "point",
+        "rewards": {"hit": 0.5},
+        "kinds": ["word"],
+        "grid": [9, 9],
+        "size": 80,
+        "parser": "tags",
+        "sides": [8, 9],
+    },
 }
-TASKS |= dict.fromkeys(SCREENS, {})
+TASKS |= dict.fromkeys(SCREENS, {"grid": [8, 8]})
 SAME = {  # the options of another one
     **{f"embodied_rft/Fetch{task}-v0": "embodied_rft/FetchReach-v0" for task in ("PickAndPlace", "Push", "Slide")},
     **{id.replace("/", "/Told"): "embodied_rft/ToldFrozenLake-v0" for id in GAMES if "Lake" not in id},
@@ -77,7 +86,7 @@ SAME = {  # the options of another one
 OTHERS = {"CartPole-v1"}  # environments of other packages, which we show how to play
 WORLDS = {*WORLD_IDS, *SERVED}  # of other packages, walked in test_effects_of_worlds.py
 REPLIES = ["7", "<think>7</think><answer>7</answer>", '{"a": 7}']
-PLACES = [f"{x} {y}" for x in range(8) for y in range(8)]
+PLACES = [f"{x} {y}{box}" for x in range(8) for y in range(8) for box in ("", f" {x + 2} {y + 2}")]
 CALLED = ['{"name": "calculator", "arguments": {"expression": "3+4"}}', *REPLIES]
 MOVES = ["<answer>left</answer>", "<answer>l</answer>", "<answer>-2</answer>", "right", "<answer>0.1 </answer>"]
 
@@ -94,7 +103,7 @@ def visit(id, options, situation):
             if isinstance(pool.action_space, gymnasium.spaces.Text):
                 spoken = [*MOVES, *REPLIES] if id in TOLD else CALLED if id in TOOLS else REPLIES
                 if id in SCREENS:
-                    spoken = [*REPLIES, *PLACES[number::2]][:count]
+                    spoken = [*REPLIES, *PLACES[number :: 2 + number % 2]][:count]
                 action = [*spoken, *map(add, seen[-1][key][len(spoken) :])]
             else:
                 action = np.stack([pool.action_space.sample() for _ in range(count)])

@@ -17,7 +17,7 @@ from embodied_rft.data import CUT, Field, Source, Space, Tree, pick_tree
 from embodied_rft.experience.recording import Ahead, Broken, Last, Recording, Taken
 from embodied_rft.experience.schedule import Act, Played, Say, Schedule
 from embodied_rft.names import UserError
-from embodied_rft.pools.protocol import Pool, StepResult, fields_of
+from embodied_rft.pools.protocol import Pool, StepResult, fields_of, is_statistic
 from embodied_rft.seeding import training_seed
 
 KEPT = ("episode", "seed", "step", "returned")  # of the schedule
@@ -122,6 +122,7 @@ class Collector:
                 observation=shown,
                 decisions=taken,
                 reward=pick_tree(_streams(result), rows),
+                told={name: values[rows] for name, values in result.info.items() if is_statistic(name)},
                 terminated=result.terminated[rows],
                 truncated=result.truncated[rows],
                 group=schedule.episode[streams] // self.group_size,

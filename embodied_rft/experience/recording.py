@@ -14,7 +14,7 @@ import numpy as np
 from embodied_rft import distributed
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.data import Decisions, Source, Tree
-from embodied_rft.names import UserError
+from embodied_rft.names import UserError, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Taken:
     version: int
     source: Source
     span: Any  # of chunks, how many steps were carried out [K]; -1: all
+    told: Mapping[str, np.ndarray]  # of episodes that end here, by name [K]; NaN of others
 
     def write(self, buffer: Buffer) -> np.ndarray:
         """The rows [K]."""
@@ -61,7 +62,17 @@ class Taken:
                     "must say at the end of each episode whether it succeeded (info['is_success'] or info['success'])"
                 )
             reward["success"] = np.zeros(len(self.streams), np.float32)
-        return {name: reward[name] for name in names if name in reward}
+        return {name: reward[name] if name in reward else self._told(name) for name in names}
+
+    def _told(self, name: str) -> np.ndarray:
+        """A stream of what is told at the end of an episode: 0 before, NaN where it ends without that word."""
+        over = self.terminated | self.truncated
+        if name not in self.told and over.any():
+            raise UserError(
+                f"buffer.streams asks for {name!r}, and an episode ended without a word about it in info; "
+                f"{nearest(name, self.told)}"
+            )
+        return np.where(over, self.told.get(name, np.float64(0)), 0).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)

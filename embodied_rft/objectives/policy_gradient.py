@@ -45,6 +45,7 @@ from embodied_rft.objectives.common import (
 )
 from embodied_rft.objectives.correction import Correction, correct
 from embodied_rft.objectives.credit import OPTIONS, make_credit
+from embodied_rft.objectives.difficulty import Difficulty, weights
 from embodied_rft.objectives.shaping import make_shaping, scale_rewards
 from embodied_rft.options import STRICT, refuse_idle
 from embodied_rft.policy import Policy, UnitValues, Values, able, require
@@ -81,6 +82,7 @@ class PPOConfig:
     normalize_advantage: Literal["iteration", "minibatch", False] = "iteration"
     reward_weights: dict[str, float] | None = None  # mixture of reward streams; None: the environment's reward
     shaping: tuple[dict[str, Any], ...] = ()  # what is made of an episode's rewards, one after the other; see `shaping`
+    difficulty: Difficulty | None = None  # episodes that are harder count more (GUI-G1)
     scale_reward: bool = False  # divide rewards by the running standard deviation of the discounted return
     overlong: tuple[int, int] | None = None  # (limit, margin) in units: longer decisions lose up to 1 (DAPO, eq. 13)
     cut: Literal["keep", "drop"] = "keep"  # what ran into a length limit; dropped, it still counts in its group
@@ -380,6 +382,12 @@ class PPO(Objective):
             live &= ~batch.trace[CUT].bool()
         credited = self.credit(agent, batch, [len(s) for s in segments], c)
         dead = credited.pop("dead", torch.zeros_like(live))
+        if c.difficulty is not None:
+            lengths = [len(s) for s in segments]
+            told = [float(buffer.stream(c.difficulty.stream, each).sum()) for each in segments]
+            weight = weights(np.array(told), c.difficulty).repeat_interleave(torch.tensor(lengths))
+            advantage = credited["advantage"]
+            credited["advantage"] = advantage * (weight if advantage.dim() == 1 else weight[:, None])
         metrics |= _count_groups(batch.columns["group"], dead.numpy())
         self._write(buffer, order, batch, credited, live & ~dead if c.drop_even_groups else live)
         if c.kl_weight and c.reference == "moving":

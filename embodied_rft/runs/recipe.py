@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from embodied_rft.device import DEVICE
-from embodied_rft.names import nearest
+from embodied_rft.names import UserError, nearest
 from embodied_rft.options import ConfigError, Stages, parse, parse_stages, plugin_spec, to_plain
 from embodied_rft.pools.config import EnvConfig
 from embodied_rft.runs import trust as trusting
@@ -36,6 +36,15 @@ class BufferConfig:
 
     capacity: int = 200_000  # rows: decisions plus one closing row an episode
     success: bool = False  # keep success beside the reward, so that `selection: {successes: true}` finds it
+    # what the environment tells of an episode at its end, kept as streams of reward of its last decision: [reward/hit]
+    streams: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len({"env", "success", *self.streams}) < 2 + len(self.streams):
+            raise UserError(
+                f"buffer.streams are {list(self.streams)}; expected names of what the environment tells at the end of "
+                "an episode, each once: its reward (env) is always kept, success is buffer.success"
+            )
 
 
 @dataclass

@@ -119,7 +119,7 @@ class Rig:
             action=action_field(pool.action_space),
             trace=dict(policy.trace_fields),
             units=policy.num_units,
-            rewards=("env", "success") if self.recipe.buffer.success else ("env",),
+            rewards=("env", *["success"] * self.recipe.buffer.success, *self.recipe.buffer.streams),
         )
 
     def replace_policy(self, policy: Policy) -> None:

@@ -21,6 +21,7 @@ from embodied_rft.envs.gui.drawn import (
     WORD_HEIGHT,
     WORDS,
     button,
+    icons,
     inside,
     put,
     split,
@@ -59,6 +60,8 @@ class ClickScreen(Screens):
         tasks: those that episodes draw from; `reset(options={"task": "pair"})` asks for one.
         popups: chance of a pop-up at the start and after each turn, where none is open.
         elements: of a page, 2 to 9.
+        colors: how many the figures have, 1 to 6.
+        shapes: likewise.
         forgiving: a click on a wrong element does nothing, either.
         turns: most of an episode.
         size, grid, parser, style, state, expert, invalid: see `Screens`.
@@ -76,6 +79,8 @@ class ClickScreen(Screens):
         tasks: Sequence[str] = TASKS,
         popups: float = 0.2,
         elements: int = 4,
+        colors: int = 6,
+        shapes: int = 6,
         forgiving: bool = False,
         turns: int = 10,
         size: int = 64,
@@ -93,18 +98,12 @@ class ClickScreen(Screens):
             raise UserError(f"tasks are {list(tasks)}; expected at least one of {', '.join(TASKS)}, each once")
         if not 2 <= elements <= MOST or turns < 1:
             raise UserError(f"elements is {elements} and turns {turns}; expected 2 to {MOST}, and at least 1")
+        self.icons = icons(colors, shapes)
+        if elements > len(self.icons):
+            raise UserError(f"elements is {elements}: {colors} colors and {shapes} shapes do not make so many figures")
         self.tasks, self.popups = tuple(tasks), check_share("popups", popups, "turns that bring a pop-up")
         self.elements, self.forgiving, self.max_episode_steps = elements, forgiving, turns
-        self.task = np.zeros(num_envs, np.int64)  # number in TASKS
-        self.looks = np.full((num_envs, PAGES, MOST), NONE)
-        self.boxes = np.zeros((num_envs, PAGES, MOST, 4), np.int64)
-        self.plan = np.full((num_envs, 2), NONE)  # elements that are asked for; of "page" on the second one
-        self.done = np.zeros(num_envs, np.int64)  # how many of them were clicked
-        self.page = np.zeros(num_envs, np.int64)
-        self.ticked = np.zeros((num_envs, MOST), bool)
-        self.popup = np.zeros((num_envs, 2, 4), np.int64)  # its box, and that of its X
-        self.open = np.zeros(num_envs, bool)
-        self.closed = np.zeros(num_envs, np.int64)  # pop-ups of the running episode that were closed
+        self._set_arrays(num_envs)
         super().__init__(
             num_envs=num_envs,
             size=size,
@@ -125,6 +124,18 @@ class ClickScreen(Screens):
         self.buttons = np.array([[0, self.bar, third, size], [size - third, self.bar, size, size]])
         for task in tasks:
             self._lay_out(np.random.default_rng(0), task)  # is there room?
+
+    def _set_arrays(self, num_envs: int) -> None:
+        self.task = np.zeros(num_envs, np.int64)  # number in TASKS
+        self.looks = np.full((num_envs, PAGES, MOST), NONE)
+        self.boxes = np.zeros((num_envs, PAGES, MOST, 4), np.int64)
+        self.plan = np.full((num_envs, 2), NONE)  # elements that are asked for; of "page" on the second one
+        self.done = np.zeros(num_envs, np.int64)  # how many of them were clicked
+        self.page = np.zeros(num_envs, np.int64)
+        self.ticked = np.zeros((num_envs, MOST), bool)
+        self.popup = np.zeros((num_envs, 2, 4), np.int64)  # its box, and that of its X
+        self.open = np.zeros(num_envs, bool)
+        self.closed = np.zeros(num_envs, np.int64)  # pop-ups of the running episode that were closed
 
     @property
     def numbers(self) -> int:
@@ -161,7 +172,7 @@ class ClickScreen(Screens):
                 x, y = int(rng.integers(most + 1)), number * band + int(rng.integers(band - WORD_HEIGHT + 1))
                 boxes.append((x, y, x + width, y + WORD_HEIGHT))
         else:
-            looks = rng.permutation(FIRST_WORD)[: self.elements]
+            looks = rng.permutation(self.icons)[: self.elements]
             for x1, y1, x2, y2 in split(rng, (0, 0, self.size, self.bar), len(looks), self.least + 2):
                 room = np.minimum((x2 - x1 - 2, y2 - y1 - 2), max(self.size // 4, self.least))
                 width, height = rng.integers(self.least, room + 1).tolist()

@@ -33,6 +33,18 @@ LONGEST = 65_536  # characters of a message and of an answer
 LEAST_ICON, WORD_HEIGHT = 8, 11  # pixels
 
 
+def icons(colors: int, shapes: int) -> np.ndarray:
+    """Looks of the figures in the first colours and shapes.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    for name, count, known in (("colors", colors, tuple(COLORS)), ("shapes", shapes, SHAPES)):
+        if not 1 <= count <= len(known):
+            raise UserError(f"{name} is {count}; expected 1 to {len(known)}: {', '.join(known)}")
+    return (np.arange(colors)[:, None] * len(SHAPES) + np.arange(shapes)).ravel()
+
+
 def text_space() -> Space:
     """Of messages and answers."""
     return AnyText(LONGEST)
@@ -137,15 +149,26 @@ class Grid:
         return np.array([x1, y1, x2, y2]) * np.tile(self.cell, 2)
 
     def name_point(self, box: np.ndarray) -> list[int]:
-        """The cell whose middle is nearest to the middle of a box."""
-        middle = (box[:2] + box[2:]) / 2
-        return np.clip(np.floor(middle / self.cell), 0, self.counts - 1).astype(int).tolist()
+        """The cell whose middle is nearest to that of a box, of those with theirs inside if there are any."""
+        named = []
+        for low, high, count in zip(*(box.reshape(2, 2) / self.cell), self.counts):
+            near = int(np.floor((low + high) / 2))
+            inside = [cell for cell in (near, near - 1) if low <= cell + 0.5 < high]
+            named.append(min(max([*inside, near][0], 0), int(count) - 1))
+        return named
 
     def name_box(self, box: np.ndarray) -> list[int]:
-        """The edges of cells that are nearest to a box, at least one cell apart."""
-        lines = np.floor(box / np.tile(self.cell, 2) + 0.5).astype(int)
-        first = np.clip(lines[:2], 0, self.counts - 1)
-        return [*first.tolist(), *np.clip(lines[2:], first + 1, self.counts).tolist()]
+        """The edges of cells that are nearest to a box, of those whose middle is inside if there are any."""
+        lows, highs = box.reshape(2, 2) / self.cell
+        ends = [self._name_ends(low, high, int(count)) for low, high, count in zip(lows, highs, self.counts)]
+        return [ends[0][0], ends[1][0], ends[0][1], ends[1][1]]
+
+    @staticmethod
+    def _name_ends(low: float, high: float, count: int) -> tuple[int, int]:
+        near = [{int(np.floor(end)), int(np.ceil(end))} for end in (low, high)]
+        near[1].add(min(near[0]) + 1)  # whatever is smaller than a cell
+        pairs = [(a, b) for a in sorted(near[0]) for b in sorted(near[1]) if a < b <= count]
+        return min(pairs, key=lambda p: (not low <= (p[0] + p[1]) / 2 < high, abs(p[0] - low) + abs(p[1] - high)))
 
     def any_point(self, rng: np.random.Generator) -> list[int]:
         """Any cell."""
