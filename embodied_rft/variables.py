@@ -7,13 +7,14 @@ import os
 from embodied_rft.names import UserError, nearest
 
 PREFIX = "EMBODIED_RFT_"
-FUSED, TIMEOUT = f"{PREFIX}FUSED", f"{PREFIX}TIMEOUT"
+FUSED, TIMEOUT, BROWSER = f"{PREFIX}FUSED", f"{PREFIX}TIMEOUT", f"{PREFIX}BROWSER"
+KNOWN = (FUSED, TIMEOUT, BROWSER)
 
 
 def _read(name: str, default: str) -> str:
     for given in os.environ:
-        if given.startswith(PREFIX) and given not in (FUSED, TIMEOUT):
-            raise UserError(f"environment variable {given} is not known; {nearest(given, (FUSED, TIMEOUT))}")
+        if given.startswith(PREFIX) and given not in KNOWN:
+            raise UserError(f"environment variable {given} is not known; {nearest(given, KNOWN)}")
     return os.environ.get(name, default)
 
 
@@ -34,3 +35,8 @@ def timeout() -> float:
     if not 0 < seconds < 1e9:
         raise UserError(f"{TIMEOUT} is {given!r}: a number of seconds is expected, such as 1800")
     return seconds
+
+
+def browser() -> str | None:
+    """EMBODIED_RFT_BROWSER: the program that pages are opened in; default: what is installed."""
+    return _read(BROWSER, "") or None

@@ -11,15 +11,16 @@ from tests.lab import ROOT
 
 @pytest.fixture(autouse=True)
 def none_is_set(monkeypatch):
-    for name in (variables.FUSED, variables.TIMEOUT):
+    for name in variables.KNOWN:
         monkeypatch.delenv(name, raising=False)
 
 
 def test_what_they_say(monkeypatch):
-    assert (variables.fused(), variables.timeout()) == (True, 1800.0)
+    assert (variables.fused(), variables.timeout(), variables.browser()) == (True, 1800.0, None)
     monkeypatch.setenv(variables.FUSED, "0")
     monkeypatch.setenv(variables.TIMEOUT, "2.5")
-    assert (variables.fused(), variables.timeout()) == (False, 2.5)
+    monkeypatch.setenv(variables.BROWSER, "/opt/shell")
+    assert (variables.fused(), variables.timeout(), variables.browser()) == (False, 2.5, "/opt/shell")
 
 
 @pytest.mark.parametrize(

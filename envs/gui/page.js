@@ -1,0 +1,30 @@
+// Runs before anything of a document does: its clock and its chance are those of the episode.
+((shift, seed) => {
+  const key = Symbol.for("embodied_rft");
+  const told = globalThis[key];
+  if (told) return told(shift, seed);
+  const Real = Date, real = Real.now;
+  let state = 0;
+  const set = (shifted, seeded) => { shift = shifted; state = seeded >>> 0; };
+  const draw = () => {  // mulberry32
+    state = (state + 0x6d2b79f5) >>> 0;
+    let t = Math.imul(state ^ (state >>> 15), state | 1);
+    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
+    return (t ^ (t >>> 14)) >>> 0;
+  };
+  const now = () => real() - shift;
+  const Shifted = new Proxy(Real, {
+    construct: (target, given, as) => Reflect.construct(target, given.length ? given : [now()], as),
+    apply: () => new Shifted().toString(),
+    get: (target, name) => (name === "now" ? now : Reflect.get(target, name)),
+  });
+  Real.prototype.constructor = globalThis.Date = Shifted;
+  Math.random = () => draw() / 2 ** 32;
+  Crypto.prototype.getRandomValues = (array) => {
+    const bytes = new Uint8Array(array.buffer, array.byteOffset, array.byteLength);
+    for (let i = 0; i < bytes.length; i++) bytes[i] = draw() & 255;
+    return array;
+  };
+  Object.defineProperty(globalThis, key, { value: set });
+  set(shift, seed);
+})
