@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from embodied_rft.data import Finding as Finding
     from embodied_rft.data import Ragged as Ragged
     from embodied_rft.data import Trajectory as Trajectory
+    from embodied_rft.experience.curriculum import Curriculum as Curriculum
     from embodied_rft.learning.agent import Agent as Agent
     from embodied_rft.learning.objective import Losses as Losses
     from embodied_rft.learning.objective import Objective as Objective
@@ -54,6 +55,7 @@ _DOORS = {  # {module: what is imported from here}
     "buffer.plans": "Fresh Replay",
     "buffer.trajectories": "write_trajectories",
     "data": "Batch Decisions Field Finding Ragged Trajectory",
+    "experience.curriculum": "Curriculum",
     "learning.agent": "Agent",
     "learning.objective": "Losses Objective",
     "names": "UserError",

@@ -42,6 +42,7 @@ LISTED = (
     "parsers",
     "credits",
     "shapings",
+    "curriculums",
 )
 
 
@@ -203,8 +204,8 @@ def list_known(
     """Show what can be named in a recipe, with one line each, or all options of one of them.
 
     Args:
-        kind: recipes, stages, agents, objectives, envs, demonstrators, rewards, parsers, credits, shapings; default
-            all. Or recipe, env, buffer, learner, logging: the options of that part of a recipe.
+        kind: recipes, stages, agents, objectives, envs, demonstrators, rewards, parsers, credits, shapings,
+            curriculums; default all. Or recipe, env, buffer, learner, logging: the options of that part of a recipe.
         id: One of the kind, as in `erft list objective sac`: its options, with meaning, default and range.
     """
     from embodied_rft.runs.listing import print_known, print_options

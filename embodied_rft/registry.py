@@ -30,10 +30,11 @@ OUR_OWN = (
     "embodied_rft.envs.games", "embodied_rft.envs.manipulation", "embodied_rft.envs.text", "embodied_rft.envs.turns",
     "embodied_rft.envs.worlds", "embodied_rft.envs.gui",
 )  # fmt: skip
-KINDS = ("agent", "objective", "demonstrator", "stage", "credit", "shaping", "reward", "parser", "logger", "check")
+KINDS = ("agent", "objective", "demonstrator", "stage", "credit", "shaping", "curriculum", "reward", "parser",
+         "logger", "check")  # fmt: skip
 _tables: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 # What every class of a kind derives from, where there is such a thing; None: not imported yet.
-_contracts: dict[str, type | None] = dict.fromkeys(("agent", "objective", "stage", "logger"))
+_contracts: dict[str, type | None] = dict.fromkeys(("agent", "objective", "curriculum", "stage", "logger"))
 
 
 def register(kind: str, *ids: str) -> Callable[[T], T]:

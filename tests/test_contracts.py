@@ -14,6 +14,7 @@ from embodied_rft import registry
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.names import UserError
 from embodied_rft.objectives import build_objective
+from embodied_rft.objectives.curricula import make_curriculum
 from embodied_rft.options import STRICT, parse_stages, walk
 from embodied_rft.policy import build_policy
 from embodied_rft.runs.sinks import make_plugin_sink
@@ -80,6 +81,7 @@ class Foreign:
         ("agent", lambda: build_policy({"id": "foreign"}, BOX, BOX, torch.Generator()), "Policy"),
         ("objective", lambda: build_objective("foreign"), "Objective"),
         ("credit", lambda: build_objective({"id": "ppo", "credit": "foreign"}), "Credit"),
+        ("curriculum", lambda: make_curriculum({"id": "foreign"}), "Curriculum"),
         ("logger", lambda: make_plugin_sink("foreign", {}, Path(), step=0, recipe=None), "Sink"),
         ("stage", lambda: parse_stages(["foreign"]), "Stage"),
     ],

@@ -11,6 +11,7 @@ from embodied_rft.buffer.plans import Drawn
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.learning.objective import Objective
 from embodied_rft.objectives import build_objective
+from embodied_rft.objectives.curricula import make_curriculum
 from embodied_rft.objectives.implicit import IQL, IQLConfig
 from embodied_rft.options import STRICT, validate_plugin_config
 from tests.lab import marked  # noqa: F401  (an agent)
@@ -212,10 +213,27 @@ def of_part(kind, id):
     return Walk(f"{kind} {id}", registry.config_of(kind, id), run, base, PARTS[kind].get(id, {}))
 
 
+def of_curriculum(id):
+    """The walk over the own options of a curriculum."""
+
+    def run(options, situation):
+        curriculum, found = make_curriculum({"id": id, **options}), []
+        shown = {"task": ["a", "b", "c"], "message": ["x", "x", "y"]}
+        for won in ([True, False, True], [True, False, False], [True, False, False]):
+            names = curriculum.names(shown)
+            found.append(curriculum.chances(names, shown, lambda shown: np.array([0.001, 0.5, 0.9])))
+            curriculum.hear(names, np.array(won))
+        return found, curriculum.state_dict()
+
+    values = {"task": "message", "least": 0.9}
+    return Walk(f"curriculum {id}", registry.config_of("curriculum", id), run, {}, values)
+
+
 def walks():
     """All of this file."""
     parts = [(k, id) for k in PARTS for id in registry.shipped(k) if registry.config_of(k, id) is not None]
-    return [*(of_objective(id) for id in registry.shipped("objective")), *(of_part(*part) for part in parts)]
+    tasks = [of_curriculum(id) for id in registry.shipped("curriculum")]
+    return [*(of_objective(id) for id in registry.shipped("objective")), *(of_part(*part) for part in parts), *tasks]
 
 
 def test_options_of_objectives():

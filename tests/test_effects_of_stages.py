@@ -142,13 +142,13 @@ STAGES = {  # word: (its options, stages before, stages behind, other values, co
         [DEMONSTRATE],
         [],
         {"objective": OTHER_OBJECTIVE, "evaluate_every": 8, "episodes_per_iteration": 2, "decisions": 24}
-        | {"until": {"minutes": 1e-9}, "until.success": 0.0, "until.minutes": 1e-9},
+        | {"until": {"minutes": 1e-9}, "until.success": 0.0, "until.minutes": 1e-9, "curriculum": {"id": "value"}},
         {
             "evaluate_episodes": {"evaluate_every": 8},
             "until.success": {"evaluate_every": 8},
             "episodes_per_iteration": {"decisions_per_iteration": None},
         },
-        {},
+        {"curriculum": "foreseen"},
     ),
     "collect": ({"episodes": 4}, [], [], {"episodes": 6, "group_size": 2}, {}, {}),
     "revisit": (
@@ -184,6 +184,8 @@ LIMITS = {"load": {"outside": "outside"}}
 def stage(word, options, situation):
     """The run of a stage between others."""
     _, before, behind, *_ = STAGES[word]
+    if situation == "foreseen":
+        options = {**options, "objective": {"id": "digirl", "batch_size": 8, "value_hidden": [8]}}
     env = {"id": "Goal-v0", "num_envs": 2} if situation == "goal" else {**MOODY, "options": {"pixels": word != "sb3"}}
     agent = {"id": "gaussian", "hidden": [8]} if situation == "goal" else SMALL
     return run({"env": env, "agent": agent, "stages": [*before, {word: options}, *behind]})

@@ -14,6 +14,7 @@ import numpy as np
 
 from embodied_rft import distributed
 from embodied_rft.data import CUT, Field, Source, Space, Tree, pick_tree
+from embodied_rft.experience.curriculum import Sieve
 from embodied_rft.experience.recording import Ahead, Broken, Last, Recording, Taken
 from embodied_rft.experience.schedule import Act, Played, Say, Schedule
 from embodied_rft.names import UserError
@@ -37,6 +38,7 @@ class Collector:
         source: what the rows are marked with.
         past: of a `Schedule`.
         say: told when no episode ends.
+        sieve: which of the episodes that begin are played; None: all of them.
     """
 
     def __init__(
@@ -49,10 +51,13 @@ class Collector:
         source: Source = Source.ONLINE,
         past: bool = False,
         say: Say | None = None,
+        sieve: Sieve | None = None,
     ) -> None:
-        self.run_seed, self.group_size, self.source = run_seed, group_size, source
+        self.run_seed, self.group_size, self.source, self.sieve = run_seed, group_size, source, sieve
         self.next_episode = -(-first_episode // group_size) * group_size  # a group begins with its first sibling
-        self.schedule = Schedule(pool, self._deal, past=past, say=say)
+        passes = None if sieve is None else self._passes
+        self.schedule = Schedule(pool, self._deal, past=past, say=say, passes=passes)
+        self._passed_over = 0  # episodes, since the last recording
         self._last_episode: int | None = None
         self._unsaved = False  # the running episodes are those of a checkpoint, the environments are not
 
@@ -76,6 +81,8 @@ class Collector:
             self._take(recording, played, version)
             self._finish(recording, played)
             self.schedule.fill(played.over)
+        if self.sieve is not None:
+            recording.passed_over, self._passed_over = self._passed_over, 0
         running = self._running()
         if len(running):  # their newest decisions are learned from now, not when the next ones are known
             recording.rows.append(Ahead(running, self._shown(running)))
@@ -108,6 +115,23 @@ class Collector:
         numbers, rank = range(self.next_episode, self.next_episode + count), distributed.rank()
         self.next_episode += count
         return [(number, training_seed(self.run_seed, rank, number // self.group_size)) for number in numbers]
+
+    def _passes(self, streams: np.ndarray, observation: Tree) -> np.ndarray:
+        """[K] bool: which episodes that begin are played. Groups whose first sibling is not among them have passed."""
+        assert self.sieve is not None
+        episode, size = self.schedule.episode[streams], self.group_size
+        groups, passes = episode // size, np.ones(len(streams), bool)
+        new = np.isin(groups, groups[episode % size == 0])
+        if new.any():
+            passes[new] = self.sieve.passes(streams[new], groups[new], pick_tree(observation, np.flatnonzero(new)))
+        refused = np.unique(groups[~passes])
+        if len(refused):
+            end = (int(refused[-1]) + 1) * size
+            if self._last_episode is not None:  # others take their places
+                self._last_episode += len(refused) * size
+            self.next_episode = max(self.next_episode, end)  # siblings that were not dealt yet are not played, either
+            self._passed_over += len(refused) * size
+        return passes
 
     def _take(self, recording: Recording, played: Played, version: int) -> None:
         """The decisions, as rows."""
@@ -151,6 +175,9 @@ class Collector:
             recording.told |= success is not None
             recording.successes += [False] * len(done) if success is None else [bool(s) for s in success[rows]]
             recording.returns += self.schedule.returned[done].tolist()
+            if self.sieve is not None:
+                won = self.schedule.returned[done] > 0 if success is None else success[rows]
+                self.sieve.hear(done, won.tolist())
             recording.lengths += self.schedule.step[done].tolist()
             for name, values in played.result.statistics(rows).items():
                 recording.statistics.setdefault(name, []).extend(values)
@@ -167,8 +194,10 @@ class Collector:
             return {"next_episode": self.next_episode}
         pool, memory = self.schedule.pool.get_state(), self.schedule.memory
         past = {} if memory is None else {"past": memory.state_dict()}
+        sieve = {} if self.sieve is None else {"sieve": self.sieve.state_dict(), "passed_over": self._passed_over}
         return (
             past
+            | sieve
             | ({} if pool is None else {"pool": pool})
             | {
                 "next_episode": self.next_episode,
@@ -190,6 +219,9 @@ class Collector:
         self.schedule.observation, self.schedule.turn = dict(state["observation"]), int(state.get("turn", 0))
         if self.schedule.memory is not None:
             self.schedule.memory.load_state_dict(state["past"])
+        if self.sieve is not None:
+            self.sieve.load_state_dict(state["sieve"])
+            self._passed_over = int(state["passed_over"])
         self._unsaved = "pool" not in state
         if not self._unsaved:
             self.schedule.pool.reset(self.schedule.seed)  # builds what is built lazily; the state replaces its effect

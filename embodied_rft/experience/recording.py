@@ -133,6 +133,7 @@ class Recording:
     statistics: dict[str, list[float]] = field(default_factory=dict)  # what environments tell of them: "invalid/cut"
     invalid: int = 0  # episodes thrown away because their environment failed
     lost: int = 0  # running episodes that a checkpoint could not hold: they are cut, others begin in their place
+    passed_over: int | None = None  # episodes that began and were not played; None: there is no curriculum
     cut: int | None = None  # decisions that ran into a length limit; None: the policy has none (trace "cut")
     rows: list[Taken | Ahead | Last | Broken] = field(default_factory=list)
 
@@ -167,6 +168,8 @@ class Recording:
         metrics = {f"collect/{name}": float(np.mean(values)) for name, values in all_.items() if values}
         metrics["collect/episodes"] = float(len(all_["return"]))
         metrics["collect/invalid_episodes"] = float(sum(distributed.gather(self.invalid)))
+        if self.passed_over is not None:
+            metrics["collect/passed_over"] = float(sum(distributed.gather(self.passed_over)))
         if self.cut is not None:
             metrics["collect/cut_decisions"] = float(sum(distributed.gather(self.cut)))
         return metrics

@@ -27,6 +27,8 @@ from embodied_rft.pools.splits import Part, joined
 Act = Callable[[Tree], Decisions]
 Say = Callable[[str], None]
 Deal = Callable[[int], Sequence[tuple[int, int]]]  # (number, seed) of the next episodes, at most so many
+# (streams [K], what their episodes show first, each [K, ...]) -> [K] bool: which of them are played
+Passes = Callable[[np.ndarray, Tree], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +59,13 @@ class Schedule:
         deal: gives the next episodes.
         past: whoever acts is shown what happened before in the episodes (`data.Past`).
         say: told when no episode ends.
+        passes: which of the episodes that begin are played; in place of the others the next ones begin.
     """
 
-    def __init__(self, pool: Pool, deal: Deal, *, past: bool = False, say: Say | None = None) -> None:
-        self.pool, self.deal = pool, deal
+    def __init__(
+        self, pool: Pool, deal: Deal, *, past: bool = False, say: Say | None = None, passes: Passes | None = None
+    ) -> None:
+        self.pool, self.deal, self.passes = pool, deal, passes
         self.memory = Memory(pool.num_envs) if past else None
         self._costly = is_text(pool.action_space)  # nothing is written for environments that are idle
         count = pool.num_envs
@@ -98,11 +103,16 @@ class Schedule:
         if over is not None:
             self.episode[over] = -1
         parts = self._parts if over is None else self._heard
+        while len(begun := self._begin(parts)) and self.passes is not None:
+            self.episode[begun[~self.passes(begun, self._shown(parts, begun))]] = -1
+
+    def _begin(self, parts: Sequence[Part]) -> np.ndarray:
+        """Start the next episodes wherever there is none in these parts; the environments in which they begin."""
         free = [np.flatnonzero(~self.playing[part.rows]) for part in parts]
         idle = np.concatenate([part.first + places for part, places in zip(parts, free, strict=True)])
         dealt = self.deal(len(idle)) if len(idle) else ()
         if not dealt:
-            return
+            return idle[:0]
         rows = np.sort(idle[np.argsort(np.concatenate(free), kind="stable")][: len(dealt)])
         mask = np.zeros(self.pool.num_envs, dtype=bool)
         mask[rows] = True
@@ -115,6 +125,16 @@ class Schedule:
         for part in parts:
             if part.call is None or mask[part.rows].any():
                 part.reset(self.seed[part.rows], None if part.call is None else mask[part.rows])
+        return rows
+
+    def _shown(self, parts: Sequence[Part], streams: np.ndarray) -> Tree:
+        """What these environments of parts show, each [K, ...]."""
+        shown = []
+        for part in parts:
+            rows = streams[(streams >= part.rows.start) & (streams < part.rows.stop)] - part.first
+            if len(rows) and (tree := part.observation) is not None:
+                shown.append(pick_tree(tree, rows))
+        return joined(shown)
 
     def play(self, act: Act, most: int | None = None) -> Played:
         """The next part in which a decision has been carried out, one everywhere; idle environments do not hear theirs.

@@ -54,6 +54,7 @@ class Objective:
     independent: bool = False  # no loss reads what the step of another one changes: one backward pass does for all
     needs_groups: bool = False  # it compares siblings: `finetune` insists on whole episodes of whole groups
     updates_per_decision: float = 1.0  # of replay, as published
+    foresees: bool = False  # it has a `foresee`
 
     # --- around the losses ---------------------------------------------------------------------------------------
 
@@ -95,6 +96,10 @@ class Objective:
     def explore(self, agent: Agent, observation: Tree, rng: torch.Generator) -> Decisions:
         """How to act while learning: as the agent does, unless overridden."""
         return agent.act(observation, rng=rng)
+
+    def foresee(self, agent: Agent, observation: Tree) -> np.ndarray:
+        """[K] in [0, 1]: how likely episodes are to be successes that show first what these arrays [K, ...] say."""
+        raise NotImplementedError
 
 
 def fit_normalizers(agent: Agent, buffer: Buffer, rows: np.ndarray, *, limit: int = 20_000) -> None:

@@ -81,6 +81,7 @@ class DigiRL(Objective):
 
     Config = DigiRLConfig
     config: DigiRLConfig
+    foresees = True
     updates_per_decision = 0.125  # 20 batches of 128 after 16 episodes of 10 decisions
 
     def __init__(self, config: DigiRLConfig) -> None:
@@ -180,7 +181,7 @@ class DigiRL(Objective):
 
     @torch.no_grad()
     def foresee(self, agent: Agent, observation: Tree) -> np.ndarray:
-        """[N]: how likely an episode that begins so is to be a success."""
+        """[K]: the instruction value."""
         shown = {**observation, **as_tensors(observation, agent.device)}
         return self._promise(agent, shown).cpu().numpy()
 

@@ -48,6 +48,7 @@ KINDS = (
     "reward",
     "credit",
     "shaping",
+    "curriculum",
     "parser",
     "logger",
 )  # that have ids
@@ -82,7 +83,7 @@ def options_of(kind: str, id: str) -> list[Option]:
     target, config = registry.find(kind, id), registry.config_of(kind, id)
     if config is not None:
         return of_dataclass(config)
-    if kind in ("stage", "objective", "agent", "credit", "shaping"):
+    if kind in ("stage", "objective", "agent", "credit", "shaping", "curriculum"):
         return []
     skipped = {"reward": 2, "logger": 1}.get(kind, 0)  # what a rule judges and where a logger writes is no option
     return of_callable(target, skip=skipped, without={"step", "recipe", "prompt", "columns", "environment"})

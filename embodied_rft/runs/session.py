@@ -21,6 +21,7 @@ from embodied_rft.device import on_device, resolve_device, restored_generator, s
 from embodied_rft.evaluation.evaluate import Evaluation, evaluate, evaluation_seeds, latest_incident
 from embodied_rft.evaluation.panels import panel_of
 from embodied_rft.experience.collect import Collector
+from embodied_rft.experience.curriculum import Curriculum, Sieve
 from embodied_rft.experience.schedule import Act
 from embodied_rft.files import write_atomically, write_json
 from embodied_rft.learning.agent import build_agent
@@ -130,21 +131,34 @@ class Session(resume.State):
         return self.learner
 
     def make_collector(
-        self, *, group_size: int = 1, source: Source = Source.ONLINE, pool: Pool | None = None
+        self,
+        *,
+        group_size: int = 1,
+        source: Source = Source.ONLINE,
+        pool: Pool | None = None,
+        curriculum: Curriculum | None = None,
     ) -> Collector:
         """The collector of the running stage, restored if it is being resumed; `pool`: not as the policy acts."""
+        pool = pool or self.pool("training")
         self.collector = Collector(
-            pool or self.pool("training"),
+            pool,
             run_seed=self.recipe.seed,
             first_episode=self.counters["episodes"],
             group_size=group_size,
             source=source,
             past=self.agent.policy.reads_past,
             say=self.logger.message,
+            sieve=None if curriculum is None else self._sieve(curriculum, pool.num_envs),
         )
         if self._resume is not None and self._resume["collector"] is not None:
             self.collector.load_state_dict(self._resume["collector"])
         return self.collector
+
+    def _sieve(self, curriculum: Curriculum, num_envs: int) -> Sieve:
+        def foresee(observation: Tree) -> np.ndarray:
+            return self.objective.foresee(self.agent, observation)
+
+        return Sieve(curriculum, foresee, run_seed=self.recipe.seed, num_envs=num_envs)
 
     def actor(self, *, greedy: bool = False, rng: torch.Generator | None = None) -> Act:
         """How the agent acts: greedily, or exploring as the objective (else the policy) says.

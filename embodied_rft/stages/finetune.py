@@ -19,6 +19,7 @@ from embodied_rft.learning.learner import LearnerConfig
 from embodied_rft.learning.objective import Metrics
 from embodied_rft.names import UserError
 from embodied_rft.objectives import build_objective
+from embodied_rft.objectives.curricula import make_curriculum
 from embodied_rft.options import STRICT, plugin_spec, refuse_idle
 from embodied_rft.registry import register
 from embodied_rft.runs.session import Session
@@ -75,6 +76,8 @@ class Finetune(Stage):
         episodes_per_iteration: PositiveInt | None = None  # whole episodes instead, for group credit
         updates_per_decision: NonNegativeFloat | None = None  # replayed objectives only; None: as published
         group_size: PositiveInt = 1  # episodes that share an initial state (group credit)
+        # which tasks are played more often than others, {id: value}; null: all as they come
+        curriculum: Annotated[dict[str, Any], plugin_spec("curriculum")] | None = None
         overlap: bool = False  # collect on one thread with the previous weights while learning on another
         evaluate_every: PositiveInt | None = None  # decisions between points of the learning curve
         evaluate_episodes: PositiveInt = 100  # of a point of the learning curve
@@ -90,10 +93,24 @@ class Finetune(Stage):
                         f"experience, not from replay: {instead}"
                     )
             self._check_iteration(objective.needs_groups)
+            if self.curriculum is not None:
+                self._check_curriculum(objective.foresees)
             if self.evaluate_every is None:
                 refuse_idle(self, ["evaluate_episodes"], "without evaluate_every")
             if self.until is not None and self.until.success is not None and self.evaluate_every is None:
                 raise UserError("until.success reads the learning curve, and there is none: set evaluate_every")
+
+        def _check_curriculum(self, foresees: bool) -> None:
+            """Refuse one that nobody can answer."""
+            if make_curriculum(self.curriculum or {}).foresees and not foresees:
+                raise UserError(
+                    f"curriculum {(self.curriculum or {})['id']!r} asks what a task promises, which objective "
+                    f"{self.objective['id']!r} does not know (digirl does): take curriculum record, or leave it out"
+                )
+            if self.overlap:
+                raise UserError(
+                    "a curriculum is not asked with overlap, where learning goes on beside it: leave one out"
+                )
 
         def _check_iteration(self, needs_groups: bool) -> None:
             """Refuse iterations that nothing would come of."""
@@ -128,7 +145,8 @@ class Finetune(Stage):
         """Iterations: collect, add, learn, log, evaluate."""
         config, progress = self.config, session.progress_as(FinetuneProgress)
         learner = session.make_learner(config.learner)
-        collector = session.make_collector(group_size=config.group_size)
+        curriculum = None if config.curriculum is None else make_curriculum(config.curriculum)
+        collector = session.make_collector(group_size=config.group_size, curriculum=curriculum)
         learning = learning_of(session.objective)(session, vars(config))
         with self._turns(session, learning) as turns, session.logger.progress(self.title, config.decisions) as bar:
             while progress.decisions < config.decisions and not self._reached(session):

@@ -64,7 +64,7 @@ class ClickScreen(Screens):
         shapes: likewise.
         forgiving: a click on a wrong element does nothing, either.
         turns: most of an episode.
-        size, grid, parser, style, state, expert, invalid: see `Screens`.
+        size, grid, parser, style, observe, state, expert, invalid: see `Screens`.
     """
 
     notes = NOTES
@@ -87,6 +87,7 @@ class ClickScreen(Screens):
         grid: Sequence[int] | None = (8, 8),
         parser: str | Mapping[str, Any] | None = None,
         style: Literal["full", "short"] = "full",
+        observe: Literal["image", "text", "both"] = "image",
         state: bool = False,
         expert: bool = False,
         invalid: float = 0.0,
@@ -110,6 +111,7 @@ class ClickScreen(Screens):
             grid=grid,
             parser=parser,
             style=style,
+            observe=observe,
             state=state,
             expert=expert,
             invalid=invalid,
@@ -271,7 +273,9 @@ class ClickScreen(Screens):
         there = np.flatnonzero(self.looks[row, page] != NONE)
         parts = [(NAMES[self.looks[row, page, number]], self.boxes[row, page, number]) for number in there]
         if task == "page":
-            parts += [(f"page {number + 1}", box) for number, box in enumerate(self.buttons)]
+            said = ["page 1", "page 2"]
+            said[page] += ", open"
+            parts += zip(said, self.buttons)
         if task == "ticks":
             parts = [(f"{said} ticked" if self.ticked[row, n] else said, box) for n, (said, box) in zip(there, parts)]
             parts += [("ok", self.buttons[1])]

@@ -25,7 +25,7 @@ from embodied_rft.options import check_share
 from embodied_rft.turns.parsing import INVALID, Invalid, make_parser
 
 PLAIN = {"id": "words", "strict": True}  # the answer and nothing else
-STYLES = ("full", "short")
+STYLES, OBSERVE = ("full", "short"), ("image", "text", "both")
 UNDERSTOOD = -1  # no kind of invalid answer
 
 
@@ -47,6 +47,8 @@ class Screens(EnvBatch):
         grid: columns and rows of the places that answers name, as [8, 8]; None: pixels.
         parser: how an answer is read; by default it is nothing but the numbers.
         style: "full": what is asked, how to answer, what the last answer did; "short": what is asked, every turn.
+        observe: the screen as an "image", as a "text" in each message, which names all elements and where their middles
+            are, or "both".
         state: whether all elements and their boxes are told under "state": for players and critics.
         expert: whether the demonstrator's next answer is told under "expert".
         invalid: added to the reward of an answer that is not understood; nothing moves then.
@@ -68,23 +70,29 @@ class Screens(EnvBatch):
         state: bool,
         expert: bool,
         invalid: float,
+        observe: Literal["image", "text", "both"] = "image",
     ) -> None:
         super().__init__(num_envs=num_envs)
         if style not in STYLES:
             raise UserError(f"style is {style!r}; {nearest(style, STYLES)}")
+        if observe not in OBSERVE:
+            raise UserError(f"observe is {observe!r}; {nearest(observe, OBSERVE)}")
         if not 48 <= size <= 1024:
             raise UserError(f"size is {size}; expected 48 to 1024 pixels on a side")
         pair = None if grid is None else (int(grid[0]), int(grid[1])) if len(grid) == 2 else (0, 0)
         self.grid, self.size = Grid(pair, size, size), size
         self.parser, self.style, self.invalid = make_parser(parser or PLAIN), style, float(invalid)
         self.tells_state, self.advises = state, expert
+        self.shows, self.tells_places = observe != "text", observe != "image"
         self.counts = np.zeros((num_envs, len(INVALID)), np.int64)  # invalid answers of the running episodes, by kind
         self.trouble = np.full(num_envs, UNDERSTOOD, np.int64)  # kind of the latest answer
         self.said = np.zeros(num_envs, np.int64)  # which of `notes` tells of it
         self.turn = np.full(num_envs, -1, np.int64)  # of the running episodes; -1: none was started
         self.arrays = ("counts", "trouble", "said", "turn", *self.held_arrays)
         self.pictures = np.zeros((num_envs, size, size, 3), np.uint8)
-        seen: dict[str, Space] = {"message": text_space(), "image": spaces.Box(0, 255, (size, size, 3), np.uint8)}
+        seen: dict[str, Space] = {"message": text_space()}
+        if self.shows:
+            seen["image"] = spaces.Box(0, 255, (size, size, 3), np.uint8)
         told = ["task"] + ["state"] * state + [EXPERT] * expert
         self.observation_space = spaces.Dict(seen | {key: text_space() for key in told})
         self.action_space = text_space()
@@ -131,7 +139,7 @@ class Screens(EnvBatch):
 
     @abstractmethod
     def tell(self, row: int) -> str:
-        """All elements with their boxes, in pixels, one a line."""
+        """All elements with their boxes, in pixels, one a line: "red disc: 3 4 12 13"."""
 
     @abstractmethod
     def advise(self, row: int) -> list[int]:
@@ -204,14 +212,15 @@ class Screens(EnvBatch):
     def observe(self, rows: np.ndarray) -> dict[str, Any]:
         """Messages of all; pictures, drawn anew for `rows`."""
         running = (self.turn >= 0).tolist()
-        if len(rows):
+        if len(rows) and self.shows:
             self.pictures = self.pictures.copy()  # what was given away stays as it is
         for row in rows.tolist():
-            if running[row]:
+            if running[row] and self.shows:
                 self.pictures[row] = self.draw(row)
         every = range(self.num_envs)
         seen: dict[str, Any] = {"message": tuple(self.message(row) if running[row] else "" for row in every)}
-        seen |= {"image": self.pictures, "task": tuple(self.name(row) if running[row] else "" for row in every)}
+        seen |= {"image": self.pictures} if self.shows else {}
+        seen |= {"task": tuple(self.name(row) if running[row] else "" for row in every)}
         if self.tells_state:
             seen["state"] = tuple(self.tell(row) if running[row] else "" for row in every)
         if self.advises:
@@ -224,10 +233,17 @@ class Screens(EnvBatch):
         if kind != UNDERSTOOD:
             wrong = INVALID[kind].replace("_", " ")
             lines += [f"Your answer was not understood: {wrong}. {self.how()}" if full else f"? {wrong}"]
+        places = self.places(row) if self.tells_places else []
         if not full:
-            return "\n".join([*lines, self.ask(row)])
+            return "\n".join([*lines, self.ask(row), *places])
         lines += [self.ask(row), self.rules(row), self.how()] if self.turn[row] == 0 else [self.notes[self.said[row]]]
-        return "\n".join(line for line in lines if line)
+        return "\n".join(line for line in [*lines, *places] if line)
+
+    def places(self, row: int) -> list[str]:
+        """All elements, each with what one answers to click on its middle."""
+        told = (line.rpartition(": ") for line in self.tell(row).splitlines())
+        boxes = [(said, np.array(box.split(), np.int64)) for said, _, box in told]
+        return [" ".join([said, *map(str, self.grid.name_point(box))]) for said, box in boxes]
 
     def render(self, row: int, mode: str) -> np.ndarray | str | None:
         """The picture, or the message."""

@@ -87,6 +87,23 @@ def test_near_misses_fail():
         assert env.step(middle(ticked["state"], "ok"))[1:3] == (0, True), "one too many"
 
 
+@pytest.mark.parametrize("observe", ["text", "both"])
+def test_a_screen_in_words_says_what_to_answer(observe):
+    """Whatever is asked for: who reads where it is, or what is in the way, needs no picture."""
+    env = make(style="short", observe=observe, popups=0.3, turns=30)
+    assert ("image" in env.observation_space.spaces) == (observe == "both")
+    for seed in range(20):
+        seen, _ = env.reset(seed=seed)
+        over = False
+        while not over:
+            _, *places = seen["message"].split("\n")
+            where = {" ".join(line.split()[:-2]): " ".join(line.split()[-2:]) for line in places}
+            assert seen["expert"] in where.values()
+            assert "close" not in where or seen["expert"] == where["close"]
+            seen, reward, over, *_ = env.step(seen["expert"])
+        assert reward == 1
+
+
 def test_a_pop_up_is_in_the_way_until_it_is_closed():
     env = make(popups=1.0, state=True, grid=None)
     seen, _ = env.reset(seed=0, options={"task": "icon"})
