@@ -84,7 +84,8 @@ SAME = {  # the options of another one
     **{id.replace("/", "/Told"): "embodied_rft/ToldFrozenLake-v0" for id in GAMES if "Lake" not in id},
 }
 OTHERS = {"CartPole-v1"}  # environments of other packages, which we show how to play
-WORLDS = {*WORLD_IDS, *SERVED}  # of other packages, walked in test_effects_of_worlds.py
+BROWSED = {"embodied_rft/Desk-v0"}  # needs a browser (tests/envs/gui)
+WORLDS = {*WORLD_IDS, *SERVED, *BROWSED}  # of other packages, walked in test_effects_of_worlds.py
 REPLIES = ["7", "<think>7</think><answer>7</answer>", '{"a": 7}']
 PLACES = [f"{x} {y}{box}" for x in range(8) for y in range(8) for box in ("", f" {x + 2} {y + 2}")]
 CALLED = ['{"name": "calculator", "arguments": {"expression": "3+4"}}', *REPLIES]

@@ -28,12 +28,9 @@ from embodied_rft.envs.gui.drawn import (
     sprite,
     word_width,
 )
-from embodied_rft.envs.gui.screens import Done, Pointer, Screens
-from embodied_rft.envs.serving import make_batch
+from embodied_rft.envs.gui.screens import Done, Screens
 from embodied_rft.names import UserError, nearest
 from embodied_rft.options import check_share
-from embodied_rft.pools.making import find_spec
-from embodied_rft.registry import register
 
 TASKS = ("icon", "word", "pair", "page", "ticks")  # from the easiest on
 ID = "embodied_rft/ClickScreen-v0"
@@ -331,18 +328,3 @@ class ClickScreen(Screens):
     def told(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """How many pop-ups were closed."""
         return {"popups/closed": self.closed[rows]}
-
-
-@register("demonstrator", "click_screen", ID)
-class ClickScreenDemonstrator(Pointer):
-    """Clicks where the screen's own expert says; reads "expert", which must be shown.
-
-    Args:
-        noise: share of clicks that are anywhere, in [0, 1].
-        environment: id and options of the environment, told by whoever makes demonstrators.
-    """
-
-    def __init__(self, *, noise: float = 0.0, environment: Mapping[str, Any]) -> None:
-        made = make_batch(**find_spec(environment["id"]).kwargs | dict(environment["options"]), num_envs=1)
-        assert isinstance(made, Screens)
-        super().__init__(made, noise=noise)

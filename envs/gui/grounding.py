@@ -25,11 +25,8 @@ from embodied_rft.envs.gui.drawn import (
     sprite,
     word_width,
 )
-from embodied_rft.envs.gui.screens import Done, Pointer, Screens
-from embodied_rft.envs.serving import make_batch
+from embodied_rft.envs.gui.screens import Done, Screens
 from embodied_rft.names import UserError, nearest
-from embodied_rft.pools.making import find_spec
-from embodied_rft.registry import register
 
 ID = "embodied_rft/Grounding-v0"
 KINDS = ("icon", "word")
@@ -262,18 +259,3 @@ class Grounding(Screens):
     def any(self, rng: np.random.Generator) -> list[int]:
         """Any box or cell."""
         return self.grid.any_box(rng) if self.answer == "box" else self.grid.any_point(rng)
-
-
-@register("demonstrator", "grounding", ID)
-class GroundingDemonstrator(Pointer):
-    """Answers with the box or point that the screen's own expert says; reads "expert", which must be shown.
-
-    Args:
-        noise: share of answers that are any box or point, in [0, 1].
-        environment: id and options of the environment, told by whoever makes demonstrators.
-    """
-
-    def __init__(self, *, noise: float = 0.0, environment: Mapping[str, Any]) -> None:
-        made = make_batch(**find_spec(environment["id"]).kwargs | dict(environment["options"]), num_envs=1)
-        assert isinstance(made, Screens)
-        super().__init__(made, noise=noise)

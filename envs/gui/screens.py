@@ -21,7 +21,6 @@ from embodied_rft.envs.serving import EnvBatch, Outcome
 from embodied_rft.envs.turns.speech import BETWEEN
 from embodied_rft.envs.turns.telling import EXPERT
 from embodied_rft.names import UserError, nearest
-from embodied_rft.options import check_share
 from embodied_rft.turns.parsing import INVALID, Invalid, make_parser
 
 PLAIN = {"id": "words", "strict": True}  # the answer and nothing else
@@ -245,28 +244,10 @@ class Screens(EnvBatch):
         boxes = [(said, np.array(box.split(), np.int64)) for said, _, box in told]
         return [" ".join([said, *map(str, self.grid.name_point(box))]) for said, box in boxes]
 
+    def guess(self, rng: np.random.Generator) -> str:
+        """Any answer, in the form that is asked for."""
+        return self.write(self.any(rng))
+
     def render(self, row: int, mode: str) -> np.ndarray | str | None:
         """The picture, or the message."""
         return self.message(row) if mode == "ansi" else self.draw(row)
-
-
-class Pointer:
-    """A demonstrator that answers what the environment's expert advises; reads "expert", which must be shown.
-
-    Args:
-        noise: share of answers that name any place, in [0, 1].
-        screens: a batch of one, which knows what an answer looks like.
-    """
-
-    def __init__(self, screens: Screens, *, noise: float) -> None:
-        self.noise, self.screens = check_share("noise", noise, "answers that name any place"), screens
-
-    def act(self, observation: Mapping[str, Any], rng: np.random.Generator) -> list[str]:
-        """One answer for each of N observations; `rng` is drawn from only if there is noise."""
-        if EXPERT not in observation:
-            raise UserError("the demonstrator reads 'expert': set env.options.expert to true")
-        said = list(observation[EXPERT])
-        if self.noise:
-            wrong = rng.random(len(said)) < self.noise
-            said = [self.screens.write(self.screens.any(rng)) if w else one for one, w in zip(said, wrong, strict=True)]
-        return said

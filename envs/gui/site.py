@@ -237,6 +237,11 @@ class Pages(EnvBatch):
         assert isinstance(action, Action), f"the demonstrator of {self.names[episode.task]} says {line!r}: {action}"
         return write(action, self.form)
 
+    def guess(self, rng: np.random.Generator) -> str:
+        """A click anywhere, in the form that is asked for."""
+        width, height = self.site.size
+        return self.parser.write(write(Action("click", ((rng.uniform(0, width), rng.uniform(0, height)),)), self.form))
+
     # --- messages ------------------------------------------------------------------------------------------------
 
     def _first(self, instruction: str) -> str:
