@@ -1,18 +1,22 @@
 // Runs before anything of a document does: its clock and its chance are those of the episode.
-((shift, seed) => {
+((seed) => {
   const key = Symbol.for("embodied_rft");
+  const EPOCH = 1700000000000;
   const told = globalThis[key];
-  if (told) return told(shift, seed);
+  if (told) return told(seed);
   const Real = Date, real = Real.now;
-  let state = 0;
-  const set = (shifted, seeded) => { shift = shifted; state = seeded >>> 0; };
+  let state = 0, shift = null;  // null: the clock stands still
+  const set = (seeded) => {
+    if (seeded === undefined) shift = real() - EPOCH;
+    else [state, shift] = [seeded, null];
+  };
   const draw = () => {  // mulberry32
     state = (state + 0x6d2b79f5) >>> 0;
     let t = Math.imul(state ^ (state >>> 15), state | 1);
     t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
     return (t ^ (t >>> 14)) >>> 0;
   };
-  const now = () => real() - shift;
+  const now = () => (shift === null ? EPOCH : real() - shift);
   const Shifted = new Proxy(Real, {
     construct: (target, given, as) => Reflect.construct(target, given.length ? given : [now()], as),
     apply: () => new Shifted().toString(),
@@ -25,6 +29,7 @@
     for (let i = 0; i < bytes.length; i++) bytes[i] = draw() & 255;
     return array;
   };
+  set.real = () => real.call(Real);
   Object.defineProperty(globalThis, key, { value: set });
-  set(shift, seed);
+  set(seed);
 })

@@ -26,11 +26,19 @@ from embodied_rft.pools.incidents import Infrastructure
 
 ORIGIN = "http://localhost"
 EPOCH = 1_700_000_000.0  # seconds: when every episode begins
-LOADS = 50  # milliseconds that pass while a page loads, at least
-MOST_LOADS = 100  # so many times that, at most
-FRAME = 0.001  # milliseconds between two frames at one moment
+LOADS = 400  # milliseconds
+MOST_LOADS = 20_000
+FRAME = 0.01  # milliseconds between two frames at one moment
 NOWHERE = (-8.0, -8.0)  # where the mouse is before it has moved
-SCRIPT = files(__package__).joinpath("page.js").read_text(encoding="utf-8")
+SCRIPT = files(__package__).joinpath("page.js").read_text(encoding="utf-8")  # a function of the seed
+REAL = '(globalThis[Symbol.for("embodied_rft")]?.real ?? Date.now)()'
+CLOCK = """(() => {
+  const start = (view) => {
+    view[Symbol.for("embodied_rft")]?.();
+    for (let i = 0; i < view.frames.length; i++) start(view.frames[i]);
+  };
+  start(window);
+})()"""  # of a page and the frames in it: starts now
 
 
 class Tab:
@@ -51,7 +59,8 @@ class Tab:
         self.clipboard = ""
         self.mouse = NOWHERE
         self.now = 0.0  # milliseconds that have passed since it exists
-        self._frames = 0
+        self._loading: dict[str, str] = {}  # requests and frames that are on their way, and the document of each
+        self._frame = 0.0  # when the last one was drawn
         self._base = 0.0  # milliseconds on the browser's clock when it began to exist
         self._script: str | None = None
         self._picture: np.ndarray | None = None
@@ -67,6 +76,7 @@ class Tab:
         sent = [
             self.send("Page.enable"),
             self.send("Fetch.enable", patterns=[{"urlPattern": "*"}]),
+            self.send("Network.enable"),
             self.send("Page.setInterceptFileChooserDialog", enabled=True),
             self.send("Emulation.setFocusEmulationEnabled", enabled=True),
             self.send(
@@ -89,7 +99,8 @@ class Tab:
         """
         if self._served(f"{ORIGIN}/{path}") is None:
             raise UserError(f"there is no page {path!r} in {self.root}")
-        script = self._begin(seed)
+        script = f"{SCRIPT.rstrip()}({seed % 2**32})"
+        self._begin()
         if self._script is not None:
             self.send("Page.removeScriptToEvaluateOnNewDocument", identifier=self._script)
         added = self.send("Page.addScriptToEvaluateOnNewDocument", source=script)
@@ -97,22 +108,21 @@ class Tab:
         self._script = (await added)["identifier"]
         if "errorText" in answer:
             raise Infrastructure("no_page", f"{path} does not open: {answer['errorText']}")
-        for _ in range(MOST_LOADS):
-            await self.wait(LOADS)
-            if await self.evaluate("document.readyState") == "complete":
-                return
-        raise Infrastructure("no_page", f"{path} has not loaded after {LOADS * MOST_LOADS} milliseconds of its time")
+        await self._load(path)
+        await self._settle()
+        await self.evaluate(CLOCK)
 
     async def restart(self, *, seed: int = 0) -> None:
         """Clock, random numbers, mouse and clipboard are as they are in a fresh page, and the page stays as it is."""
-        script = self._begin(seed)
+        self._begin()
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=NOWHERE[0], y=NOWHERE[1])
-        await self.evaluate(script)
+        await self.evaluate(f"{SCRIPT.rstrip()}({seed % 2**32})")
+        await self.evaluate(CLOCK)
 
-    def _begin(self, seed: int) -> str:
+    def _begin(self) -> None:
         self.counts.clear()
+        self._loading.clear()
         self.clipboard, self.mouse = "", NOWHERE
-        return f"{SCRIPT.rstrip()}({json.dumps(self.now)}, {seed % 2**32})"
 
     async def evaluate(self, expression: str, *arguments: object) -> Any:
         """What an expression is worth in the page, as JSON; with arguments it is a function, which is called with them.
@@ -133,15 +143,40 @@ class Tab:
     async def wait(self, milliseconds: float, *, frames: int = 1) -> None:
         """Let time pass for the page: its timers fire, and it draws so many frames."""
         for _ in range(frames):
-            over = self.connection.expect("Emulation.virtualTimeBudgetExpired", self.session)
-            budget = milliseconds / frames
-            await self.send("Emulation.setVirtualTimePolicy", policy="pauseIfNetworkFetchesPending", budget=budget)
-            await over
-            self.now += budget
+            await self._settle()
+            await self._pass(milliseconds / frames)
             await self._draw()
+
+    async def _pass(self, milliseconds: float) -> None:
+        over = self.connection.expect("Emulation.virtualTimeBudgetExpired", self.session)
+        await self.send("Emulation.setVirtualTimePolicy", policy="advance", budget=milliseconds)
+        await over
+        self.now += milliseconds
+
+    async def _settle(self) -> None:
+        """Let what is loading come to its end."""
+        while self._loading:
+            await self._load("something on the page")
+
+    async def _load(self, what: str) -> None:
+        """Loads end only as the clock moves; they take a whole number of `LOADS`, however quick the machine is."""
+        start, nudge = await self._read_clock(), 1
+        while self._loading or await self.evaluate("document.readyState") != "complete":
+            if self.now > start + MOST_LOADS:
+                raise Infrastructure("no_page", f"{what} does not load to its end")
+            await self._pass(nudge)
+            await self._read_clock()
+            nudge = min(2 * nudge, LOADS // 8)
+        await self._pass(LOADS - (self.now - start) % LOADS)
+
+    async def _read_clock(self) -> float:
+        """The browser lets more time pass while something loads, of itself."""
+        self.now = float(await self.evaluate(REAL)) - 1000 * EPOCH
+        return self.now
 
     async def screenshot(self) -> np.ndarray:
         """How the page looks, [H, W, 3] uint8."""
+        await self._settle()
         answer = await self._draw(screenshot={"format": "png", "optimizeForSpeed": True})
         if "screenshotData" in answer:
             drawn = Image.open(io.BytesIO(base64.b64decode(answer["screenshotData"])))
@@ -152,10 +187,10 @@ class Tab:
 
     async def _draw(self, **more: object) -> Json:
         """Draw a frame."""
-        self._frames += 1
-        ticks = self._base + self.now + self._frames * FRAME
+        self._frame = max(self.now, self._frame + FRAME)
+        moment = self._base + self._frame
         async with self.connection.frames:
-            return await self.send("HeadlessExperimental.beginFrame", frameTimeTicks=ticks, interval=1, **more)
+            return await self.send("HeadlessExperimental.beginFrame", frameTimeTicks=moment, interval=1, **more)
 
     async def _with_frame(self, sent: Waiting) -> None:
         """Moves of the mouse and the wheel are taken with the next frame, which must not be drawn before they come."""
@@ -252,6 +287,18 @@ class Tab:
     def _hear(self, event: str, said: Json) -> None:
         if event == "Fetch.requestPaused":
             self._answer(said)
+        elif event == "Network.requestWillBeSent":
+            self._loading[said["requestId"]] = said["loaderId"]
+        elif event in ("Network.loadingFinished", "Network.loadingFailed"):
+            self._loading.pop(said["requestId"], None)
+        elif event == "Page.frameStartedLoading":
+            self._loading[said["frameId"]] = ""
+        elif event in ("Page.frameStoppedLoading", "Page.frameDetached"):
+            self._loading.pop(said["frameId"], None)
+        elif event == "Page.frameNavigated":
+            if "parentId" not in (frame := said["frame"]):  # what the page before has asked for is of no interest now
+                new = ("", frame["loaderId"])
+                self._loading = {one: document for one, document in self._loading.items() if document in new}
         elif event == "Page.javascriptDialogOpening":
             self.counts["dialogs"] += 1
             self.send("Page.handleJavaScriptDialog", accept=True, promptText=said.get("defaultPrompt") or "")
