@@ -49,4 +49,5 @@ for _name, (_place, _fixed) in _OTHERS.items():
 
 serve("embodied_rft/ClickScreen-v0", f"{_GUI}.click_screen:ClickScreen")
 serve("embodied_rft/Grounding-v0", f"{_GUI}.grounding:Grounding")
+serve("embodied_rft/RecordedSteps-v0", f"{_GUI}.recorded:Recorded")
 serve("embodied_rft/Desk-v0", f"{_GUI}.site:Pages", task=f"{_GUI}.desk.site:DeskSite")

@@ -9,7 +9,7 @@ import numpy as np
 
 import embodied_rft.envs  # noqa: F401
 from embodied_rft import registry
-from embodied_rft.experience.demonstrate import make_demonstrator
+from embodied_rft.experience.demonstrate import make_demonstrator, write_demos
 from embodied_rft.pools.pool import make_pool
 from embodied_rft.turns.parsing import make_parser
 from tests.lab.effects import Walk, listed, tally
@@ -37,6 +37,7 @@ VALUES = {
     "observation": "state",
 }
 EXEMPT = {"num_threads": "how many threads step is no business of the results (tests/envs)"}
+CONTEXTS = {"episodes": {"file": None, "of": "embodied_rft/ClickScreen-v0"}}
 TASKS = {  # id: its options
     "embodied_rft/FetchReach-v0": SMALL,
     "embodied_rft/PegInsert-v0": {**SMALL, "cameras": ["wrist"]},
@@ -76,6 +77,15 @@ SCREENS = {  # drawn, and clicked on: likewise
         "size": 80,
         "parser": "tags",
         "sides": [8, 9],
+    },
+    "embodied_rft/RecordedSteps-v0": {
+        "rewards": {"verb": 1.0},
+        "parser": "tags",
+        "options": {"popups": 0.0},
+        "of": "embodied_rft/ClickScreen-v0",
+        "radius": 40.0,
+        "history": 0,
+        "grid": [7, 7],
     },
 }
 TASKS |= dict.fromkeys(SCREENS, {"grid": [8, 8]})
@@ -130,10 +140,12 @@ def of_task(id, folder):
     )
     if "Jsonl" in id:
         base, values["path"] = {**base, "path": problems(folder, 7)}, problems(folder, 11)
+    if "Recorded" in id:
+        base, values["file"] = {**base, "file": episodes(folder, 7)}, episodes(folder, 11)
     if "Peg" in id:
         values["cameras"] = ["front"]
     options, made = listed("env", id, "env"), functools.partial(visit, id)
-    return Walk(f"env {id}", options, made, base, values, exempt=EXEMPT)
+    return Walk(f"env {id}", options, made, base, values, CONTEXTS, exempt=EXEMPT)
 
 
 def problems(folder, answer):
@@ -145,10 +157,18 @@ def problems(folder, answer):
     return str(path)
 
 
+def episodes(folder, seed):
+    """A file of demonstrations, without elements: what counts is how near an answer is."""
+    path, options = folder / f"{seed}.safetensors", {"expert": True, "grid": [8, 8]}
+    write_demos("embodied_rft/ClickScreen-v0", path, episodes=12, seed=seed, options=options)
+    return str(path)
+
+
 def demonstrate(id, options, situation):
     """What a demonstrator does in twelve steps."""
     shown = {"observation": "state"} if id in GAMES else {"state": True, "told": True} if id in TOLD else {}
     shown |= {"expert": True} if id in SCREENS else {}
+    shown |= {"of": "embodied_rft/ClickScreen-v0"} if "Recorded" in id else {}
     pool = make_pool(id, 4, options=shown)
     demonstrator, rng, done = make_demonstrator(id, env_options=shown, **options), np.random.default_rng(0), []
     try:

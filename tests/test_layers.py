@@ -18,7 +18,7 @@ LAYERS = """
     evaluation runs stages report testing doctor train cli
 """.split()
 ORDER = [*LAYERS, "embodied_rft"]  # the package itself is the front door: it re-exports what plug-in authors need
-HIGHEST_USE = {"envs": "turns", "agents": "learning"}  # plug-ins of ours: the last room that they may import from
+HIGHEST_USE = {"envs": "buffer", "agents": "learning"}  # plug-ins of ours: the last room that they may import from
 MOST_FILES = 14  # directly in embodied_rft/
 # These name packages by string, which is how plug-ins get in.
 DOORS = {"embodied_rft.registry"}

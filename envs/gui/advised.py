@@ -17,6 +17,8 @@ from embodied_rft.options import check_share
 from embodied_rft.pools.making import find_spec
 from embodied_rft.registry import register
 
+ADVISED = ("ClickScreen", "Desk", "Grounding", "RecordedSteps")
+
 
 @runtime_checkable
 class Guesses(Protocol):
@@ -26,7 +28,7 @@ class Guesses(Protocol):
         """Any answer, in the form that is asked for."""
 
 
-@register("demonstrator", "advised", "embodied_rft/ClickScreen-v0", "embodied_rft/Desk-v0", "embodied_rft/Grounding-v0")
+@register("demonstrator", "advised", *(f"embodied_rft/{name}-v0" for name in ADVISED))
 class Advised:
     """Answers what the environment's expert advises; reads "expert", which must be shown.
 

@@ -28,7 +28,7 @@ from embodied_rft.envs.gui.drawn import (
     sprite,
     word_width,
 )
-from embodied_rft.envs.gui.screens import Done, Screens
+from embodied_rft.envs.gui.screens import Done, Part, Screens
 from embodied_rft.names import UserError, nearest
 from embodied_rft.options import check_share
 
@@ -264,7 +264,7 @@ class ClickScreen(Screens):
         """What stands in the way."""
         return "Close a pop-up by its X before anything else." if self.popups else ""
 
-    def tell(self, row: int) -> str:
+    def tell(self, row: int) -> list[Part]:
         """All that can be clicked on."""
         task, page = self.name(row), self.page[row]
         there = np.flatnonzero(self.looks[row, page] != NONE)
@@ -278,7 +278,7 @@ class ClickScreen(Screens):
             parts += [("ok", self.buttons[1])]
         if self.open[row]:
             parts += [("pop-up", self.popup[row, 0]), ("close", self.popup[row, 1])]
-        return "\n".join(f"{said}: {' '.join(map(str, box.tolist()))}" for said, box in parts)
+        return parts
 
     def draw(self, row: int) -> np.ndarray:
         """See `Screens`."""

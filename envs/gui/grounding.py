@@ -25,7 +25,7 @@ from embodied_rft.envs.gui.drawn import (
     sprite,
     word_width,
 )
-from embodied_rft.envs.gui.screens import Done, Screens
+from embodied_rft.envs.gui.screens import Done, Part, Screens
 from embodied_rft.names import UserError, nearest
 
 ID = "embodied_rft/Grounding-v0"
@@ -236,12 +236,10 @@ class Grounding(Screens):
         """There are none."""
         return ""
 
-    def tell(self, row: int) -> str:
+    def tell(self, row: int) -> list[Part]:
         """All elements."""
         there = np.flatnonzero(self.looks[row] != NONE)
-        return "\n".join(
-            f"{NAMES[self.looks[row, n]]}: {' '.join(map(str, self.boxes[row, n].tolist()))}" for n in there
-        )
+        return [(NAMES[self.looks[row, n]], self.boxes[row, n]) for n in there]
 
     def draw(self, row: int) -> np.ndarray:
         """See `Screens`."""

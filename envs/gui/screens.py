@@ -16,7 +16,9 @@ import numpy as np
 from gymnasium import spaces
 
 from embodied_rft.data import Space
+from embodied_rft.envs.gui.actions import Box
 from embodied_rft.envs.gui.drawn import Grid, text_space
+from embodied_rft.envs.gui.elements import Element
 from embodied_rft.envs.serving import EnvBatch, Outcome
 from embodied_rft.envs.turns.speech import BETWEEN
 from embodied_rft.envs.turns.telling import EXPERT
@@ -26,6 +28,9 @@ from embodied_rft.turns.parsing import INVALID, Invalid, make_parser
 PLAIN = {"id": "words", "strict": True}  # the answer and nothing else
 STYLES, OBSERVE = ("full", "short"), ("image", "text", "both")
 UNDERSTOOD = -1  # no kind of invalid answer
+
+
+Part = tuple[str, np.ndarray]  # an element's name, and its box [4] in pixels
 
 
 class Done(NamedTuple):
@@ -137,8 +142,8 @@ class Screens(EnvBatch):
         """The kind of task."""
 
     @abstractmethod
-    def tell(self, row: int) -> str:
-        """All elements with their boxes, in pixels, one a line: "red disc: 3 4 12 13"."""
+    def tell(self, row: int) -> list[Part]:
+        """All that can be clicked on."""
 
     @abstractmethod
     def advise(self, row: int) -> list[int]:
@@ -221,7 +226,7 @@ class Screens(EnvBatch):
         seen |= {"image": self.pictures} if self.shows else {}
         seen |= {"task": tuple(self.name(row) if running[row] else "" for row in every)}
         if self.tells_state:
-            seen["state"] = tuple(self.tell(row) if running[row] else "" for row in every)
+            seen["state"] = tuple(self.listed(row) if running[row] else "" for row in every)
         if self.advises:
             seen[EXPERT] = tuple(self.write(self.advise(row)) if running[row] else "" for row in every)
         return seen
@@ -240,9 +245,13 @@ class Screens(EnvBatch):
 
     def places(self, row: int) -> list[str]:
         """All elements, each with what one answers to click on its middle."""
-        told = (line.rpartition(": ") for line in self.tell(row).splitlines())
-        boxes = [(said, np.array(box.split(), np.int64)) for said, _, box in told]
-        return [" ".join([said, *map(str, self.grid.name_point(box))]) for said, box in boxes]
+        return [" ".join([said, *map(str, self.grid.name_point(box))]) for said, box in self.tell(row)]
+
+    def listed(self, row: int) -> str:
+        """All elements with their boxes, in pixels, one a line."""
+        told = [(said, *box.tolist()) for said, box in self.tell(row)]
+        boxes = [(said, Box(x1, y1, x2 - x1, y2 - y1)) for said, x1, y1, x2, y2 in told]
+        return "\n".join(str(Element(number, "element", *each)) for number, each in enumerate(boxes))
 
     def guess(self, rng: np.random.Generator) -> str:
         """Any answer, in the form that is asked for."""

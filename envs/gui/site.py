@@ -20,9 +20,10 @@ import numpy as np
 from gymnasium import spaces
 
 from embodied_rft.data import Space
-from embodied_rft.envs.gui.actions import WRONG, Action, Box, Form, perform, read, write
+from embodied_rft.envs.gui.actions import WRONG, Action, Form, perform, read, write
 from embodied_rft.envs.gui.browsers import Browsers
 from embodied_rft.envs.gui.devtools import together
+from embodied_rft.envs.gui.elements import Element
 from embodied_rft.envs.gui.tab import Tab
 from embodied_rft.envs.serving import EnvBatch, Outcome, State
 from embodied_rft.envs.turns.telling import EXPERT
@@ -36,20 +37,6 @@ STYLES = ("full", "short")
 MOST_CHARACTERS = 65_536  # of a message and of an answer
 KINDS = (*INVALID, *WRONG)  # of answers that are not understood
 WAITS = 1000.0  # milliseconds that "wait" waits
-
-
-@dataclass(frozen=True, slots=True)
-class Element:
-    """Something on a page that can be named: Element(3, "button", "OK", Box(20, 20, 60, 24))."""
-
-    ref: int
-    tag: str
-    text: str
-    box: Box
-
-    def __str__(self) -> str:
-        x, y, width, height = (round(number) for number in self.box)
-        return f"[{self.ref}] {self.tag} {json.dumps(self.text, ensure_ascii=False)} {x} {y} {width} {height}"
 
 
 @dataclass(frozen=True, slots=True)

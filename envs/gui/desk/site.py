@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 
 from embodied_rft.envs.gui.actions import Box
 from embodied_rft.envs.gui.desk.errands import TASKS, Errand, advise, judge, plan
-from embodied_rft.envs.gui.site import Element, Look, Site
+from embodied_rft.envs.gui.elements import Element
+from embodied_rft.envs.gui.site import Look, Site
 from embodied_rft.envs.gui.tab import Tab
 from embodied_rft.names import UserError, nearest
 

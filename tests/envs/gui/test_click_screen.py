@@ -6,6 +6,7 @@ import pytest
 
 import embodied_rft.envs  # noqa: F401
 from embodied_rft.envs.gui.click_screen import ID, TASKS
+from embodied_rft.envs.gui.elements import read_elements
 from embodied_rft.experience.demonstrate import make_demonstrator
 from embodied_rft.pools.pool import make_pool
 from embodied_rft.turns.parsing import make_parser
@@ -42,16 +43,15 @@ def test_the_expert_does_every_task(task, popups, options):
 
 def middle(state, name):
     """A click on an element that "state" tells of, in pixels."""
-    box = next(line for line in state.split("\n") if line.startswith(name)).partition(": ")[2]
-    x1, y1, x2, y2 = map(int, box.split())
-    return f"click {(x1 + x2) // 2} {(y1 + y2) // 2}"
+    x, y = next(each for each in read_elements(state) if each.text.startswith(name)).box.middle
+    return f"click {int(x)} {int(y)}"
 
 
 def others(env, seen):
     """An element that the task does not name."""
     return next(
-        line.partition(": ")[0] for line in seen["state"].split("\n")
-        if line.partition(": ")[0] not in seen["message"].replace('"', "").lower() and "page" not in line
+        each.text for each in read_elements(seen["state"])
+        if each.text not in seen["message"].replace('"', "").lower() and "page" not in each.text
     )  # fmt: skip
 
 

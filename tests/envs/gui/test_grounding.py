@@ -6,6 +6,7 @@ import pytest
 
 import embodied_rft.envs  # noqa: F401
 from embodied_rft.envs.gui.drawn import PAGE
+from embodied_rft.envs.gui.elements import read_elements
 from embodied_rft.envs.gui.grounding import ID, fit
 from embodied_rft.experience.demonstrate import make_demonstrator
 from embodied_rft.pools.pool import make_pool
@@ -19,11 +20,9 @@ def make(**options):
 
 
 def boxes(state):
-    """{name: box} of all elements."""
-    return {
-        name: np.array(list(map(int, box.split())))
-        for name, _, box in (line.partition(": ") for line in state.split("\n"))
-    }
+    """{name: box} of all elements, x1, y1, x2, y2."""
+    told = [(each.text, *map(int, each.box)) for each in read_elements(state)]
+    return {text: np.array([x, y, x + width, y + height]) for text, x, y, width, height in told}
 
 
 def painted(box, size):
