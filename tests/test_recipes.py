@@ -3,10 +3,12 @@
 import importlib.resources
 from pathlib import Path
 
+import gymnasium
 import pytest
 import yaml
 
 from benchmarks.fingerprints import shrink
+from embodied_rft.envs.gui.chromium import INSTALL, find_browser
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.options import ConfigError
 from embodied_rft.runs.recipe import describe_recipes, dump_recipe, load_recipe, recipe_names
@@ -34,6 +36,11 @@ SMALL = {
 }
 
 
+def opens_pages(id):
+    """Whether an environment needs a browser."""
+    return str(gymnasium.spec(id).kwargs.get("batch", "")).endswith("gui.site:Pages")
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_bases_are_extended_and_not_run(name, tmp_path):
     assert name not in recipe_names() and name not in describe_recipes()
@@ -44,7 +51,10 @@ def test_bases_are_extended_and_not_run(name, tmp_path):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_runs(name, tmp_path):
-    tree = yaml.safe_load(dump_recipe(load_recipe(name)))
+    recipe = load_recipe(name)
+    if opens_pages(recipe.env.id) and find_browser() is None:
+        pytest.skip(INSTALL)
+    tree = yaml.safe_load(dump_recipe(recipe))
     small = tmp_path / "small.yaml"
     small.write_text(yaml.safe_dump(shrink(tree, SMALL)))
     session = train(load_recipe(small), tmp_path / "run", quiet=True)

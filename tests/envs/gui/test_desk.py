@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 import embodied_rft.envs  # noqa: F401
+from embodied_rft.envs.gui.chromium import INSTALL, find_browser
 from embodied_rft.envs.gui.desk.errands import FOLDERS, ROOMS, SUBJECTS, TASKS, USERS, judge, plan
 from embodied_rft.experience.demonstrate import make_demonstrator
 
 ID = "embodied_rft/Desk-v0"
+needs_browser = pytest.mark.skipif(find_browser() is None, reason=INSTALL)
 NOTHING = {"user": None, "sent": [], "filed": {}}
 
 
@@ -71,6 +73,7 @@ def play(env, seed, change=lambda turn, seen: None):
 
 
 @pytest.mark.browser
+@needs_browser
 def test_the_demonstrator_does_every_errand(make):
     lengths = []
     for seed in range(20):
@@ -136,6 +139,7 @@ NEAR_MISSES = {  # task, what is done in place of the expert's line, whether it 
 
 
 @pytest.mark.browser
+@needs_browser
 @pytest.mark.parametrize("miss", NEAR_MISSES)
 def test_near_misses_fail(make, miss):
     task, change, ends = NEAR_MISSES[miss]
@@ -145,6 +149,7 @@ def test_near_misses_fail(make, miss):
 
 
 @pytest.mark.browser
+@needs_browser
 def test_what_is_typed_is_no_markup_and_a_wrong_password_can_be_mended(make):
     env = make(tasks=["login"])
     seen, _ = env.reset(seed=1)
@@ -159,6 +164,7 @@ def test_what_is_typed_is_no_markup_and_a_wrong_password_can_be_mended(make):
 
 
 @pytest.mark.browser
+@needs_browser
 def test_a_seed_and_answers_are_the_same_pictures_again(make):
     env, shown = make(tasks=["form"]), []
     for _ in range(2):
@@ -177,6 +183,7 @@ def test_unknown_tasks_are_refused():
 
 
 @pytest.mark.browser
+@needs_browser
 def test_the_demonstrator_errs_where_it_is_told_to(make):
     env, rng = make(tasks=["login"]), np.random.default_rng(0)
     demonstrator = make_demonstrator(ID, env_options={"tasks": ["login"]}, noise=0.5)
