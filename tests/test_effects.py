@@ -98,7 +98,7 @@ OWN_VALUES = {
     "reinflow": {"ratio": "decision", "normalizer": "units"},
     "cpl": {"within": "group"},
     "gigpo": {"normalizer": "episodes"},
-    "digirl": {"margin": 0.9},
+    "digirl": {"margin": 0.9, "value_keys": ["desired_goal"]},
     "gflownet": {"batch_size": 90, "floor": 1.0},
     **dict.fromkeys(("rlpd", "wsrl", "e2o"), {"policy_value": "min"}),
 }
@@ -132,6 +132,7 @@ CONTEXTS = {
 }
 SITUATIONS = {
     "hindsight": "goal",
+    "value_keys": "goal",
     "warm_start": "trained",
     **dict.fromkeys(("unit_gamma", "unit_trace_decay", "value_weight", "cut"), "text"),
     **dict.fromkeys(("unit_weights", "unit_weights.thought", "unit_weights.action"), "text"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import gymnasium as gym
@@ -182,8 +182,10 @@ class Agent(nn.Module):
         self.parts[name] = copied
         return copied
 
-    def encoder(self) -> Features:
-        """A fresh encoder that reads what the policy reads, for a new part; a policy's own way is `make_encoder`."""
+    def encoder(self, keys: Sequence[str] | None = None) -> Features:
+        """A fresh encoder for a new part: of what the policy reads, its own way (`make_encoder`), or of these keys."""
+        if keys is not None:
+            return Encoder(self.spaces.observation, keys=keys, rng=self.rng)
         own = self.policy.make_encoder(rng=self.rng)
         return Encoder(self.spaces.observation, rng=self.rng) if own is None else own
 
@@ -198,7 +200,7 @@ def _make_part(agent: Agent, kind: str, options: Mapping[str, Any]) -> nn.Module
             agent.encoder(), agent.decision_space(judges), rng=agent.rng, **o
         ),
         "action_values": lambda **o: critics.ActionValues(agent.encoder(), agent.spaces.action, rng=agent.rng, **o),
-        "value": lambda **o: critics.Value(agent.encoder(), rng=agent.rng, **o),
+        "value": lambda keys=None, **o: critics.Value(agent.encoder(keys), rng=agent.rng, **o),
         "density": lambda **o: critics.Density(agent.encoder(), agent.spaces.action, rng=agent.rng, **o),
         "temperature": critics.Temperature,
         "return_scale": critics.ReturnScale,

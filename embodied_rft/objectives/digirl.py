@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from embodied_rft.buffer.buffer import Buffer
 from embodied_rft.buffer.plans import Drawn, Share
-from embodied_rft.data import Batch, Tree
+from embodied_rft.data import Batch, Source, Tree
 from embodied_rft.learning import returns
 from embodied_rft.learning.agent import Agent
 from embodied_rft.learning.objective import Losses, Metrics, Objective
@@ -43,12 +43,14 @@ class DigiRLConfig(Drawn):
     An episode is a success if the sum of its rewards is positive: with success alone, reward_weights: {success: 1}.
     """
 
+    demonstrations: bool = True  # they are episodes like any other; false: only what was collected since counts
     top: Annotated[float, Option(gt=0, le=1)] = 0.1  # share of the episodes that may be copied, the best; 1: all
     # what an episode is best by: its success less what its first observation promised, or its success alone
     baseline: Literal["instruction", "none"] = "instruction"
     decay: Share = 0.5  # lambda: how much the outcome counts in an advantage, to the power of the decisions until it
     margin: float | None = 0.05  # only decisions whose advantage exceeds it are copied; null: all of those episodes
     value_hidden: tuple[int, ...] | None = None  # of new values: (256, 256)
+    value_keys: tuple[str, ...] | None = None  # of observations that new values read, as [state]; null: as the policy
     warm_start: bool = True  # keep values that an earlier stage trained
 
     def batches(self, buffer: Buffer, rng: np.random.Generator, version: int) -> Iterator[Batch]:
@@ -56,8 +58,7 @@ class DigiRLConfig(Drawn):
 
         Nothing before an episode is over.
         """
-        rows = buffer.rows()
-        rows = rows[np.isfinite(buffer.note("won", rows))]
+        rows = self.over(buffer)
         if not len(rows):
             return
         best = rows[self.best(buffer, rows)]
@@ -66,6 +67,12 @@ class DigiRLConfig(Drawn):
             batch = buffer.batch(np.concatenate(drawn), reward_weights=self.reward_weights)
             batch.notes["copied"] = torch.arange(2 * self.batch_size) >= self.batch_size
             yield replace(batch, num_decisions=self.batch_size)
+
+    def over(self, buffer: Buffer) -> np.ndarray:
+        """[B] decisions of episodes that are over, of those that count."""
+        sources = [source for source in Source if self.demonstrations or source != Source.DEMONSTRATION]
+        rows = buffer.rows(source=sources)
+        return rows[np.isfinite(buffer.note("won", rows))]
 
     def best(self, buffer: Buffer, rows: np.ndarray) -> np.ndarray:
         """[B] bool: decisions of the `top` episodes, and of those that are as good as the worst of them."""
@@ -97,8 +104,9 @@ class DigiRL(Objective):
         """Two values; they are logits of success."""
         name = type(agent.policy).__name__
         require(agent.policy, Imitates, f"policy {name} has no imitation_loss: digirl cannot train it")
+        c = self.config
         for part in VALUES:
-            agent.ensure(part, "value", hidden=self.config.value_hidden, fresh=not self.config.warm_start)
+            agent.ensure(part, "value", hidden=c.value_hidden, keys=c.value_keys, fresh=not c.warm_start)
 
     # --- losses, in update order ---------------------------------------------------------------------------------
 
@@ -157,9 +165,8 @@ class DigiRL(Objective):
     @torch.no_grad()
     def _rank(self, agent: Agent, buffer: Buffer) -> Metrics:
         """The note "surplus" of everything: what was promised changes with the value."""
-        rows = buffer.rows()
+        rows = self.config.over(buffer)
         won = buffer.note("won", rows)
-        rows, won = rows[np.isfinite(won)], won[np.isfinite(won)]
         if not len(rows):
             return {}
         surplus, found = won, {"data/won": float(won.mean())}

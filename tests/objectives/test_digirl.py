@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embodied_rft.data import Source
 from embodied_rft.learning import returns
 from embodied_rft.learning.learner import Learner, LearnerConfig
 from embodied_rft.objectives import build_objective
@@ -127,6 +128,16 @@ def test_the_episodes_that_went_better_than_promised_are_copied(baseline, top):
     assert set(batch.columns["episode"][copied]) <= chosen
     assert not set(batch.columns["episode"][~copied]) <= chosen or top == 1.0
     assert set(objective.reading.best(lab.buffer, lab.buffer.rows()).astype(int)) <= {0, 1}
+
+
+def test_demonstrations_may_be_left_out():
+    agent, buffer = copies(*stand("stochastic"))
+    for kept in (True, False):
+        objective = build_objective({**SPEC, "demonstrations": kept, "top": 1.0})
+        objective.setup(agent, generator(0))
+        objective.annotate(agent, buffer, buffer.rows(), generator(1))
+        source = next(objective.reading.batches(buffer, np.random.default_rng(0), 0)).columns["source"]
+        assert (source == Source.DEMONSTRATION).any() == kept and (source == Source.ONLINE).any()
 
 
 def test_what_is_not_over_teaches_nothing():
