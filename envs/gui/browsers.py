@@ -5,15 +5,17 @@ Boundary: knows pages no more than a tab does; `site` says what they are for.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from weakref import WeakSet
 
 from embodied_rft.envs.gui.chromium import Chromium
 from embodied_rft.envs.gui.devtools import Connection, Json
 from embodied_rft.envs.gui.tab import Tab
 from embodied_rft.names import UserError
-from embodied_rft.pools.incidents import Infrastructure
 
 TABS_EACH = 8  # tabs of a browser
+IDLE = 600.0  # seconds after which those that nobody uses are put to rest: an episode can be played again
 
 
 class Browser:
@@ -83,13 +85,20 @@ class Browsers:
         self.root, self.size, self.recycle, self.patience = root, size, recycle, patience
         self.places: list[tuple[Browser, Tab] | None] = [None] * num_tabs
         self.browsers: list[Browser] = []
+        self.used = time.monotonic()
+        _all.add(self)
 
-    def tab(self, row: int) -> Tab:
-        """The tab of a running episode."""
+    def wake(self) -> None:
+        """Said when they are used: others that were not for long are put to rest."""
+        self.used = time.monotonic()
+        for other in list(_all):
+            if other.used < self.used - IDLE:
+                other.close()
+
+    def tab(self, row: int) -> Tab | None:
+        """The tab of a running episode; None: it was put to rest."""
         place = self.places[row]
-        if place is None:
-            raise Infrastructure("lost_tab", "the tab of this episode was lost")
-        return place[1]
+        return None if place is None else place[1]
 
     async def fresh(self, row: int) -> Tab:
         """A tab for a new episode: the one of the last, if it is well."""
@@ -129,7 +138,10 @@ class Browsers:
             self.browsers.remove(browser)
 
     def close(self) -> None:
-        """End all."""
+        """End all; new ones are made when they are needed."""
         for browser in self.browsers:
             browser.close()
         self.browsers, self.places = [], [None] * len(self.places)
+
+
+_all: WeakSet[Browsers] = WeakSet()  # of this process

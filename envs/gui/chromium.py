@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from weakref import WeakSet
 
 from embodied_rft.names import UserError
 from embodied_rft.variables import browser
@@ -36,11 +37,13 @@ FLAGS = (
     "--disable-checker-imaging",
     "--disable-image-animation-resync",
     "--disable-partial-raster",
+    "--allow-pre-commit-input",
     "--disable-skia-runtime-opts",
     "--force-color-profile=srgb",
     "--font-render-hinting=none",
     "--disable-lcd-text",
     "--hide-scrollbars",
+    "--block-new-web-contents",
     # Nothing leaves it, of itself or for a page.
     "--host-resolver-rules=MAP * ~NOTFOUND",
     "--proxy-server=127.0.0.1:9",
@@ -95,6 +98,8 @@ class Chromium:
     def __init__(self) -> None:
         if (program := find_browser()) is None:
             raise UserError(f"no headless shell of Chromium is installed (looked for {', '.join(NAMES)}): {INSTALL}")
+        self.reads = self.writes = self.leash = -1
+        _running.add(self)
         self.profile = tempfile.mkdtemp(prefix="embodied-rft-browser-")
         home = {name: self.profile for name in ("HOME", "TMPDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")}
         command = [program, *FLAGS, f"--user-data-dir={self.profile}", "about:blank"]
@@ -111,8 +116,7 @@ class Chromium:
                 start_new_session=True,
             )
         except BaseException:
-            for mine in (self.reads, self.writes, self.leash):
-                os.close(mine)
+            self._let_go()
             shutil.rmtree(self.profile, ignore_errors=True)
             raise
         finally:
@@ -121,9 +125,24 @@ class Chromium:
 
     def close(self) -> None:
         """End it, and wait until nothing of it is left."""
-        if self.reads < 0:
-            return
+        if self.reads >= 0:
+            self._let_go()
+            self.keeper.wait()
+
+    def _let_go(self) -> None:
         for mine in (self.reads, self.writes, self.leash):
             os.close(mine)
         self.reads = self.writes = self.leash = -1
-        self.keeper.wait()
+
+
+_running: WeakSet[Chromium] = WeakSet()
+
+
+def _forked() -> None:
+    """A child of ours does not keep browsers alive."""
+    for one in _running:
+        if one.reads >= 0:
+            one._let_go()
+
+
+os.register_at_fork(after_in_child=_forked)

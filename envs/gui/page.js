@@ -29,6 +29,32 @@
     for (let i = 0; i < bytes.length; i++) bytes[i] = draw() & 255;
     return array;
   };
+  const still = new CSSStyleSheet();
+  still.replaceSync(":root { caret-animation: manual }");  // a cursor that blinks is there or not by chance
+  document.adoptedStyleSheets.push(still);
+  let clipboard = "";  // the browser's own belongs to all its tabs
+  const copy = () => {
+    const box = document.activeElement;
+    const typed = typeof box?.selectionStart === "number";
+    clipboard = typed ? box.value.slice(box.selectionStart, box.selectionEnd) : String(getSelection());
+  };
+  const paste = (event) => {
+    if (!event.isTrusted) return;
+    event.stopImmediatePropagation();
+    event.preventDefault();
+    const clipboardData = new DataTransfer();
+    clipboardData.setData("text/plain", clipboard);
+    const ours = new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true });
+    if (event.target.dispatchEvent(ours)) document.execCommand("insertText", false, clipboard);
+  };
+  addEventListener("copy", copy, true);
+  addEventListener("cut", copy, true);
+  addEventListener("paste", paste, true);
+  let drag = null;
+  addEventListener("dragstart", (event) => { drag = event; }, true);
+  addEventListener("dragend", () => { drag = null; }, true);
+  addEventListener("mousedown", () => { drag = null; }, true);
+  set.drags = () => drag !== null && !drag.defaultPrevented;
   set.real = () => real.call(Real);
   Object.defineProperty(globalThis, key, { value: set });
   set(seed);

@@ -36,6 +36,7 @@ OBSERVE = ("image", "text", "both")
 STYLES = ("full", "short")
 MOST_CHARACTERS = 65_536  # of a message and of an answer
 KINDS = (*INVALID, *WRONG)  # of answers that are not understood
+EVENTS = ("dialogs", "windows", "blocked", "missing", "file_choosers")  # what pages did of themselves, see `tab`
 WAITS = 1000.0  # milliseconds that "wait" waits
 
 
@@ -86,6 +87,8 @@ class Episode:
     look: Look = field(default_factory=lambda: Look(False))
     picture: np.ndarray | None = None
     advice: str = ""
+    wrong: bool = False  # the last answer was not understood
+    happened: dict[str, int] = field(default_factory=dict)  # of `EVENTS`
     counts: dict[str, int] = field(default_factory=dict)  # of answers that were not understood, by kind
 
 
@@ -165,37 +168,43 @@ class Pages(EnvBatch):
         self._run({row: self._turn(row, reply) for row, reply in zip(rows.tolist(), actions, strict=True)})
         episodes = [self.episodes[row] for row in rows.tolist()]
         looks = [episode.look for episode in episodes]
-        wrong = np.array([episode.message.startswith("?") for episode in episodes])
+        wrong = np.array([episode.wrong for episode in episodes])
         counted = {f"invalid/{kind}": np.array([one.counts.get(kind, 0) for one in episodes]) for kind in KINDS}
+        counted |= {f"pages/{kind}": np.array([one.happened.get(kind, 0) for one in episodes]) for kind in EVENTS}
         reward = np.array([look.reward for look in looks], dtype=np.float64) + self.invalid * wrong
         return Outcome(reward, np.array([k.done for k in looks]), np.array([k.success for k in looks]), counted)
 
-    def _run(self, coroutines: Mapping[int, Coroutine[Any, Any, None]]) -> None:
+    def _run(self, coroutines: Mapping[int, Coroutine[Any, Any, object]]) -> None:
         """Rows side by side; what fails is void."""
+        self.browsers.wake()
         for row, result in together(coroutines).items():
             if isinstance(result, Exception):
                 self.browsers.lose(row)
                 self.fail(row, result)
 
-    async def _begin(self, row: int) -> None:
+    async def _begin(self, row: int) -> Tab:
         episode = self.episodes[row]
         tab = await self.browsers.fresh(row)
         episode.instruction = await self.site.open(tab, self.names[episode.task], episode.seed)
         episode.message = self._first(episode.instruction)
         await self._look(row, tab)
+        return tab
 
-    async def _turn(self, row: int, reply: str, *, looks: bool = True) -> None:
-        """One answer; where another follows at once nothing is drawn."""
+    async def _turn(self, row: int, reply: str) -> None:
+        """One answer."""
         episode, tab = self.episodes[row], self.browsers.tab(row)
+        if tab is None:  # it was put to rest
+            tab = await self._again(row)
         episode.replies.append(reply)
         action = self._understand(reply, episode)
+        episode.wrong = not isinstance(action, Action)
         if not isinstance(action, Action):
             episode.counts[action] = episode.counts.get(action, 0) + 1
             episode.look = Look(False, elements=episode.look.elements)
             episode.message = self._wrong(action)
             return
         await perform(tab, action)
-        await tab.wait(WAITS if action.verb == "wait" else self.site.turn_time, frames=2)
+        await tab.wait(WAITS if action.verb == "wait" else self.site.turn_time)
         episode.message = "ok" if self.style == "short" else f"Done: {write(action, self.form)}"
         await self._look(row, tab)
 
@@ -203,6 +212,7 @@ class Pages(EnvBatch):
         """What is shown now."""
         episode = self.episodes[row]
         episode.look = await self.site.look(tab)
+        episode.happened = dict(tab.counts)
         if self.draws:
             episode.picture = await tab.screenshot()
         if self.advises and not episode.look.done:
@@ -281,7 +291,7 @@ class Pages(EnvBatch):
         self.evaluates[:] = state["evaluates"]
         for row in range(self.num_envs):
             self._take(row, bytes(np.asarray(state["story"][row], np.uint8)))
-        self._run({row: self._again(row) for row in range(self.num_envs)})
+        self._play_again([row for row in range(self.num_envs) if self.episodes[row].task >= 0])
 
     def save(self, row: int) -> object:
         """One episode."""
@@ -293,21 +303,28 @@ class Pages(EnvBatch):
         evaluates, story = cast(tuple[bool, bytes], saved)
         self.evaluates[row] = evaluates
         self._take(row, story)
-        self._run({row: self._again(row)})
+        if self.episodes[row].task >= 0:
+            self._play_again([row])
 
     def _take(self, row: int, story: bytes) -> None:
         task, seed, replies = json.loads(story.rstrip(b"\0"))
         self.episodes[row] = Episode(task, seed, replies)
 
-    async def _again(self, row: int) -> None:
+    def _play_again(self, rows: Sequence[int]) -> None:
+        async def play(row: int) -> None:
+            await self._again(row)
+
+        self._run({row: play(row) for row in rows})
+
+    async def _again(self, row: int) -> Tab:
         """Play the episode of a row, up to where it is."""
         episode = self.episodes[row]
-        if episode.task < 0:
-            return
         replies, episode.replies = episode.replies, []
-        await self._begin(row)
+        episode.counts.clear()
+        tab = await self._begin(row)
         for reply in replies:
             await self._turn(row, reply)
+        return tab
 
     def close(self) -> None:
         """End the browsers."""

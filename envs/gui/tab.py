@@ -32,6 +32,7 @@ FRAME = 0.01  # milliseconds between two frames at one moment
 NOWHERE = (-8.0, -8.0)  # where the mouse is before it has moved
 SCRIPT = files(__package__).joinpath("page.js").read_text(encoding="utf-8")  # a function of the seed
 REAL = '(globalThis[Symbol.for("embodied_rft")]?.real ?? Date.now)()'
+DRAGS = '(globalThis[Symbol.for("embodied_rft")]?.drags ?? (() => false))()'
 CLOCK = """(() => {
   const start = (view) => {
     view[Symbol.for("embodied_rft")]?.();
@@ -56,7 +57,6 @@ class Tab:
         self.connection, self.session, self.context = connection, session, context
         self.root, self.size = root.resolve(), size
         self.counts: Counter[str] = Counter()  # dialogs, windows, blocked requests, ...: since it was opened
-        self.clipboard = ""
         self.mouse = NOWHERE
         self.now = 0.0  # milliseconds that have passed since it exists
         self._loading: dict[str, str] = {}  # requests and frames that are on their way, and the document of each
@@ -64,6 +64,7 @@ class Tab:
         self._base = 0.0  # milliseconds on the browser's clock when it began to exist
         self._script: str | None = None
         self._picture: np.ndarray | None = None
+        self._dragged: Json | None = None  # what the page lets be dragged
         connection.listeners[session] = self._hear
 
     def send(self, method: str, **parameters: object) -> Waiting:
@@ -77,6 +78,7 @@ class Tab:
             self.send("Page.enable"),
             self.send("Fetch.enable", patterns=[{"urlPattern": "*"}]),
             self.send("Network.enable"),
+            self.send("Input.setInterceptDrags", enabled=True),
             self.send("Page.setInterceptFileChooserDialog", enabled=True),
             self.send("Emulation.setFocusEmulationEnabled", enabled=True),
             self.send(
@@ -109,11 +111,12 @@ class Tab:
         if "errorText" in answer:
             raise Infrastructure("no_page", f"{path} does not open: {answer['errorText']}")
         await self._load(path)
+        await self._draw()
         await self._settle()
         await self.evaluate(CLOCK)
 
     async def restart(self, *, seed: int = 0) -> None:
-        """Clock, random numbers, mouse and clipboard are as they are in a fresh page, and the page stays as it is."""
+        """Clock, random numbers and mouse are as they are in a fresh page, and the page stays as it is."""
         self._begin()
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=NOWHERE[0], y=NOWHERE[1])
         await self.evaluate(f"{SCRIPT.rstrip()}({seed % 2**32})")
@@ -122,7 +125,7 @@ class Tab:
     def _begin(self) -> None:
         self.counts.clear()
         self._loading.clear()
-        self.clipboard, self.mouse = "", NOWHERE
+        self.mouse = NOWHERE
 
     async def evaluate(self, expression: str, *arguments: object) -> Any:
         """What an expression is worth in the page, as JSON; with arguments it is a function, which is called with them.
@@ -141,11 +144,11 @@ class Tab:
     # --- time ----------------------------------------------------------------------------------------------------
 
     async def wait(self, milliseconds: float, *, frames: int = 1) -> None:
-        """Let time pass for the page: its timers fire, and it draws so many frames."""
+        """Let time pass for the page: it draws so many frames, and after each its timers fire."""
         for _ in range(frames):
             await self._settle()
-            await self._pass(milliseconds / frames)
             await self._draw()
+            await self._pass(milliseconds / frames)
 
     async def _pass(self, milliseconds: float) -> None:
         over = self.connection.expect("Emulation.virtualTimeBudgetExpired", self.session)
@@ -155,6 +158,7 @@ class Tab:
 
     async def _settle(self) -> None:
         """Let what is loading come to its end."""
+        await self.evaluate("0")  # what the page has asked for is told before the answer
         while self._loading:
             await self._load("something on the page")
 
@@ -222,12 +226,23 @@ class Tab:
 
     async def drag(self, x: float, y: float, to_x: float, to_y: float, *, steps: int = 4) -> None:
         """Press, move there in some steps, and let go."""
+        self._dragged = None
         await self.press(x, y)
         for step in range(1, steps + 1):
             share = step / steps
             moved = self._mouse("mouseMoved", x + (to_x - x) * share, y + (to_y - y) * share, held=True)
             await self._with_frame(moved)
+            if await self.evaluate(DRAGS):
+                await self._drop(to_x, to_y)
+                break
         await self.release(to_x, to_y)
+
+    async def _drop(self, x: float, y: float) -> None:
+        """Something of the page itself is dragged, a text that is selected or what is `draggable`: the browser asks."""
+        if self._dragged is None:
+            await self.connection.expect("Input.dragIntercepted", self.session)
+        for kind in ("dragEnter", "dragOver", "drop"):
+            await self.send("Input.dispatchDragEvent", type=kind, x=x, y=y, data=self._dragged)
 
     async def scroll(self, x: float, y: float, right: float, down: float) -> None:
         """Turn the wheel over a place, by so many pixels."""
@@ -243,10 +258,7 @@ class Tab:
 
     async def key(self, name: str) -> None:
         """Press a key, or several: "Enter", "Control+a"."""
-        key, modifiers = chord(name)
-        if modifiers == MODIFIERS["Control"] and key.key in "cx":
-            self.clipboard = await self.evaluate(SELECTED)
-        await self._all(*self._strike(key, modifiers))
+        await self._all(*self._strike(*chord(name)))
 
     def _strike(self, key: Key, modifiers: int) -> list[Waiting]:
         """A key goes down and up."""
@@ -255,16 +267,9 @@ class Tab:
         said = {"key": key.key, "code": key.code, "windowsVirtualKeyCode": key.number, "timestamp": self._moment}
         said |= {"modifiers": modifiers, "location": key.location}
         text = "" if modifiers & ~MODIFIERS["Shift"] else key.text
-        commands: dict[str, object] = {}
-        pasted = []
-        if modifiers == MODIFIERS["Control"]:
-            if key.key in EDITS:
-                commands["commands"] = [EDITS[key.key]]
-            if key.key == "v" and self.clipboard:
-                pasted = [self.send("Input.insertText", text=self.clipboard)]
         kind = "keyDown" if text else "rawKeyDown"
-        down = self.send("Input.dispatchKeyEvent", type=kind, text=text, **said, **commands)
-        return [down, *pasted, self.send("Input.dispatchKeyEvent", type="keyUp", **said)]
+        down = self.send("Input.dispatchKeyEvent", type=kind, text=text, **said)
+        return [down, self.send("Input.dispatchKeyEvent", type="keyUp", **said)]
 
     def _mouse(self, kind: str, x: float, y: float, count: int = 0, *, held: bool = False, **more: float) -> Waiting:
         self.mouse = (x, y)
@@ -302,6 +307,8 @@ class Tab:
         elif event == "Page.javascriptDialogOpening":
             self.counts["dialogs"] += 1
             self.send("Page.handleJavaScriptDialog", accept=True, promptText=said.get("defaultPrompt") or "")
+        elif event == "Input.dragIntercepted":
+            self._dragged = said["data"]
         elif event == "Page.windowOpen":
             self.counts["windows"] += 1
         elif event == "Page.fileChooserOpened":
@@ -337,11 +344,3 @@ class Tab:
             return None
         path = (self.root / unquote(parts.path).lstrip("/")).resolve()
         return path if path.is_relative_to(self.root) and path.is_file() else None
-
-
-EDITS = {"a": "selectAll", "z": "undo", "x": "cut"}
-SELECTED = """(() => {
-  const box = document.activeElement;
-  if (box && typeof box.selectionStart === "number") return box.value.slice(box.selectionStart, box.selectionEnd);
-  return String(getSelection());
-})()"""
