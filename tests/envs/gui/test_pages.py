@@ -151,14 +151,14 @@ class TestInABrowser:
         assert made.step(["click [2]"]).info["invalid/no_element"] == [1]
 
     def test_cells_other_parsers_and_experts(self, pool):
-        made = pool(2, grid=[6, 8], parser="tags", expert=True, style="short", observe="both")
+        made = pool(2, grid=[6, 16], parser="tags", expert=True, style="short", observe="both")
         seen = made.reset(np.array([1, 2]))
         assert seen["message"][0].startswith('Press OK.\n[0] button "OK"')
-        player = make_demonstrator("Rooms-v0", "advised", env_options={"grid": [6, 8], "parser": "tags"})
+        player = make_demonstrator("Rooms-v0", "advised", env_options={"grid": [6, 16], "parser": "tags"})
         answers = player.act(seen, np.random.default_rng(0))
-        assert answers == ["<answer>click 2 1</answer>"] * 2
+        assert answers == ["<answer>click 2 2</answer>"] * 2
         told = made.step(answers)
-        assert (told.reward == 1).all() and told.terminated.all() and (told.info["is_success"] == 1).all()
+        assert (told.reward == 1).all() and told.terminated.all() and told.info["success"].all()
 
     @pytest.mark.parametrize("task", ["never", "hangs"])
     @pytest.mark.parametrize("where", ["click 5 5", "click 5 45", "click 5 85"])
