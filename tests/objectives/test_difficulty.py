@@ -5,9 +5,15 @@ import pytest
 import torch
 
 import embodied_rft.envs  # noqa: F401
+from embodied_rft.buffer.buffer import Buffer
+from embodied_rft.data import Source
+from embodied_rft.experience.collect import Collector
+from embodied_rft.experience.demonstrate import demonstrator_act, make_demonstrator, step_schema
 from embodied_rft.objectives import build_objective
 from embodied_rft.objectives.difficulty import Difficulty, weights
+from embodied_rft.pools.pool import make_pool
 from embodied_rft.runs.recipe import load_recipe
+from embodied_rft.seeding import spawn_generator
 from embodied_rft.train import train
 
 RECIPE = """
@@ -75,3 +81,17 @@ def test_the_advantage_of_a_decision_is_weighted_by_its_episode(tmp_path):
     told = buffer.stream("box/target", rows)
     expected = weights(told, Difficulty(stream="box/target")).numpy()
     assert np.allclose(noted[-1.0], noted[None] * expected, atol=1e-6) and np.abs(noted[None]).max() > 0.1
+
+
+def test_of_longer_episodes_the_last_decision_has_the_stream():
+    options = {"expert": True, "popups": 0.5}
+    pool = make_pool("embodied_rft/ClickScreen-v0", 8, options=options)
+    act = demonstrator_act(make_demonstrator("embodied_rft/ClickScreen-v0", env_options=options), spawn_generator(0, 1))
+    recording = Collector(pool, run_seed=0, source=Source.DEMONSTRATION).collect(act, episodes=24)
+    buffer = Buffer(step_schema(pool, ("env", "popups/closed")), 1_000)
+    recording.write(buffer)
+    streams = [each.rewards["popups/closed"] for each in buffer.trajectories()]
+    assert all((stream[:-1] == 0).all() for stream in streams) and max(map(len, streams)) > 3
+    assert sorted(stream[-1] for stream in streams) == sorted(recording.statistics["popups/closed"])
+    assert max(recording.statistics["popups/closed"]) > 1
+    pool.close()

@@ -46,6 +46,9 @@ def test_the_parts_are_their_formulas():
         assert found.hit == (other[0] <= x < other[2] and other[1] <= y < other[3])
     assert fit(np.array([0, 0, 64, 64]), np.array([0, 0, 64, 64]), 64) == (1, 1, 1, 1)
     assert fit(np.array([0, 0, 1, 1]), np.array([64, 0, 65, 1]), 64).edges == 0
+    element = np.array([2, 2, 8, 8])
+    for middle, hit in (((2, 5), 1), ((8, 5), 0), ((5, 2), 1), ((5, 8), 0)):  # the last pixels are not in it
+        assert fit(np.array([*middle, *middle]) + [-1, -1, 1, 1], element, 64).hit == hit
 
 
 @pytest.mark.parametrize(
