@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 
 import embodied_rft.envs  # noqa: F401
-from embodied_rft.envs.gui.chromium import INSTALL, find_browser
 from embodied_rft.envs.gui.desk.errands import FOLDERS, ROOMS, SUBJECTS, TASKS, USERS, judge, plan
 from embodied_rft.experience.demonstrate import make_demonstrator
+from tests.lab.browsing import needs_browser
 
 ID = "embodied_rft/Desk-v0"
-needs_browser = pytest.mark.skipif(find_browser() is None, reason=INSTALL)
 NOTHING = {"user": None, "sent": [], "filed": {}}
 
 
