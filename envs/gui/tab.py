@@ -60,6 +60,7 @@ class Tab:
         self.mouse = NOWHERE
         self.now = 0.0  # milliseconds that have passed since it exists
         self._loading: dict[str, str] = {}  # requests and frames that are on their way, and the document of each
+        self._told = False  # all that the page has asked for is in there: it comes before the answer to what is asked
         self._frame = 0.0  # when the last one was drawn
         self._base = 0.0  # milliseconds on the browser's clock when it began to exist
         self._script: str | None = None
@@ -136,6 +137,7 @@ class Tab:
         if arguments:
             expression = f"({expression})({', '.join(json.dumps(argument) for argument in arguments)})"
         answer = await self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=False)
+        self._told = True
         if (thrown := answer.get("exceptionDetails")) is not None:
             said = thrown.get("exception", {}).get("description") or thrown["text"]
             raise RuntimeError(f"the page throws {said:.300} in {expression:.100}")
@@ -154,11 +156,13 @@ class Tab:
         over = self.connection.expect("Emulation.virtualTimeBudgetExpired", self.session)
         await self.send("Emulation.setVirtualTimePolicy", policy="advance", budget=milliseconds)
         await over
+        self._told = True
         self.now += milliseconds
 
     async def _settle(self) -> None:
         """Let what is loading come to its end."""
-        await self.evaluate("0")  # what the page has asked for is told before the answer
+        if not self._told:
+            await self.evaluate("0")
         while self._loading:
             await self._load("something on the page")
 
@@ -191,6 +195,7 @@ class Tab:
 
     async def _draw(self, **more: object) -> Json:
         """Draw a frame."""
+        self._told = False
         self._frame = max(self.now, self._frame + FRAME)
         moment = self._base + self._frame
         async with self.connection.frames:
@@ -284,6 +289,7 @@ class Tab:
         return (self._base + self.now) / 1000
 
     async def _all(self, *sent: Waiting) -> None:
+        self._told = False
         for waiting in sent:
             await waiting
 
