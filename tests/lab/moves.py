@@ -97,9 +97,10 @@ class Lab:
     def act(self, observation):
         return self.agent.policy.act(observation, rng=self.rng)
 
-    def collect(self, episodes, *, group_size=1):
+    def collect(self, episodes, *, group_size=1, sieve=None):
         """Whole episodes of the policy, and how many of them succeeded."""
-        collector = Collector(self.pool, run_seed=self.seed, first_episode=self.episodes, group_size=group_size)
+        first = self.episodes
+        collector = Collector(self.pool, run_seed=self.seed, first_episode=first, group_size=group_size, sieve=sieve)
         recording = collector.collect(self.act, episodes=episodes, version=self.learner.version)
         recording.write(self.buffer)
         self.episodes = collector.next_episode

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from embodied_rft.experience.curriculum import Sieve
+from embodied_rft.objectives.curricula import make_curriculum
 from tests.lab.harness import fails, require
 from tests.lab.moves import Lab, Moves
 
@@ -12,8 +14,8 @@ DIGIRL = {"id": "digirl", "batch_size": 128, "value_hidden": [64]}
 CLONING = {"id": "bc", "batch_size": 128, "selection": {"min_return": 0.5}}
 
 
-def game(*, easy, length, least):
-    """Four kinds of tasks: `easy` are won whatever is done, the others by enough moves of kind 0 of three."""
+def game(*, easy, length, least, tasks=4):
+    """`easy` of the tasks are won whatever is done, the others by enough moves of kind 0 of three."""
 
     def make(num_envs):
         def pay(moves, turn, secret):
@@ -21,19 +23,21 @@ def game(*, easy, length, least):
             return (won & (turn == length)).astype(np.float64), won
 
         def tell(moves, turn, secret):
-            return np.eye(4)[secret]
+            return np.eye(tasks)[secret]
 
-        return Moves(num_envs, length=length, kinds=3, pay=pay, tell=tell, told=4, secrets=4)
+        return Moves(num_envs, length=length, kinds=3, pay=pay, tell=tell, told=tasks, secrets=tasks)
 
     return make
 
 
-def learned(spec, rounds, **how):
+def learned(spec, rounds, curriculum=None, **how):
     """Sampled moves and tasks after so many rounds of 64 episodes and 24 updates."""
     lab = Lab(game(**how))
-    lab.objective(spec)
+    objective, sieve = lab.objective(spec), None
+    if curriculum is not None:
+        sieve = Sieve(make_curriculum(curriculum), lambda o: objective.foresee(lab.agent, o), run_seed=0, num_envs=64)
     for _ in range(rounds):
-        lab.collect(64)
+        lab.collect(64, sieve=sieve)
         lab.learner.learn(lab.buffer, lab.numbers, num_updates=24)
     return lab.play(2000)
 
@@ -71,3 +75,18 @@ def test_digirl_copies_the_steps_that_helped():
 )  # fmt: skip
 def test_whole_episodes_do_not(spec):
     fails(leaves_out_what_did_not_help, spec)
+
+
+def finds_the_hard_task(curriculum):
+    """Fifteen tasks of sixteen need nothing, and a tenth of the episodes of the last one are won at first."""
+    spec = {**DIGIRL, "baseline": "none"}
+    moves, task = learned(spec, 12, curriculum, easy=15, length=6, least=4, tasks=16)
+    assert ((moves[task == 15] == 0).sum(1) >= 4).mean() >= 0.8
+
+
+def test_a_curriculum_plays_what_is_uncertain():
+    finds_the_hard_task({"id": "value", "least": 0.05})
+
+
+def test_tasks_as_they_come_are_mostly_known():
+    fails(finds_the_hard_task, None)
