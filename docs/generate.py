@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 import sys
 import textwrap
@@ -77,7 +78,11 @@ def env_table() -> str:
     from embodied_rft.runs.listing import known_of
 
     return "\n".join(
-        ["| id | what it is |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in sorted(known_of("envs").items()))]
+        [
+            "| id | what it is |",
+            "| --- | --- |",
+            *(f"| `{k}` | {v} |" for k, v in sorted(known_of("envs").items()) if not _of_family(k)),
+        ]
     )
 
 
@@ -93,7 +98,11 @@ def options_tables() -> str:
     for topic, cls in TOPICS.items():
         parts += [f"### `{topic}`", _first_line(cls), _table(of_dataclass(cls))]
     for kind in KINDS:
-        ids = registry.shipped(kind) if kind != "env" else sorted(i for i in gymnasium.registry if _is_ours(i))
+        ids = (
+            registry.shipped(kind)
+            if kind != "env"
+            else sorted(i for i in gymnasium.registry if _is_ours(i) and not _of_family(i))
+        )
         with_options = {id: rows for id in ids if (rows := options_of(kind, id))}
         parts += [f"## `erft list {kind}s`"] if with_options else []
         shown: dict[str, str] = {}
@@ -152,6 +161,31 @@ def _is_ours(id: str) -> bool:
     return id.startswith("embodied_rft/")
 
 
+def _of_family(id: str) -> bool:
+    """Whether it is one of many that fix an option of another; a page of its own lists them."""
+    return re.fullmatch(r"embodied_rft/MiniWoB-(?!v\d).*", id) is not None
+
+
+def miniwob_table() -> str:
+    """Every task of MiniWoB++: what it pays, what counts as solved; and what `benchmarks.miniwob_parity` measured."""
+    from embodied_rft.envs.gui.miniwob.tasks import TASKS
+
+    measured = json.loads((ROOT / "docs/miniwob.json").read_text(encoding="utf-8"))
+    rows = [
+        "| task | raw reward | counts as solved | where the two part | demonstrator | as the package | status |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, task in TASKS.items():
+        found = measured.get(name, {})
+        shown = f"{found['solved']} of {found['episodes']}" if "solved" in found else "none" if not task.expert else "-"
+        same = f"{found['same']} of {found['played']}" if "same" in found else "-"
+        note = f": {found['differs']}" if found.get("differs") else ""
+        rows.append(
+            f"| `{name}` | {task.reward} | {task.success.says} | {task.flaw} | {shown} | {same}{note} | {task.status} |"
+        )
+    return "\n".join(rows)
+
+
 def _table(rows: Sequence[Any]) -> str:
     lines = ["| option | default | values | meaning |", "| --- | --- | --- | --- |"]
     for row in rows:
@@ -172,6 +206,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "envs": env_table,
     "options": options_tables,
     "contract": contract,
+    "miniwob": miniwob_table,
 }
 BLOCK = re.compile(r"(<!-- generated: (\w+)(?: (\S+))? -->\n).*?(\n<!-- end -->)", re.S)
 

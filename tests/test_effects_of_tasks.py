@@ -14,7 +14,7 @@ from embodied_rft.pools.pool import make_pool
 from embodied_rft.turns.parsing import make_parser
 from tests.lab.effects import Walk, listed, tally
 from tests.lab.worlds import IDS as WORLD_IDS
-from tests.lab.worlds import SERVED
+from tests.lab.worlds import PAGES, SERVED
 
 SMALL = {"cameras": ["front"], "image_size": 16, "num_threads": 1}
 VALUES = {
@@ -94,7 +94,7 @@ SAME = {  # the options of another one
     **{id.replace("/", "/Told"): "embodied_rft/ToldFrozenLake-v0" for id in GAMES if "Lake" not in id},
 }
 OTHERS = {"CartPole-v1"}  # environments of other packages, which we show how to play
-BROWSED = {"embodied_rft/Desk-v0"}  # needs a browser (tests/envs/gui)
+BROWSED = {"embodied_rft/Desk-v0", *PAGES}  # need a browser (tests/envs/gui)
 WORLDS = {*WORLD_IDS, *SERVED, *BROWSED}  # of other packages, walked in test_effects_of_worlds.py
 REPLIES = ["7", "<think>7</think><answer>7</answer>", '{"a": 7}']
 PLACES = [f"{x} {y}{box}" for x in range(8) for y in range(8) for box in ("", f" {x + 2} {y + 2}")]

@@ -33,7 +33,7 @@ class Browser:
         self.coming = 0  # tabs that are being made
         self.episodes = 0  # that have begun in it
 
-    async def tab(self, root: Path, size: tuple[int, int]) -> Tab:
+    async def tab(self, root: Path, size: tuple[int, int], window: tuple[int, int] | None = None) -> Tab:
         """A new tab for the pages of a folder."""
         send = self.connection.send
         context = (await send("Target.createBrowserContext"))["browserContextId"]
@@ -43,7 +43,7 @@ class Browser:
             enableBeginFrameControl=True,
         )  # fmt: skip
         session = (await send("Target.attachToTarget", targetId=made["targetId"], flatten=True))["sessionId"]
-        tab = self.tabs[session] = Tab(self.connection, session, context, root, size)
+        tab = self.tabs[session] = Tab(self.connection, session, context, root, size, window)
         denied = send("Browser.setDownloadBehavior", behavior="deny", browserContextId=context)
         await tab.prepare()
         await denied
@@ -71,18 +71,28 @@ class Browsers:
 
     Args:
         root: folder of the pages.
-        size: width and height of the view, in pixels.
+        size: width and height of what is seen, in pixels.
         num_tabs: N.
         recycle: episodes after which a browser takes no new ones; it is gone when its last one has ended.
         patience: seconds that a browser may take for an answer.
+        window: what pages are laid out in, see `Tab`.
     """
 
-    def __init__(self, root: Path, size: tuple[int, int], *, num_tabs: int, recycle: int, patience: float) -> None:
+    def __init__(
+        self,
+        root: Path,
+        size: tuple[int, int],
+        *,
+        num_tabs: int,
+        recycle: int,
+        patience: float,
+        window: tuple[int, int] | None = None,
+    ) -> None:
         if recycle < 1:
             raise UserError(f"recycle is {recycle}; expected at least 1 episode")
         if patience <= 0:
             raise UserError(f"patience is {patience}; expected some seconds")
-        self.root, self.size, self.recycle, self.patience = root, size, recycle, patience
+        self.root, self.size, self.window, self.recycle, self.patience = root, size, window, recycle, patience
         self.places: list[tuple[Browser, Tab] | None] = [None] * num_tabs
         self.browsers: list[Browser] = []
         self.used = time.monotonic()
@@ -113,7 +123,7 @@ class Browsers:
                 self.browsers.append(browser)
             browser.coming += 1
             try:
-                tab = await browser.tab(self.root, self.size)
+                tab = await browser.tab(self.root, self.size, self.window)
             finally:
                 browser.coming -= 1
             self.places[row] = place = browser, tab

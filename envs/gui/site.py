@@ -54,7 +54,9 @@ class Site(ABC):
     """A set of pages: which tasks there are, how an episode of one begins, and how it stands."""
 
     root: Path  # the folder of its files
-    size: tuple[int, int]  # width and height of the view, in pixels
+    size: tuple[int, int]  # width and height of what is seen, in pixels
+    window: tuple[int, int] | None = None  # of the window that pages are laid out in, where it is larger
+    grid: tuple[int, int] | None = None  # columns and rows of the cells that places are rounded to; told by `Pages`
     turns: int = 10  # most of an episode
     turn_time: float = 200.0  # milliseconds that pass for the page after an action
 
@@ -149,7 +151,10 @@ class Pages(EnvBatch):
         self.observation_space, self.action_space = spaces.Dict(seen), AnyText(MOST_CHARACTERS)
         self.evaluates = np.zeros(num_envs, dtype=bool)
         self.episodes = [Episode() for _ in range(num_envs)]
-        self.browsers = Browsers(site.root, site.size, num_tabs=num_envs, recycle=recycle, patience=patience)
+        site.grid = self.form.grid
+        self.browsers = Browsers(
+            site.root, site.size, num_tabs=num_envs, recycle=recycle, patience=patience, window=site.window
+        )
 
     # --- episodes ------------------------------------------------------------------------------------------------
 

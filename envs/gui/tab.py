@@ -50,12 +50,21 @@ class Tab:
         session: of the protocol, with this tab.
         context: the browser context that it is in.
         root: folder of its files.
-        size: width and height of the view, in pixels.
+        size: width and height of what is seen, in pixels.
+        window: those of the window that the page is laid out in, of which the upper left is seen; None: the same.
     """
 
-    def __init__(self, connection: Connection, session: str, context: str, root: Path, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        session: str,
+        context: str,
+        root: Path,
+        size: tuple[int, int],
+        window: tuple[int, int] | None = None,
+    ) -> None:
         self.connection, self.session, self.context = connection, session, context
-        self.root, self.size = root.resolve(), size
+        self.root, self.size, self.window = root.resolve(), size, window or size
         self.counts: Counter[str] = Counter()  # dialogs, windows, blocked requests, ...: since it was opened
         self.mouse = NOWHERE
         self.now = 0.0  # milliseconds that have passed since it exists
@@ -74,7 +83,7 @@ class Tab:
 
     async def prepare(self) -> None:
         """What is done once."""
-        width, height = self.size
+        width, height = self.window
         sent = [
             self.send("Page.enable"),
             self.send("Fetch.enable", patterns=[{"urlPattern": "*"}]),
@@ -83,7 +92,12 @@ class Tab:
             self.send("Page.setInterceptFileChooserDialog", enabled=True),
             self.send("Emulation.setFocusEmulationEnabled", enabled=True),
             self.send(
-                "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+                "Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=height,
+                deviceScaleFactor=1,
+                mobile=False,
+                dontSetVisibleSize=True,
             ),
         ]
         clock = self.send("Emulation.setVirtualTimePolicy", policy="pause", initialVirtualTime=EPOCH)

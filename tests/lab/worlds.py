@@ -6,6 +6,7 @@ import gymnasium
 import pytest
 
 import embodied_rft.envs  # noqa: F401
+from embodied_rft import registry
 from embodied_rft.pools.promises import random_actions
 
 PACKAGES = {
@@ -23,6 +24,8 @@ QUICK = {
     "TextGame": {"games": 2, "held_out": 2, "expert": True},
 }
 SERVED = {"embodied_rft/OpenEnv-v0"}  # need a server
+registry.load_plugins()
+PAGES = {id for id in gymnasium.registry if id.startswith("embodied_rft/MiniWoB")}  # need a browser: tests/envs/gui
 IDS = {f"embodied_rft/{name}-v0": name for name in PACKAGES}
 
 

@@ -16,9 +16,9 @@ from embodied_rft.policy import Policy, build_policy
 from embodied_rft.testing.check_env import check_env
 from embodied_rft.testing.check_policy import check_policy
 from tests.lab.helpers_envs import Chatter, Moody
-from tests.lab.worlds import IDS, SERVED
+from tests.lab.worlds import IDS, PAGES, SERVED
 
-WORLDS = {*IDS, *SERVED}  # of other packages, checked in tests/envs/worlds
+WORLDS = {*IDS, *SERVED, *PAGES}  # of other packages, checked in tests/envs/worlds and tests/envs/gui
 OURS = sorted(id for id in gymnasium.registry if id.startswith("embodied_rft/") and id not in WORLDS)
 BOX = spaces.Box(-2.0, 2.0, (3,), np.float32)
 VECTORS = spaces.Dict({"state": spaces.Box(-np.inf, np.inf, (5,), np.float32)})

@@ -6,7 +6,6 @@ wrong answers, shape their reward, or refuse right answers; `flaw` says so. Boun
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 ANSWER = "+1 right, -1 wrong"
@@ -26,10 +25,6 @@ class Rule:
     says: str
     least: float = 1.0
     probe: str = ""
-
-    def holds(self, raw: float, probed: bool) -> bool:
-        """Whether an episode that ended with this raw reward is solved."""
-        return raw >= self.least - 1e-6 and probed
 
 
 RIGHT = Rule("raw reward 1")
@@ -189,7 +184,7 @@ _TABLE = (
     Task(
         "hover-shape",
         "none: its continuous reward is no longer in the package",
-        Rule("never", math.inf),
+        Rule("never", 2.0),
         20,
         expert=False,
         status="opens; nothing ends or pays it" + HIDDEN,
@@ -276,3 +271,12 @@ _TABLE = (
 )
 
 TASKS = {task.name: task for task in _TABLE}
+MODED = frozenset(  # those that have other episodes to test with
+    {
+        "click-test-transfer", "click-checkboxes-transfer", "email-inbox-forward-nl", "email-inbox-forward-nl-turk",
+        "email-inbox-nl-turk", "flight.AA", "flight.Alaska",
+    }
+)  # fmt: skip
+WATCHED = frozenset(  # those of which a demonstrator must see all that happens
+    {"click-scroll-list", "count-sides", "hot-cold", "simon-says"}
+)

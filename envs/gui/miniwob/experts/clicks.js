@@ -12,7 +12,8 @@
   experts['click-button-sequence'] = () => click(one(buttonsPushed.length ? '#subbtn2' : '#subbtn'));
   experts['button-delay'] = () => {
     if (!buttonsPushed.length) return click(one('#subbtn'));
-    return Date.now() - currentTime < timeDelay * 950 ? wait() : click(one('#subbtn2'));
+    const left = timeDelay * 1000 - (Date.now() - currentTime);
+    return left >= 1000 ? wait() : left >= 100 ? hover(one('#subbtn2')) : click(one('#subbtn2'));
   };
   experts['focus-text'] = () => click(one('#tt'));
   experts['focus-text-2'] = () => click(one(`#tt${part(/the (\d)/)}`));
@@ -182,8 +183,7 @@
     if (!shown.length || Date.now() - last < 900) return wait();
     return click(one(`#button-${shown[pushed]}`));
   };
-  addEventListener('load', () => {
-    if (!one('#button-1')) return;
+  if (one('#button-1')) {
     const simon = memory.simon = { shown: [], pushed: 0, last: 0 };
     for (const button of all('#area button')) {
       new MutationObserver(() => {
@@ -191,7 +191,7 @@
       }).observe(button, { attributes: true, attributeFilter: ['class'] });
       button.addEventListener('click', () => { simon.pushed += 1; });
     }
-  });
+  }
   experts['stock-market'] = () => {
     const price = parseFloat(text(one('#stock-price')).slice(1)), bound = parseFloat(part(/than \$([\d.]+\d)/));
     return price < bound ? click(one('#buy')) : wait();
@@ -228,7 +228,8 @@
       const smart = closing(board, -1) ?? closing(board, 1);
       return 0.55 * mean + 0.45 * (smart === undefined ? mean : reply(smart));
     };
-    const best = (board) => free(board).map((at) => [worth(put(board, at, 1)), at]).reduce((a, b) => b[0] > a[0] ? b : a);
+    const known = {};
+    const best = (board) => known[board] ||= free(board).map((at) => [worth(put(board, at, 1)), at]).reduce((a, b) => b[0] > a[0] ? b : a);
     return click(one(`#ttt-${best(gameState)[1]}`));
   };
 })();

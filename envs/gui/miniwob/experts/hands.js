@@ -4,6 +4,7 @@
 window.demonstrators = (() => {
   const experts = {};  // by task: () => the next verb line, or null where there is nothing to do
   const memory = {};  // of the running episode, for what a page shows once
+  let [width, height] = [160, 210];  // of what is seen
   let lattice = null;  // [columns, rows]: points are the middles of cells; null: all pixels
 
   const all = (css, root = document) => [...root.querySelectorAll(css)];
@@ -16,7 +17,7 @@ window.demonstrators = (() => {
   const where = (css, wanted, root = document) => all(css, root).find((element) => text(element) === wanted);
   const visible = (element) => !!element && element.getClientRects().length > 0;
 
-  const cell = () => lattice ? [innerWidth / lattice[0], innerHeight / lattice[1]] : [1, 1];
+  const cell = () => lattice ? [width / lattice[0], height / lattice[1]] : [1, 1];
   // The whole points of an interval: pixels, or the middles of cells.
   const points = (low, high, size, limit) => {
     const found = [];
@@ -27,23 +28,23 @@ window.demonstrators = (() => {
     return found;
   };
   const snap = (x, y) => {
-    const [width, height] = cell();
+    const [across, down] = cell();
     const near = (value, size, limit) => {
       const at = Math.min(Math.max(0, size === 1 ? Math.round(value) : Math.floor(value / size)), Math.ceil(limit / size) - 1);
       return size === 1 ? at : Math.floor((at + 0.5) * size);
     };
-    return [near(x, width, innerWidth), near(y, height, innerHeight)];
+    return [near(x, across, width), near(y, down, height)];
   };
 
   // A point at which a click reaches the element, the nearest to its middle; null where it is covered or out of sight.
   const aim = (element) => {
-    const [width, height] = cell();
+    const [across, down] = cell();
     let best = null;
     for (const box of element.getClientRects()) {
       const middle = [box.left + box.width / 2, box.top + box.height / 2];
       const all = [];
-      for (const x of points(box.left, box.right, width, innerWidth))
-        for (const y of points(box.top, box.bottom, height, innerHeight))
+      for (const x of points(box.left, box.right, across, width))
+        for (const y of points(box.top, box.bottom, down, height))
           all.push([x, y, Math.hypot(x - middle[0], y - middle[1])]);
       all.sort((a, b) => a[2] - b[2]);
       const found = all.find(([x, y]) => {
@@ -66,7 +67,7 @@ window.demonstrators = (() => {
       const style = getComputedStyle(holder);
       if (!/auto|scroll/.test(style.overflowY) || holder.scrollHeight <= holder.clientHeight) continue;
       const box = element.getBoundingClientRect(), frame = holder.getBoundingClientRect();
-      const low = Math.max(frame.top, 0), high = Math.min(frame.bottom, innerHeight);
+      const low = Math.max(frame.top, 0), high = Math.min(frame.bottom, height);
       const by = Math.round(box.top + box.height / 2 - (low + high) / 2);
       const room = by > 0 ? holder.scrollHeight - holder.clientHeight - holder.scrollTop : -holder.scrollTop;
       if (Math.abs(by) < 2 || Math.abs(room) < 1) continue;
