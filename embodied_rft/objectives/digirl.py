@@ -72,7 +72,8 @@ class DigiRLConfig(Drawn):
         """[B] decisions of episodes that are over, of those that count."""
         sources = [source for source in Source if self.demonstrations or source != Source.DEMONSTRATION]
         rows = buffer.rows(source=sources)
-        return rows[np.isfinite(buffer.note("won", rows))]
+        ended: np.ndarray = rows[np.isfinite(buffer.note("won", rows))]
+        return ended
 
     def best(self, buffer: Buffer, rows: np.ndarray) -> np.ndarray:
         """[B] bool: decisions of the `top` episodes, and of those that are as good as the worst of them."""
