@@ -182,7 +182,11 @@ def test_an_impossible_number_of_states_is_refused(count, monkeypatch):
 
 def test_no_prompt_at_all_fits(tmp_path):
     with pytest.raises(ValueError, match="2 of 2 prompts"):
-        train(recipe(problems(tmp_path, ["a" * 70, "b" * 70]), [], long_prompts="skip"), tmp_path / "run", quiet=True)
+        train(
+            recipe(problems(tmp_path, ["a" * 70, "b" * 70]), [{"evaluate": {"episodes": 2}}], long_prompts="skip"),
+            tmp_path / "run",
+            quiet=True,
+        )
 
 
 @pytest.mark.parametrize("id", ["Sum", "Countdown", "Format", "Jsonl", "long"])

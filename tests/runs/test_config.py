@@ -1,6 +1,5 @@
 """Recipes: extends, overrides, nested stages, errors with path and nearest key, and a dump that loads to the same."""
 
-import dataclasses
 import sys
 from dataclasses import dataclass, field
 from enum import Enum
@@ -333,7 +332,7 @@ def test_defaults_live_in_the_dataclasses():
     plain = yaml.safe_load(dump_recipe(recipe))
     defaults: dict[str, Any] = options.to_plain(Finetune.Config())
     assert plain["stages"] == [{"finetune": defaults}]
-    assert plain["buffer"] == dataclasses.asdict(BufferConfig())
+    assert plain["buffer"] == options.to_plain(BufferConfig())
 
 
 def test_a_folder_beside_a_recipe_is_a_module_only_where_the_recipe_names_one(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from embodied_rft.envs.gui.actions import Box
+from embodied_rft.envs.gui.advised import Advised
 from embodied_rft.envs.gui.elements import Element
 from embodied_rft.envs.gui.miniwob.tasks import MODED, TASKS, WATCHED
 from embodied_rft.envs.gui.site import Look, Site
@@ -22,6 +23,7 @@ from embodied_rft.envs.gui.tab import Tab
 from embodied_rft.envs.serving import serve
 from embodied_rft.names import UserError, nearest
 from embodied_rft.pools.incidents import Infrastructure
+from embodied_rft.registry import register
 
 MODES = ("train", "test")
 VIEW, FLIGHT_VIEW = (160, 210), (375, 667)  # what is seen
@@ -120,6 +122,8 @@ class MiniWoBSite(Site):
 SAID = (
     """(() => { const said = core.getUtterance(); return said.utterance === undefined ? said : said.utterance; })()"""
 )
-serve("embodied_rft/MiniWoB-v0", "embodied_rft.envs.gui.site:Pages", task=MiniWoBSite)
-for name in TASKS:
-    serve(f"embodied_rft/MiniWoB-{name}-v0", "embodied_rft.envs.gui.site:Pages", task=MiniWoBSite, tasks=[name])
+ANY, EACH = "embodied_rft/MiniWoB-v0", {name: f"embodied_rft/MiniWoB-{name}-v0" for name in TASKS}
+serve(ANY, "embodied_rft.envs.gui.site:Pages", task=MiniWoBSite)
+for name, id in EACH.items():
+    serve(id, "embodied_rft.envs.gui.site:Pages", task=MiniWoBSite, tasks=[name])
+register("demonstrator", ANY, *(id for name, id in EACH.items() if TASKS[name].expert))(Advised)
