@@ -98,12 +98,8 @@ def options_tables() -> str:
     for topic, cls in TOPICS.items():
         parts += [f"### `{topic}`", _first_line(cls), _table(of_dataclass(cls))]
     for kind in KINDS:
-        ids = (
-            registry.shipped(kind)
-            if kind != "env"
-            else sorted(i for i in gymnasium.registry if _is_ours(i) and not _of_family(i))
-        )
-        with_options = {id: rows for id in ids if (rows := options_of(kind, id))}
+        ids = registry.shipped(kind) if kind != "env" else sorted(i for i in gymnasium.registry if _is_ours(i))
+        with_options = {id: rows for id in ids if not _of_family(id) and (rows := options_of(kind, id))}
         parts += [f"## `erft list {kind}s`"] if with_options else []
         shown: dict[str, str] = {}
         for id, rows in with_options.items():
