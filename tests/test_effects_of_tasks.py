@@ -68,7 +68,16 @@ TOOLS = {"embodied_rft/ToolSum-v0": CALLS, "embodied_rft/ToolJsonl-v0": CALLS}  
 TASKS |= dict.fromkeys(TOOLS, {"style": "short"})
 TASKS |= {"embodied_rft/ToldFrozenLake-v0": {}, "embodied_rft/Told-v0": {"of": "Pendulum-v1"}}
 SCREENS = {  # drawn, and clicked on: likewise
-    "embodied_rft/ClickScreen-v0": {"tasks": ["pair"], "grid": [16, 16], "size": 80, "parser": "tags", "turns": 1},
+    "embodied_rft/ClickScreen-v0": {
+        "observe": "text",
+        "colors": 3,
+        "shapes": 3,
+        "tasks": ["pair"],
+        "grid": [16, 16],
+        "size": 80,
+        "parser": "tags",
+        "turns": 1,
+    },
     "embodied_rft/Grounding-v0": {
         "answer": "point",
         "rewards": {"hit": 0.5},
