@@ -3,7 +3,6 @@
 import importlib.resources
 from pathlib import Path
 
-import gymnasium
 import pytest
 import yaml
 
@@ -11,6 +10,7 @@ from benchmarks.fingerprints import shrink
 from embodied_rft.envs.gui.chromium import INSTALL, find_browser
 from embodied_rft.learning.agent import build_agent
 from embodied_rft.options import ConfigError
+from embodied_rft.pools.making import find_spec
 from embodied_rft.runs.recipe import describe_recipes, dump_recipe, load_recipe, recipe_names
 from embodied_rft.train import train
 from tests.agents.test_agents import ACTION, STATE
@@ -38,7 +38,7 @@ SMALL = {
 
 def opens_pages(id):
     """Whether an environment needs a browser."""
-    return str(gymnasium.spec(id).kwargs.get("batch", "")).endswith("gui.site:Pages")
+    return str(find_spec(id).kwargs.get("batch", "")).endswith("gui.site:Pages")
 
 
 @pytest.mark.parametrize("name", BASES)
