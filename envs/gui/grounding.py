@@ -68,7 +68,7 @@ class Grounding(Screens):
 
     Success is a hit: the middle of the answer is inside the element. `info` tells the parts of the reward one by one
     ("reward/hit", "reward/iou", "reward/edges"), the element's share of the screen ("box/target") and the answer's area
-    over the element's ("box/area", of answers that are boxes).
+    over the element's ("box/area"; 0: it is no box).
 
     Args:
         num_envs: N.
@@ -211,12 +211,12 @@ class Grounding(Screens):
         return Done(sum(weight * told[part] for part, weight in self.weights.items()), True, bool(found.hit))
 
     def told(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The parts of the reward, 0 of what is no answer, and how large things are."""
+        """The parts of the reward and how large things are; 0 of what is no answer."""
         parts = dict(zip(Fit._fields, self.parts[rows].T, strict=True))
         shown = {f"reward/{part}": np.nan_to_num(parts[part]) for part in PARTS[self.answer]}
         targets = self.boxes[rows, self.target[rows]]
         shown["box/target"] = (targets[:, 2:] - targets[:, :2]).prod(1) / self.size**2
-        return shown | ({"box/area": parts["area"]} if self.answer == "box" else {})
+        return shown | ({"box/area": np.nan_to_num(parts["area"])} if self.answer == "box" else {})
 
     # --- what is seen and said -----------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ def test_registered_environments_pass(id, tmp_path):
         file = tmp_path / "questions.jsonl"
         file.write_text("".join(f'{{"prompt": "{n} + 1 =", "answer": "{n + 1}"}}\n' for n in range(20)))
         options = {"path": str(file)}
+    if id == "embodied_rft/RecordedSteps-v0":  # asks whose episodes
+        options = {"of": "embodied_rft/ClickScreen-v0"}
     if id == "embodied_rft/Told-v0":  # asks what it is that is told
         options = {"of": "embodied_rft/NumberLine-v0"}
     with warnings.catch_warnings():
