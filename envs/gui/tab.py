@@ -213,7 +213,11 @@ class Tab:
         self._frame = max(self.now, self._frame + FRAME)
         moment = self._base + self._frame
         async with self.connection.frames:
-            return await self.send("HeadlessExperimental.beginFrame", frameTimeTicks=moment, interval=1, **more)
+            try:
+                return await self.send("HeadlessExperimental.beginFrame", frameTimeTicks=moment, interval=1, **more)
+            except Infrastructure:  # a frame that hangs keeps those of other tabs from being drawn: it ends first
+                await self.connection.send("Target.disposeBrowserContext", browserContextId=self.context)
+                raise
 
     async def _with_frame(self, sent: Waiting) -> None:
         """Moves of the mouse and the wheel are taken with the next frame, which must not be drawn before they come."""
