@@ -1,6 +1,7 @@
 """Pages of tests, and what is left of browsers."""
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -54,8 +55,9 @@ def processes(profile=PROFILES):
     found = []
     for process in psutil.process_iter(["cmdline"]):
         said = process.info["cmdline"] or [""]
-        if "chrom" in said[0] and profile in " ".join(said) and process.status() != psutil.STATUS_ZOMBIE:
-            found.append(process)
+        with suppress(psutil.NoSuchProcess):  # gone meanwhile
+            if "chrom" in said[0] and profile in " ".join(said) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
 
 
