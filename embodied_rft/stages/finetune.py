@@ -94,17 +94,17 @@ class Finetune(Stage):
                     )
             self._check_iteration(objective.needs_groups)
             if self.curriculum is not None:
-                self._check_curriculum(objective.foresees)
+                self._check_curriculum(self.curriculum, objective.foresees)
             if self.evaluate_every is None:
                 refuse_idle(self, ["evaluate_episodes"], "without evaluate_every")
             if self.until is not None and self.until.success is not None and self.evaluate_every is None:
                 raise UserError("until.success reads the learning curve, and there is none: set evaluate_every")
 
-        def _check_curriculum(self, foresees: bool) -> None:
+        def _check_curriculum(self, spec: Mapping[str, Any], foresees: bool) -> None:
             """Refuse one that nobody can answer."""
-            if make_curriculum(self.curriculum or {}).foresees and not foresees:
+            if make_curriculum(spec).foresees and not foresees:
                 raise UserError(
-                    f"curriculum {(self.curriculum or {})['id']!r} asks what a task promises, which objective "
+                    f"curriculum {spec['id']!r} asks what a task promises, which objective "
                     f"{self.objective['id']!r} does not know (digirl does): take curriculum record, or leave it out"
                 )
             if self.overlap:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
+
 from embodied_rft.envs.gui.keys import chord
 from embodied_rft.envs.gui.tab import Tab
 from embodied_rft.names import UserError
@@ -164,6 +166,12 @@ def write(action: Action, form: Form) -> str:
     if action.verb == "scroll":
         said += [f"{number:g}" for number in action.by]
     return " ".join([*said, action.text] if action.text else said)
+
+
+def any_click(rng: np.random.Generator, form: Form) -> str:
+    """The line of a click anywhere."""
+    width, height = form.size
+    return write(Action("click", ((rng.uniform(0, width), rng.uniform(0, height)),)), form)
 
 
 async def perform(tab: Tab, action: Action) -> None:

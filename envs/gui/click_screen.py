@@ -17,15 +17,14 @@ from embodied_rft.envs.gui.drawn import (
     FIRST_WORD,
     LEAST_ICON,
     NAMES,
-    PAGE,
     WORD_HEIGHT,
     WORDS,
     button,
     icons,
     inside,
     put,
+    screen,
     split,
-    sprite,
     word_width,
 )
 from embodied_rft.envs.gui.screens import Done, Part, Screens
@@ -282,20 +281,18 @@ class ClickScreen(Screens):
 
     def draw(self, row: int) -> np.ndarray:
         """See `Screens`."""
-        picture = np.full((self.size, self.size, 3), PAGE, np.uint8)
-        task, page = self.name(row), self.page[row]
-        for number in np.flatnonzero(self.looks[row, page] != NONE).tolist():
-            x1, y1, x2, y2 = self.boxes[row, page, number].tolist()
-            put(picture, sprite(int(self.looks[row, page, number]), y2 - y1, x2 - x1), x1, y1)
-            if self.ticked[row, number]:
-                picture[y1:y2, x1 : x1 + 2], picture[y1:y2, x2 - 2 : x2] = 0, 0
-                picture[y1 : y1 + 2, x1:x2], picture[y2 - 2 : y2, x1:x2] = 0, 0
+        task, shown = self.name(row), self.page[row]
+        there = self.looks[row, shown] != NONE
+        picture = screen(self.size, self.looks[row, shown, there], self.boxes[row, shown, there])
+        for x1, y1, x2, y2 in self.boxes[row, shown, there & self.ticked[row]].tolist():
+            picture[y1:y2, x1 : x1 + 2], picture[y1:y2, x2 - 2 : x2] = 0, 0
+            picture[y1 : y1 + 2, x1:x2], picture[y2 - 2 : y2, x1:x2] = 0, 0
         words = {"page": ("1", "2"), "ticks": ("", "OK")}.get(task, ("", ""))
         if any(words):
             picture[self.bar :] = EDGE
         for number, (word, box) in enumerate(zip(words, self.buttons)):
             if word:
-                color = (255, 255, 255) if task == "page" and number == page else BUTTON
+                color = (255, 255, 255) if task == "page" and number == shown else BUTTON
                 put(picture, button(word, box[3] - box[1], box[2] - box[0], color), box[0], box[1])
         if self.open[row]:
             self._draw_popup(picture, row)

@@ -87,6 +87,14 @@ def put(picture: np.ndarray, drawn: np.ndarray, x: int, y: int) -> None:
     picture[y : y + drawn.shape[0], x : x + drawn.shape[1]] = drawn
 
 
+def screen(size: int, looks: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """A screen with elements on it, [size, size, 3]; their looks [E], their boxes [E, 4]."""
+    picture = np.full((size, size, 3), PAGE, np.uint8)
+    for look, (x1, y1, x2, y2) in zip(looks.tolist(), boxes.tolist(), strict=True):
+        put(picture, sprite(look, y2 - y1, x2 - x1), x1, y1)
+    return picture
+
+
 def split(rng: np.random.Generator, box: tuple[int, int, int, int], count: int, least: int) -> list[tuple[int, ...]]:
     """A box cut at random into `count` boxes, each at least `least` on a side.
 

@@ -15,14 +15,12 @@ from embodied_rft.envs.gui.drawn import (
     ICONS,
     LEAST_ICON,
     NAMES,
-    PAGE,
     WORD_HEIGHT,
     WORDS,
     icons,
     inside,
-    put,
+    screen,
     split,
-    sprite,
     word_width,
 )
 from embodied_rft.envs.gui.screens import Done, Part, Screens
@@ -132,7 +130,7 @@ class Grounding(Screens):
         self.looks = np.full((num_envs, MOST), NONE)
         self.boxes = np.zeros((num_envs, MOST, 4), np.int64)
         self.target = np.zeros(num_envs, np.int64)
-        self.parts = np.full((num_envs, len(Fit._fields)), np.nan)  # of the latest answer; NaN: there is none
+        self.parts = np.zeros((num_envs, len(Fit._fields)))  # of the latest answer; 0 of what is none
         super().__init__(
             num_envs=num_envs,
             size=size,
@@ -153,7 +151,7 @@ class Grounding(Screens):
     def begin(self, row: int, rng: np.random.Generator, options: Mapping[str, Any]) -> None:
         """Elements, one of which is asked for."""
         looks, boxes = self._lay_out(rng)
-        self.looks[row], self.parts[row] = NONE, np.nan
+        self.looks[row], self.parts[row] = NONE, 0
         self.looks[row, : len(looks)], self.boxes[row, : len(looks)] = looks, boxes
         self.target[row] = rng.integers(len(looks)) if not self.alike else np.argmax(looks < FIRST_WORD)
 
@@ -200,7 +198,7 @@ class Grounding(Screens):
             point = self.grid.point(numbers)
             if point is None:
                 return None
-            found = Fit(float(inside(target, *point)), np.nan, np.nan, np.nan)
+            found = Fit(float(inside(target, *point)), 0.0, 0.0, 0.0)
         else:
             box = self.grid.box(numbers)
             if box is None:
@@ -213,10 +211,10 @@ class Grounding(Screens):
     def told(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The parts of the reward and how large things are; 0 of what is no answer."""
         parts = dict(zip(Fit._fields, self.parts[rows].T, strict=True))
-        shown = {f"reward/{part}": np.nan_to_num(parts[part]) for part in PARTS[self.answer]}
+        shown = {f"reward/{part}": parts[part] for part in PARTS[self.answer]}
         targets = self.boxes[rows, self.target[rows]]
         shown["box/target"] = (targets[:, 2:] - targets[:, :2]).prod(1) / self.size**2
-        return shown | ({"box/area": np.nan_to_num(parts["area"])} if self.answer == "box" else {})
+        return shown | ({"box/area": parts["area"]} if self.answer == "box" else {})
 
     # --- what is seen and said -----------------------------------------------------------------------------------
 
@@ -243,11 +241,8 @@ class Grounding(Screens):
 
     def draw(self, row: int) -> np.ndarray:
         """See `Screens`."""
-        picture = np.full((self.size, self.size, 3), PAGE, np.uint8)
-        for number in np.flatnonzero(self.looks[row] != NONE).tolist():
-            x1, y1, x2, y2 = self.boxes[row, number].tolist()
-            put(picture, sprite(int(self.looks[row, number]), y2 - y1, x2 - x1), x1, y1)
-        return picture
+        there = self.looks[row] != NONE
+        return screen(self.size, self.looks[row, there], self.boxes[row, there])
 
     def advise(self, row: int) -> list[int]:
         """The nearest box, or the cell at its middle."""

@@ -16,7 +16,7 @@ from gymnasium import spaces
 
 from embodied_rft.buffer.trajectories import read_trajectories
 from embodied_rft.data import Space, Trajectory
-from embodied_rft.envs.gui.actions import WRONG, Action, Box, Form, read, write
+from embodied_rft.envs.gui.actions import WRONG, Action, Box, Form, any_click, read, write
 from embodied_rft.envs.gui.elements import Element, read_elements
 from embodied_rft.envs.serving import EnvBatch, Outcome
 from embodied_rft.envs.turns.telling import EXPERT
@@ -161,7 +161,7 @@ class Recorded(EnvBatch):
         told: dict[str, list[float]] = {name: [] for name in ("reward/verb", "reward/target")}
         wrong = np.zeros((len(rows), len(KINDS)))
         for number, (row, reply) in enumerate(zip(rows.tolist(), actions, strict=True)):
-            given, found = understand(reply, self.parser, self.form), Agreement(0.0, 0.0)
+            given, found = understand(reply, self.parser, self.form, {}), Agreement(0.0, 0.0)
             if isinstance(given, Action):
                 one = self._step(row)
                 found = agree(given, one.action, one.element, radius=self.radius)
@@ -189,22 +189,21 @@ class Recorded(EnvBatch):
 
     def guess(self, rng: np.random.Generator) -> str:
         """A click anywhere, in the form that is asked for."""
-        width, height = self.form.size
-        return self.parser.write(write(Action("click", ((rng.uniform(0, width), rng.uniform(0, height)),)), self.form))
+        return self.parser.write(any_click(rng, self.form))
 
     def render(self, row: int, mode: str) -> np.ndarray | str | None:
         """The picture, or the message."""
         return self._step(row).message if mode == "ansi" else self._step(row).image
 
 
-def understand(reply: str, parser: Parser, form: Form) -> Action | str:
+def understand(reply: str, parser: Parser, form: Form, boxes: Mapping[int, Box]) -> Action | str:
     """What an answer wants done, or which kind of wrong it is; two bare numbers are a click."""
     parsed = parser.parse(reply)
     if parsed.action is None:
         assert parsed.invalid is not None
         return parsed.invalid
     line = parsed.action
-    return read(f"click {line}" if line[:1].isdigit() else line, form, {})
+    return read(f"click {line}" if line[:1].isdigit() else line, form, boxes)
 
 
 def steps_of(
@@ -237,8 +236,7 @@ def _of_episode(number: int, one: Trajectory, parser: Parser, form: Form, histor
     for turn, reply in enumerate(one.action):
         elements = [] if states is None else read_elements(states[turn])
         boxes = {element.ref: element.box for element in elements}
-        parsed = parser.parse(reply).action or ""
-        action = read(f"click {parsed}" if parsed[:1].isdigit() else parsed, form, boxes)
+        action = understand(reply, parser, form, boxes)
         if not isinstance(action, Action) or action.verb == "wait":
             continue
         meant = [element for element in elements if action.places and _in(element.box, *action.places[0])]

@@ -20,7 +20,7 @@ import numpy as np
 from gymnasium import spaces
 
 from embodied_rft.data import Space
-from embodied_rft.envs.gui.actions import WRONG, Action, Form, perform, read, write
+from embodied_rft.envs.gui.actions import WRONG, Action, Form, any_click, perform, read, write
 from embodied_rft.envs.gui.browsers import Browsers
 from embodied_rft.envs.gui.devtools import together
 from embodied_rft.envs.gui.elements import Element
@@ -241,8 +241,7 @@ class Pages(EnvBatch):
 
     def guess(self, rng: np.random.Generator) -> str:
         """A click anywhere, in the form that is asked for."""
-        width, height = self.site.size
-        return self.parser.write(write(Action("click", ((rng.uniform(0, width), rng.uniform(0, height)),)), self.form))
+        return self.parser.write(any_click(rng, self.form))
 
     # --- messages ------------------------------------------------------------------------------------------------
 
